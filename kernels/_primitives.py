@@ -1,0 +1,79 @@
+"""Device functions that several kernels share.
+
+Counter-based random numbers: the same operations in the same order as
+``pydllm/reference/philox.py``, so that every backend draws the same bits. Kernels that call
+``uniform`` or ``gumbel`` are launched with ``enable_fp_fusion=False``: a fused multiply-add rounds
+once where the definition rounds twice.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def philox(c0, c1, c2, c3, seed_lo, seed_hi):
+    """Philox4x32-10: four uint32 words from four counter words and a 64-bit key.
+
+    Every argument is an integer, tensor or literal, taken modulo 2^32; counter words broadcast.
+    """
+    c0 = tl.cast(c0, tl.uint32)
+    c1 = tl.cast(c1, tl.uint32)
+    c2 = tl.cast(c2, tl.uint32)
+    c3 = tl.cast(c3, tl.uint32)
+    key_0 = tl.cast(seed_lo, tl.uint32)
+    key_1 = tl.cast(seed_hi, tl.uint32)
+    multiplier_0 = tl.full((), 0xD2511F53, tl.uint32)
+    multiplier_1 = tl.full((), 0xCD9E8D57, tl.uint32)
+    for _ in tl.static_range(10):
+        low_0, high_0 = c0 * multiplier_0, tl.umulhi(c0, multiplier_0)
+        low_1, high_1 = c2 * multiplier_1, tl.umulhi(c2, multiplier_1)
+        c0, c1 = high_1 ^ c1 ^ key_0, low_1
+        c2, c3 = high_0 ^ c3 ^ key_1, low_0
+        key_0 += tl.full((), 0x9E3779B9, tl.uint32)
+        key_1 += tl.full((), 0xBB67AE85, tl.uint32)
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def uniform(word):
+    """``word * 2^-32 + 2^-33`` in fp32, at most the largest number below 1."""
+    return tl.minimum(
+        word.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10, 0.99999994
+    )
+
+
+@triton.jit
+def gumbel(word):
+    """Standard Gumbel noise of a uniform uint32 word: ``-log(-log1p(-u))``, finite."""
+    u = uniform(word)
+    exponent, f = _split(1.0 - u)
+    # -u is 1 - u less one, before it was rounded: full relative precision for small u.
+    exponential = -_log(exponent, tl.where(exponent == 0, -u, f))
+    exponent, f = _split(exponential)
+    return -_log(exponent, f)
+
+
+@triton.jit
+def _split(x):
+    """``exponent, f`` with ``x = 2^exponent * (1 + f)`` and ``1 + f`` in [sqrt(1/2), sqrt(2))."""
+    SQRT_HALF: tl.constexpr = 0x3F3504F3
+    shifted = x.to(tl.int32, bitcast=True) - SQRT_HALF
+    f = ((shifted & 0x7FFFFF) + SQRT_HALF).to(tl.float32, bitcast=True) - 1.0
+    return shifted >> 23, f
+
+
+@triton.jit
+def _log(exponent, f):
+    """``log(2^exponent * (1 + f))`` to 2 units in the last place; division-free, libdevice-free."""
+    polynomial = f * -0.0763450711965561 + 0.127615794539452
+    polynomial = polynomial * f + -0.131601795554161
+    polynomial = polynomial * f + 0.142017573118210
+    polynomial = polynomial * f + -0.166233569383621
+    polynomial = polynomial * f + 0.200012266635895
+    polynomial = polynomial * f + -0.250008195638657
+    polynomial = polynomial * f + 0.333333313465118
+    square = f * f
+    tail = (polynomial * f - 0.5) * square + f
+    return exponent.to(tl.float32) * 0.693147182464599609375 + tail

@@ -1,0 +1,188 @@
+"""Tile sizes and launch parameters, one literal table an op, reviewed like code.
+
+Rows are keyed by what decides them (architecture, head size, rows, ...). There is no autotuner in
+the library: ``bench/tune.py`` proposes rows, people paste them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+INTERPRETER = 0  # the "architecture" of a CPU tensor: few programs and big blocks are fast there
+
+
+def arch(device: torch.device) -> int:
+    """Compute capability as ``10 * major + minor``; ``INTERPRETER`` for CPU tensors."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return 10 * major + minor
+    return INTERPRETER
+
+
+# rms_norm: largest row (elements) -> num_warps; a row is one block.
+RMS_NORM = ((1024, 2), (4096, 4), (8192, 8), (32768, 16))
+
+# swiglu: elements of a block, num_warps; a row is cut into blocks.
+SWIGLU = (1024, 4)
+
+
+class UnmaskTile(NamedTuple):
+    """One program of ``unmask``: sequences, and how it is compiled; a window is one block."""
+
+    block_b: int
+    num_warps: int
+
+
+# unmask: largest window (positions) -> tile. The interpreter pays by the operation, not its size.
+UNMASK = ((128, UnmaskTile(1, 1)), (1024, UnmaskTile(1, 8)), (4096, UnmaskTile(1, 32)))
+UNMASK_INTERPRETER = ((128, UnmaskTile(256, 4)), (4096, UnmaskTile(32, 4)))
+
+
+def unmask_tile(device: torch.device, rows: int) -> UnmaskTile:
+    """The tile of ``UNMASK`` for a window."""
+    table = UNMASK_INTERPRETER if arch(device) == INTERPRETER else UNMASK
+    return next(tile for limit, tile in table if rows <= limit)
+
+
+class StatsTile(NamedTuple):
+    """One program of ``vocab_stats``: rows, vocabulary ids, and warps."""
+
+    block_r: int
+    block_v: int
+    num_warps: int
+
+
+# vocab_stats: (vocabulary up to, tile). By the vocabulary alone: a row is split alike in any batch.
+# 4096 ids are 31 programs a row of LLaDA's vocabulary, each with 64 bytes a thread in flight.
+VOCAB_STATS = ((1024, StatsTile(4, 1024, 4)), (None, StatsTile(1, 4096, 4)))
+VOCAB_STATS_INTERPRETER = ((4096, StatsTile(32, 1024, 4)), (None, StatsTile(32, 16384, 4)))
+
+
+def vocab_stats_tile(device: torch.device, vocab: int) -> StatsTile:
+    """The tile of ``VOCAB_STATS`` for a vocabulary."""
+    table = VOCAB_STATS_INTERPRETER if arch(device) == INTERPRETER else VOCAB_STATS
+    return next(tile for limit, tile in table if limit is None or vocab <= limit)
+
+
+# vocab_stats with top-k or top-p: a program is a row, read in pieces.
+VOCAB_STATS_CUT = StatsTile(1, 2048, 8)
+VOCAB_STATS_CUT_INTERPRETER = StatsTile(1, 16384, 4)
+
+
+def vocab_stats_cut_tile(device: torch.device) -> StatsTile:
+    """The tile that finds the smallest logit kept."""
+    return VOCAB_STATS_CUT_INTERPRETER if arch(device) == INTERPRETER else VOCAB_STATS_CUT
+
+
+class HeadTile(NamedTuple):
+    """One program of ``head_stats``: rows, vocabulary ids, and the width of a step."""
+
+    block_r: int
+    block_v: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+
+
+# head_stats: bytes an element -> tile; the same for any number of rows and any vocabulary. 64 rows
+# cost no more than one as long as the weight's bytes are what takes the time. fp32
+# is not for speed: it is exact, without tensor cores.
+HEAD_STATS = {2: HeadTile(64, 128, 64, 8, 3), 4: HeadTile(32, 128, 16, 4, 2)}
+HEAD_STATS_INTERPRETER = HeadTile(64, 1024, 128, 4, 1)
+
+
+def head_stats_tile(device: torch.device, element_size: int) -> HeadTile:
+    """The tile of ``HEAD_STATS`` for a dtype."""
+    if arch(device) == INTERPRETER:
+        return HEAD_STATS_INTERPRETER
+    return HEAD_STATS[element_size]
+
+
+def merge_rows(device: torch.device) -> int:
+    """Rows of a program that merges what the tiles of ``head_stats`` left behind."""
+    return 32 if arch(device) == INTERPRETER else 1
+
+
+class AttentionTile(NamedTuple):
+    """One program of ``window_attention``: query rows, keys a step, and how it is compiled."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+# window_attention: architecture, bytes an element, head size up to -> tile. One tile whatever the
+# number of rows, so that the sums of a row are grouped alike whatever the window and its branches:
+# a memory-bound launch has the time to compute rows that are not there.
+WINDOW_ATTENTION = {
+    (INTERPRETER, 2, 512): AttentionTile(128, 64, 4, 1),
+    (INTERPRETER, 4, 512): AttentionTile(128, 64, 4, 1),
+    (80, 2, 64): AttentionTile(64, 32, 4, 3),
+    (80, 2, 128): AttentionTile(64, 32, 8, 3),
+    (80, 2, 256): AttentionTile(32, 32, 8, 2),
+    (80, 2, 512): AttentionTile(16, 32, 8, 1),
+    (80, 4, 64): AttentionTile(32, 32, 8, 2),
+    (80, 4, 128): AttentionTile(32, 16, 8, 2),
+    (80, 4, 256): AttentionTile(16, 16, 8, 2),
+    (80, 4, 512): AttentionTile(16, 16, 8, 1),
+    (90, 2, 64): AttentionTile(64, 64, 8, 3),
+    (90, 2, 128): AttentionTile(64, 64, 8, 2),
+    (90, 2, 256): AttentionTile(32, 32, 8, 2),
+    (90, 2, 512): AttentionTile(32, 16, 8, 1),
+    (90, 4, 64): AttentionTile(32, 32, 8, 2),
+    (90, 4, 128): AttentionTile(32, 32, 8, 2),
+    (90, 4, 256): AttentionTile(32, 16, 8, 1),
+    (90, 4, 512): AttentionTile(16, 16, 8, 1),
+    (100, 2, 64): AttentionTile(64, 64, 8, 3),
+    (100, 2, 128): AttentionTile(64, 64, 8, 2),
+    (100, 2, 256): AttentionTile(64, 32, 8, 2),
+    (100, 2, 512): AttentionTile(32, 16, 8, 1),
+    (100, 4, 64): AttentionTile(32, 32, 8, 2),
+    (100, 4, 128): AttentionTile(32, 32, 8, 2),
+    (100, 4, 256): AttentionTile(32, 16, 8, 1),
+    (100, 4, 512): AttentionTile(16, 16, 8, 1),
+}
+
+
+def attention_tile(device: torch.device, element_size: int, head_dim: int) -> AttentionTile:
+    """The tile of ``WINDOW_ATTENTION`` for a head size."""
+    capability = arch(device)
+    if capability != INTERPRETER:
+        # 86, 89 and 120 have the shared memory and the tensor-core instruction of the first class.
+        capability = 100 if 100 <= capability < 120 else 90 if 90 <= capability < 100 else 80
+    return next(
+        tile
+        for (name, size, limit), tile in WINDOW_ATTENTION.items()
+        if (name, size) == (capability, element_size) and head_dim <= limit
+    )
+
+
+# Windows of up to so many rows (of one branch), over caches of more slots than a split has
+# positions, are split, if a head has at most so many bytes: above, split kernels spill registers.
+# Not by the number of programs: a sequence's bits would hang on the batch.
+ATTENTION_SPLIT_ROWS = 128
+ATTENTION_SPLIT = 1024
+ATTENTION_SPLIT_BYTES = 512
+
+# Joining of the splits: rows of a program, num_warps.
+ATTENTION_MERGE = (4, 4)
+
+
+def attention_splits(
+    tile: AttentionTile, rows: int, slots: int, head_bytes: int
+) -> tuple[int, int]:
+    """How many splits, and the key tiles of one; (1, 0) for none."""
+    if (
+        rows > ATTENTION_SPLIT_ROWS
+        or slots <= ATTENTION_SPLIT
+        or head_bytes > ATTENTION_SPLIT_BYTES
+    ):
+        return 1, 0
+    return -(-slots // ATTENTION_SPLIT), ATTENTION_SPLIT // tile.block_n
+
+
+# commit_branch: window rows of a program, num_warps.
+COMMIT_BRANCH = (8, 4)

@@ -1,0 +1,350 @@
+"""The accept rules: a window is one block, its masks are ranked without being sorted.
+
+What a rule takes is a prefix of an order, so it is enough to find where the prefix ends: a binary
+search over the 32 bits of the sort key, one count of the block a bit. Ties at the cut are taken in
+order of position.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from . import _tiles
+from ._primitives import philox
+
+# As in the reference: entropies are summed in units of 2^-40 nats and count as at most 128 nats.
+_PER_NAT = tl.constexpr(2.0**40)
+_UNIT = tl.constexpr(2.0**-40)
+_LARGEST = tl.constexpr(128.0)
+_ORDER = tl.constexpr(0xFFFFFFFF)
+
+
+@triton.jit
+def _count(mask):
+    return tl.sum(mask.to(tl.int32), 1, keep_dims=True)
+
+
+@triton.jit
+def _reaches(score, limit, ABOVE: tl.constexpr):
+    if ABOVE:
+        good = score > limit
+    else:
+        good = score >= limit
+    return good
+
+
+@triton.jit
+def _ordered(cost):
+    """Unsigned integers that sort like the numbers, which hold no NaN and no negative zero."""
+    bits = cost.to(tl.int32, bitcast=True)
+    # The sign is flipped, and with it all other bits of a negative number.
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.uint32, bitcast=True) ^ 0x80000000
+
+
+@triton.jit
+def _count_by_factor(good, value, factor, least, BLOCK_T: tl.constexpr):
+    """The largest n whose n-th best is at least ``1 - factor / (n + 1)``: n of them must be;
+    ``factor`` is ``(B, 1)``."""
+    n = tl.zeros_like(least)
+    step = BLOCK_T
+    while step > 0:
+        trial = n + step
+        # Rounded like the definition: a quotient, then a difference.
+        limit = 1.0 - tl.div_rn(factor, (trial + 1).to(tl.float32))
+        n = tl.where(_count(good & (value >= limit)) >= trial, trial, n)
+        step = step // 2
+    return tl.maximum(n, least)
+
+
+@triton.jit
+def _first(masked, key, n):
+    """The first n, (B, 1), by key, then by position."""
+    cut = tl.zeros_like(n).to(tl.uint32)  # the largest key with fewer than n before it
+    for bit in range(32):
+        trial = cut | (tl.full((), 0x80000000, tl.uint32) >> bit)
+        cut = tl.where(_count(masked & (key < trial)) < n, trial, cut)
+    before = masked & (key < cut)
+    tied = masked & (key == cut)
+    return before | (tied & (tl.cumsum(tied.to(tl.int32), 1) <= n - _count(before)))
+
+
+@triton.jit
+def _affords(units, bound, INCLUSIVE: tl.constexpr):
+    if INCLUSIVE:
+        good = units.to(tl.float32) * _UNIT < bound
+    else:
+        good = units.to(tl.float32) * _UNIT <= bound
+    return good
+
+
+@triton.jit
+def _within(able, key, cost, bound, INCLUSIVE: tl.constexpr):
+    """Those whose entropies before them, by key, then by position, sum to at most ``bound``;
+    inclusive: whose own and those before sum to less."""
+    units = tl.minimum(tl.maximum(cost, 0.0), _LARGEST) * _PER_NAT
+    units = tl.where(able, units, 0.0).to(tl.int64)
+    cut = tl.zeros_like(tl.max(key, 1, keep_dims=True))  # the largest key below which all pass
+    for bit in range(32):
+        trial = cut | (tl.full((), 0x80000000, tl.uint32) >> bit)
+        spent = tl.sum(tl.where(key < trial, units, 0), 1, keep_dims=True)
+        cut = tl.where(_affords(spent, bound, INCLUSIVE), trial, cut)
+    before = able & (key < cut)
+    tied = able & (key == cut)
+    rank = tl.cumsum(tied.to(tl.int32), 1)
+    if not INCLUSIVE:
+        rank -= 1
+    spent = tl.sum(tl.where(before, units, 0), 1, keep_dims=True) + rank * units
+    return before | (tied & _affords(spent, bound, INCLUSIVE))
+
+
+@triton.jit
+def _span(able, offs_t, n, BLOCK_T: tl.constexpr):
+    """Those among the n positions from the first on."""
+    first = tl.min(tl.where(able, offs_t, BLOCK_T), 1, keep_dims=True)
+    return able & (offs_t - first < n)
+
+
+# A new batch size or seed must not compile the kernel again.
+@triton.jit(do_not_specialize=["batch", "rows", "least", "vocab", "seed"])
+def _unmask_kernel(
+    # pointers
+    remaining_ptr,  # (B,)
+    accepted_ptr,  # (B,)
+    x_ptr,  # (B, L), read and written
+    step_map_ptr,  # (B, L), written
+    nfe_ptr,  # (B,), read and written
+    token_ptr,  # (B, T)
+    score_ptr,  # (B, T)
+    start_ptr,  # (B,)
+    length_ptr,  # (B,)
+    quota_ptr,  # (B,)
+    request_ptr,  # (B,)
+    prompt_ptr,  # (B,)
+    # sizes
+    batch,
+    slots,
+    rows,
+    mask_id,
+    least,
+    limit,
+    edit_limit,
+    vocab,
+    seed,
+    # strides
+    stride_x_row,
+    stride_step_map_row,
+    stride_token_row,
+    stride_score_row,
+    # constexprs
+    RULE: tl.constexpr,
+    HAS_QUOTA: tl.constexpr,
+    HAS_PROMPT: tl.constexpr,
+    AT_MOST_ONE: tl.constexpr,
+    ABOVE: tl.constexpr,
+    NEAR_BEST: tl.constexpr,
+    LAST_PAIR: tl.constexpr,
+    SPAN: tl.constexpr,
+    INCLUSIVE: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    offs_b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)[:, None]
+    offs_t = tl.arange(0, BLOCK_T)[None, :]
+    mask_b = offs_b < batch
+    start = tl.load(start_ptr + offs_b, mask=mask_b, other=0).to(tl.int64)
+    length = tl.load(length_ptr + offs_b, mask=mask_b, other=0)
+    nfe = tl.load(nfe_ptr + offs_b, mask=mask_b, other=0)
+    end = tl.minimum(tl.minimum(length, rows), slots - start)
+    inside = (offs_t >= -start) & (offs_t < end) & mask_b
+    x_row = x_ptr + offs_b * stride_x_row + start
+    token_row = token_ptr + offs_b * stride_token_row
+    # [BLOCK_B, BLOCK_T]
+    before = tl.load(x_row + offs_t, mask=inside, other=0)
+    masked = inside & (before == mask_id)
+    able = masked
+    if RULE == "renoise":
+        able = inside
+    n_masks = _count(masked)
+    n_part = _count(able)
+    if NEAR_BEST:
+        able = masked & (tl.load(token_row + offs_t, mask=masked, other=0) != mask_id)
+
+    n = tl.zeros_like(length) + least
+    if HAS_QUOTA:
+        n = tl.load(quota_ptr + offs_b, mask=mask_b, other=0)
+    if RULE == "random" or RULE == "renoise":
+        request = tl.load(request_ptr + offs_b, mask=mask_b, other=0)
+        seed_lo = seed.to(tl.int64)
+        word, word_1, _, _ = philox(_ORDER, start + offs_t, request, nfe, seed_lo, seed_lo >> 32)
+    if RULE == "left_to_right":
+        if SPAN:
+            keep = _span(able, offs_t, n, BLOCK_T)
+        else:
+            keep = able & (tl.cumsum(able.to(tl.int32), 1) <= n)
+    elif RULE == "random":
+        keep = _first(able, 0xFFFFFFFF - word, n)
+    else:
+        looked_at = able
+        if RULE == "joint":
+            looked_at = inside
+        score = tl.load(score_ptr + offs_b * stride_score_row + offs_t, mask=looked_at, other=0.0)
+        # Limits are rounded to the dtype of the scores.
+        zero = tl.zeros_like(n).to(tl.float32)
+        limit = (zero + limit).to(score.dtype).to(tl.float32)
+        edit_limit = (zero + edit_limit).to(score.dtype).to(tl.float32)
+        score = score.to(tl.float32)
+        value = score
+        if RULE == "entropy" or RULE == "entropy_bound" or RULE == "renoise":
+            value = -score
+        value = tl.where(value == value, value, -float("inf"))
+        cost = 0.0 - value  # a negative zero becomes a zero
+        key = _ordered(cost)
+        good = able & (cost < float("inf"))
+        if RULE == "quota":
+            keep = _first(able, key, n)
+        elif RULE == "factor":
+            n = _count_by_factor(good, value, limit, n, BLOCK_T)
+            if LAST_PAIR:
+                n = tl.where(n == _count(able) - 1, n + 1, n)
+            keep = _first(able, key, n)
+        else:
+            if RULE == "entropy":
+                keep = good & (cost <= limit)
+            elif RULE == "entropy_bound" or RULE == "renoise":
+                keep = good & _within(able, key, cost, limit, INCLUSIVE)
+            elif NEAR_BEST:
+                best = tl.max(tl.where(able, value, -float("inf")), 1, keep_dims=True)
+                keep = good & (value >= tl.minimum(best - 1e-5, limit))
+            else:
+                keep = good & _reaches(value, limit, ABOVE)
+            if SPAN:
+                keep = tl.where(_count(keep) < n, _span(able, offs_t, n, BLOCK_T), keep)
+            elif AT_MOST_ONE:
+                best_key = tl.min(tl.where(able, key, 0xFFFFFFFF), 1, keep_dims=True)
+                first = tl.where(able & (key == best_key), offs_t, BLOCK_T)
+                first = tl.min(first, 1, keep_dims=True)
+                keep = keep | ((offs_t == first) & (_count(keep) < n))
+            else:
+                keep = keep | _first(able, key, n)
+
+    if RULE == "joint" or RULE == "renoise":
+        token = tl.load(token_row + offs_t, mask=inside, other=0)
+    if RULE == "joint":
+        free = inside
+        if HAS_PROMPT:
+            free = inside & (start + offs_t >= tl.load(prompt_ptr + offs_b, mask=mask_b, other=0))
+        n_part = _count(masked | free)
+        differs = free & (before != mask_id) & (token != before)
+        keep = keep | (differs & _reaches(score, edit_limit, ABOVE))
+    # Every thread has read the sequence before one writes it.
+    tl.debug_barrier()
+    if RULE == "renoise":
+        noise = tl.umulhi(word_1, tl.zeros_like(word_1) + vocab.to(tl.uint32)).to(tl.int64)
+        tl.store(x_row + offs_t, tl.where(keep, token, noise), mask=inside)
+        remaining = n_part - _count(keep)
+    else:
+        if RULE != "joint":
+            token = tl.load(token_row + offs_t, mask=keep, other=0)
+        tl.store(x_row + offs_t, token, mask=keep)
+        if RULE == "joint":
+            n_masks += _count(keep & (masked == 0))
+        remaining = n_masks - _count(keep & (token != mask_id))
+    step_map_row = step_map_ptr + offs_b * stride_step_map_row + start
+    tl.store(step_map_row + offs_t, tl.broadcast_to(nfe, keep.shape), mask=keep)
+    tl.store(nfe_ptr + offs_b, nfe + 1, mask=mask_b & (n_part > 0))
+    tl.store(remaining_ptr + offs_b, remaining, mask=mask_b)
+    tl.store(accepted_ptr + offs_b, _count(keep), mask=mask_b)
+
+
+def supports(
+    x: torch.Tensor,
+    step_map: torch.Tensor,
+    token: torch.Tensor,
+    score: torch.Tensor,
+    *per_sequence: torch.Tensor | None,
+) -> str | None:
+    """None if the kernel can run this call, otherwise why not."""
+    if score.dtype == torch.float64:
+        return f"the kernel takes fp32, fp16 and bf16 scores, got {score.dtype}"
+    if token.shape[1] > _tiles.UNMASK[-1][0]:
+        return (
+            f"the kernel takes windows of up to {_tiles.UNMASK[-1][0]} positions, "
+            f"got {token.shape[1]}"
+        )
+    names = ("nfe", "start", "length", "quota", "request", "prompt_length")
+    numbers = dict(zip(names, per_sequence, strict=True))
+    rows = {"x": x, "step_map": step_map, "token": token, "score": score}
+    for name, tensor in (rows | numbers).items():
+        if tensor is not None and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            return f"{name} must have contiguous rows, got strides {tensor.stride()}"
+    return None
+
+
+def unmask(
+    x: torch.Tensor,
+    step_map: torch.Tensor,
+    nfe: torch.Tensor,
+    token: torch.Tensor,
+    score: torch.Tensor,
+    mask_id: int,
+    start: torch.Tensor,
+    length: torch.Tensor,
+    rule: str,
+    variant: str,
+    quota: torch.Tensor | None,
+    least: int,
+    limit: float,
+    edit_limit: float,
+    vocab: int,
+    seed: int,
+    request: torch.Tensor | None,
+    prompt: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch the kernel; arguments as in ``pydllm.reference.unmask``."""
+    batch, rows = token.shape
+    remaining, accepted = torch.empty_like(nfe), torch.empty_like(nfe)
+    if batch == 0 or rows == 0:
+        return remaining.zero_(), accepted.zero_()
+    tile = _tiles.unmask_tile(x.device, rows)
+    _unmask_kernel[(triton.cdiv(batch, tile.block_b),)](
+        remaining_ptr=remaining,
+        accepted_ptr=accepted,
+        x_ptr=x,
+        step_map_ptr=step_map,
+        nfe_ptr=nfe,
+        token_ptr=token,
+        score_ptr=score,
+        start_ptr=start,
+        length_ptr=length,
+        quota_ptr=nfe if quota is None else quota,
+        request_ptr=nfe if request is None else request,
+        prompt_ptr=nfe if prompt is None else prompt,
+        batch=batch,
+        slots=x.shape[1],
+        rows=rows,
+        mask_id=mask_id,
+        least=least,
+        limit=limit,
+        edit_limit=edit_limit,
+        vocab=vocab,
+        seed=seed,
+        stride_x_row=x.stride(0),
+        stride_step_map_row=step_map.stride(0),
+        stride_token_row=token.stride(0),
+        stride_score_row=score.stride(0),
+        RULE=rule,
+        HAS_QUOTA=quota is not None,
+        HAS_PROMPT=prompt is not None,
+        AT_MOST_ONE=quota is None and least <= 1,
+        ABOVE="above" in variant,
+        NEAR_BEST="near_best" in variant,
+        LAST_PAIR="last_pair" in variant,
+        SPAN="span" in variant,
+        INCLUSIVE="inclusive" in variant,
+        BLOCK_B=tile.block_b,
+        BLOCK_T=max(32, triton.next_power_of_2(rows)),
+        num_warps=tile.num_warps,
+    )
+    return remaining, accepted

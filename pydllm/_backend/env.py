@@ -1,0 +1,20 @@
+"""Every environment variable that the library reads, read once, at import."""
+
+from __future__ import annotations
+
+import os
+
+BACKENDS = ("auto", "cuda", "triton", "torch")
+LOG_LEVELS = ("off", "info", "debug")
+
+
+def _choice(name: str, allowed: tuple[str, ...]) -> str:
+    value = os.environ.get(name, allowed[0])
+    if value not in allowed:
+        raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
+    return value
+
+
+BACKEND = _choice("PYDLLM_BACKEND", BACKENDS)
+LOG = _choice("PYDLLM_LOG", LOG_LEVELS)
+TRITON_INTERPRET = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")

@@ -1,0 +1,259 @@
+"""``vocab_stats`` of the LM head's logits, which are never stored."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pydllm import reference
+from pydllm._backend.dispatch import choose
+from pydllm._backend.library import register
+from pydllm.ops._checks import FLOATS, check_device, check_dtype, check_no_grad, check_shape
+from pydllm.ops.vocab_stats import VocabStats, check_options, check_rows, empty_stats, signed
+
+
+class StatsPartial(NamedTuple):
+    """What ``merge_stats`` needs to know of S pieces of a vocabulary; n is 4, or 6 if sampled.
+
+    Send it between devices, concatenated along S in any order. ``values`` are, for each piece:
+    largest logit, second, sum of ``exp(x - largest)``, sum of ``exp(x - largest) (x - largest)``;
+    best score and the logit there. ``ids``: of the largest logit; of the best score.
+    """
+
+    values: Tensor  # (n, R, S) fp32 (fp64 of fp64 hidden states)
+    ids: Tensor  # (n // 2 - 1, R, S) int32
+
+
+def head_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 0.0,
+    seed: int = 0,
+    counter: Tensor | None = None,
+    banned: Tensor | None = None,
+    tempered: bool = False,
+    softcap: float | None = None,
+    rows: Tensor | None = None,
+    backend: str | None = None,
+) -> VocabStats:
+    """Token and statistics of rows of hidden states, without storing their logits.
+
+    Equivalent to ``vocab_stats(hidden[rows].float() @ weight.float().T + bias, ...)``: logits are
+    sums in fp32 that are never rounded to the dtype of the operands, so the token is that of
+    ``vocab_stats(F.linear(hidden, weight))`` except where that rounding makes ties.
+
+    Args:
+        hidden: ``(R, D)`` fp32, fp16, bf16 or (torch backend) fp64; rows at any stride.
+        weight: ``(V, D)``, dtype of ``hidden``; rows at any stride.
+        bias: ``(V,)``, dtype of ``hidden``, or None.
+        temperature, seed, counter, banned, tempered, softcap: as in ``vocab_stats``.
+        rows: ``(N,)`` int32 or int64 on the device, the rows of ``hidden`` that count, in any
+            order; a shifted model's are one less than the positions. What has an entry a row then
+            has N.
+            An entry outside [0, R) is padding: the result is that of a row of -inf.
+        backend: None (``PYDLLM_BACKEND``), ``"auto"``, ``"triton"`` or ``"torch"``.
+
+    Returns:
+        ``VocabStats``, each field ``(R,)`` or ``(N,)``; rows without a distribution as there.
+
+    Raises:
+        ValueError, TypeError, BackendError: as ``vocab_stats``.
+
+    Determinism: in Triton a row's bits depend on that row alone. In torch the matmul's bits may
+    depend on the number of rows. Memory: in Triton 12 MB, in torch a few MB, whatever R and V.
+    CUDA graphs: safe; the seed is captured, counter and rows are read. ``torch.compile``: one op.
+
+    Kernels: ``kernels/head_stats.py``.
+
+    Example:
+        >>> stats = head_stats(torch.eye(2), torch.tensor([[0.0, 3.0], [2.0, 1.0]]))
+        >>> stats.token, stats.prob
+        (tensor([1, 0]), tensor([0.8808, 0.8808]))
+    """
+    count = _check_operands(hidden, weight, bias, rows)
+    options = (temperature, seed, counter, banned, tempered, softcap)
+    fixed, each = check_options(hidden, count, *options, name="hidden")
+    check_no_grad("head_stats", hidden=hidden, weight=weight, bias=bias)
+    chosen = _choose("head_stats", hidden, weight, bias, banned, each, rows, backend)
+    checked = (fixed, signed(seed), counter, banned, tempered, softcap, each, rows)
+    # One op in torch too: what it unrolls into would be thousands of nodes of a graph.
+    return VocabStats(*torch.ops.pydllm.head_stats(hidden, weight, bias, *checked, chosen))
+
+
+def head_stats_partial(
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    vocab_offset: int = 0,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 0.0,
+    seed: int = 0,
+    counter: Tensor | None = None,
+    banned: Tensor | None = None,
+    tempered: bool = False,
+    softcap: float | None = None,
+    rows: Tensor | None = None,
+    backend: str | None = None,
+) -> StatsPartial:
+    """The part of ``head_stats`` that one shard of the vocabulary contributes.
+
+    For heads whose rows are spread over devices: each calls this with its shard, all gather the
+    results, and ``merge_stats`` of them is ``head_stats`` of the whole head, tokens included.
+
+    Args:
+        weight, bias: the rows of the head from id ``vocab_offset`` on.
+        vocab_offset: a multiple of 4, from 0. Ids in ``banned`` are those of the whole vocabulary.
+        The others: as in ``head_stats``.
+
+    Returns:
+        ``StatsPartial``; S is 1 in torch and the number of tiles in Triton.
+    """
+    count = _check_operands(hidden, weight, bias, rows)
+    if vocab_offset < 0 or vocab_offset % 4 or vocab_offset + weight.shape[0] > 2**31 - 1:
+        raise ValueError(
+            "vocab_offset: expected a multiple of 4, from 0, and ids below 2^31 - 1, "
+            f"got {vocab_offset}"
+        )
+    options = (temperature, seed, counter, banned, tempered, softcap)
+    fixed, each = check_options(hidden, count, *options, name="hidden")
+    check_no_grad("head_stats_partial", hidden=hidden, weight=weight, bias=bias)
+    chosen = _choose("head_stats_partial", hidden, weight, bias, banned, each, rows, backend)
+    checked = (fixed, signed(seed), counter, banned, tempered, softcap, each, rows)
+    arguments = (hidden, weight, bias, *checked, vocab_offset, chosen)
+    return StatsPartial(*torch.ops.pydllm.head_stats_partial(*arguments))
+
+
+def merge_stats(*partials: StatsPartial, backend: str | None = None) -> VocabStats:
+    """Statistics of a vocabulary from those of its parts, in any order, none twice.
+
+    Args:
+        partials: what ``head_stats_partial`` returned for the same rows and options, on one device.
+        backend: None (``PYDLLM_BACKEND``), ``"auto"``, ``"triton"`` or ``"torch"``.
+
+    Returns:
+        ``VocabStats``, each field ``(R,)``.
+    """
+    if not partials:
+        raise ValueError("partials: expected at least one, got none")
+    like = partials[0]
+    for values, ids in partials:
+        check_dtype("values", values, torch.float32, torch.float64)
+        check_dtype("ids", ids, torch.int32)
+        check_shape("ids", ids, like.ids.shape[0], "R", "S")
+        fields = 2 * (like.ids.shape[0] + 1)
+        check_shape("values", values, fields, like.ids.shape[1], ids.shape[2])
+        check_device("values", values, "the first", like.values)
+        check_device("ids", ids, "values", values)
+    values, ids = partials[0]
+    if len(partials) > 1:
+        values = torch.cat([partial.values for partial in partials], -1)
+        ids = torch.cat([partial.ids for partial in partials], -1)
+
+    def triton() -> str | None:
+        from pydllm.kernels import head_stats as kernel
+
+        return kernel.merge_supports(values, ids)
+
+    chosen = choose("merge_stats", backend, values.device, triton=triton)
+    return VocabStats(*torch.ops.pydllm.merge_stats(values, ids, chosen))
+
+
+def _check_operands(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None
+) -> int:
+    check_dtype("hidden", hidden, *FLOATS)
+    check_shape("hidden", hidden, "R", "D")
+    check_shape("weight", weight, "V", hidden.shape[1])
+    check_dtype("weight", weight, hidden.dtype)
+    check_device("weight", weight, "hidden", hidden)
+    if 0 in weight.shape:
+        raise ValueError(f"weight: expected V and D of at least 1, got {tuple(weight.shape)}")
+    if bias is not None:
+        check_shape("bias", bias, weight.shape[0])
+        check_dtype("bias", bias, hidden.dtype)
+        check_device("bias", bias, "hidden", hidden)
+    return check_rows("hidden", hidden, rows)
+
+
+def _choose(
+    op: str,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    banned: Tensor | None,
+    temperatures: Tensor | None,
+    rows: Tensor | None,
+    backend: str | None,
+) -> str:
+    def triton() -> str | None:
+        from pydllm.kernels import head_stats as kernel
+
+        return kernel.supports(hidden, weight, bias, banned, temperatures, rows)
+
+    return choose(op, backend, hidden.device, triton=triton)
+
+
+def _run(hidden: Tensor, *arguments) -> tuple[Tensor, ...]:  # noqa: ANN002
+    return _implementation(arguments[-1]).head_stats(hidden, *arguments[:-1])
+
+
+def _run_partial(hidden: Tensor, *arguments) -> tuple[Tensor, ...]:  # noqa: ANN002
+    return _implementation(arguments[-1]).head_stats_partial(hidden, *arguments[:-1])
+
+
+def _run_merge(values: Tensor, ids: Tensor, backend: str) -> tuple[Tensor, ...]:
+    return _implementation(backend).merge_stats(values, ids)
+
+
+def _implementation(backend: str):  # noqa: ANN202
+    if backend == "torch":
+        return reference
+    from pydllm.kernels import head_stats as kernel
+
+    return kernel
+
+
+def _fake(hidden: Tensor, weight: Tensor, *arguments) -> tuple[Tensor, ...]:  # noqa: ANN002
+    return empty_stats(hidden, _count(hidden, arguments[8]))
+
+
+def _fake_partial(hidden: Tensor, weight: Tensor, *arguments) -> tuple[Tensor, ...]:  # noqa: ANN002
+    temperature, counter, temperatures, rows = (arguments[i] for i in (1, 3, 7, 8))
+    sampled = counter is not None and (temperatures is not None or temperature > 0)
+    pieces = 1
+    if arguments[-1] == "triton":
+        from pydllm.kernels import head_stats as kernel
+
+        pieces = kernel.tile_count(hidden, weight)
+    shape = (_count(hidden, rows), pieces)
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    values = hidden.new_empty(6 if sampled else 4, *shape, dtype=dtype)
+    return values, hidden.new_empty(2 if sampled else 1, *shape, dtype=torch.int32)
+
+
+def _fake_merge(values: Tensor, ids: Tensor, backend: str) -> tuple[Tensor, ...]:
+    return empty_stats(values, values.shape[1])
+
+
+def _count(hidden: Tensor, rows: Tensor | None) -> int:
+    return hidden.shape[0] if rows is None else rows.shape[0]
+
+
+_OPTIONS = (
+    "Tensor hidden, Tensor weight, Tensor? bias, float temperature, int seed, Tensor? counter, "
+    "Tensor? banned, bool tempered, float? softcap, Tensor? temperatures, Tensor? rows"
+)
+_STATS = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
+register(f"head_stats({_OPTIONS}, str backend) -> {_STATS}", _run, _fake)
+register(
+    f"head_stats_partial({_OPTIONS}, int vocab_offset, str backend) -> (Tensor, Tensor)",
+    _run_partial,
+    _fake_partial,
+)
+register(
+    f"merge_stats(Tensor values, Tensor ids, str backend) -> {_STATS}", _run_merge, _fake_merge
+)

@@ -1,0 +1,359 @@
+"""The accept rule: which masks of each window become tokens in this step."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pydllm import reference
+from pydllm._backend.dispatch import choose
+from pydllm._backend.library import register
+from pydllm.ops._checks import FLOATS, check_device, check_dtype, check_no_grad, check_shape
+
+_ANY = float("inf")
+# rule -> the options that it needs, and the largest value of those that are numbers.
+_OPTIONS: dict[str, dict[str, float | None]] = {
+    "quota": {"quota": None},
+    "margin": {"quota": None},
+    "left_to_right": {"quota": None},
+    "random": {"quota": None},
+    "threshold": {"threshold": 1.0},
+    "factor": {"factor": _ANY},
+    "entropy": {"threshold": _ANY},
+    "entropy_bound": {"bound": _ANY},
+    "joint": {"threshold": 1.0, "edit_threshold": 1.0},
+    "renoise": {"bound": _ANY, "vocab_size": None},
+}
+_COUNTED = ("quota", "margin", "left_to_right", "random")
+# semantics -> the rules that it has -> how they differ from the definition:
+#   above       a score must exceed its limit; one that equals it does not pass
+#   near_best   the limit is at most 1e-5 below the window's best score; a row that predicts the
+#               mask is left out
+#   last_pair   where all but the last-ranked mask are taken, that one is too
+#   span        counts are of positions from the first mask on, whether they are masks or not, and
+#               where fewer than min_tokens pass, such a span is taken instead of them
+#   inclusive   the sum includes the token itself and must stay below the bound
+SEMANTICS: dict[str, dict[str, str]] = {
+    "exact": dict.fromkeys(_OPTIONS, ""),
+    "fast_dllm": {"quota": "", "threshold": "", "factor": "last_pair"},
+    "dinfer": {"quota": "", "threshold": "near_best", "factor": "last_pair"},
+    "dllm": {"quota": "", "threshold": "", "factor": ""},
+    "sglang": {"threshold": "above", "joint": "above"},
+    "lmdeploy": {"quota": "", "threshold": "", "left_to_right": "span"},
+    "jetengine": {
+        "quota": "",
+        "threshold": "above span",
+        "entropy_bound": "inclusive",
+        "left_to_right": "span",
+    },
+    "diffusers": {"threshold": "above", "entropy_bound": "", "joint": "above", "renoise": ""},
+    "llada": {"quota": ""},
+    "dream": {"quota": "", "margin": ""},
+    "d3llm": {"entropy": ""},
+}
+
+
+class Unmasked(NamedTuple):
+    """What ``unmask`` did, per sequence."""
+
+    remaining: Tensor  # (B,) int32: masks left in the window
+    accepted: Tensor  # (B,) int32: tokens written
+
+
+def unmask(
+    x: Tensor,
+    step_map: Tensor,
+    nfe: Tensor,
+    token: Tensor,
+    score: Tensor,
+    *,
+    mask_id: int,
+    start: Tensor,
+    length: Tensor,
+    rule: str,
+    quota: Tensor | None = None,
+    threshold: float | None = None,
+    factor: float | None = None,
+    bound: float | None = None,
+    edit_threshold: float | None = None,
+    vocab_size: int | None = None,
+    min_tokens: int | Tensor | None = None,
+    prompt_length: Tensor | None = None,
+    semantics: str = "exact",
+    seed: int = 0,
+    request: Tensor | None = None,
+    backend: str | None = None,
+) -> Unmasked:
+    """Write the tokens of the masks that a rule accepts, per sequence, in place, on the device.
+
+    The masks of sequence b are the rows ``j < length[b]`` with ``x[b, start[b] + j] == mask_id``.
+    They are ordered, best first and ties by position, and the first n become tokens:
+    ``x[b, start[b] + j] = token[b, j]``, ``step_map[b, start[b] + j] = nfe[b]``; then
+    ``nfe[b] += 1`` if there was a mask. A sequence without one is not touched.
+
+    ===============  ==================  ======================================================
+    rule             order               n
+    ===============  ==================  ======================================================
+    quota            score, descending   ``quota[b]``
+    margin           the same; its scores are the gaps between the two best probabilities
+    left_to_right    position            ``quota[b]``
+    random           by seed             ``quota[b]``
+    threshold        score, descending   those with score >= threshold
+    factor           score, descending   rank r (from 1) while score >= 1 - factor / (r + 1)
+    entropy          score, ascending    those with score <= threshold
+    entropy_bound    score, ascending    while the sum of the scores before <= bound
+    joint            score, descending   as threshold; and written tokens are edited, see below
+    renoise          score, ascending    as entropy_bound, of all positions, see below
+    ===============  ==================  ======================================================
+
+    From ``threshold`` on, n is at least ``min_tokens``, one unless told otherwise.
+
+    ``joint`` (token editing, LLaDA2.1) also replaces tokens: a position from ``prompt_length[b]``
+    on that is no mask and whose ``token`` is another one with score >= edit_threshold. Its
+    sequences take part while ``length[b] > 0``; one is done when nothing remains and nothing was
+    accepted.
+
+    ``renoise`` (DiffusionGemma) has no masks: every row of the window is up for acceptance, and one
+    that is not accepted becomes a uniform random id. The ids accepted in an earlier step are in no
+    way special. Its sequences take part while ``length[b] > 0``.
+
+    NaN counts as the worst score. The worst, NaN or infinite, is taken only by a quota or
+    ``min_tokens``, where nothing better is there. A token that is ``mask_id`` itself is written and
+    counted as accepted, and is still a mask.
+
+    Args:
+        x: ``(B, L)`` int64 token ids, **updated in place**.
+        step_map: ``(B, L)`` int32, the step at which a position was written, **updated in place**.
+        nfe: ``(B,)`` int32, steps in which the sequence took part, **updated in place**.
+        token: ``(B, T)`` int64, ``T <= L``: the choice for each row of the window.
+        score: ``(B, T)`` fp32, fp16, bf16 or (torch backend) fp64: a confidence, higher is better,
+            or for the two entropy rules and ``renoise`` the entropy in nats. Rows that are no masks
+            may hold anything, except where the rule looks at them. Numbers to compare with are
+            rounded to this dtype, everything else is computed in fp32 (fp64).
+        mask_id: the mask's token id.
+        start: ``(B,)`` int32, position of window row 0.
+        length: ``(B,)`` int32, window rows in use, 0 to ``T``. Rows outside of ``x`` are ignored.
+        rule: see the table.
+        quota: ``(B,)`` int32, how many tokens; more than there are masks takes all of them.
+        threshold: a probability in [0, 1]; for ``rule="entropy"`` nats, at least 0.
+        factor: at least 0; larger takes more.
+        bound: nats, at least 0. The sum is exact (scores in units of 2^-40 nats, at most 128 nats
+            each) and rounded once to fp32 (fp64).
+        edit_threshold: a probability in [0, 1], for ``joint``.
+        vocab_size: for ``renoise``: random ids are in [0, vocab_size), at most 2^31 - 1.
+        min_tokens: the least number that a rule with a limit takes, an int of at least 0 or a
+            ``(B,)`` int32 tensor (a schedule). Default 1.
+        prompt_length: ``(B,)`` int32, for ``joint``: positions before it are never edited. Default
+            None: all may be.
+        semantics: whose rule, see below. Default ``"exact"``: as above.
+        seed: in [0, 2^64), for ``random`` and ``renoise``. The Philox counter is (0xFFFFFFFF,
+            position, request, nfe): the random order is that of its first word, largest first; the
+            random id is ``second word * vocab_size >> 32``.
+        request: ``(B,)`` int32, which stream of random numbers a sequence uses; required for
+            ``random`` and ``renoise``, otherwise ignored.
+        backend: None (``PYDLLM_BACKEND``), ``"auto"``, ``"triton"`` or ``"torch"``.
+
+    Semantics: the accept rules of published code differ where it decides tokens. Scores have to
+    come in the precision given; where that code leaves ties to ``torch.topk`` or ``argmax``, the
+    lowest position wins here.
+
+    ============  ==============================================================================
+    semantics     rules, and what is particular
+    ============  ==============================================================================
+    fast_dllm     quota, threshold, factor; fp64. ``factor``: where all masks but the last-ranked
+                  pass, that one is taken too, so the last two always go together.
+    dinfer        quota, factor (as fast_dllm, fp64). ``threshold``, fp32 or fp64: the limit is
+                  ``min(threshold, best score - 1e-5)``, and rows that predict the mask are left
+                  out, so that nothing may be accepted.
+    dllm          quota, threshold, factor; fp32.
+    sglang        threshold, joint: a score must exceed its limit; dtype of the logits.
+    lmdeploy      quota, threshold in the dtype of the logits. ``left_to_right``: the masks among
+                  the ``quota`` positions from the first mask on.
+    jetengine     quota; fp32. ``threshold``: a score must exceed it, and where fewer than
+                  ``min_tokens`` do, the masks among the ``min_tokens`` positions from the first
+                  mask on are taken in their place. ``left_to_right`` as lmdeploy.
+                  ``entropy_bound``: the sum includes the token itself and must be below the bound.
+    diffusers     threshold, joint: a score must exceed its limit, ``min_tokens`` is the schedule's
+                  number; entropy_bound, renoise; fp32.
+    llada         quota; dtype of the logits (where bf16 ties abound).
+    dream         quota, margin; dtype of the logits.
+    d3llm         entropy; fp64.
+    ============  ==============================================================================
+
+    Returns:
+        ``Unmasked(remaining, accepted)``, both ``(B,)`` int32. For ``renoise`` what remains are the
+        positions that were not accepted; for ``joint`` edits count as accepted.
+
+    Raises:
+        ValueError: shapes or devices do not fit, a rule or semantics is unknown, an option is
+            missing, out of range or not the rule's own, a gradient is wanted, or the backend is
+            unknown.
+        TypeError: a dtype that is not supported.
+        BackendError: the named backend cannot run the call.
+
+    Determinism: the same on every backend, bit for bit; a sequence does not depend on the others.
+    CUDA graphs: safe; every option that is no tensor is captured. One launch,
+    no host read. ``torch.compile``: one op.
+
+    Kernels: ``kernels/unmask.py``.
+
+    Example:
+        >>> at = lambda *n: torch.tensor(n, dtype=torch.int32)
+        >>> x, steps, nfe = torch.tensor([[7, 0, 0, 0]]), at(-1, -1, -1, -1)[None], at(4)
+        >>> score = torch.tensor([[0.2, 0.9, 0.8]])
+        >>> unmask(x, steps, nfe, torch.tensor([[1, 2, 3]]), score, mask_id=0, start=at(1),
+        ...        length=at(3), rule="threshold", threshold=0.75)
+        Unmasked(remaining=tensor([1], dtype=torch.int32), accepted=tensor([2], dtype=torch.int32))
+        >>> x, steps
+        (tensor([[7, 0, 2, 3]]), tensor([[-1, -1,  4,  4]], dtype=torch.int32))
+    """
+    given = {
+        "quota": quota,
+        "threshold": threshold,
+        "factor": factor,
+        "bound": bound,
+        "edit_threshold": edit_threshold,
+        "vocab_size": vocab_size,
+    }
+    variant = _check_rule(rule, semantics)
+    limit, edit_limit = _check_options(rule, given)
+    least = _check_extras(rule, min_tokens, prompt_length, request, seed)
+    _check_tensors(x, step_map, nfe, token, score)
+    if rule not in ("random", "renoise"):
+        request = None
+    if isinstance(min_tokens, Tensor):
+        quota = min_tokens
+    _check_number("start", start, x)
+    _check_number("length", length, x)
+    _check_number("quota" if quota is not min_tokens else "min_tokens", quota, x)
+    _check_number("request", request, x)
+    _check_number("prompt_length", prompt_length, x)
+    if not isinstance(mask_id, int):
+        raise TypeError(f"mask_id: expected an int, got {mask_id!r}")
+    check_no_grad("unmask", score=score)
+    seed = seed - 2**64 if seed >= 2**63 else seed  # the schema's integers are signed
+    rule = "quota" if rule == "margin" else rule
+    window = (x, step_map, nfe, token, score, mask_id, start, length)
+    numbers = (quota, least, limit, edit_limit, vocab_size or 0, seed)
+    arguments = (*window, rule, variant, *numbers, request, prompt_length)
+
+    def triton() -> str | None:
+        from pydllm.kernels import unmask as kernel
+
+        per_sequence = (nfe, start, length, quota, request, prompt_length)
+        return kernel.supports(x, step_map, token, score, *per_sequence)
+
+    chosen = choose("unmask", backend, x.device, triton=triton)
+    if chosen == "torch":
+        return Unmasked(*reference.unmask(*arguments))
+    return Unmasked(*torch.ops.pydllm.unmask(*arguments, chosen))
+
+
+def _check_rule(rule: str, semantics: str) -> str:
+    """How the rule differs under these semantics."""
+    if rule not in _OPTIONS:
+        raise ValueError(f"rule: expected one of {', '.join(_OPTIONS)}, got {rule!r}")
+    if semantics not in SEMANTICS:
+        raise ValueError(f"semantics: expected one of {', '.join(SEMANTICS)}, got {semantics!r}")
+    if rule not in SEMANTICS[semantics]:
+        rules = ", ".join(SEMANTICS[semantics])
+        raise ValueError(f"rule: expected one of {rules} (semantics {semantics!r}), got {rule!r}")
+    return SEMANTICS[semantics][rule]
+
+
+def _check_options(rule: str, given: dict) -> tuple[float, float]:
+    """The rule's limit and the limit of edits; 0 where it has none."""
+    wanted = _OPTIONS[rule]
+    names = [name for name, value in given.items() if value is not None]
+    if names != list(wanted):
+        plural = "s" if len(wanted) > 1 else ""
+        raise ValueError(
+            f"rule {rule!r}: expected the option{plural} {' and '.join(wanted)} and no other, "
+            f"got {', '.join(names) or 'none'}"
+        )
+    limits = []
+    for name, largest in wanted.items():
+        value = given[name]
+        if name == "vocab_size" and not (isinstance(value, int) and 0 < value < 2**31):
+            raise ValueError(f"vocab_size: expected an int in [1, 2^31), got {value!r}")
+        if largest is not None:
+            if not isinstance(value, int | float) or not 0 <= value <= largest:
+                raise ValueError(f"{name}: expected a number in [0, {largest:g}], got {value!r}")
+            limits.append(float(value))
+    limit, edit_limit = [*limits, 0.0, 0.0][:2]
+    return limit, edit_limit
+
+
+def _check_extras(
+    rule: str,
+    min_tokens: int | Tensor | None,
+    prompt_length: Tensor | None,
+    request: Tensor | None,
+    seed: int,
+) -> int:
+    """The least number of tokens, where no tensor says it."""
+    if rule in ("random", "renoise") and request is None:
+        raise ValueError(f"request: expected a (B,) int32 tensor for rule {rule!r}, got None")
+    if prompt_length is not None and rule != "joint":
+        raise ValueError(f"prompt_length: expected None for rule {rule!r}, got a tensor")
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed: expected an integer in [0, 2^64), got {seed}")
+    if min_tokens is None or isinstance(min_tokens, Tensor):
+        least = 1
+    elif isinstance(min_tokens, int) and 0 <= min_tokens < 2**31:
+        least = min_tokens
+    else:
+        raise ValueError(f"min_tokens: expected an int in [0, 2^31), got {min_tokens!r}")
+    if min_tokens is not None and rule in _COUNTED:
+        raise ValueError(f"min_tokens: expected None for rule {rule!r}, which takes a quota")
+    return least
+
+
+def _check_tensors(x: Tensor, step_map: Tensor, nfe: Tensor, token: Tensor, score: Tensor) -> None:
+    check_shape("x", x, "B", "L")
+    check_dtype("x", x, torch.int64)
+    check_shape("step_map", step_map, *x.shape)
+    check_dtype("step_map", step_map, torch.int32)
+    _check_number("nfe", nfe, x)
+    check_shape("token", token, x.shape[0], "T")
+    check_dtype("token", token, torch.int64)
+    check_shape("score", score, *token.shape)
+    check_dtype("score", score, *FLOATS)
+    for name, tensor in (("step_map", step_map), ("token", token), ("score", score)):
+        check_device(name, tensor, "x", x)
+    if token.shape[1] > x.shape[1]:
+        raise ValueError(
+            f"token: expected at most the {x.shape[1]} positions of x, got {token.shape[1]}"
+        )
+
+
+def _check_number(name: str, tensor: Tensor | None, x: Tensor) -> None:
+    """A number a sequence, on the device."""
+    if tensor is not None:
+        check_shape(name, tensor, x.shape[0])
+        check_dtype(name, tensor, torch.int32)
+        check_device(name, tensor, "x", x)
+
+
+def _run(*arguments: Any) -> tuple[Tensor, Tensor]:
+    if arguments[-1] == "torch":
+        return reference.unmask(*arguments[:-1])
+    from pydllm.kernels import unmask as kernel
+
+    return kernel.unmask(*arguments[:-1])
+
+
+def _fake(x: Tensor, step_map: Tensor, nfe: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return nfe.new_empty(nfe.shape), nfe.new_empty(nfe.shape)
+
+
+register(
+    "unmask(Tensor(a!) x, Tensor(b!) step_map, Tensor(c!) nfe, Tensor token, Tensor score, "
+    "int mask_id, Tensor start, Tensor length, str rule, str variant, Tensor? quota, int least, "
+    "float limit, float edit_limit, int vocab, int seed, Tensor? request, Tensor? prompt, "
+    "str backend) -> (Tensor, Tensor)",
+    _run,
+    _fake,
+)

@@ -1,0 +1,260 @@
+"""What a decoding step needs to know of its logits: a token for each row, and how sure it is."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pydllm import reference
+from pydllm._backend.dispatch import choose
+from pydllm._backend.library import register
+from pydllm.ops._checks import FLOATS, check_device, check_dtype, check_no_grad, check_shape
+
+MAX_BANNED = 16
+_MIN_TEMPERATURE = 1e-6  # below, logits / temperature could leave fp32
+
+
+class VocabStats(NamedTuple):
+    """One entry a row of logits; statistics are fp32 (fp64 of fp64 logits)."""
+
+    token: Tensor  # (R,) int64
+    prob: Tensor  # (R,) probability of `token`
+    entropy: Tensor  # (R,) nats
+    margin: Tensor  # (R,) the largest probability less the second largest
+    logsumexp: Tensor  # (R,)
+
+
+def vocab_stats(
+    logits: Tensor,
+    *,
+    temperature: float | Tensor = 0.0,
+    seed: int = 0,
+    counter: Tensor | None = None,
+    banned: Tensor | None = None,
+    tempered: bool = False,
+    softcap: float | None = None,
+    rows: Tensor | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    backend: str | None = None,
+) -> VocabStats:
+    """Arg-max or sampled token of each row, and the statistics of the row's distribution.
+
+    Equivalent, without storing any of it::
+
+        x = softcap * tanh(logits / softcap); x[:, banned] = -inf; p = softmax(x)
+        token = argmax(x)  or, at a temperature,  argmax(x / temperature + gumbel_noise)
+        prob, entropy = p[token], -sum(p * log(p));  margin = p_1st - p_2nd
+        logsumexp = log(sum(exp(x)))
+
+    The lowest id wins a tie. Sampling is exact (the Gumbel-max trick), and the noise of a row is a
+    function of ``seed``, the vocabulary id and ``counter`` alone (``pydllm/reference/philox.py``).
+
+    Args:
+        logits: ``(R, V)`` fp32, fp16, bf16 or (torch backend) fp64; rows at any stride. An id with
+            logit -inf is never chosen.
+        temperature: 0 takes the arg-max; otherwise at least 1e-6. Or ``(R,)`` fp32, one for each
+            row; a row whose own is not in [1e-6, inf) takes the arg-max.
+        seed: in [0, 2^64); used at a temperature.
+        counter: ``(R, 3)`` int32, what tells one draw from another: absolute position, request id,
+            draw. Required at a temperature, not read at 0. Nobody advances it but the caller.
+        banned: ``(n,)`` int32, at most 16 ids that count as -inf in everything; ids that are not in
+            the vocabulary ban nothing.
+        tempered: statistics of ``softmax(x / temperature)`` instead of ``softmax(x)``.
+        softcap: a positive number c, ``c * tanh(logits / c)`` is taken for the logits; -inf stays.
+        rows: ``(N,)`` int32 or int64 on the device, the rows of ``logits`` that count, in any
+            order. What has an entry a row, results included, then has one for each of these N.
+            An entry outside [0, R) is padding: the result is that of a row of -inf.
+        top_k: at least 1: only the k largest logits count, the others are as if banned.
+        top_p: in (0, 1]: only the largest logits count whose mass, of all that are not banned and
+            at the row's temperature, first exceeds ``top_p``. Both filters look at the whole row,
+            and what both keep is kept; logits that tie with the last one kept are kept too.
+        backend: None (``PYDLLM_BACKEND``), ``"auto"``, ``"cuda"`` (temperature 0, and none of
+            softcap, rows, top_k and top_p), ``"triton"`` or ``"torch"``.
+
+    Returns:
+        ``VocabStats``, each field ``(R,)``. A row whose ids are all -inf or banned has token 0,
+        log-sum-exp -inf and else 0; one with a NaN or +inf in an id that is not banned has token 0
+        and NaN in the rest.
+
+    Raises:
+        ValueError: shapes or devices differ, a number is out of its range, a counter is missing, a
+            gradient is wanted, or an unknown backend.
+        TypeError: a dtype that is not supported.
+        BackendError: the named backend cannot run the call.
+
+    Determinism: a row's bits depend on that row alone, not on the batch or its order (torch on CUDA
+    does not promise the bits of the statistics). A seed gives the same token on every backend (with
+    a softcap: except where its rounding makes or breaks a tie); the statistics agree to rounding.
+    ``top_p`` sums in another order on each backend: an id whose mass decides within rounding of
+    ``top_p`` may be kept by one and not by another.
+    Cost: one read of the logits. ``top_k`` or ``top_p`` cost, in Triton, 9 reads more of bf16, 11
+    of fp16 and 17 of fp32, each row by one program; in torch a sort.
+    CUDA graphs: safe; the seed is captured, the counter is read. ``torch.compile``: one op.
+
+    Kernels: ``kernels/vocab_stats.py``, ``csrc/vocab_stats.cu``.
+
+    Example:
+        >>> stats = vocab_stats(torch.tensor([[0.0, 2.0, 1.0]]))
+        >>> stats.token, stats.prob, stats.entropy
+        (tensor([1]), tensor([0.6652]), tensor([0.8324]))
+    """
+    check_dtype("logits", logits, *FLOATS)
+    check_shape("logits", logits, "R", "V")
+    if logits.shape[1] == 0:
+        raise ValueError(f"logits: expected at least one id, got shape {tuple(logits.shape)}")
+    count = check_rows("logits", logits, rows)
+    fixed, each = check_options(
+        logits, count, temperature, seed, counter, banned, tempered, softcap
+    )
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k: expected at least 1 or None, got {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p: expected a number in (0, 1] or None, got {top_p}")
+    top_p = None if top_p == 1 else top_p
+    check_no_grad("vocab_stats", logits=logits)
+
+    def cuda() -> str | None:
+        from pydllm._backend import cuda as kernels
+
+        if each is not None or fixed != 0 or softcap is not None:
+            return "the kernel takes temperature 0 and no softcap"
+        if not (rows is None and top_k is None and top_p is None):
+            return "the kernel takes no rows, top_k or top_p"
+        return kernels.vocab_stats_supports(logits, banned)
+
+    def triton() -> str | None:
+        from pydllm.kernels import vocab_stats as kernel
+
+        return kernel.supports(logits, banned, each, rows)
+
+    chosen = choose("vocab_stats", backend, logits.device, triton=triton, cuda=cuda)
+    seed = signed(seed)
+    arguments = (logits, fixed, seed, counter, banned, tempered, softcap, each, rows, top_k, top_p)
+    if chosen == "torch":
+        return VocabStats(*reference.vocab_stats(*arguments))
+    return VocabStats(*torch.ops.pydllm.vocab_stats(*arguments, chosen))
+
+
+def check_rows(name: str, matrix: Tensor, rows: Tensor | None) -> int:
+    """Check the list of rows of ``matrix``; how many rows the results have."""
+    if rows is None:
+        return matrix.shape[0]
+    check_shape("rows", rows, "N")
+    check_dtype("rows", rows, torch.int32, torch.int64)
+    check_device("rows", rows, name, matrix)
+    if matrix.shape[0] == 0 and rows.shape[0] > 0:
+        raise ValueError(f"{name}: expected a row to take, got shape {tuple(matrix.shape)}")
+    return rows.shape[0]
+
+
+def check_options(
+    like: Tensor,
+    count: int,
+    temperature: float | Tensor,
+    seed: int,
+    counter: Tensor | None,
+    banned: Tensor | None,
+    tempered: bool,
+    softcap: float | None,
+    name: str = "logits",
+) -> tuple[float, Tensor | None]:
+    """Check what has to do with a row's distribution; the temperature as a number or as a tensor.
+
+    ``like``, called ``name``, has the device; ``count`` is the number of rows of the results.
+    """
+    fixed, each = (0.0, temperature) if isinstance(temperature, Tensor) else (temperature, None)
+    if each is not None:
+        check_shape("temperature", each, count)
+        check_dtype("temperature", each, torch.float32)
+        check_device("temperature", each, name, like)
+    elif not (fixed == 0 or _MIN_TEMPERATURE <= fixed < math.inf):
+        raise ValueError(f"temperature: expected 0 or at least 1e-6, got {temperature}")
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed: expected an integer in [0, 2^64), got {seed}")
+    if tempered and each is None and fixed == 0:
+        raise ValueError("tempered: expected False at temperature 0, got True")
+    if counter is not None:
+        check_shape("counter", counter, count, 3)
+        check_dtype("counter", counter, torch.int32)
+        check_device("counter", counter, name, like)
+    elif each is not None or fixed > 0:
+        raise ValueError("counter: expected (R, 3) int32 at a temperature, got None")
+    if banned is not None:
+        check_shape("banned", banned, "n")
+        check_dtype("banned", banned, torch.int32)
+        check_device("banned", banned, name, like)
+        if banned.shape[0] > MAX_BANNED:
+            raise ValueError(f"banned: expected at most {MAX_BANNED} ids, got {banned.shape[0]}")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap: expected a positive number or None, got {softcap}")
+    return fixed, each
+
+
+def signed(seed: int) -> int:
+    """The same 64 bits as a signed number, which is what the integers of a schema are."""
+    return seed - 2**64 if seed >= 2**63 else seed
+
+
+def _run(
+    logits: Tensor,
+    temperature: float,
+    seed: int,
+    counter: Tensor | None,
+    banned: Tensor | None,
+    tempered: bool,
+    softcap: float | None,
+    temperatures: Tensor | None,
+    rows: Tensor | None,
+    top_k: int | None,
+    top_p: float | None,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    options = (temperature, seed, counter, banned, tempered, softcap)
+    arguments = (logits, *options, temperatures, rows, top_k, top_p)
+    if backend == "torch":
+        return reference.vocab_stats(*arguments)
+    if backend == "cuda":
+        from pydllm._backend import cuda
+
+        token, logsumexp, prob, entropy, margin = cuda.vocab_stats(logits, banned)
+        return token, prob, entropy, margin, logsumexp
+    from pydllm.kernels import vocab_stats as kernel
+
+    return kernel.vocab_stats(*arguments)
+
+
+def _fake(
+    logits: Tensor,
+    temperature: float,
+    seed: int,
+    counter: Tensor | None,
+    banned: Tensor | None,
+    tempered: bool,
+    softcap: float | None,
+    temperatures: Tensor | None,
+    rows: Tensor | None,
+    top_k: int | None,
+    top_p: float | None,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    return empty_stats(logits, logits.shape[0] if rows is None else rows.shape[0])
+
+
+def empty_stats(like: Tensor, rows: int) -> tuple[Tensor, ...]:
+    """What the op returns, for tracing."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    statistics = [like.new_empty(rows, dtype=dtype) for _ in range(4)]
+    return like.new_empty(rows, dtype=torch.int64), *statistics
+
+
+register(
+    "vocab_stats(Tensor logits, float temperature, int seed, Tensor? counter, Tensor? banned, "
+    "bool tempered, float? softcap, Tensor? temperatures, Tensor? rows, int? top_k, float? top_p, "
+    "str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _run,
+    _fake,
+)

@@ -1,0 +1,294 @@
+"""Attention of a window of positions over the cache and its own fresh keys."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pydllm import reference
+from pydllm._backend.dispatch import choose
+from pydllm._backend.library import register
+from pydllm.ops._checks import FLOATS, check_device, check_dtype, check_no_grad, check_shape
+
+
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    start: Tensor,
+    length: Tensor,
+    kv_len: Tensor,
+    commit: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    pad: Tensor | None = None,
+    scale: float | None = None,
+    branches: int = 1,
+    causal: bool = False,
+    block_size: int | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
+    block_table: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Attention of a window over cached and fresh keys, with RoPE and cache write.
+
+    ``softmax(rope(q) [K_cache[pad:start], rope(k)[:length], K_cache[start+length:kv_len]]^T scale)
+    [V_cache[pad:start], v[:length], V_cache[start+length:kv_len]]``, and then
+    ``K_cache[start:start+commit], V_cache[start:start+commit] = rope(k)[:commit], v[:commit]``,
+    per sequence, in one launch and without building any of these lists.
+
+    With 8 slots, ``pad`` 1, ``start`` 3, ``length`` 2 and ``kv_len`` 7, both window rows see
+
+        slot     0  1  2  3  4  5  6  7
+        cached   0  1  1  0  0  1  1  0
+        fresh    0  0  0  1  1  0  0  0
+
+    The window's own slots of the cache are never read, what they hold does not matter; neither does
+    what lies before ``pad`` or from ``kv_len`` on, NaN included. ``kv_len = start + length`` is a
+    prefix cache, ``kv_len = L`` a dual cache, ``start = 0, length = kv_len`` a full refresh.
+
+    Masks narrow this, by position; one position a row, 6 of them:
+
+        causal         block_size=2   window=2       branches=2, of 2 rows each; the rows
+        1 0 0 0 0 0    1 1 0 0 0 0    1 1 0 0 0 0    cached  fresh
+        1 1 0 0 0 0    1 1 0 0 0 0    1 1 1 0 0 0    1 1     1 1 0 0    cached
+        1 1 1 0 0 0    1 1 1 1 0 0    0 1 1 1 0 0    1 1     1 1 0 0    1 1
+        1 1 1 1 0 0    1 1 1 1 0 0    0 0 1 1 1 0    1 1     0 0 1 1    1 1
+        1 1 1 1 1 0    1 1 1 1 1 1    0 0 0 1 1 1    1 1     0 0 1 1    1 1
+        1 1 1 1 1 1    1 1 1 1 1 1    0 0 0 0 1 1
+
+    Args:
+        q: ``(B, T, Hq, D)`` fp32, fp16, bf16 or (torch backend) fp64, not rotated. Any strides with
+            contiguous heads: a view of a fused projection is not copied.
+        k, v: ``(B, T, Hkv, D)`` like ``q``; ``Hq`` is a multiple of ``Hkv``, query head ``h`` uses
+            KV head ``h // (Hq / Hkv)``.
+        k_cache, v_cache: ``(B, L, Hkv, D)``, keys after RoPE; **updated in place**. ``T <= L``.
+            With a ``block_table`` ``(pages, page, Hkv, D)``.
+        start: ``(B,)`` int32, slot of window row 0.
+        length: ``(B,)`` int32, window rows in use, 0 to ``T``; ``start + length <= L``.
+        kv_len: ``(B,)`` int32, end of the visible slots, at most ``L``.
+        commit: ``(B,)`` int32, window rows written to the cache, 0 to ``length``.
+        cos, sin: ``(positions, rotary / 2)`` fp32 (fp64 with fp64 ``q``), ``positions >= L``,
+            ``rotary <= D``: the first ``rotary`` dimensions are rotated, half-split. The position
+            of a slot is ``slot - pad``. Rotated keys are rounded to their dtype, then used, stored.
+        pad: ``(B,)`` int32, slots of left padding, or None for none. Window rows before it are
+            invisible, give zeros and are not written.
+        scale: of the scores; ``D**-0.5`` by default.
+        branches: candidates of ``T / branches`` rows, one after the other in ``q``, ``k``, ``v``,
+            at the same positions: ``start`` and ``length`` (at most ``T / branches``) are those of
+            each. A branch sees the cache and itself; ``commit`` is of branch 0, see
+            ``commit_branch`` for another.
+        causal: keys at later positions are invisible.
+        block_size: positions of a block; keys of later blocks are invisible.
+        window: keys ``window`` or more positions away are invisible, on both sides.
+        softcap: scores become ``softcap * tanh(scores / softcap)``.
+        q_norm, k_norm: ``(D,)`` in the dtype of ``q``, both or none: weights of an RMS norm of each
+            head before RoPE, as ``rms_norm`` does it.
+        eps: of that norm.
+        block_table: ``(B, n)`` int32, pages of each sequence: slot ``s`` is row ``s % page`` of
+            page ``block_table[b, s // page]``, and ``L = n * page``. Entries of pages without
+            visible or committed slots are not used. No two sequences may commit to the same page.
+        backend: None (``PYDLLM_BACKEND``), ``"auto"``, ``"triton"`` or ``"torch"``.
+
+    Returns:
+        ``(B, T, Hq, D)`` contiguous, dtype of ``q``; zeros in rows from ``length`` on and before
+        ``pad``. Softmax and sums in fp32 (fp64 for fp64).
+
+    Raises:
+        ValueError: shapes or devices do not fit, a gradient is wanted, or an unknown backend.
+        TypeError: a dtype that is not supported, or dtypes that differ.
+        BackendError: the named backend cannot run the call.
+
+    The values of ``start``, ``length``, ``kv_len``, ``commit`` and ``pad`` stay on the device and
+    are not checked; window rows that do not fit into the cache give zeros and are not written.
+
+    A NaN stays in its sequence and its branch. Behind the masks by position it may show in a row
+    that does not see it, as a NaN times a weight of 0.
+
+    Determinism: with the Triton kernel a row's bits depend on its query and its visible keys alone,
+    not on the batch, other branches, padding, pages, or on which of the keys are cached; nor on
+    ``T / branches`` and ``L``, as long as both calls split the keys or both do not (short windows
+    over long caches do, ``attention_splits`` in ``kernels/_tiles.py``).
+    CUDA graphs: safe. ``torch.compile``: one op.
+
+    Kernels: ``kernels/window_attention.py``.
+
+    Example:
+        >>> q = k = torch.zeros(1, 1, 1, 2)
+        >>> v, cache = torch.ones(1, 1, 1, 2), torch.zeros(2, 1, 3, 1, 2)
+        >>> at = lambda n: torch.tensor([n], dtype=torch.int32)
+        >>> window_attention(q, k, v, *cache, start=at(1), length=at(1), kv_len=at(2), commit=at(1),
+        ...                  cos=torch.ones(3, 1), sin=torch.zeros(3, 1))
+        tensor([[[[0.5000, 0.5000]]]])
+        >>> cache[1, 0, :, 0, 0]
+        tensor([0., 1., 0.])
+    """
+    check_tensors(q, k, v, k_cache, v_cache, cos, sin, branches, block_table)
+    numbers = {"start": start, "length": length, "kv_len": kv_len, "commit": commit}
+    for name, tensor in (numbers if pad is None else numbers | {"pad": pad}).items():
+        check_shape(name, tensor, q.shape[0])
+        check_dtype(name, tensor, torch.int32)
+        check_device(name, tensor, "q", q)
+    _check_options(q, block_size, window, softcap, q_norm, k_norm)
+    check_no_grad("window_attention", q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache)
+    tensors = (q, k, v, k_cache, v_cache, start, length, kv_len, commit, cos, sin, pad)
+    extra = (q_norm, k_norm, block_table)
+    factor = q.shape[3] ** -0.5 if scale is None else float(scale)
+
+    def triton() -> str | None:
+        from pydllm.kernels import window_attention as kernel
+
+        return kernel.supports(*tensors, *extra)
+
+    chosen = choose("window_attention", backend, q.device, triton=triton)
+    run = _run if chosen == "torch" else torch.ops.pydllm.window_attention
+    return run(*tensors, *extra, factor, branches, causal, block_size, window, softcap, eps, chosen)
+
+
+def check_tensors(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    branches: int,
+    block_table: Tensor | None,
+) -> None:
+    """Shapes, dtypes and devices; ``commit_branch`` has no ``q`` and gives ``k`` for it."""
+    check_dtype("q", q, *FLOATS)
+    check_shape("q", q, "B", "T", "Hq", "D")
+    check_shape("k", k, q.shape[0], q.shape[1], "Hkv", q.shape[3])
+    check_shape("v", v, *k.shape)
+    if block_table is None:
+        check_shape("k_cache", k_cache, q.shape[0], "L", *k.shape[2:])
+        slots = k_cache.shape[1]
+    else:
+        check_shape("k_cache", k_cache, "pages", "page", *k.shape[2:])
+        check_shape("block_table", block_table, q.shape[0], "n")
+        check_dtype("block_table", block_table, torch.int32)
+        check_device("block_table", block_table, "q", q)
+        slots = k_cache.shape[1] * block_table.shape[1]
+        if slots == 0 or k_cache.shape[0] == 0:
+            raise ValueError(
+                "block_table: expected at least one slot, got "
+                f"{block_table.shape[1]} of {k_cache.shape[0]} pages of {k_cache.shape[1]} slots"
+            )
+    check_shape("v_cache", v_cache, *k_cache.shape)
+    for name, tensor in (("k", k), ("v", v), ("k_cache", k_cache), ("v_cache", v_cache)):
+        check_dtype(name, tensor, q.dtype)
+        check_device(name, tensor, "q", q)
+    heads, kv_heads = q.shape[2], k.shape[2]
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"q: expected a multiple of the {kv_heads} KV heads, got {heads} heads")
+    if branches < 1 or q.shape[1] % branches:
+        raise ValueError(f"branches: expected a divisor of the {q.shape[1]} rows, got {branches}")
+    rows = q.shape[1] // branches
+    if rows > slots:
+        raise ValueError(f"q: expected at most the {slots} rows of the cache, got {rows}")
+    check_shape("cos", cos, "positions", "rotary / 2")
+    check_shape("sin", sin, *cos.shape)
+    if cos.shape[0] < slots:
+        raise ValueError(f"cos: expected at least {slots} positions, got {cos.shape[0]}")
+    if 2 * cos.shape[1] > q.shape[3]:
+        raise ValueError(f"cos: expected at most {q.shape[3] // 2} columns, got {cos.shape[1]}")
+    for name, tensor in (("cos", cos), ("sin", sin)):
+        check_dtype(name, tensor, torch.float32, *((q.dtype,) if q.dtype == torch.float64 else ()))
+        check_device(name, tensor, "q", q)
+
+
+def _check_options(
+    q: Tensor,
+    block_size: int | None,
+    window: int | None,
+    softcap: float | None,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+) -> None:
+    for name, value in (("block_size", block_size), ("window", window)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+    if softcap is not None and not 0 < softcap < float("inf"):
+        raise ValueError(f"softcap: expected a positive number, got {softcap}")
+    if (q_norm is None) != (k_norm is None):
+        missing = "q_norm" if q_norm is None else "k_norm"
+        raise ValueError(f"{missing}: expected weights for both norms or none, got None")
+    for name, weight in (("q_norm", q_norm), ("k_norm", k_norm)):
+        check_weight(name, weight, q)
+
+
+def check_weight(name: str, weight: Tensor | None, heads: Tensor) -> None:
+    """Weights of a norm of ``heads`` (..., D), if any."""
+    if weight is not None:
+        check_shape(name, weight, heads.shape[-1])
+        check_dtype(name, weight, heads.dtype)
+        check_device(name, weight, "the heads", heads)
+        check_no_grad(name, **{name: weight})
+
+
+def _run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    start: Tensor,
+    length: Tensor,
+    kv_len: Tensor,
+    commit: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    pad: Tensor | None,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    block_table: Tensor | None,
+    scale: float,
+    branches: int,
+    causal: bool,
+    block_size: int | None,
+    window: int | None,
+    softcap: float | None,
+    eps: float,
+    backend: str,
+) -> Tensor:
+    tensors = (q, k, v, k_cache, v_cache, start, length, kv_len, commit, cos, sin, pad)
+    run = reference.window_attention
+    if backend != "torch":
+        from pydllm.kernels import window_attention as kernel
+
+        run = kernel.window_attention
+    return run(
+        *tensors,
+        q_norm,
+        k_norm,
+        block_table,
+        scale=scale,
+        branches=branches,
+        causal=causal,
+        block_size=block_size,
+        window=window,
+        softcap=softcap,
+        eps=eps,
+    )
+
+
+def _fake(q: Tensor, *_: object) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+register(
+    "window_attention(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
+    "Tensor start, Tensor length, Tensor kv_len, Tensor commit, Tensor cos, Tensor sin, "
+    "Tensor? pad, Tensor? q_norm, Tensor? k_norm, Tensor? block_table, float scale, int branches, "
+    "bool causal, int? block_size, int? window, float? softcap, float eps, str backend) -> Tensor",
+    _run,
+    _fake,
+)

@@ -1,0 +1,122 @@
+"""The definition of ``unmask``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pydllm.reference.philox import philox
+
+_ORDER = 0xFFFFFFFF  # the first counter word of a random order: no vocabulary id is there
+_UNIT = 2.0**-40  # entropies are summed in these, nats
+_LARGEST = 128.0  # and count as at most this much
+_COUNTED = ("quota", "left_to_right", "random")  # rules that take a given number
+
+
+def unmask(
+    x: Tensor,
+    step_map: Tensor,
+    nfe: Tensor,
+    token: Tensor,
+    score: Tensor,
+    mask_id: int,
+    start: Tensor,
+    length: Tensor,
+    rule: str,
+    variant: str,
+    quota: Tensor | None,
+    least: int,
+    limit: float,
+    edit_limit: float,
+    vocab: int,
+    seed: int,
+    request: Tensor | None,
+    prompt: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Order what each window may take, best first; the first ``n`` become tokens.
+
+    ``variant`` names the ways in which a published rule differs, ``SEMANTICS`` of the op;
+    ``quota``, or else ``least``, is how many are taken or, by a rule with a limit, at least taken.
+    """
+    slots, rows = x.shape[1], token.shape[1]
+    row = torch.arange(rows, device=x.device)
+    position = start[:, None] + row
+    inside = (row < length[:, None]) & (position >= 0) & (position < slots)
+    slot = position % slots  # those of one sequence are distinct: rows <= slots
+    before = x.gather(1, slot)
+    masked = inside & (before == mask_id)
+    able = inside if rule == "renoise" else masked
+    part = able  # the rows for whose sake a sequence takes part in the step
+    if "near_best" in variant:
+        able = able & (token != mask_id)
+    wide = torch.promote_types(score.dtype, torch.float32)
+    # Limits are rounded to the dtype of the scores.
+    bound, edit_bound = (
+        score.new_full((), number, dtype=torch.float64).to(score.dtype).to(wide)
+        for number in (limit, edit_limit)
+    )
+    score = score.to(wide)
+    words = position.new_zeros(*position.shape, 2)
+    if request is not None:
+        first = torch.full_like(position, _ORDER)
+        words = philox(first, position, request[:, None], nfe[:, None], seed)
+
+    if rule == "left_to_right":
+        value = torch.zeros_like(score)
+    elif rule == "random":
+        value = words[..., 0].to(torch.float64)
+    else:
+        value = -score if rule in ("entropy", "entropy_bound", "renoise") else score
+        value = value.masked_fill(value.isnan(), -torch.inf)
+    # Ascending and stable: ties stay in order of position, and NaN, here what is not able, is last.
+    cost, order = torch.where(able, 0 - value, torch.nan).sort(dim=1, stable=True)
+    floor = torch.full_like(nfe, least)[:, None] if quota is None else quota[:, None]
+    passed = torch.zeros_like(floor) if rule in _COUNTED else _count(rule, variant, cost, bound)
+    n = torch.maximum(passed, floor)
+    if "last_pair" in variant:
+        n = n + (n == able.sum(1, keepdim=True) - 1)
+    keep = able & torch.zeros_like(able).scatter(1, order, row < n)
+    if "span" in variant:
+        behind = (able.cumsum(1) > 0).cumsum(1)  # 1 at the first mask, and so on
+        keep = torch.where(passed < floor, able & (behind <= floor), keep)
+    if rule == "joint":
+        free = inside if prompt is None else inside & (position >= prompt[:, None])
+        part = part | free
+        differs = free & ~masked & (token != before)
+        keep = keep | (differs & _reaches(score, edit_bound, variant))
+
+    new = torch.where(keep, token, words[..., 1] * vocab >> 32 if rule == "renoise" else before)
+    x.scatter_(1, slot, torch.where(inside, new, before))
+    step_map.scatter_(1, slot, torch.where(keep, nfe[:, None], step_map.gather(1, slot)))
+    nfe += part.any(1)
+    left = inside & (~keep if rule == "renoise" else new == mask_id)
+    return left.sum(1, dtype=torch.int32), keep.sum(1, dtype=torch.int32)
+
+
+def _reaches(score: Tensor, limit: Tensor, variant: str) -> Tensor:
+    return score > limit if "above" in variant else score >= limit
+
+
+def _count(rule: str, variant: str, cost: Tensor, limit: Tensor) -> Tensor:
+    """How many of the ordered rows pass, ``(B, 1)``.
+
+    No rule lets a row pass behind one that failed, so they are simply counted.
+    """
+    if rule in ("threshold", "joint"):
+        if "near_best" in variant:
+            limit = torch.minimum(-cost[:, :1] - 1e-5, limit)
+        good = _reaches(-cost, limit, variant)
+    elif rule == "entropy":
+        good = cost <= limit
+    elif rule == "factor":
+        rank = torch.arange(1, cost.shape[1] + 1, device=cost.device)
+        good = -cost >= 1 - limit.expand_as(cost) / (rank + 1)
+    else:
+        # In integers, so that the sum is exact whatever the order of the additions.
+        units = (cost.clamp(0, _LARGEST).nan_to_num() / _UNIT).to(torch.int64)
+        spent = units.cumsum(1)
+        if "inclusive" in variant:
+            good = spent.to(cost.dtype) * _UNIT < limit
+        else:
+            good = (spent - units).to(cost.dtype) * _UNIT <= limit
+    return (good & (cost < torch.inf)).sum(1, keepdim=True, dtype=torch.int32)

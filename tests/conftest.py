@@ -1,0 +1,48 @@
+"""Interpreted Triton, poisoned allocations, and the gpu marker."""
+
+import os
+
+# Read by triton when it is imported, so before anything that imports it.
+if os.environ.get("PYDLLM_TEST_GPU", "0") == "0":
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import pytest
+import torch
+
+from tests.interpreter import repair
+
+HAS_GPU = torch.cuda.is_available()
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    repair()
+
+
+def pytest_collection_modifyitems(items):
+    if HAS_GPU and os.environ.get("PYDLLM_TEST_GPU", "0") != "0":
+        return
+    skip = pytest.mark.skip(reason="needs a GPU and PYDLLM_TEST_GPU=1")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_allocations(monkeypatch):
+    """Uninitialised memory that is read shows up: NaN, or a sentinel that is no valid index."""
+
+    def poison(tensor):
+        if tensor.device.type == "meta" or torch.compiler.is_compiling():
+            return tensor
+        if isinstance(tensor, torch._subclasses.FakeTensor):
+            return tensor
+        if tensor.is_floating_point():
+            return tensor.fill_(float("nan"))
+        if tensor.dtype in (torch.int32, torch.int64):
+            return tensor.fill_(-(2**30))
+        return tensor
+
+    for name in ("empty", "empty_like", "empty_strided"):
+        plain = getattr(torch, name)
+        monkeypatch.setattr(
+            torch, name, lambda *args, plain=plain, **kwargs: poison(plain(*args, **kwargs))
+        )

@@ -1,0 +1,630 @@
+import math
+
+import pytest
+import torch
+
+from pydllm import ops, reference
+from pydllm._backend import cuda
+from pydllm.ops.vocab_stats import VocabStats
+from pydllm.testing import assert_within_budget, random_normal
+
+INF = math.inf
+BACKENDS = ["torch", "triton"]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+STATISTICS = ["prob", "entropy", "margin", "logsumexp"]
+# One id, a prime, one tile of the interpreter's table less and more one, several tiles of both its
+# rows; 33 rows are one more than a block of them.
+SHAPES = [(1, 1), (33, 79), (20, 1023), (20, 1025), (33, 2501), (9, 20000), (0, 64)]
+
+
+def _logits(rows, vocab, dtype=torch.float32, seed=0):
+    return (random_normal(rows, vocab, seed=seed) * 3).to(dtype)
+
+
+def _counter(rows, position=0, request=7, draw=3):
+    fixed = torch.tensor([[position, request, draw]], dtype=torch.int32).repeat(rows, 1)
+    fixed[:, 0] += torch.arange(rows, dtype=torch.int32)
+    return fixed
+
+
+def _ids(*ids):
+    return torch.tensor(ids, dtype=torch.int32)
+
+
+def _by_hand(logits, token=None, temperature=0.0, banned=(), softcap=None):
+    """One row at a time, in Python's floats; ``token`` None takes the arg-max."""
+    results = []
+    for row in logits.double().tolist():
+        x = [value if softcap is None else softcap * math.tanh(value / softcap) for value in row]
+        x = [-INF if i in banned else value for i, value in enumerate(x)]
+        x = [value / temperature for value in x] if temperature else x
+        best = max(x)
+        chosen = x.index(best) if token is None else int(token[len(results)])
+        total = sum(math.exp(value - best) for value in x)
+        p = [math.exp(value - best) / total for value in x]
+        first, second = sorted(p, reverse=True)[:2] if len(p) > 1 else (p[0], 0.0)
+        entropy = -sum(each * math.log(each) for each in p if each > 0)
+        results.append((chosen, p[chosen], entropy, first - second, best + math.log(total)))
+    columns = [torch.tensor(column, dtype=torch.float64) for column in zip(*results, strict=True)]
+    return VocabStats(columns[0].long(), *columns[1:])
+
+
+def _assert_same(one, other, rows=slice(None)):
+    for name, left, right in zip(VocabStats._fields, one, other, strict=True):
+        torch.testing.assert_close(left, right[rows], rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"banned": (3, 40, 3)},
+        {"softcap": 4.0},
+        {"softcap": 4.0, "banned": (0,)},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("vocab", [1, 2, 79, 300])
+def test_the_definition_agrees_with_a_loop(vocab, options):
+    if vocab == 1 and "banned" in options:
+        options = options | {"banned": (9,)}
+    logits = _logits(7, vocab, torch.float64)
+    expected = _by_hand(logits, **options)
+    if "banned" in options:
+        options = options | {"banned": _ids(*options["banned"])}
+    got = ops.vocab_stats(logits, **options)
+    assert torch.equal(got.token, expected.token)
+    for one, other in zip(got[1:], expected[1:], strict=True):
+        assert one.dtype == torch.float64
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+def _eager(logits, name, banned, softcap):
+    """What people write, in the dtype of fp32 or fp64 logits."""
+    x = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    x = x if softcap is None else softcap * torch.tanh(x / softcap)
+    x = x if banned is None else x.index_fill(1, banned.long(), -INF)
+    probs = torch.softmax(x, -1)
+    if name == "prob":
+        return probs.max(-1).values
+    if name == "entropy":
+        return -torch.special.xlogy(probs, probs).sum(-1)
+    if name == "margin":
+        top = probs.topk(min(2, x.shape[1])).values
+        return top[:, 0] - (top[:, 1] if x.shape[1] > 1 else 0)
+    return torch.logsumexp(x, -1)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mode", ["plain", "banned", "softcap"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_statistics_stay_within_the_error_budget(backend, mode, dtype, shape):
+    logits = _logits(*shape, dtype)
+    banned = _ids(shape[1] // 2) if mode == "banned" and shape[1] > 1 else None
+    softcap = 5.0 if mode == "softcap" else None
+    stats = ops.vocab_stats(logits, banned=banned, softcap=softcap, backend=backend)
+    assert stats.token.dtype == torch.int64
+    assert stats.token.shape == shape[:1]
+    if softcap is None and shape[0]:
+        plain = logits if banned is None else logits.index_fill(1, banned.long(), -INF)
+        assert torch.equal(stats.token, plain.max(-1).indices)
+    for name in STATISTICS:
+        got = getattr(stats, name)
+        assert got.dtype == torch.float32
+        assert got.shape == shape[:1]
+        if shape[0]:
+            assert_within_budget(got, lambda x, n=name: _eager(x, n, banned, softcap), logits)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ties_go_to_the_lowest_id(backend):
+    vocab = 2501
+    logits = torch.randint(-2, 3, (20, vocab), generator=torch.Generator().manual_seed(0)).float()
+    logits[0] = 1.0
+    logits[1, [1023, 1024, 2500]] = 5.0
+    logits[2, [1024, 2048]] = 5.0
+    logits[3] = 0.0
+    logits[3, 2500] = -0.0
+    stats = ops.vocab_stats(logits, backend=backend)
+    assert torch.equal(stats.token, _by_hand(logits).token)
+    assert stats.token[:4].tolist() == [0, 1023, 1024, 0]
+    assert (stats.margin == 0).all()
+    assert stats.entropy[0] == pytest.approx(math.log(vocab), rel=1e-6)
+    # Scores that tie: below one unit of a huge logit the noise is lost.
+    huge = torch.full((3, vocab), 1e30)
+    sampled = ops.vocab_stats(huge, temperature=1.0, counter=_counter(3), backend=backend)
+    assert (sampled.token == 0).all()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_without_a_distribution_stay_alone(backend, temperature):
+    logits = _logits(8, 1100)
+    clean = logits.clone()
+    logits[0] = -INF
+    logits[1, 1050] = math.nan
+    logits[2] = math.nan
+    logits[3, 3] = INF
+    logits[4, ::2] = -INF
+    logits[5] = -INF
+    logits[5, 1099] = -2.0
+    logits[6] = -INF
+    logits[6, 1030] = math.nan
+    options = {"temperature": temperature, "counter": _counter(8), "backend": backend}
+    stats = ops.vocab_stats(logits, **options)
+    assert [each[0].item() for each in stats] == [0, 0, 0, 0, -INF]
+    for row in (1, 2, 3, 6):
+        assert stats.token[row] == 0
+        assert all(each[row].isnan() for each in stats[1:])
+    for row in (4, 5, 7):
+        assert all(each[row].isfinite() for each in stats)
+    assert stats.token[4] % 2 == 1
+    assert [each[5].item() for each in stats] == [1099, 1, 0, 1, -2]
+    _assert_same([each[7:] for each in stats], ops.vocab_stats(clean, **options), slice(7, None))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_id(backend):
+    logits = torch.tensor([[3.5], [-INF], [math.nan], [INF], [-1e38]])
+    stats = ops.vocab_stats(logits, backend=backend)
+    assert (stats.token == 0).all()
+    for values, expected in zip(
+        stats[1:],
+        ([1, 0, 1], [0, 0, 0], [1, 0, 1], [3.5, -INF, torch.tensor(-1e38).item()]),
+        strict=True,
+    ):
+        assert values[[0, 1, 4]].tolist() == expected
+        assert values[[2, 3]].isnan().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_banned_ids_count_as_minus_infinity(backend):
+    logits = _logits(6, 1100)
+    logits[:, 1090] = 50.0
+    logits[1, 1090] = math.nan
+    logits[2, 1090] = INF
+    logits[3, 0] = 40.0
+    removed = logits.clone()
+    removed[:, [0, 1090]] = -INF
+    options = {"temperature": 0.7, "counter": _counter(6), "backend": backend}
+    outside = _ids(1090, -1, 1100, 0, 2**31 - 1, -(2**31), 1090)
+    for kwargs in ({"backend": backend}, options, options | {"tempered": True}):
+        stats = ops.vocab_stats(logits, banned=outside, **kwargs)
+        _assert_same(stats, ops.vocab_stats(removed, **kwargs))
+        assert not torch.isin(stats.token, torch.tensor([0, 1090])).any()
+        _assert_same(
+            ops.vocab_stats(removed, banned=_ids(), **kwargs), ops.vocab_stats(removed, **kwargs)
+        )
+    every = ops.vocab_stats(logits[:, :3], banned=_ids(2, 0, 1), backend=backend)
+    assert [each[4].item() for each in every] == [0, 0, 0, 0, -INF]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_far_apart_logits_neither_overflow_nor_give_nan(backend):
+    largest = torch.finfo(torch.float32).max
+    logits = torch.tensor(
+        [[largest, -largest, 0.0], [-largest, -largest, -INF], [0.0, -200.0, -90]]
+    )
+    stats = ops.vocab_stats(logits, backend=backend)
+    assert stats.token.tolist() == [0, 0, 0]
+    assert stats.prob.tolist() == [1.0, 0.5, 1.0]
+    assert stats.margin.tolist() == [1.0, 0.0, 1.0]
+    torch.testing.assert_close(stats.entropy, torch.tensor([0.0, math.log(2), 0.0]))
+    capped = ops.vocab_stats(torch.tensor([[1e30, -1e30, -INF]]), softcap=2.0, backend=backend)
+    assert capped.token.item() == 0
+    assert capped.prob.item() == pytest.approx(1 / (1 + math.exp(-4)), rel=1e-6)
+
+
+@pytest.mark.parametrize("tempered", [False, True], ids=["raw", "tempered"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_seed_gives_the_same_tokens_on_both_backends(dtype, tempered):
+    logits = _logits(40, 2501, dtype)
+    logits[:, ::3] = -INF
+    options = {"seed": 2**63 + 5, "counter": _counter(40), "tempered": tempered}
+    for temperature in (0.2, 1.0, 3.0):
+        one, other = (
+            ops.vocab_stats(logits, temperature=temperature, backend=backend, **options)
+            for backend in BACKENDS
+        )
+        assert torch.equal(one.token, other.token)
+        assert one.token.unique().numel() > (1 if temperature < 1 else 10)
+        exact = _by_hand(logits, one.token, temperature if tempered else 0.0)
+        for got in (one, other):
+            for name in STATISTICS:
+                expected = getattr(exact, name)
+                # fp32 sums of 2501 terms, and logits / temperature rounded to fp32.
+                bound = 2e-5 * expected.abs().clamp(min=0.1)
+                assert ((getattr(got, name).double() - expected).abs() <= bound).all(), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tempered_statistics_are_those_of_the_divided_logits(backend):
+    logits = _logits(5, 1100)
+    tempered = ops.vocab_stats(
+        logits, temperature=0.5, counter=_counter(5), tempered=True, backend=backend
+    )
+    divided = ops.vocab_stats(logits * 2, backend=backend)
+    for name in ("entropy", "margin", "logsumexp"):
+        assert torch.equal(getattr(tempered, name), getattr(divided, name))
+
+
+def _chi_square(tokens, probs):
+    expected = probs * len(tokens)
+    return ((tokens.bincount(minlength=len(probs)) - expected) ** 2 / expected).sum().item()
+
+
+@pytest.mark.parametrize("word", [0, 1, 2], ids=["position", "request", "draw"])
+def test_samples_follow_the_distribution(word):
+    count, vocab, temperature = 20000, 11, 0.7
+    logits = random_normal(vocab, seed=5) * 1.5
+    counter = _ids(100, 200, 300).repeat(count, 1)
+    counter[:, word] = torch.arange(count)
+    stats = ops.vocab_stats(
+        logits.expand(count, vocab),
+        temperature=temperature,
+        seed=1,
+        counter=counter,
+        banned=_ids(2),
+    )
+    assert not (stats.token == 2).any()
+    allowed = torch.arange(vocab) != 2
+    tokens = torch.searchsorted(allowed.nonzero().squeeze(1), stats.token)
+    probs = torch.softmax(logits[allowed].double() / temperature, 0)
+    # 9 degrees of freedom: 33.7 is passed once in 10,000 seeds; this one is fixed.
+    assert _chi_square(tokens, probs) < 33.7
+    for wrong in (0.6, 0.8):  # the test can fail
+        assert _chi_square(tokens, torch.softmax(logits[allowed].double() / wrong, 0)) > 100
+    # Neighbours in the counter are independent: the same test on pairs, 99 degrees of freedom.
+    pairs = tokens[0::2] * 10 + tokens[1::2]
+    assert _chi_square(pairs, (probs[:, None] * probs).flatten()) < 160
+
+
+def test_equal_logits_are_sampled_evenly():
+    count, vocab = 20000, 70
+    counter = _counter(count, position=-500)
+    logits = torch.zeros(1, vocab).expand(count, vocab)
+    stats = ops.vocab_stats(logits, temperature=1.0, seed=2, counter=counter)
+    # 69 degrees of freedom: 120 is passed once in 10,000 seeds.
+    assert _chi_square(stats.token, torch.full((vocab,), 1 / vocab, dtype=torch.float64)) < 120
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_seed_and_counter_decide_the_draw(backend):
+    logits = torch.zeros(32, 1000)
+
+    def draw(seed=0, **counter):
+        options = {"temperature": 1.0, "seed": seed, "counter": _counter(32, **counter)}
+        return ops.vocab_stats(logits, backend=backend, **options).token
+
+    tokens = draw()
+    assert torch.equal(draw(), tokens)
+    assert torch.equal(draw(position=1)[:-1], tokens[1:])
+    for other in (draw(seed=1), draw(seed=2**32), draw(request=8), draw(draw=4)):
+        assert (other == tokens).sum() < 5
+    assert torch.equal(draw(seed=2**64 - 1), draw(seed=2**64 - 1))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_depends_on_itself_alone(backend, temperature):
+    logits, counter = _logits(37, 1100), _counter(37)
+    options = {"temperature": temperature, "seed": 9, "banned": _ids(5), "backend": backend}
+    together = ops.vocab_stats(logits, counter=counter, **options)
+    order = torch.randperm(37, generator=torch.Generator().manual_seed(0))
+    permuted = ops.vocab_stats(logits[order], counter=counter[order], **options)
+    _assert_same(permuted, together, order)
+    for rows in (slice(0, 1), slice(36, 37), slice(5, 12)):
+        alone = ops.vocab_stats(logits[rows], counter=counter[rows], **options)
+        _assert_same(alone, together, rows)
+
+
+def test_a_row_depends_on_itself_alone_whatever_the_threads():
+    threads = torch.get_num_threads()
+    logits = _logits(3, 70001)
+    torch.set_num_threads(1)
+    expected = ops.vocab_stats(logits)
+    try:
+        for count in (2, 3):
+            torch.set_num_threads(count)
+            _assert_same(ops.vocab_stats(logits), expected)
+            _assert_same(ops.vocab_stats(logits[1:2]), expected, slice(1, 2))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_inputs_are_read_in_place_and_not_written(backend):
+    wide, counters = _logits(6, 200), torch.arange(36, dtype=torch.int32).view(6, 6)
+    kept = wide.clone()
+    logits, counter = wide[::2, 50:129], counters[::2, ::2]
+    options = {"temperature": 0.9, "banned": _ids(7), "backend": backend}
+    for tempered in (False, True):
+        one = ops.vocab_stats(logits, counter=counter, tempered=tempered, **options)
+        other = ops.vocab_stats(
+            logits.contiguous(), counter=counter.contiguous(), tempered=tempered, **options
+        )
+        _assert_same(one, other)
+    ops.vocab_stats(logits, backend=backend)
+    assert torch.equal(wide, kept)
+
+
+def _nucleus(row, banned, temperature, top_k, top_p, softcap):
+    """The ids that count, one row, by sorting Python's floats."""
+    x = [-INF if i in banned else value for i, value in enumerate(row)]
+    order = sorted(range(len(x)), key=lambda i: -x[i])
+    y = [v if softcap is None or v == -INF else softcap * math.tanh(v / softcap) for v in x]
+    mass = [math.exp((value - max(y)) / temperature) for value in y]
+    cut = -INF if top_k is None else x[order[min(top_k, len(x)) - 1]]
+    spent = 0.0
+    for i in order:
+        if top_p is not None and spent > top_p * sum(mass):
+            break
+        last, spent = x[i], spent + mass[i]
+    return [i for i, value in enumerate(x) if value >= max(cut, last) and value > -INF]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"top_k": 1},
+        {"top_k": 7},
+        {"top_k": 5000},
+        {"top_p": 0.3},
+        {"top_p": 0.95},
+        {"top_p": 1.0},
+        {"top_k": 20, "top_p": 0.6},
+        {"top_k": 300, "top_p": 0.9, "softcap": 4.0},
+        {"top_k": 300, "top_p": 0.9, "temperature": 0.6},
+        {"top_p": 0.8, "temperature": 1.7, "tempered": True, "softcap": 6.0},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_filtered_ids_count_as_banned(backend, dtype, options):
+    logits = _logits(6, 1100, dtype)
+    logits[:2] = (logits[:2] / 2).round()  # full of ties, zeros of both signs
+    banned = (3, 1090)
+    logits[:, 1090] = 30
+    rest = {k: v for k, v in options.items() if k not in ("top_k", "top_p")}
+    temperature, softcap = rest.get("temperature", 1.0), rest.get("softcap")
+    removed = torch.full_like(logits, -INF)
+    for i, row in enumerate(logits.double().tolist()):
+        kept = _nucleus(
+            row, banned, temperature, options.get("top_k"), options.get("top_p"), softcap
+        )
+        removed[i, kept] = logits[i, kept]
+    rest |= {"counter": _counter(6), "seed": 4, "backend": backend}
+    got = ops.vocab_stats(logits, banned=_ids(*banned), **rest | options)
+    _assert_same(got, ops.vocab_stats(removed, **rest))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_filters_leave_rows_without_a_distribution_alone(backend):
+    logits = _logits(5, 1100)
+    clean = logits.clone()
+    logits[0] = -INF
+    logits[1, 1050] = math.nan
+    logits[2, 3] = INF
+    logits[3] = 2.0
+    for options in ({"top_k": 2}, {"top_p": 0.5}, {"top_k": 3, "top_p": 0.9}):
+        options |= {"backend": backend}
+        stats = ops.vocab_stats(logits, **options)
+        assert [field[0].item() for field in stats] == [0, 0, 0, 0, -INF]
+        for row in (1, 2):
+            assert stats.token[row] == 0
+            assert all(field[row].isnan() for field in stats[1:])
+        assert stats.entropy[3].item() == pytest.approx(math.log(1100), rel=1e-6)
+        expected = ops.vocab_stats(clean[4:], **options)
+        _assert_same([field[4:] for field in stats], expected)
+
+
+def test_samples_of_a_nucleus_follow_its_distribution():
+    count, vocab = 20000, 11
+    logits = random_normal(vocab, seed=5) * 1.5
+    kept = torch.tensor(_nucleus(logits.tolist(), (), 2.0, None, 0.8, None))
+    stats = ops.vocab_stats(
+        logits.expand(count, vocab),
+        temperature=torch.full((count,), 2.0),
+        seed=1,
+        counter=_counter(count),
+        top_p=0.8,
+    )
+    assert 2 < len(kept) < vocab
+    assert torch.isin(stats.token, kept).all()
+    tokens = torch.searchsorted(kept, stats.token)
+    # At most 9 degrees of freedom: 33.7 is passed once in 10,000 seeds or less.
+    assert _chi_square(tokens, torch.softmax(logits[kept].double() / 2.0, 0)) < 33.7
+
+
+@pytest.mark.parametrize("tempered", [False, True], ids=["raw", "tempered"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_temperature_a_row_is_that_of_the_row(backend, tempered):
+    logits = _logits(6, 1100)
+    each = torch.tensor([0.5, 0.0, 2.0, -1.0, math.nan, INF])
+    options = {"seed": 3, "backend": backend, "banned": _ids(4)}
+    stats = ops.vocab_stats(
+        logits, temperature=each, counter=_counter(6), tempered=tempered, **options
+    )
+    for row, number in enumerate(each.tolist()):
+        warm = 0 < number < INF
+        alone = ops.vocab_stats(
+            logits[row, None],
+            temperature=number if warm else 0.0,
+            counter=_counter(6)[row, None],
+            tempered=tempered and warm,
+            **options,
+        )
+        _assert_same([field[row, None] for field in stats], alone)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.8}, {"top_k": 9, "top_p": 0.8}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_the_listed_rows_count(backend, dtype, options):
+    logits = _logits(9, 1100)
+    kept = logits.clone()
+    rows = torch.tensor([8, 0, 0, -1, 5, 9, 2**31 - 1], dtype=dtype)
+    options = options | {"counter": _counter(7), "backend": backend}
+    stats = ops.vocab_stats(logits, rows=rows, **options)
+    wanted = logits.new_full((7, 1100), -INF)
+    wanted[[0, 1, 2, 4]] = logits[[8, 0, 0, 5]]
+    _assert_same(stats, ops.vocab_stats(wanted, **options))
+    assert [field[3].item() for field in stats] == [0, 0, 0, 0, -INF]
+    assert torch.equal(logits, kept)
+    none = ops.vocab_stats(logits, rows=rows[:0], backend=backend)
+    assert [len(field) for field in none] == [0] * 5
+
+
+@pytest.mark.parametrize("vocab", [126464, 152064, 262144])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_large_vocabularies(backend, vocab):
+    logits = _logits(4, vocab)
+    logits[1] = 0.25
+    logits[2] = -INF
+    logits[2, vocab - 1] = 3.0
+    logits[3, 77] = 60.0
+    stats, exact = ops.vocab_stats(logits, backend=backend), ops.vocab_stats(logits.double())
+    assert torch.equal(stats.token, exact.token)
+    assert stats.token[1:].tolist() == [0, vocab - 1, 77]
+    assert ((stats.entropy - exact.entropy).abs() < 1e-5).all()
+    assert ((stats.prob / exact.prob - 1).abs() < 1e-5).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck(backend):
+    op, logits = torch.ops.pydllm.vocab_stats.default, _logits(3, 16)
+    plain = (None, None, None, None, backend)
+    torch.library.opcheck(op, (logits, 0.0, 0, None, None, False, None, *plain))
+    torch.library.opcheck(op, (logits, 0.5, -3, _counter(3), _ids(1), True, 5.0, *plain))
+    options = (torch.tensor([0.0, 0.7]), _ids(2, 0), 3, 0.9, backend)
+    torch.library.opcheck(op, (logits, 0.0, 1, _counter(2), _ids(1), False, None, *options))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_fullgraph_compile(backend):
+    logits, counter = _logits(3, 40), _counter(3)
+
+    def call(logits, seed, temperature):
+        return ops.vocab_stats(
+            logits,
+            temperature=temperature,
+            seed=seed,
+            counter=counter,
+            banned=_ids(3),
+            backend=backend,
+        )
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for seed, temperature in ((0, 0.0), (1, 0.7), (2**64 - 1, 0.9), (5, 1.1)):
+        _assert_same(compiled(logits, seed, temperature), call(logits, seed, temperature))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_a_captured_graph_replays_and_agrees_with_the_cpu(temperature):
+    logits, counter = _logits(32, 126464), _counter(32)
+    options = {"temperature": temperature, "seed": 3, "backend": "triton"}
+    on_gpu, counter_on_gpu = torch.zeros_like(logits).cuda(), torch.zeros_like(counter).cuda()
+    ops.vocab_stats(on_gpu, counter=counter_on_gpu, **options)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        stats = ops.vocab_stats(on_gpu, counter=counter_on_gpu, **options)
+    on_gpu.copy_(logits)
+    counter_on_gpu.copy_(counter)
+    graph.replay()
+    expected = ops.vocab_stats(logits, counter=counter, temperature=temperature, seed=3)
+    assert torch.equal(stats.token.cpu(), expected.token)
+    for one, other in zip(stats[1:], expected[1:], strict=True):
+        torch.testing.assert_close(one.cpu(), other, rtol=1e-5, atol=1e-6)
+    first = [each.clone() for each in stats]
+    for _ in range(50):
+        graph.replay()
+        _assert_same(stats, first)
+
+
+def test_the_cuda_kernel_is_asked_for_what_it_has(monkeypatch):
+    logits, seen = _logits(2, 9), []
+
+    def launch(logits, banned):
+        seen.append((logits, banned))
+        token, prob, entropy, margin, logsumexp = reference.vocab_stats(
+            logits, 0.0, 0, None, banned, False, None
+        )
+        return token, logsumexp, prob, entropy, margin
+
+    monkeypatch.setattr(cuda, "vocab_stats_supports", lambda logits, banned: None)
+    monkeypatch.setattr(cuda, "vocab_stats", launch)
+    _assert_same(
+        ops.vocab_stats(logits, banned=_ids(4), backend="cuda"),
+        ops.vocab_stats(logits, banned=_ids(4)),
+    )
+    assert len(seen) == 1
+    for options in ({"softcap": 3.0}, {"temperature": 1.0, "counter": _counter(2)}):
+        with pytest.raises(RuntimeError, match="takes temperature 0 and no softcap"):
+            ops.vocab_stats(logits, backend="cuda", **options)
+    for options in ({"top_k": 3}, {"top_p": 0.5}, {"rows": _ids(0)}):
+        with pytest.raises(RuntimeError, match="takes no rows, top_k or top_p"):
+            ops.vocab_stats(logits, backend="cuda", **options)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"logits": torch.ones(4)}, ValueError, r"logits: expected shape \(R, V\), got \(4,\)"),
+        ({"logits": torch.ones(3, 0)}, ValueError, r"at least one id, got shape \(3, 0\)"),
+        (
+            {"logits": torch.ones(3, 4).int()},
+            TypeError,
+            "logits: expected dtype .*, got torch.int32",
+        ),
+        ({"logits": torch.ones(3, 4, requires_grad=True)}, ValueError, "got logits with requires"),
+        ({"temperature": -1.0}, ValueError, "temperature: expected 0 or at least 1e-6, got -1.0"),
+        (
+            {"temperature": math.nan},
+            ValueError,
+            "temperature: expected 0 or at least 1e-6, got nan",
+        ),
+        ({"temperature": INF}, ValueError, "temperature: expected 0 or at least 1e-6, got inf"),
+        ({"temperature": 1e-9}, ValueError, "temperature: expected 0 or at least 1e-6, got 1e-09"),
+        ({"temperature": 1.0}, ValueError, r"counter: expected \(R, 3\) int32 at a temperature"),
+        ({"seed": -1}, ValueError, r"seed: expected an integer in \[0, 2\^64\), got -1"),
+        ({"seed": 2**64}, ValueError, "seed: expected an integer"),
+        ({"counter": _counter(2)}, ValueError, r"counter: expected shape \(3, 3\), got \(2, 3\)"),
+        ({"counter": _counter(3).long()}, TypeError, "counter: expected dtype torch.int32, got"),
+        ({"tempered": True}, ValueError, "tempered: expected False at temperature 0, got True"),
+        ({"banned": _ids(1)[None]}, ValueError, r"banned: expected shape \(n\), got \(1, 1\)"),
+        ({"banned": _ids(1).long()}, TypeError, "banned: expected dtype torch.int32, got"),
+        ({"banned": torch.zeros(17).int()}, ValueError, "banned: expected at most 16 ids, got 17"),
+        ({"softcap": 0.0}, ValueError, "softcap: expected a positive number or None, got 0.0"),
+        ({"softcap": INF}, ValueError, "softcap: expected a positive number or None, got inf"),
+        ({"softcap": math.nan}, ValueError, "softcap: expected a positive number or None, got nan"),
+        ({"temperature": torch.ones(2)}, ValueError, r"temperature: expected shape \(3\), got"),
+        ({"temperature": torch.ones(3).double()}, TypeError, "temperature: expected dtype"),
+        ({"temperature": torch.ones(3)}, ValueError, r"counter: expected \(R, 3\) int32 at a"),
+        ({"rows": torch.ones(3)}, TypeError, "rows: expected dtype torch.int32, torch.int64, got"),
+        ({"rows": _ids(1)[None]}, ValueError, r"rows: expected shape \(N\), got \(1, 1\)"),
+        ({"logits": torch.ones(0, 4), "rows": _ids(0)}, ValueError, "logits: expected a row"),
+        ({"top_k": 0}, ValueError, "top_k: expected at least 1 or None, got 0"),
+        ({"top_p": 0.0}, ValueError, r"top_p: expected a number in \(0, 1\] or None, got 0.0"),
+        ({"top_p": 1.5}, ValueError, "top_p: expected a number"),
+        ({"top_p": math.nan}, ValueError, "top_p: expected a number"),
+        ({"backend": "gpu"}, ValueError, "backend: expected one of auto, cuda, triton, torch"),
+        ({"backend": "cuda"}, RuntimeError, "vocab_stats: backend 'cuda' cannot run this call"),
+        (
+            {"logits": torch.ones(3, 4).double(), "backend": "triton"},
+            RuntimeError,
+            "takes fp32, fp1",
+        ),
+        (
+            {"logits": torch.ones(4, 3).t(), "backend": "triton"},
+            RuntimeError,
+            "must be rows of con",
+        ),
+    ],
+)
+def test_bad_input(change, error, message):
+    arguments = {"logits": torch.ones(3, 4)} | change
+    with pytest.raises(error, match=message):
+        ops.vocab_stats(**arguments)

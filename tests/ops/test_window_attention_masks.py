@@ -1,0 +1,333 @@
+"""Masks, branches, norms and pages: against lists of visible keys, one query at a time."""
+
+import pytest
+import torch
+
+from pydllm import ops
+from pydllm.kernels import _tiles
+from pydllm.testing import error_budget, max_error, random_normal
+from tests.ops.test_window_attention import NAN, NUMBERS, copy, make, rotate
+
+BACKENDS = ["torch", "triton"]
+# start, length, kv_len, commit, pad; 150 slots, tiles of 64 positions.
+SEQUENCES = [(66, 12, 150, 12, 0), (60, 7, 128, 3, 5), (2, 12, 14, 0, 0), (130, 0, 150, 0, 1)]
+MASKS = {
+    "causal": {"causal": True},
+    "blocks": {"block_size": 4},
+    "long blocks": {"block_size": 70},
+    "window": {"window": 9},
+    "window over tiles": {"window": 65},
+    "causal window": {"causal": True, "window": 5},
+    "blocks in a window": {"block_size": 8, "window": 20},
+    "softcap": {"softcap": 1.5},
+    "everything": {"causal": True, "window": 40, "softcap": 3.0, "scale": 0.4},
+}
+
+
+def sees(query, key, causal=False, block_size=None, window=None, **_):
+    """Whether a query at a position sees a key at another, by the masks."""
+    if causal and key > query:
+        return False
+    if block_size and key // block_size > query // block_size:
+        return False
+    return not (window and abs(key - query) >= window)
+
+
+def listed(inputs, dtype, branches=1, scale=None, softcap=None, eps=1e-6, **masks):
+    """Out, keys and values with, for each query, its visible keys in a list."""
+    q, k, v, keys, values = (
+        inputs[name].to(dtype, copy=True) for name in ("q", "k", "v", "k_cache", "v_cache")
+    )
+    if inputs.get("q_norm") is not None:
+        q, k = (
+            normed(q, inputs["q_norm"].to(dtype), eps),
+            normed(k, inputs["k_norm"].to(dtype), eps),
+        )
+    wide = torch.promote_types(dtype, torch.float32)
+    size, tables = q.shape[1] // branches, (inputs["cos"], inputs["sin"])
+    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    first_k, first_v = keys.clone(), values.clone()
+    for b, numbers in enumerate(zip(*(inputs[name].tolist() for name in NUMBERS), strict=True)):
+        start, length, kv_len, commit, pad = numbers
+        rows = [row for row in range(length) if start + row >= pad]
+        cached = [s for s in range(pad, kv_len) if not start <= s < start + length]
+        position = torch.tensor([start + row - pad for row in rows], dtype=torch.long)
+        for branch in range(branches if rows else 0):
+            at = [branch * size + row for row in rows]
+            turned_q, turned_k = (rotate(x[b, at].to(wide), position, *tables) for x in (q, k))
+            turned_q, turned_k = turned_q.to(dtype), turned_k.to(dtype)
+            for i, row in enumerate(at):
+                mine = start + rows[i] - pad
+                old = [s for s in cached if sees(mine, s - pad, **masks)]
+                new = [
+                    j for j, other in enumerate(rows) if sees(mine, start + other - pad, **masks)
+                ]
+                own = [at[j] for j in new]
+                for h in range(q.shape[2]):
+                    g = h // (q.shape[2] // k.shape[2])
+                    all_k = torch.cat((first_k[b, old, g], turned_k[new, g]))
+                    all_v = torch.cat((first_v[b, old, g], v[b, own, g]))
+                    scores = all_k @ turned_q[i, h] * (scale or q.shape[3] ** -0.5)
+                    scores = scores.to(wide)
+                    scores = softcap * (scores / softcap).tanh() if softcap else scores
+                    out[b, row, h] = scores.softmax(-1).to(dtype) @ all_v
+            for j, row in enumerate(rows):
+                if branch == 0 and row < commit:
+                    keys[b, start + row], values[b, start + row] = turned_k[j], v[b, at[j]]
+    return out, keys, values
+
+
+def normed(x, weight, eps):
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide / (wide.square().mean(-1, keepdim=True) + eps).sqrt()).to(x.dtype) * weight
+
+
+def check(inputs, backend, **options):
+    used = copy(inputs) | {name: inputs[name] for name in ("q", "k", "v")}
+    out = ops.window_attention(**used, **options, backend=backend)
+    dtype = out.dtype
+    exact, plain = (listed(inputs, kind, **options) for kind in (torch.float64, dtype))
+    for got, want, same in zip((out, used["k_cache"], used["v_cache"]), exact, plain, strict=True):
+        assert max_error(got, want) <= error_budget(want, same)
+    return out
+
+
+def branched(sequences, branches, dtype=torch.float32, rows=12, **sizes):
+    """Inputs of ``branches`` candidates of ``rows`` rows; NaN in rows that are not in use."""
+    inputs = make(sequences, dtype, rows=rows, **sizes)
+    heads, kv_heads = inputs["q"].shape[2], inputs["k"].shape[2]
+    shape = len(sequences), branches * rows, heads + 2 * kv_heads, inputs["q"].shape[3]
+    qkv = random_normal(*shape, seed=5, dtype=dtype)
+    for b, (_, length, *_) in enumerate(sequences):
+        qkv[b].unflatten(0, (branches, rows))[:, length:] = NAN
+    names = ("q", "k", "v")
+    return inputs | dict(zip(names, qkv.split((heads, kv_heads, kv_heads), 2), strict=True))
+
+
+def of_branch(inputs, branch, branches, names=("q", "k", "v")):
+    """The inputs of one branch on its own."""
+    rows = inputs["q"].shape[1] // branches
+    part = slice(branch * rows, (branch + 1) * rows)
+    return copy(inputs) | {name: inputs[name][:, part] for name in names}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_masks(backend, dtype, mask):
+    check(make(SEQUENCES, dtype), backend, **MASKS[mask])
+
+
+@pytest.mark.parametrize("mask", ["causal", "blocks", "window"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_masks_of_a_refresh_over_several_tiles_of_queries(backend, mask):
+    check(make([(0, 150, 150, 150, 0), (0, 140, 140, 0, 9)], heads=(2, 1)), backend, **MASKS[mask])
+
+
+def test_a_causal_row_sees_nothing_behind_it():
+    whole, cut = make([(60, 9, 150, 0, 0)]), make([(60, 9, 69, 0, 0)])
+    got, want = (ops.window_attention(**t, causal=True, backend="triton") for t in (whole, cut))
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"block_size": 4}], ids=str)
+@pytest.mark.parametrize("branches", [2, 3])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_branches(backend, branches, options):
+    check(branched(SEQUENCES, branches), backend, branches=branches, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [4, 12])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_branch_is_its_own_separate_call(backend, rows, dtype):
+    sequences = [(62, 4, 150, 2, 0), (70, 3, 74, 0, 6)]
+    inputs = branched(sequences, 8, dtype, rows=rows)
+    used = copy(inputs)
+    out = ops.window_attention(**used, branches=8, backend=backend).unflatten(1, (8, rows))
+    for branch in range(8):
+        alone = of_branch(inputs, branch, 8)
+        assert torch.equal(ops.window_attention(**alone, backend=backend), out[:, branch])
+        if branch == 0:
+            assert torch.equal(alone["k_cache"].nan_to_num(), used["k_cache"].nan_to_num())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_poisoned_branch_changes_no_other(backend):
+    clean = branched([(62, 4, 150, 2, 0), (10, 4, 14, 4, 0)], 8, rows=4)
+    dirty = copy(clean)
+    for name in ("q", "k", "v"):
+        dirty[name][0, 12:16] = NAN
+    out, spoilt = (ops.window_attention(**t, branches=8, backend=backend) for t in (clean, dirty))
+    assert spoilt[0, 12:16].isnan().all()
+    spoilt[0, 12:16] = out[0, 12:16]
+    assert torch.equal(out, spoilt)
+    assert torch.equal(clean["k_cache"].nan_to_num(), dirty["k_cache"].nan_to_num())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_bits_alone_in_slot_7_of_32_and_among_branches(dtype):
+    """What FreeDave needs to be lossless; the kernel alone promises it."""
+    backend = "triton"
+    mine, other = (62, 4, 140, 4, 3), (17, 2, 60, 1, 0)
+    batch = branched([mine if slot == 7 else other for slot in range(32)], 8, dtype, rows=4)
+    alone = {n: t if n in ("cos", "sin") else t[7:8] for n, t in copy(batch).items()}
+    single = of_branch(alone, 0, 8)
+    together = ops.window_attention(**batch, branches=8, backend=backend)
+    packed = ops.window_attention(**alone, branches=8, backend=backend)
+    one = ops.window_attention(**single, backend=backend)
+    assert torch.equal(together[7], packed[0])
+    assert torch.equal(packed[:, :4], one)
+    assert torch.equal(batch["k_cache"][7].nan_to_num(), single["k_cache"][0].nan_to_num())
+
+
+@pytest.mark.parametrize("options", [{}, {"branches": 2}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_norm_of_heads(backend, dtype, options):
+    inputs = branched(SEQUENCES, 2, dtype) if options else make(SEQUENCES, dtype)
+    norms = 1 + random_normal(2, 64, seed=9, dtype=dtype) / 4
+    check(inputs | {"q_norm": norms[0], "k_norm": norms[1]}, backend, **options, eps=1e-5)
+
+
+@pytest.mark.parametrize("page", [1, 10, 16])
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"branches": 2}], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_pages(backend, options, page):
+    """The same bits through a block table, and not a bit changed elsewhere."""
+    slots = 160
+    sequences = SEQUENCES[:3]
+    inputs = branched(sequences, 2) if "branches" in options else make(sequences, slots=150)
+    plain = copy(inputs)
+    out = ops.window_attention(**plain, **options, backend=backend)
+    per = slots // page
+    paged = {"block_table": torch.full((3, per), -1, dtype=torch.int32)}
+    order = torch.randperm(3 * per, generator=torch.Generator().manual_seed(0)).int() + 1
+    for b, (start, length, kv_len, *_) in enumerate(sequences):
+        used = -(-max(kv_len, start + length) // page)
+        paged["block_table"][b, :used] = order[b * per : b * per + used]
+    for name in ("k_cache", "v_cache"):
+        pool = torch.full((3 * per + 2, page, 2, 64), NAN)
+        for b in range(3):
+            padded = torch.cat((inputs[name][b], torch.full((slots - 150, 2, 64), NAN)))
+            for index, number in enumerate(paged["block_table"][b].tolist()):
+                if number >= 0:
+                    pool[number] = padded[index * page : (index + 1) * page]
+        paged[name] = pool
+    tables = {n: torch.cat((inputs[n], inputs[n][:10])) for n in ("cos", "sin")}
+    before = {name: paged[name].clone() for name in ("k_cache", "v_cache")}
+    got = ops.window_attention(**(inputs | tables | paged), **options, backend=backend)
+    # More slots may be other sums in torch.
+    torch.testing.assert_close(got, out)
+    assert backend == "torch" or torch.equal(got, out)
+    for name in ("k_cache", "v_cache"):
+        touched = torch.zeros(before[name].shape[:2], dtype=torch.bool)
+        for b, (start, _, _, commit, pad) in enumerate(sequences):
+            for slot in range(max(start, pad), start + commit):
+                number = paged["block_table"][b, slot // page]
+                assert torch.equal(paged[name][number, slot % page], plain[name][b, slot])
+                touched[number, slot % page] = True
+        rest = ~touched
+        assert torch.equal(paged[name][rest].nan_to_num(7), before[name][rest].nan_to_num(7))
+
+
+@pytest.fixture
+def split(monkeypatch):
+    """Splits of 64 positions, a tile of the interpreter."""
+    monkeypatch.setattr(_tiles, "ATTENTION_SPLIT", 64)
+
+
+@pytest.mark.parametrize("mask", [{}, *MASKS.values()], ids=["none", *MASKS])
+def test_split_keys(split, mask):
+    check(make(SEQUENCES), "triton", **mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_split_keys_of_branches_and_their_bits(split, dtype):
+    """A sequence alone and in slot 7 of 32, one branch and eight."""
+    mine, other = (62, 4, 140, 4, 3), (17, 2, 60, 1, 0)
+    batch = branched([mine if slot == 7 else other for slot in range(32)], 8, dtype, rows=4)
+    alone = {n: t if n in ("cos", "sin") else t[7:8] for n, t in copy(batch).items()}
+    single = of_branch(alone, 0, 8)
+    together = ops.window_attention(**batch, branches=8, backend="triton")
+    packed = check(alone, "triton", branches=8)
+    assert torch.equal(together[7], packed[0])
+    assert torch.equal(packed[:, :4], ops.window_attention(**single, backend="triton"))
+
+
+def test_a_nan_stays_in_its_sequence_when_split(split):
+    clean = make([(70, 9, 150, 9, 0), (60, 8, 150, 3, 2)])
+    dirty = copy(clean)
+    for name in ("q", "k", "v", "k_cache", "v_cache"):
+        dirty[name][1] = NAN
+    out, spoilt = (ops.window_attention(**t, backend="triton") for t in (clean, dirty))
+    assert torch.equal(out[0], spoilt[0]) and not out.isnan().any()
+    assert spoilt[1, :8].isnan().all() and (spoilt[1, 8:] == 0).all()
+
+
+def test_what_is_split_does_not_hang_on_the_batch_or_the_branches():
+    tile = _tiles.AttentionTile(64, 32, 8, 3)
+    assert _tiles.attention_splits(tile, 128, 1024, 256) == (1, 0)
+    assert _tiles.attention_splits(tile, 128, 1025, 256) == (2, 32)
+    assert _tiles.attention_splits(tile, 129, 32768, 256) == (1, 0)
+    assert _tiles.attention_splits(tile, 4, 32768, 1024) == (1, 0)
+    assert all(
+        _tiles.ATTENTION_SPLIT % row.block_n == 0 for row in _tiles.WINDOW_ATTENTION.values()
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck_with_every_option(backend):
+    inputs = branched([(5, 3, 9, 2, 0), (7, 4, 30, 0, 8)], 2, rows=4)
+    names = ("q", "k", "v", "k_cache", "v_cache")
+    inputs |= {name: inputs[name].nan_to_num(0.5) for name in names}
+    weight = torch.ones(64)
+    order = (*names, *NUMBERS[:4], "cos", "sin", "pad")
+    tensors = tuple(inputs[name] for name in order)
+    op = torch.ops.pydllm.window_attention.default
+    options = (0.125, 2, True, 4, 9, 2.0, 1e-6, backend)
+    torch.library.opcheck(op, (*tensors, weight, weight, None, *options))
+    pool = torch.ones(2, 15, 10, 2, 64)
+    table = torch.arange(30, dtype=torch.int32).view(2, 15) % 15
+    paged = (*tensors[:3], pool[0], pool[1], *tensors[5:], weight, weight, table)
+    torch.library.opcheck(op, (*paged, *options))
+
+
+GOOD = make([(5, 3, 9, 2, 0), (7, 4, 30, 0, 0)], slots=30)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"branches": 3}, ValueError, "branches: expected a divisor of the 4 rows, got 3"),
+        ({"branches": 0}, ValueError, "branches: expected a divisor of the 4 rows, got 0"),
+        ({"block_size": 0}, ValueError, "block_size: expected at least 1, got 0"),
+        ({"window": -1}, ValueError, "window: expected at least 1, got -1"),
+        ({"softcap": 0.0}, ValueError, "softcap: expected a positive number, got 0.0"),
+        ({"q_norm": torch.ones(64)}, ValueError, "k_norm: expected weights for both norms or none"),
+        (
+            {"q_norm": torch.ones(63), "k_norm": torch.ones(64)},
+            ValueError,
+            r"q_norm: expected shape \(64\), got \(63,\)",
+        ),
+        (
+            {"q_norm": torch.ones(64), "k_norm": torch.ones(64).half()},
+            TypeError,
+            "k_norm: expected dtype torch.float32, got torch.float16",
+        ),
+        (
+            {"block_table": torch.ones(3, 1).int()},
+            ValueError,
+            r"block_table: expected shape \(2, n\), got \(3, 1\)",
+        ),
+        ({"block_table": torch.ones(2, 1)}, TypeError, "block_table: expected dtype torch.int32"),
+        (
+            {"block_table": torch.ones(2, 0).int()},
+            ValueError,
+            "block_table: expected at least one slot, got 0 of 2 pages of 30 slots",
+        ),
+    ],
+)
+def test_bad_options(change, error, message):
+    with pytest.raises(error, match=message):
+        ops.window_attention(**(GOOD | change))
