@@ -1,0 +1,9 @@
+"""Models: what decoding asks of one, the native transformer, and how it is loaded."""
+
+from pydllm.models.cache import StaticCache
+from pydllm.models.load import load
+from pydllm.models.native import NativeModel
+from pydllm.models.protocol import Model
+from pydllm.models.spec import ModelSpec
+
+__all__ = ["Model", "ModelSpec", "NativeModel", "StaticCache", "load"]

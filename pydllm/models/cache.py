@@ -1,0 +1,59 @@
+"""The static KV cache."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class StaticCache:
+    """Keys (after RoPE) and values of every layer, one slot a position, written in place.
+
+    Addresses never change, so a forward can be captured in a CUDA graph. New caches hold zeros;
+    which slots mean something the caller knows (``kv_len``), and the attention uses no other.
+
+    Attributes:
+        keys, values: ``(layers, B, L, Hkv, D)``.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values = keys, values
+
+    @classmethod
+    def allocate(
+        cls,
+        layers: int,
+        batch: int,
+        max_len: int,
+        kv_heads: int,
+        head_dim: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> StaticCache:
+        shape = (layers, batch, max_len, kv_heads, head_dim)
+        keys, values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        return cls(keys, values)
+
+    @property
+    def batch(self) -> int:
+        return self.keys.shape[1]
+
+    @property
+    def max_len(self) -> int:
+        """Slots a sequence."""
+        return self.keys.shape[2]
+
+    def k(self, layer: int) -> Tensor:
+        """Keys of a layer, a view ``(B, L, Hkv, D)``."""
+        return self.keys[layer]
+
+    def v(self, layer: int) -> Tensor:
+        """Values of a layer, a view ``(B, L, Hkv, D)``."""
+        return self.values[layer]
+
+    def first(self, batch: int) -> StaticCache:
+        """The first ``batch`` rows: a view, nothing is copied."""
+        if not 0 <= batch <= self.batch:
+            raise ValueError(f"batch: expected 0 to {self.batch}, got {batch}")
+        return StaticCache(self.keys[:, :batch], self.values[:, :batch])

@@ -1,0 +1,150 @@
+"""Reading a checkpoint directory: config.json, safetensors (one or many), tokenizer.json.
+
+Everything is checked from headers before the first weight is read. Pickles are never opened.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from pydllm._backend.errors import CheckpointError
+from pydllm.models.config import Config
+from pydllm.models.weights import Found, Slot
+
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+_CONVERT = (
+    'pickles are not read; convert it once: python -c "import torch, safetensors.torch as s; '
+    "s.save_file({{k: v.clone() for k, v in torch.load('{0}', weights_only=True).items()}}, "
+    "'model.safetensors')\""
+)
+
+
+def read_config(folder: Path) -> Config:
+    values = _read_json(folder, "config.json")
+    if not isinstance(values, dict):
+        raise CheckpointError(f"config.json: expected a JSON object, found {type(values).__name__}")
+    return Config(values)
+
+
+def read_tokenizer(folder: Path) -> Tokenizer | None:
+    """The tokenizer of tokenizer.json; None where there is no such file."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return None
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise CheckpointError(
+            f"tokenizer.json: expected a file of the tokenizers library, found {error}"
+        ) from error
+
+
+def _read_json(folder: Path, name: str) -> Any:
+    try:
+        return json.loads((folder / name).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{name}: expected this file in {folder}, found none") from None
+    except ValueError as error:
+        raise CheckpointError(f"{name}: expected JSON, found {error}") from error
+
+
+class Shards:
+    """The safetensors files of a directory, their headers read.
+
+    Attributes:
+        found: shape and type of every tensor.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.found: dict[str, Found] = {}
+        self._files: dict[str, Path] = {}
+        if (folder / _SINGLE).is_file():
+            self._read_header(folder / _SINGLE)
+        elif (folder / _INDEX).is_file():
+            self._read_index(folder)
+        else:
+            raise CheckpointError(_no_weights(folder))
+
+    def _read_index(self, folder: Path) -> None:
+        index = _read_json(folder, _INDEX)
+        where = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
+            raise CheckpointError(f"{_INDEX}: weight_map: expected a file for each tensor")
+        files = sorted(set(where.values()))
+        for file in files:
+            if Path(file).name != file:
+                raise CheckpointError(f"{_INDEX}: expected files in its folder, found {file!r}")
+            if not (folder / file).is_file():
+                raise CheckpointError(
+                    f"{file}: expected this file, {_INDEX} names it, found none in {folder}"
+                )
+        held = {file: self._read_header(folder / file) for file in files}
+        for name, file in where.items():
+            if name not in held[file]:
+                raise CheckpointError(
+                    f"{file}: expected {name}, {_INDEX} says so, found no such tensor in this file"
+                )
+            self._files[name] = folder / file
+
+    def _read_header(self, path: Path) -> set[str]:
+        with _opened(path) as file:
+            names = set(file.keys())
+            for name in names:
+                entry = file.get_slice(name)
+                kind = entry.get_dtype()
+                self.found[name] = Found(tuple(entry.get_shape()), _DTYPES.get(kind, kind))
+                self._files[name] = path
+        return names
+
+    def tensor(self, name: str) -> Tensor:
+        with _opened(self._files[name]) as file:
+            return file.get_tensor(name)
+
+    def load(
+        self, wanted: Sequence[Slot], device: torch.device, dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        """Allocate the transformer's tensors and read each weight straight into its place."""
+        loaded = {slot.name: torch.empty(slot.shape, dtype=dtype, device=device) for slot in wanted}
+        targets: dict[Path, list[tuple[str, Tensor]]] = {}
+        for slot in wanted:
+            for name, view in slot.views(loaded[slot.name]):
+                targets.setdefault(self._files[name], []).append((name, view))
+        for path, pairs in targets.items():
+            with _opened(path) as file:
+                for name, view in pairs:
+                    view.copy_(file.get_tensor(name))
+        return loaded
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{path.name}: expected a whole safetensors file, found {path.stat().st_size} bytes "
+            f"that are none: {error}"
+        ) from error
+
+
+def _no_weights(folder: Path) -> str:
+    expected = f"{folder}: expected {_SINGLE} or {_INDEX}"
+    pickles = sorted(path.name for path in folder.glob("*.bin"))
+    pickles += sorted(path.name for path in folder.glob("*.pt*"))
+    if pickles:
+        return f"{expected}, found {pickles[0]}: {_CONVERT.format(pickles[0])}"
+    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    return f"{expected}, found {', '.join(others[:4]) or 'no weights'}"

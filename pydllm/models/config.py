@@ -1,0 +1,70 @@
+"""config.json, read key by key: whatever is missing or of another kind is an error that says so."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydllm._backend.errors import CheckpointError
+
+
+class Config:
+    """The keys of a Hugging Face configuration; a null counts as missing.
+
+    Attributes:
+        where: what messages call it: ``config.json``, or the module's class.
+    """
+
+    def __init__(self, values: Mapping[str, Any], where: str = "config.json") -> None:
+        self._values, self.where = values, where
+
+    def get(self, key: str) -> Any:
+        return self._values.get(key)
+
+    def wrong(self, key: str, expected: str) -> CheckpointError:
+        """The error of a key, for the caller to raise."""
+        value = self.get(key)
+        found = "none" if value is None else repr(value)
+        return CheckpointError(f"{self.where}: {key}: expected {expected}, found {found}")
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        """A number of things, at least 1."""
+        value = default if self.get(key) is None else self.get(key)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise self.wrong(key, "an integer of at least 1")
+        return value
+
+    def number(self, key: str) -> float:
+        """A positive number."""
+        value = self.get(key)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+            raise self.wrong(key, "a positive number")
+        return float(value)
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        value = default if self.get(key) is None else self.get(key)
+        if not isinstance(value, bool):
+            raise self.wrong(key, "true or false")
+        return value
+
+    def ids(self, key: str, limit: int) -> tuple[int, ...]:
+        """Token ids below ``limit``: one, a list, or none at all."""
+        value = self.get(key)
+        if value is None:
+            return ()
+        ids = value if isinstance(value, list | tuple) else [value]
+        if not all(type(token) is int and 0 <= token < limit for token in ids):
+            raise self.wrong(key, f"token ids in [0, {limit})")
+        return tuple(ids)
+
+    def only(self, key: str, *allowed: Any) -> None:
+        """Refuse any value but these; a missing key is fine."""
+        if self.get(key) is not None and self.get(key) not in allowed:
+            raise self.wrong(key, " or ".join(map(repr, allowed)) + " (others are not supported)")
+
+    def section(self, key: str) -> Config:
+        """A nested object, empty where it is missing."""
+        value = self.get(key)
+        if value is not None and not isinstance(value, Mapping):
+            raise self.wrong(key, "an object")
+        return Config(value or {}, f"{self.where}: {key}")

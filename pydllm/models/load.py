@@ -1,0 +1,192 @@
+"""``load``: a model from a directory, a hub id or a loaded module."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from pydllm._backend.errors import CheckpointError
+from pydllm.models.checkpoint import Shards, read_config, read_tokenizer
+from pydllm.models.config import Config
+from pydllm.models.families import find_family, make_spec
+from pydllm.models.native import NativeModel
+from pydllm.models.weights import FLOATS, Found, check_tensors, share, slots
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_FILES = ("*.json", "*.safetensors")
+# Looked up in tokenizer.json where config.json has no mask_token_id.
+_MASK_TOKENS = ("<|mask|>", "<|mdm_mask|>")
+
+
+def load(
+    source: str | os.PathLike[str] | nn.Module,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> NativeModel:
+    """Load a diffusion language model.
+
+    Args:
+        source: a directory in Hugging Face layout (config.json, model.safetensors or shards with
+            their index, tokenizer.json if there is one); the hub id of such a repository, where
+            ``huggingface_hub`` is installed; or a loaded module with a ``config``. A module's
+            parameters are shared, not copied: they become views of fused tensors, the module goes
+            on working, and moving or casting it afterwards ends the sharing.
+        device: where to put the weights; None: the current CUDA device if there is one, else the
+            CPU. A module stays where it is, and None or its own device is all that is accepted.
+        dtype: of weights, cache and hidden states: fp32, fp16, bf16, or fp64 (torch backend alone).
+            None: what config.json says, else what the embedding is stored in; on a CPU fp32 instead
+            of fp16 and bf16, which are slow and less exact there. For a module as with ``device``.
+
+    Returns:
+        The model: LLaDA, Dream, SDAR, A2D, Qwen2, Qwen3 or Llama, dense. ``model.tokenizer`` is set
+        where there was a tokenizer.json. Qwen2, Qwen3 and Llama come with causal attention and no
+        mask id; for one that was retrained to attend both ways, set ``model.spec =
+        dataclasses.replace(model.spec, attention="full", mask_id=...)``.
+
+    Raises:
+        CheckpointError: the checkpoint is incomplete, damaged or of an unknown kind; names the key,
+            tensor or file, what was expected and what was found.
+        TypeError: ``source`` or ``dtype`` is of no accepted type.
+        ValueError: another device or dtype than the module's.
+
+    No code of a checkpoint is run and no pickle is opened.
+
+    Example:
+        >>> model = load("GSAI-ML/LLaDA-8B-Instruct")  # doctest: +SKIP
+        >>> model.spec.mask_id  # doctest: +SKIP
+        126336
+    """
+    if dtype is not None and dtype not in FLOATS:
+        raise TypeError(f"dtype: expected {', '.join(map(str, FLOATS))}, got {dtype}")
+    if isinstance(source, nn.Module):
+        return _load_module(source, device, dtype)
+    if not isinstance(source, str | os.PathLike):
+        raise TypeError(f"source: expected a path, a hub id or a module, got {type(source)}")
+    return _load_folder(_find_folder(source), device, dtype)
+
+
+def _find_folder(source: str | os.PathLike[str]) -> Path:
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise CheckpointError(f"{source}: expected a directory, found a file")
+    if not isinstance(source, str) or not _HUB_ID.fullmatch(source):
+        raise CheckpointError(f"{source}: expected a directory or a hub id, found neither")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise CheckpointError(
+            f"{source}: found no such directory, and a hub id needs huggingface_hub "
+            "(pip install huggingface_hub)"
+        ) from None
+    try:
+        return Path(snapshot_download(source, allow_patterns=list(_HUB_FILES)))
+    except (OSError, ValueError) as error:  # what the hub's own errors derive from
+        raise CheckpointError(
+            f"{source}: found no such directory, and not on the hub: {error}"
+        ) from error
+
+
+def _load_folder(
+    folder: Path, device: torch.device | str | None, dtype: torch.dtype | None
+) -> NativeModel:
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    config = read_config(folder)
+    family = find_family(config)
+    sizes = family.sizes(config, family)
+    tokenizer = read_tokenizer(folder)
+    spec = make_spec(config, family, sizes, _find_mask(tokenizer, sizes.embeddings))
+    shards = Shards(folder)
+    wanted = list(slots(family.names, sizes))
+    check_tensors(wanted, shards.found, family.names, str(folder))
+    embedding, head = f"{family.names.embedding}.weight", f"{family.names.head}.weight"
+    if dtype is None:
+        dtype = _stored_dtype(config, shards.found[embedding])
+        if device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
+            dtype = torch.float32
+    weights = shards.load(wanted, device, dtype)
+    if sizes.tied and head in shards.found:
+        _check_tied(config, head, weights["embedding"], shards.tensor(head))
+    return NativeModel(spec, sizes, weights, tokenizer)
+
+
+def _load_module(
+    module: nn.Module, device: torch.device | str | None, dtype: torch.dtype | None
+) -> NativeModel:
+    name = type(module).__name__
+    config = _module_config(module)
+    family = find_family(config, *(kind.__name__ for kind in type(module).__mro__))
+    sizes = family.sizes(config, family)
+    spec = make_spec(config, family, sizes, None)
+    wanted = list(slots(family.names, sizes))
+    state = module.state_dict(keep_vars=True)
+    found = {key: Found(tuple(value.shape), value.dtype) for key, value in state.items()}
+    check_tensors(wanted, found, family.names, name)
+    embedding, head = f"{family.names.embedding}.weight", f"{family.names.head}.weight"
+    like = state[embedding]
+    for key in (key for slot in wanted for key, _ in slot.sources):
+        tensor = state[key]
+        if (tensor.device, tensor.dtype) != (like.device, like.dtype):
+            raise CheckpointError(
+                f"{name}: {key}: expected {like.dtype} on {like.device} as {embedding} is, "
+                f"found {tensor.dtype} on {tensor.device}"
+            )
+    if sizes.tied and head in state:
+        _check_tied(config, head, like, state[head])
+    if dtype not in (None, like.dtype):
+        raise ValueError(f"dtype: expected {like.dtype}, that of the shared module, got {dtype}")
+    if device is not None and not _same_device(torch.device(device), like.device):
+        raise ValueError(f"device: expected {like.device}, that of the shared module, got {device}")
+    return NativeModel(spec, sizes, share(wanted, module), None)
+
+
+def _module_config(module: nn.Module) -> Config:
+    where = f"{type(module).__name__}.config"
+    config = getattr(module, "config", None)
+    if config is not None and hasattr(config, "to_dict"):
+        config = config.to_dict()
+    elif config is not None and not isinstance(config, Mapping):
+        config = vars(config)
+    if config is None:
+        raise CheckpointError(f"{where}: expected the configuration of the model, found none")
+    return Config(config, where)
+
+
+def _find_mask(tokenizer: Tokenizer | None, limit: int) -> int | None:
+    ids = [tokenizer.token_to_id(token) for token in _MASK_TOKENS] if tokenizer else []
+    return next((token for token in ids if token is not None and token < limit), None)
+
+
+def _stored_dtype(config: Config, embedding: Found) -> torch.dtype:
+    key = "dtype" if config.get("dtype") is not None else "torch_dtype"
+    name = config.get(key)
+    if name is None:
+        return embedding.dtype if isinstance(embedding.dtype, torch.dtype) else torch.float32
+    for dtype in FLOATS:
+        if str(dtype).removeprefix("torch.") == str(name).removeprefix("torch."):
+            return dtype
+    raise config.wrong(key, "float32, float16, bfloat16 or float64")
+
+
+def _check_tied(config: Config, name: str, embedding: Tensor, head: Tensor) -> None:
+    """A head that is stored although it is tied must be the embedding."""
+    if head.data_ptr() == embedding.data_ptr():
+        return
+    if head.shape != embedding.shape or not torch.equal(head.to(embedding), embedding):
+        raise CheckpointError(
+            f"{config.where}: the head is tied to the embedding, found another matrix in {name}"
+        )
+
+
+def _same_device(asked: torch.device, own: torch.device) -> bool:
+    return asked.type == own.type and asked.index in (None, own.index)

@@ -1,0 +1,229 @@
+"""The native transformer: LLaDA, Dream, Qwen and their like in one forward."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pydllm import ops
+from pydllm.models.cache import StaticCache
+from pydllm.models.families import Sizes
+from pydllm.models.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """Weights of a layer; None where the family has none."""
+
+    attn_norm: Tensor
+    qkv: Tensor
+    out: Tensor
+    mlp_norm: Tensor
+    gate_up: Tensor
+    down: Tensor
+    qkv_bias: Tensor | None = None
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+    out_bias: Tensor | None = None
+    gate_up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+
+
+class _Rope:
+    """Rotary tables, grown as longer caches are asked for.
+
+    Angles in fp64, rounded once. A table that was replaced is kept: a captured graph may read it.
+    """
+
+    def __init__(self, theta: float, rotary: int, dtype: torch.dtype, device: torch.device) -> None:
+        exponent = torch.arange(0, rotary, 2, dtype=torch.float64) / rotary
+        self._frequency = theta**-exponent
+        self._dtype = torch.promote_types(dtype, torch.float32)
+        self._device = device
+        self._tables: list[tuple[Tensor, Tensor]] = []
+
+    def tables(self, positions: int) -> tuple[Tensor, Tensor]:
+        """cos and sin, ``(at least positions, rotary / 2)``, fp32 or, for an fp64 model, fp64."""
+        longest = self._tables[-1][0].shape[0] if self._tables else 0
+        if positions > longest or not self._tables:
+            size = max(positions, 2 * longest)
+            angle = torch.arange(size, dtype=torch.float64)[:, None] * self._frequency
+            cos, sin = (t.to(self._device, self._dtype) for t in (angle.cos(), angle.sin()))
+            self._tables.append((cos, sin))
+        return self._tables[-1]
+
+
+class NativeModel:
+    """A transformer with fused projections, over ``pydllm.ops``; implements ``Model``.
+
+    Made by ``pydllm.load``. ``spec`` may be replaced, for instance to add an end of sequence.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        sizes: Sizes,
+        weights: Mapping[str, Tensor],
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        self.spec, self.sizes, self.tokenizer = spec, sizes, tokenizer
+        self._embedding, self._norm = weights["embedding"], weights["norm"]
+        # Rows behind the vocabulary are padding, no tokens.
+        self._head = weights.get("head", self._embedding)[: spec.vocab_size]
+        bias = weights.get("head_bias")
+        self._head_bias = None if bias is None else bias[: spec.vocab_size]
+        self._layers = [
+            _Layer(
+                **{
+                    name.removeprefix(prefix): tensor
+                    for name, tensor in weights.items()
+                    if name.startswith(prefix)
+                }
+            )
+            for prefix in (f"layers.{layer}." for layer in range(sizes.layers))
+        ]
+        self._rope = _Rope(sizes.rope_theta, sizes.rotary, self.dtype, self.device)
+
+    @property
+    def device(self) -> torch.device:
+        return self._embedding.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._embedding.dtype
+
+    def new_cache(self, batch: int, max_len: int) -> StaticCache:
+        """A cache of ``batch`` sequences of ``max_len`` slots; with 0 slots it keeps nothing."""
+        for name, value in (("batch", batch), ("max_len", max_len)):
+            if value < 0:
+                raise ValueError(f"{name}: expected at least 0, got {value}")
+        self._rope.tables(max_len)
+        sizes = self.sizes
+        return StaticCache.allocate(
+            sizes.layers,
+            batch,
+            max_len,
+            sizes.kv_heads,
+            sizes.head_dim,
+            dtype=self.dtype,
+            device=self.device,
+        )
+
+    def forward(
+        self,
+        ids: Tensor,
+        start: Tensor,
+        cache: StaticCache,
+        *,
+        length: Tensor,
+        kv_len: Tensor,
+        commit: Tensor,
+        pad: Tensor | None = None,
+        branches: int = 1,
+        backend: str | None = None,
+    ) -> Tensor:
+        """Hidden states ``(B, T, hidden)`` of a window, final norm applied; see ``Model.forward``.
+
+        Rows from ``length`` on hold finite numbers without meaning.
+
+        Raises:
+            ValueError: shapes or devices do not fit the model or the cache.
+            TypeError: ids are not int64, or a number not int32.
+
+        CUDA graphs: safe with a cache that was made before the capture.
+        """
+        numbers = {"start": start, "length": length, "kv_len": kv_len, "commit": commit}
+        self._check(ids, cache, numbers if pad is None else numbers | {"pad": pad}, branches)
+        keys, values = cache.keys, cache.values
+        if cache.max_len == 0:  # one layer's scratch serves all: nothing outlives the layer
+            slots = ids.shape[1] // branches
+            scratch = keys.new_zeros(1, ids.shape[0], slots, *keys.shape[3:])
+            keys, values = (
+                t.expand(self.sizes.layers, *t.shape[1:]) for t in (scratch, scratch.clone())
+            )
+        cos, sin = self._rope.tables(keys.shape[2])
+        eps = self.sizes.eps
+        window: dict = {**numbers, "pad": pad, "cos": cos, "sin": sin, "backend": backend}
+        window |= {"causal": self.spec.attention == "causal", "block_size": self.spec.block_size}
+        window["branches"] = branches
+        residual = F.embedding(ids, self._embedding)
+        hidden = ops.rms_norm(residual, self._layers[0].attn_norm, eps, backend=backend)
+        following = [layer.attn_norm for layer in self._layers[1:]] + [self._norm]
+        for index, layer in enumerate(self._layers):
+            hidden = self._attend(layer, hidden, keys[index], values[index], window)
+            hidden = ops.rms_norm(hidden, layer.mlp_norm, eps, residual=residual, backend=backend)
+            hidden = F.linear(hidden, layer.gate_up, layer.gate_up_bias)
+            hidden = F.linear(ops.swiglu(hidden, backend=backend), layer.down, layer.down_bias)
+            # The residual is added by the norm that comes next, the next layer's or the last.
+            hidden = ops.rms_norm(hidden, following[index], eps, residual=residual, backend=backend)
+        return hidden
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits ``(..., vocab_size)`` of hidden states ``(..., hidden)``, in the model's dtype."""
+        return F.linear(hidden, self._head, self._head_bias)
+
+    def head_stats(
+        self, hidden: Tensor, rows: Tensor | None = None, **options: Any
+    ) -> ops.VocabStats:
+        """``ops.head_stats`` of hidden states ``(R, hidden)`` and the model's head."""
+        return ops.head_stats(hidden, self._head, bias=self._head_bias, rows=rows, **options)
+
+    def _attend(
+        self, layer: _Layer, hidden: Tensor, keys: Tensor, values: Tensor, window: dict
+    ) -> Tensor:
+        sizes = self.sizes
+        qkv = F.linear(hidden, layer.qkv, layer.qkv_bias).unflatten(-1, (-1, sizes.head_dim))
+        q, k, v = qkv.split((sizes.heads, sizes.kv_heads, sizes.kv_heads), 2)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            # Copied: the norm kernel wants rows at one stride, these are some heads of each token.
+            # Not fused into the attention, where a committed key could differ by a rounding from
+            # the one that was attended to.
+            q, k = (
+                ops.rms_norm(t.contiguous(), norm, sizes.eps, backend=window["backend"])
+                for t, norm in ((q, layer.q_norm), (k, layer.k_norm))
+            )
+        attended = ops.window_attention(q, k, v, keys, values, **window)
+        return F.linear(attended.flatten(-2), layer.out, layer.out_bias)
+
+    def _check(
+        self, ids: Tensor, cache: StaticCache, numbers: Mapping[str, Tensor], branches: int
+    ) -> None:
+        """What can be told from metadata; the values are the caller's business."""
+        if ids.dtype != torch.int64:
+            raise TypeError(f"ids: expected dtype torch.int64, got {ids.dtype}")
+        if ids.ndim != 2 or ids.shape[0] != cache.batch:
+            raise ValueError(f"ids: expected shape ({cache.batch}, T), got {tuple(ids.shape)}")
+        if branches < 1 or ids.shape[1] % branches:
+            raise ValueError(
+                f"branches: expected a divisor of the {ids.shape[1]} rows, got {branches}"
+            )
+        rows = ids.shape[1] // branches
+        if rows > cache.max_len > 0:
+            raise ValueError(
+                f"ids: expected at most the {cache.max_len} slots of the cache, got {rows}"
+            )
+        sizes = self.sizes
+        shape = (sizes.layers, cache.batch, cache.max_len, sizes.kv_heads, sizes.head_dim)
+        if tuple(cache.keys.shape) != shape or cache.keys.dtype != self.dtype:
+            raise ValueError(
+                f"cache: expected a cache of this model, {shape} {self.dtype}, "
+                f"got {tuple(cache.keys.shape)} {cache.keys.dtype}"
+            )
+        for name, tensor in {"ids": ids, **numbers}.items():
+            if tensor.device != self.device:
+                raise ValueError(f"{name}: expected device {self.device}, got {tensor.device}")
+        for name, tensor in numbers.items():
+            if tensor.dtype != torch.int32:
+                raise TypeError(f"{name}: expected dtype torch.int32, got {tensor.dtype}")
+            if tuple(tensor.shape) != (cache.batch,):
+                raise ValueError(
+                    f"{name}: expected shape ({cache.batch},), got {tuple(tensor.shape)}"
+                )

@@ -1,0 +1,86 @@
+"""What decoding asks of a model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from pydllm.models.cache import StaticCache
+from pydllm.models.spec import ModelSpec
+from pydllm.ops import VocabStats
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+class Model(Protocol):
+    """A model: its facts, and hidden states of a window of positions given cached keys and values.
+
+    Attributes:
+        spec: the facts.
+        tokenizer: a ``tokenizers.Tokenizer``, or None where the model came without one.
+    """
+
+    spec: ModelSpec
+    tokenizer: Tokenizer | None
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def new_cache(self, batch: int, max_len: int) -> StaticCache:
+        """A cache for ``batch`` sequences of ``max_len`` slots.
+
+        ``max_len`` 0 is a cache that keeps nothing: windows then start at 0, see themselves alone
+        and commit nothing.
+        """
+
+    def forward(
+        self,
+        ids: Tensor,
+        start: Tensor,
+        cache: StaticCache,
+        *,
+        length: Tensor,
+        kv_len: Tensor,
+        commit: Tensor,
+        pad: Tensor | None = None,
+        branches: int = 1,
+        backend: str | None = None,
+    ) -> Tensor:
+        """Hidden states of a window of each sequence, final norm applied.
+
+        Args:
+            ids: ``(B, T)`` int64, tokens of the window. Rows from ``length`` on are computed and
+                mean nothing; they need valid ids.
+            start: ``(B,)`` int32, slot of the window's row 0.
+            cache: what the window sees besides itself, and where it commits.
+            length: ``(B,)`` int32, window rows in use, 0 to ``T``.
+            kv_len: ``(B,)`` int32, end of the slots that are seen: cached ones before the window
+                and behind it, fresh ones inside it.
+            commit: ``(B,)`` int32, how many of the window's rows are written to the cache.
+            pad: ``(B,)`` int32, slots of left padding, or None for none.
+            branches: ``ids`` are so many candidates of the window, ``T / branches`` rows each, one
+                after the other, all at ``start``; each sees the cache and itself. ``commit`` is of
+                the first.
+            backend: as in ``pydllm.ops``.
+
+        Returns:
+            ``(B, T, hidden)`` in the model's dtype.
+        """
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits ``(..., vocab_size)`` of hidden states ``(..., hidden)``, in the model's dtype."""
+
+    def head_stats(self, hidden: Tensor, rows: Tensor | None = None, **options: Any) -> VocabStats:
+        """Token and statistics of hidden states ``(R, hidden)``, or of the rows named in ``rows``.
+
+        Args:
+            hidden: as ``forward`` returns them, in the model's dtype.
+            rows: ``(N,)`` int32 or int64 on the device, or None for all in order.
+            options: as in ``pydllm.ops.head_stats``.
+        """
