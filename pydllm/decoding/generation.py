@@ -1,0 +1,248 @@
+"""``generate`` and what it returns; the checks that every algorithm shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from pydllm.models import Model
+
+
+@dataclass(frozen=True)
+class Step:
+    """What ``on_step`` is handed after every forward.
+
+    Attributes:
+        index: forwards done so far in this call, this one included.
+        x: ``(B, L)`` tokens, prompts and generation regions, masks included; do not write.
+        step_map: ``(B, L)`` int32, the forward (counted per sequence) that wrote a position, or -1.
+        prompt_length: ``(B,)`` int32.
+    """
+
+    index: int
+    x: Tensor
+    step_map: Tensor
+    prompt_length: Tensor
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Decoded sequences and what they cost.
+
+    Attributes:
+        sequences: one 1-D int64 tensor a prompt: the prompt and ``max_new_tokens`` ids; what
+            follows the first end of sequence is end of sequence.
+        nfe: ``(B,)`` int64, forwards of the diffusion model in which the sequence took part.
+        tokens_per_forward: ``(B,)`` fp32, new tokens up to and including the first end of sequence,
+            divided by ``nfe``.
+        step_map: ``(B, max_new_tokens)`` int64, index of the forward whose result wrote the
+            position, -1 for what was filled after an end of sequence.
+        text: the new text of each sequence, where the model has a tokenizer.
+    """
+
+    sequences: list[Tensor]
+    nfe: Tensor
+    tokens_per_forward: Tensor
+    step_map: Tensor
+    text: list[str] | None
+
+
+@dataclass(frozen=True)
+class Request:
+    """A checked call of ``generate``, as the algorithms receive it.
+
+    Attributes:
+        x: ``(B, L)`` int64 on the model's device: prompt, masks, and end of sequence behind them.
+        prompt_length: ``(B,)`` int32 on the device.
+        request_id: ``(B,)`` int32 on the device, what the noise is keyed by.
+    """
+
+    model: Model
+    mask_id: int
+    x: Tensor
+    prompt_length: Tensor
+    request_id: Tensor
+    max_new_tokens: int
+    temperature: float
+    seed: int
+    backend: str | None
+    on_step: Callable[[Step], None] | None
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What an algorithm returns: the filled request and its counters, on the device."""
+
+    x: Tensor
+    step_map: Tensor
+    nfe: Tensor
+
+
+class Algorithm(Protocol):
+    """A decoding algorithm: a frozen dataclass of its parameters that can run a request."""
+
+    def check(self, model: Model, max_new_tokens: int) -> None:
+        """Raise ValueError if this model or length cannot be decoded so."""
+
+    def run(self, request: Request) -> Decoded:
+        """Fill the masks of ``request.x``."""
+
+
+@torch.no_grad()
+def generate(
+    model: Model,
+    prompts: Sequence[Sequence[int]] | Sequence[Tensor] | Sequence[str],
+    algorithm: Algorithm,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    request_ids: Sequence[int] | None = None,
+    backend: str | None = None,
+    on_step: Callable[[Step], None] | None = None,
+) -> Generation:
+    """Decode a continuation of every prompt, ragged prompts in one batch.
+
+    Args:
+        model: what ``pydllm.load`` returned, or anything with the protocol ``pydllm.models.Model``.
+        prompts: lists or 1-D tensors of token ids, or strings where the model has a tokenizer.
+        algorithm: ``Static(...)``, ``Threshold(...)``, ``Factor(...)``, ``EntropyBound(...)``.
+        max_new_tokens: length of every generation region, in tokens.
+        temperature: 0 takes the arg-max; above, tokens are drawn from
+            softmax(logits / temperature).
+        seed: of the noise, in [0, 2^64). A prompt's noise depends on the seed, its request id, the
+            position and the number of tokens decoded before, and on nothing else in the batch.
+        request_ids: the prompts' ids in the noise key, int32; default 0, 1, 2, ...
+        backend: ``"auto"``, ``"cuda"``, ``"triton"`` or ``"torch"``, for every op.
+        on_step: called after every forward with a ``Step``; reading its tensors waits for the
+            device.
+
+    Returns:
+        A ``Generation``, on the CPU.
+
+    Raises:
+        ValueError, TypeError: an argument that cannot be decoded, said before anything runs.
+
+    Example:
+        >>> generation = pydllm.generate(model, ["how many ?"], pydllm.Threshold(0.9),
+        ...                              max_new_tokens=64)
+        >>> generation.text, generation.nfe
+    """
+    mask_id = model.spec.mask_id
+    if mask_id is None:
+        raise ValueError("model: expected a masked diffusion model, got one without a mask id")
+    ids = encode_prompts(model, prompts)
+    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens: expected an int of at least 1, got {max_new_tokens!r}")
+    if not 0.0 <= temperature < float("inf"):
+        raise ValueError(f"temperature: expected a number of at least 0, got {temperature}")
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed: expected an int in [0, 2^64), got {seed}")
+    request_ids = range(len(ids)) if request_ids is None else request_ids
+    if len(request_ids) != len(ids):
+        raise ValueError(f"request_ids: expected {len(ids)}, one a prompt, got {len(request_ids)}")
+    longest = max(map(len, ids)) + max_new_tokens
+    limit = model.spec.max_positions
+    if limit is not None and longest > limit:
+        raise ValueError(
+            f"prompts: expected at most {limit} positions with max_new_tokens={max_new_tokens}, "
+            f"got {longest}"
+        )
+    algorithm.check(model, max_new_tokens)
+
+    device, spec = model.device, model.spec
+    end = spec.eos_ids[0] if spec.eos_ids else 0
+    x = torch.full((len(ids), longest), end)
+    for row, prompt in enumerate(ids):
+        x[row, : len(prompt)] = torch.tensor(prompt, dtype=torch.int64)
+        x[row, len(prompt) : len(prompt) + max_new_tokens] = mask_id
+    lengths = [len(prompt) for prompt in ids]
+    request = Request(
+        model=model,
+        mask_id=mask_id,
+        x=x.to(device),
+        prompt_length=torch.tensor(lengths, dtype=torch.int32, device=device),
+        request_id=torch.tensor(list(request_ids), dtype=torch.int32, device=device),
+        max_new_tokens=max_new_tokens,
+        temperature=float(temperature),
+        seed=seed,
+        backend=backend,
+        on_step=on_step,
+    )
+    return _collect(model, algorithm.run(request), lengths, max_new_tokens)
+
+
+def encode_prompts(
+    model: Model, prompts: Sequence[Sequence[int]] | Sequence[Tensor] | Sequence[str]
+) -> list[list[int]]:
+    """Token ids of the prompts, checked against the model's vocabulary."""
+    spec = model.spec
+    if isinstance(prompts, (str, Tensor)) or len(prompts) == 0:
+        raise ValueError(f"prompts: expected a list of one or more prompts, got {prompts!r:.80}")
+    ids = []
+    for row, prompt in enumerate(prompts):
+        if isinstance(prompt, str):
+            if model.tokenizer is None:
+                raise ValueError(
+                    f"prompts[{row}]: expected token ids (the model has no tokenizer), got a string"
+                )
+            try:
+                ids.append(model.tokenizer.encode(prompt).ids)
+            except Exception as error:  # what tokenizers raises has no type of its own
+                raise ValueError(
+                    f"prompts[{row}]: expected text that the tokenizer can encode, "
+                    f"got {prompt!r:.80}: {error}"
+                ) from error
+            continue
+        if isinstance(prompt, Tensor):
+            if prompt.ndim != 1:
+                raise ValueError(f"prompts[{row}]: expected shape (n,), got {tuple(prompt.shape)}")
+            prompt = prompt.tolist()
+        if not all(isinstance(token, int) for token in prompt):
+            raise TypeError(f"prompts[{row}]: expected a list of ints, got {prompt!r:.80}")
+        ids.append(list(prompt))
+    for row, prompt in enumerate(ids):
+        for place, token in enumerate(prompt):
+            if not 0 <= token < spec.vocab_size:
+                raise ValueError(
+                    f"prompts[{row}][{place}]: expected a token id in [0, {spec.vocab_size}), "
+                    f"got {token}"
+                )
+            if token == spec.mask_id:
+                raise ValueError(
+                    f"prompts[{row}][{place}]: expected no mask in a prompt, "
+                    f"got the mask id {token}"
+                )
+        if spec.shift_logits and not prompt:
+            raise ValueError(
+                f"prompts[{row}]: expected at least one token (position i is predicted from "
+                "i - 1), got none"
+            )
+    return ids
+
+
+def _collect(
+    model: Model, decoded: Decoded, prompt_lengths: list[int], max_new_tokens: int
+) -> Generation:
+    results = (decoded.x, decoded.step_map, decoded.nfe)
+    x, step_map, nfe = (result.to("cpu", torch.int64) for result in results)
+    new = [slice(n, n + max_new_tokens) for n in prompt_lengths]
+    answers = torch.stack([x[row, part] for row, part in enumerate(new)])
+    ends = torch.isin(answers, torch.tensor(model.spec.eos_ids, dtype=torch.int64))
+    before_end = (ends.cumsum(1) == 0).sum(1)
+    counted = (before_end + 1).clamp(max=max_new_tokens)
+    text = None
+    if model.tokenizer is not None:
+        kept = [row[:n].tolist() for row, n in zip(answers, before_end, strict=True)]
+        text = model.tokenizer.decode_batch(kept)
+    return Generation(
+        sequences=[x[row, : part.stop].clone() for row, part in enumerate(new)],
+        nfe=nfe,
+        tokens_per_forward=counted / nfe.clamp(min=1),
+        step_map=torch.stack([step_map[row, part] for row, part in enumerate(new)]),
+        text=text,
+    )

@@ -1,0 +1,1 @@
+"""Adapters to other people's code: each module speaks the interface of one of them."""

@@ -1,0 +1,279 @@
+"""The sampling functions of published loops: the same names, arguments and results.
+
+For code that wants this piece alone::
+
+    from pydllm.integrations.samplers import get_transfer_index  # instead of Fast-dLLM's
+
+What is random is drawn with torch, in the order of the original, so a ``torch.manual_seed`` gives
+the tokens it gave. Choices are made on the device by ``pydllm.ops.unmask``: no Python loop over
+sequences or positions, no value read on the host. Two things differ, on purpose: among equal
+confidences the lowest position is taken (``torch.topk`` leaves that open), and a position that is
+no mask is never marked for transfer (the originals mark some and then copy them onto themselves).
+
+Every function that scores tokens has one argument more, keyword-only: ``precise=True`` computes
+confidences with the softmax of the original, in its precision; ``precise=False`` takes them from
+``pydllm.ops.vocab_stats``, which reads the logits once and stores no distribution. They are right
+to fp32, so another position is chosen only where two confidences, or one and the threshold, are
+that close.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pydllm import ops
+
+__all__ = [
+    "add_gumbel_noise",
+    "get_num_transfer_tokens",
+    "get_transfer_index",
+    "get_transfer_index_dynamic",
+    "get_transfer_index_threshold",
+    "sample_tokens",
+]
+
+
+def add_gumbel_noise(logits: Tensor, temperature: float) -> Tensor:
+    """LLaDA's noise: the arg-max of the result is a sample at ``temperature``.
+
+    Args:
+        logits: any shape and floating dtype.
+        temperature: 0 returns ``logits`` itself.
+
+    Returns:
+        fp64 of the same shape, ``exp(logits) / (-log u) ** temperature``, u from ``torch.rand``.
+    """
+    if temperature == 0:
+        return logits
+    logits = logits.to(torch.float64)
+    noise = torch.rand_like(logits)
+    return logits.exp() / (-noise.log()) ** temperature
+
+
+def get_num_transfer_tokens(mask_index: Tensor, steps: int) -> Tensor:
+    """LLaDA's schedule: the masks of each sequence spread over the steps, the remainder first.
+
+    Args:
+        mask_index: ``(B, L)`` bool.
+        steps: at least 1.
+
+    Returns:
+        ``(B, steps)`` int64.
+    """
+    masks = mask_index.sum(dim=1, keepdim=True)
+    step = torch.arange(steps, device=mask_index.device)
+    return masks // steps + (step < masks % steps)
+
+
+@torch.no_grad()
+def get_transfer_index(
+    logits: Tensor,
+    temperature: float,
+    remasking: str,
+    mask_index: Tensor,
+    x: Tensor,
+    num_transfer_tokens: Tensor | None,
+    threshold: float | None = None,
+    *,
+    precise: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Fast-dLLM's choice of a step: a quota, or all above a threshold and at least one.
+
+    Args:
+        logits: ``(B, L, V)``.
+        temperature: of the tokens; confidences are those of the plain logits.
+        remasking: ``"low_confidence"``, or ``"random"``: confidences from ``torch.rand``.
+        mask_index: ``(B, L)`` bool: the positions that may be written.
+        x: ``(B, L)`` int64.
+        num_transfer_tokens: ``(B,)`` or ``(B, 1)`` integers; not read if there is a threshold.
+        threshold: a probability, or None.
+        precise: see the module; fp64.
+
+    Returns:
+        ``x0 (B, L)`` int64, ``x`` with every mask replaced by its token, and
+        ``transfer_index (B, L)`` bool, the positions to take over.
+    """
+    option: dict[str, object] = {"rule": "quota"}
+    if threshold is not None and threshold <= 1:
+        option = {"rule": "threshold", "threshold": max(0.0, threshold)}
+    elif threshold is not None:  # no confidence exceeds 1: only the best, always taken, remains
+        option["quota"] = mask_index.new_ones(len(x), dtype=torch.int32)
+    elif num_transfer_tokens is not None:
+        option["quota"] = num_transfer_tokens.reshape(-1).to(torch.int32)
+    else:
+        raise ValueError("num_transfer_tokens: expected (B,) integers or a threshold, got None")
+    x0, confidence = _propose(logits, temperature, remasking, mask_index, torch.float64, precise)
+    chosen = _choose(mask_index, confidence, semantics="fast_dllm", **option)
+    return torch.where(mask_index, x0, x), chosen
+
+
+@torch.no_grad()
+def get_transfer_index_dynamic(
+    logits: Tensor,
+    temperature: float,
+    remasking: str,
+    mask_index: Tensor,
+    x: Tensor,
+    num_transfer_tokens: Tensor | None = None,
+    factor: float = 1,
+    *,
+    precise: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Fast-dLLM's dynamic choice: rank r is taken while its confidence is at least
+    ``1 - factor / (r + 1)``; where all but the last pass, that one is taken too.
+
+    Arguments and results as ``get_transfer_index``; ``num_transfer_tokens`` is not read.
+    """
+    x0, confidence = _propose(logits, temperature, remasking, mask_index, torch.float64, precise)
+    chosen = _choose(
+        mask_index, confidence, semantics="fast_dllm", rule="factor", factor=float(factor)
+    )
+    return torch.where(mask_index, x0, x), chosen
+
+
+@torch.no_grad()
+def get_transfer_index_threshold(
+    logits: Tensor,
+    temperature: float,
+    mask_index: Tensor,
+    x: Tensor,
+    mask_id: int,
+    threshold: float,
+    rm_mask: bool = True,
+    use_float64: bool = False,
+    *,
+    precise: bool = True,
+    **kwargs: object,
+) -> tuple[Tensor, Tensor]:
+    """dInfer's choice of a step: all whose confidence reaches ``min(threshold, best - 1e-5)``.
+
+    Args:
+        logits: ``(B, L, V)``.
+        temperature: of the tokens; confidences are those of the plain logits.
+        mask_index: ``(B, L)`` bool: the positions that may be written.
+        x: ``(B, L)`` int64.
+        mask_id: the mask's token id.
+        threshold: a probability.
+        rm_mask: leave out positions that predict ``mask_id``.
+        use_float64: confidences in fp64, otherwise fp32.
+        precise: see the module.
+        kwargs: ignored, as in the original.
+
+    Returns:
+        ``x0 (B, L)`` int64 and ``transfer_index (B, L)`` bool. A position that predicts the mask
+        keeps its id in ``x0`` where ``rm_mask`` is set.
+    """
+    dtype = torch.float64 if use_float64 else torch.float32
+    x0, confidence = _propose(logits, temperature, "low_confidence", mask_index, dtype, precise)
+    if rm_mask:
+        mask_index = mask_index & (x0 != mask_id)
+    limit = min(max(float(threshold), 0.0), 1.0)
+    chosen = _choose(mask_index, confidence, semantics="dinfer", rule="threshold", threshold=limit)
+    return torch.where(mask_index, x0, x), chosen
+
+
+@torch.no_grad()
+def sample_tokens(
+    logits: Tensor,
+    temperature: float = 0.0,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    margin_confidence: bool = False,
+    neg_entropy: bool = False,
+    *,
+    precise: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Dream's token and confidence of each row, in the dtype of the logits.
+
+    Args:
+        logits: ``(R, V)``.
+        temperature: 0 takes the best; otherwise ``torch.distributions.Categorical`` draws.
+        top_p: keep the ids up to and including the one that exceeds this probability.
+        top_k: keep the ids with the k largest logits, and those that tie with the last of them.
+        margin_confidence: confidence is the gap between the two best probabilities.
+        neg_entropy: confidence is the negative entropy, with 1e-10 inside the logarithm.
+        precise: see the module; False matters at temperature 0 without ``top_p`` and ``top_k``.
+
+    Returns:
+        ``confidence (R,)`` and ``x0 (R,)`` int64. Without the two flags the confidence is the
+        probability of the token.
+    """
+    nucleus = top_p is not None and top_p < 1
+    if not precise and temperature == 0 and not nucleus and top_k is None:
+        stats = ops.vocab_stats(logits)
+        confidence = stats.margin if margin_confidence else stats.prob
+        confidence = -stats.entropy if neg_entropy else confidence
+        return confidence.to(logits.dtype), stats.token
+    if temperature > 0:
+        logits = logits / temperature
+    lowest = torch.finfo(logits.dtype).min
+    if top_p is not None and nucleus:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        behind = ordered.softmax(-1).cumsum(-1) > top_p
+        # The first id beyond the limit is kept, and the best in any case.
+        drop = F.pad(behind[..., :-1], (1, 0))
+        logits = logits.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), lowest)
+    if top_k is not None:
+        last = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
+        logits = logits.masked_fill(logits < last, lowest)
+    probs = logits.softmax(-1)
+    if temperature > 0:
+        x0 = torch.distributions.Categorical(probs=probs).sample()
+        confidence = probs.gather(-1, x0.unsqueeze(-1)).squeeze(-1)
+    else:
+        confidence, x0 = probs.max(-1)
+    if margin_confidence:
+        best = probs.topk(2).values
+        confidence = best[..., 0] - best[..., 1]
+    if neg_entropy:
+        confidence = (probs * (probs + 1e-10).log()).sum(-1)
+    return confidence, x0
+
+
+def _propose(
+    logits: Tensor,
+    temperature: float,
+    remasking: str,
+    mask_index: Tensor,
+    dtype: torch.dtype,
+    precise: bool,
+) -> tuple[Tensor, Tensor]:
+    """A token for every position and its confidence, ``(B, L)`` each; both count at masks alone."""
+    if remasking not in ("low_confidence", "random"):
+        raise NotImplementedError(
+            f"remasking: expected one of low_confidence, random, got {remasking!r}"
+        )
+    if remasking == "low_confidence" and not precise and temperature == 0:
+        stats = ops.vocab_stats(logits.flatten(0, 1))
+        return stats.token.view(mask_index.shape), stats.prob.view(mask_index.shape)
+    x0 = add_gumbel_noise(logits, temperature).argmax(dim=-1)
+    if remasking == "random":
+        return x0, torch.rand(x0.shape, device=x0.device)
+    if logits.device.type != "cpu":  # every row: shapes must not depend on values
+        probs = logits.to(dtype).softmax(-1)
+        return x0, probs.gather(-1, x0.unsqueeze(-1)).squeeze(-1)
+    probs = logits[mask_index].to(dtype).softmax(-1)
+    confidence = torch.zeros(x0.shape, dtype=dtype)
+    confidence[mask_index] = probs.gather(-1, x0[mask_index].unsqueeze(-1)).squeeze(-1)
+    return x0, confidence
+
+
+def _choose(mask_index: Tensor, confidence: Tensor, **rule: object) -> Tensor:
+    """Which of the masks an accept rule takes, ``(B, L)`` bool."""
+    batch, rows = mask_index.shape
+    board = mask_index.to(torch.int64)  # 1 stands for the mask, and 0 for any token
+    count = torch.zeros(batch, dtype=torch.int32, device=board.device)
+    ops.unmask(
+        board,
+        torch.zeros_like(board, dtype=torch.int32),
+        count,
+        torch.zeros_like(board),
+        confidence,
+        mask_id=1,
+        start=torch.zeros_like(count),
+        length=torch.full_like(count, rows),
+        **rule,  # type: ignore[arg-type]
+    )
+    return mask_index & (board == 0)

@@ -1,0 +1,417 @@
+"""Parity with the published loops, batches, ends of sequence, seeds and callbacks."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import pydllm
+from pydllm.demo.train import CONFIG, TinyLLaDA
+from tests.decoding.published import PlainLLaDA, fast_dllm_generate, llada_generate
+
+MASK = 1
+
+
+def _random_model(folder, seed, *, vocab=48, eos=(), shift=False):
+    """A tiny random fp64 LLaDA as (pydllm model, plain model); weights wide enough to disagree."""
+    torch.manual_seed(seed)
+    config = CONFIG | {
+        "d_model": 32,
+        "n_heads": 2,
+        "n_kv_heads": 2,
+        "n_layers": 2,
+        "mlp_hidden_size": 48,
+        "vocab_size": vocab,
+        "embedding_size": vocab,
+        "mask_token_id": MASK,
+    }
+    module = TinyLLaDA(config).double()
+    for parameter in module.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.25)
+    weights = {name: value.contiguous() for name, value in module.state_dict().items()}
+    folder.mkdir(exist_ok=True)
+    save_file(weights, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    model = pydllm.load(folder, device="cpu", dtype=torch.float64)
+    model.spec = dataclasses.replace(model.spec, eos_ids=eos, shift_logits=shift)
+    return model, PlainLLaDA(weights, config)
+
+
+def _prompt(seed, length, vocab=48):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(2, vocab, (length,), generator=generator).tolist()
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_static_equals_the_published_loop_on_100_models(tmp_path, part):
+    for seed in range(25 * part, 25 * part + 25):
+        model, plain = _random_model(tmp_path / str(seed), seed)
+        prompt = _prompt(seed, 3 + seed % 5)
+        per_step, block = ((1, 8), (2, 8), (4, 16), (1, 16))[seed % 4]
+        expected = llada_generate(
+            plain, prompt, steps=16 // per_step, gen_length=16, block_length=block
+        )
+        algorithm = pydllm.Static(block, per_step, semantics="llada")
+        got = pydllm.generate(model, [prompt], algorithm, max_new_tokens=16)
+        assert torch.equal(got.sequences[0], expected), seed
+        assert got.nfe.item() <= 16 // per_step
+
+
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+@pytest.mark.parametrize("limit", [0.03, 0.1, 0.9])
+def test_threshold_equals_fast_dllm(tmp_path, cache, limit):
+    for seed in range(8):
+        model, plain = _random_model(tmp_path / str(seed), seed)
+        prompt = _prompt(seed, 5)
+        expected, forwards = fast_dllm_generate(
+            plain, prompt, gen_length=24, block_length=8, cache=cache, threshold=limit
+        )
+        algorithm = pydllm.Threshold(limit, 8, cache=cache, semantics="fast_dllm")
+        got = pydllm.generate(model, [prompt], algorithm, max_new_tokens=24)
+        assert torch.equal(got.sequences[0], expected), seed
+        assert got.nfe.item() == forwards
+
+
+@pytest.mark.parametrize("cache", ["none", "dual"])
+@pytest.mark.parametrize("factor", [0.5, 1.0, 3.0])
+def test_factor_equals_fast_dllm(tmp_path, cache, factor):
+    for seed in range(8):
+        model, plain = _random_model(tmp_path / str(seed), seed)
+        prompt = _prompt(seed, 5)
+        expected, forwards = fast_dllm_generate(
+            plain, prompt, gen_length=24, block_length=8, cache=cache, factor=factor
+        )
+        algorithm = pydllm.Factor(factor, 8, cache=cache, semantics="fast_dllm")
+        got = pydllm.generate(model, [prompt], algorithm, max_new_tokens=24)
+        assert torch.equal(got.sequences[0], expected), seed
+        assert got.nfe.item() == forwards
+
+
+def _leftmost(masks, keep, least):
+    return keep if len(keep) >= least else list(range(masks[0], masks[0] + least))
+
+
+def _below(order, entropies, bound):
+    sums = itertools.accumulate(entropies[j] for j in order)
+    return order[: max(1, sum(spent < bound for spent in sums))]
+
+
+def _entropy(logits):
+    return torch.distributions.Categorical(logits=logits).entropy()
+
+
+# Each: the algorithm, and its rule on the masks of a block (their positions, best first by the
+# confidence of their tokens, which are given too; their entropies).
+OTHER_RULES = [
+    (
+        pydllm.Threshold(0.1, 8, semantics="dinfer"),
+        lambda masks, order, p, token, h: [
+            j
+            for j in masks
+            if token[j] != MASK
+            and p[j] >= min(0.1, max(p[i] for i in masks if token[i] != MASK) - 1e-5)
+        ],
+    ),
+    (
+        pydllm.Threshold(0.1, 8, semantics="sglang"),
+        lambda masks, order, p, token, h: [j for j in masks if p[j] > 0.1] or order[:1],
+    ),
+    (
+        pydllm.Threshold(0.1, 8, semantics="diffusers", min_tokens=2),
+        lambda masks, order, p, token, h: max([j for j in masks if p[j] > 0.1], order[:2], key=len),
+    ),
+    (
+        pydllm.Threshold(0.1, 8, semantics="jetengine", min_tokens=2),
+        lambda masks, order, p, token, h: _leftmost(masks, [j for j in masks if p[j] > 0.1], 2),
+    ),
+    (
+        pydllm.Static(8, 2, score="left_to_right", semantics="jetengine"),
+        lambda masks, order, p, token, h: _leftmost(masks, [], 2),
+    ),
+    (
+        pydllm.EntropyBound(5.0, 8, semantics="jetengine"),
+        lambda masks, order, p, token, h: _below(sorted(masks, key=lambda j: h[j]), h, 5.0),
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "rule"), OTHER_RULES, ids=lambda value: None if callable(value) else str(value)
+)
+def test_the_rules_of_other_codes(tmp_path, algorithm, rule):
+    for seed in range(10):
+        model, plain = _random_model(tmp_path / str(seed), seed)
+        prompt = _prompt(seed, 5)
+        x = torch.tensor(prompt + [MASK] * 16)
+        for start in (5, 13):
+            for _ in range(8 if not isinstance(algorithm, pydllm.Static) else 4):
+                masks = [j for j in range(start, start + 8) if x[j] == MASK]
+                if not masks:
+                    break
+                logits = plain.forward(x)[0]
+                (p, token), h = logits.softmax(-1).max(-1), _entropy(logits).tolist()
+                order = sorted(masks, key=lambda j: -p[j])
+                for j in rule(masks, order, p.tolist(), token.tolist(), h):
+                    if j in masks:
+                        x[j] = token[j]
+        got = pydllm.generate(model, [prompt], algorithm, max_new_tokens=16)
+        assert torch.equal(got.sequences[0], x), seed
+
+
+ALGORITHMS = [
+    pydllm.Static(8),
+    pydllm.Static(8, 3),
+    pydllm.Static(8, score="entropy", cache="prefix"),
+    pydllm.Static(8, score="margin", cache="dual"),
+    pydllm.Static(8, score="left_to_right"),
+    pydllm.Static(8, score="random", cache="dual"),
+    pydllm.Threshold(0.1, 8, cache="dual"),
+    pydllm.Threshold(0.1, 8, cache="dual", first_token="forced"),
+    pydllm.Static(8, 3, cache="dual", first_token="forced"),
+    pydllm.Factor(2.0, 8, cache="prefix"),
+    pydllm.EntropyBound(2.0, 8, cache="dual"),
+]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("shift", [False, True], ids=["plain", "shifted"])
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=str)
+def test_a_ragged_batch_equals_its_sequences_alone(tmp_path, algorithm, shift, temperature):
+    model, _ = _random_model(tmp_path / "model", 3, eos=(7, 9), shift=shift)
+    prompts = [_prompt(seed, length) for seed, length in enumerate((4, 1, 11, 6, 2))]
+    options = {"max_new_tokens": 20, "temperature": temperature, "seed": 5}
+    together = pydllm.generate(model, prompts, algorithm, **options)
+    for row, prompt in enumerate(prompts):
+        alone = pydllm.generate(model, [prompt], algorithm, request_ids=[row], **options)
+        assert torch.equal(alone.sequences[0], together.sequences[row])
+        assert torch.equal(alone.step_map[0], together.step_map[row])
+        assert alone.nfe[0] == together.nfe[row]
+        assert torch.equal(together.sequences[row][: len(prompt)], torch.tensor(prompt))
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=str)
+def test_what_follows_an_end_of_sequence_is_end_of_sequence(tmp_path, algorithm):
+    ended = 0
+    model, _ = _random_model(tmp_path / "model", 0, vocab=12, eos=(5, 6))
+    got = pydllm.generate(
+        model, [_prompt(seed, 4, 12) for seed in range(12)], algorithm, max_new_tokens=32
+    )
+    for sequence, step_map, nfe in zip(got.sequences, got.step_map, got.nfe, strict=True):
+        answer = sequence[4:]
+        assert not (answer == MASK).any()
+        ends = ((answer == 5) | (answer == 6)).nonzero().flatten()
+        first = int(ends[0]) if len(ends) else 32
+        assert (answer[first + 1 :] == 5).all()
+        assert (step_map[first + 1 :] == -1).all()
+        assert (step_map[: first + 1] >= 0).all()
+        assert step_map.max() < nfe
+        ended += first < 24
+    assert ended  # otherwise nothing was shown
+
+
+def test_fewer_forwards_after_an_early_end(tmp_path):
+    model, _ = _random_model(tmp_path / "model", 0, vocab=12, eos=(5, 6))
+    prompts = [_prompt(seed, 4, 12) for seed in range(12)]
+    got = pydllm.generate(model, prompts, pydllm.Static(8), max_new_tokens=32)
+    for sequence, nfe in zip(got.sequences, got.nfe, strict=True):
+        ends = ((sequence[4:] == 5) | (sequence[4:] == 6)).nonzero().flatten()
+        blocks = int(ends[0]) // 8 + 1 if len(ends) else 4
+        assert nfe == 8 * blocks
+
+
+def test_the_backends_give_the_same_tokens(tmp_path):
+    torch.manual_seed(0)
+    model, _ = _random_model(tmp_path / "model", 4)
+    model = pydllm.load(tmp_path / "model", device="cpu", dtype=torch.float32)
+    prompts = [_prompt(1, 3), _prompt(2, 5)]
+    for algorithm in (pydllm.Threshold(0.1, 4, cache="dual"), pydllm.Static(4, 2)):
+        options = {"max_new_tokens": 8, "temperature": 0.5, "seed": 1}
+        expected = pydllm.generate(model, prompts, algorithm, backend="torch", **options)
+        got = pydllm.generate(model, prompts, algorithm, backend="triton", **options)
+        assert torch.equal(torch.cat(got.sequences), torch.cat(expected.sequences))
+        assert torch.equal(got.step_map, expected.step_map)
+
+
+def test_temperature_and_seed(tmp_path):
+    model, _ = _random_model(tmp_path / "model", 2)
+    prompt = _prompt(0, 4)
+
+    def decode(seed, temperature=1.0):
+        options = {"max_new_tokens": 16, "temperature": temperature, "seed": seed}
+        return pydllm.generate(model, [prompt], pydllm.Static(8), **options).sequences[0]
+
+    assert torch.equal(decode(3), decode(3))
+    assert not torch.equal(decode(3), decode(4))
+    assert torch.equal(decode(3, 0.0), decode(4, 0.0))
+
+
+def test_the_callback_sees_every_step(tmp_path):
+    model, _ = _random_model(tmp_path / "model", 2)
+    seen = []
+
+    def on_step(step):
+        seen.append((step.index, int((step.x == MASK).sum())))
+
+    got = pydllm.generate(
+        model, [_prompt(0, 4)], pydllm.Static(8, 2), max_new_tokens=16, on_step=on_step
+    )
+    assert seen == [(index + 1, 16 - 2 * (index + 1)) for index in range(8)]
+    assert got.nfe.tolist() == [8]
+
+
+def test_the_loop_reads_nothing_on_the_host_but_the_flag(tmp_path, monkeypatch):
+    """Counts host reads: one flag a step where the steps are unknown, one list a block."""
+    model, _ = _random_model(tmp_path / "model", 2)
+    prompts = [_prompt(0, 4)]
+    reads = []
+    for name in ("item", "tolist", "__bool__", "__int__", "__float__", "__index__"):
+        plain = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor,
+            name,
+            lambda self, plain=plain, name=name: (reads.append(name), plain(self))[1],
+        )
+    pydllm.generate(model, prompts, pydllm.Static(8, 2), max_new_tokens=16)
+    static = len(reads)
+    reads.clear()
+    got = pydllm.generate(model, prompts, pydllm.Threshold(0.1, 8), max_new_tokens=16)
+    monkeypatch.undo()
+    assert static == 2
+    assert len(reads) == 2 + got.nfe.item()
+
+
+def _call(model, **changes):
+    arguments = {"prompts": [[2, 3]], "algorithm": pydllm.Static(8), "max_new_tokens": 8}
+    arguments |= changes
+    prompts, algorithm = arguments.pop("prompts"), arguments.pop("algorithm")
+    algorithm = algorithm() if callable(algorithm) else algorithm
+    return pydllm.generate(model, prompts, algorithm, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"prompts": []}, ValueError, "prompts: expected a list of one or more prompts, got"),
+        ({"prompts": "text"}, ValueError, "prompts: expected a list of one or more prompts, got"),
+        ({"prompts": ["text"]}, ValueError, r"prompts\[0\]: expected token ids .* got a string"),
+        ({"prompts": [[2.5]]}, TypeError, r"prompts\[0\]: expected a list of ints, got"),
+        (
+            {"prompts": [[2], [48]]},
+            ValueError,
+            r"prompts\[1\]\[0\]: expected a token id in \[0, 48\)",
+        ),
+        ({"prompts": [[2, MASK]]}, ValueError, r"prompts\[0\]\[1\]: expected no mask in a prompt"),
+        (
+            {"prompts": [torch.ones(1, 2).long()]},
+            ValueError,
+            r"expected shape \(n,\), got \(1, 2\)",
+        ),
+        ({"max_new_tokens": 0}, ValueError, "max_new_tokens: expected an int of at least 1, got 0"),
+        ({"max_new_tokens": 127}, ValueError, "expected at most 128 positions .* got 129"),
+        ({"temperature": -1.0}, ValueError, "temperature: expected a number of at least 0, got -1"),
+        ({"temperature": float("nan")}, ValueError, "temperature: expected a number of at least 0"),
+        ({"seed": -1}, ValueError, r"seed: expected an int in \[0, 2\^64\), got -1"),
+        ({"request_ids": [1, 2]}, ValueError, "request_ids: expected 1, one a prompt, got 2"),
+        ({"backend": "gpu"}, ValueError, "backend: expected one of auto, cuda, triton, torch"),
+        (
+            {"algorithm": lambda: pydllm.Static(0)},
+            ValueError,
+            "block_length: expected an int of at least 1, got 0",
+        ),
+        (
+            {"algorithm": lambda: pydllm.Static(8, 9)},
+            ValueError,
+            "tokens_per_step: expected .* at most 8, got 9",
+        ),
+        (
+            {"algorithm": lambda: pydllm.Static(score="best")},
+            ValueError,
+            "score: expected one of confidence, entropy",
+        ),
+        (
+            {"algorithm": lambda: pydllm.Static(cache="full")},
+            ValueError,
+            "cache: expected one of none, prefix, dual, got",
+        ),
+        (
+            {"algorithm": lambda: pydllm.Threshold(1.5)},
+            ValueError,
+            r"threshold: expected a number in \[0.0, 1.0\], got 1.5",
+        ),
+        (
+            {"algorithm": lambda: pydllm.Threshold(semantics="x")},
+            ValueError,
+            "semantics: expected one of exact, fast_dllm",
+        ),
+        (
+            {"algorithm": lambda: pydllm.Static(semantics="sglang")},
+            ValueError,
+            "semantics: expected one of exact, fast_dllm, dinfer, dllm, lmdeploy, jetengine, llada",
+        ),
+        (
+            {"algorithm": lambda: pydllm.Threshold(min_tokens=0)},
+            ValueError,
+            "min_tokens: expected an int of at least 1, got 0",
+        ),
+        (
+            {"algorithm": lambda: pydllm.Factor(-1.0)},
+            ValueError,
+            r"factor: expected a number in \[0.0, inf\], got -1",
+        ),
+        (
+            {"algorithm": lambda: pydllm.EntropyBound(float("nan"))},
+            ValueError,
+            "bound: expected a number in",
+        ),
+        (
+            {"algorithm": lambda: pydllm.Static(first_token="x")},
+            ValueError,
+            "first_token: expected one of window, forced",
+        ),
+    ],
+)
+def test_bad_input(tmp_path, changes, error, message):
+    model, _ = _random_model(tmp_path / "model", 0)
+    with pytest.raises(error, match=message):
+        _call(model, **changes)
+
+
+def test_a_shifted_model_needs_a_prompt(tmp_path):
+    model, _ = _random_model(tmp_path / "model", 0, shift=True)
+    with pytest.raises(ValueError, match=r"prompts\[0\]: expected at least one token"):
+        _call(model, prompts=[[]])
+    model.spec = dataclasses.replace(model.spec, shift_logits=False)
+    assert len(_call(model, prompts=[[]]).sequences[0]) == 8
+
+
+def test_the_first_token_is_forced_on_shifted_models_alone(tmp_path):
+    model, _ = _random_model(tmp_path / "model", 0)
+    prompts = [_prompt(seed, 4) for seed in range(8)]
+
+    def decode(first_token):
+        algorithm = pydllm.Static(8, cache="dual", first_token=first_token)
+        return torch.stack(
+            pydllm.generate(model, prompts, algorithm, max_new_tokens=16).sequences
+        ), pydllm.generate(model, prompts, algorithm, max_new_tokens=16).step_map
+
+    assert torch.equal(decode("forced")[1], decode("window")[1])
+    model.spec = dataclasses.replace(model.spec, shift_logits=True)
+    sequences, step_map = decode("forced")
+    assert (step_map[:, 0] == 0).all() and (step_map[:, 8] == 8).all()
+    assert not torch.equal(step_map, decode("window")[1])
+    assert (sequences[:, 4:] != MASK).all()
+
+
+def test_a_block_causal_model_is_refused(tmp_path):
+    model, _ = _random_model(tmp_path / "model", 0)
+    model.spec = dataclasses.replace(model.spec, attention="block_causal", block_size=4)
+    with pytest.raises(
+        ValueError, match="expected a model with full attention, got 'block_causal'"
+    ):
+        _call(model)
