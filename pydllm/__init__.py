@@ -1,0 +1,47 @@
+"""pydllm: kernels and decoding algorithms for diffusion language models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydllm import metrics, ops
+from pydllm._backend.errors import BackendError, CheckpointError, PydllmError
+from pydllm.decoding import (
+    EntropyBound,
+    Factor,
+    FreeDave,
+    Generation,
+    Static,
+    Step,
+    Threshold,
+    generate,
+)
+from pydllm.models import load
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendError",
+    "CheckpointError",
+    "EntropyBound",
+    "Factor",
+    "FreeDave",
+    "Generation",
+    "PydllmError",
+    "Static",
+    "Step",
+    "Threshold",
+    "env",
+    "generate",
+    "load",
+    "metrics",
+    "ops",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "env":  # a callable module, imported when wanted so that `-m pydllm.env` can run it
+        import importlib
+
+        return importlib.import_module("pydllm.env")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,3 @@
+from pydllm.cli import main
+
+main(prog_name="pydllm")

@@ -1,0 +1,105 @@
+"""Decode held-out problems with an algorithm and count what came out right."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from pydllm.decoding import EntropyBound, Factor, FreeDave, Generation, Static, Threshold, generate
+from pydllm.decoding.generation import Algorithm
+from pydllm.demo.task import ANSWER_LENGTH, Problem, read_answer
+from pydllm.models import Model
+
+
+@dataclass(frozen=True)
+class Score:
+    """One line of the demo's table.
+
+    Attributes:
+        algorithm: the algorithm with the parameters that differ from its defaults.
+        exact_percent: problems whose final number is right, in percent.
+        forwards: mean forwards of the model a problem.
+        tokens_per_forward: mean over problems, tokens up to and including the end of sequence.
+        tokens_per_second: those tokens over the wall time of the whole batch.
+        equal_percent: problems whose tokens are those of the first line, all of them, in percent.
+    """
+
+    algorithm: str
+    exact_percent: float
+    forwards: float
+    tokens_per_forward: float
+    tokens_per_second: float
+    equal_percent: float
+
+    def as_row(self) -> dict[str, str | float]:
+        return {k: round(v, 2) if isinstance(v, float) else v for k, v in asdict(self).items()}
+
+
+def algorithms() -> dict[str, Algorithm]:
+    """Every algorithm there is, with the settings that the demo compares, by display name."""
+    block = 24
+    return {
+        "Static, 1 token a step": Static(block),
+        "Static, left to right": Static(block, score="left_to_right"),
+        "Static, 4 tokens a step": Static(block, 4),
+        "Static, a block of 24 a step": Static(block, block),
+        "Static, a block of 48 a step": Static(ANSWER_LENGTH, ANSWER_LENGTH),
+        "Static, prefix cache": Static(block, cache="prefix"),
+        "Static, dual cache": Static(block, cache="dual"),
+        "Threshold 0.9": Threshold(0.9, block),
+        "Threshold 0.9, dual cache": Threshold(0.9, block, cache="dual"),
+        "Threshold 0.6": Threshold(0.6, block),
+        "Factor 1.0": Factor(1.0, block),
+        "EntropyBound 0.1": EntropyBound(0.1, block),
+        "FreeDave, 4 drafts": FreeDave(4, block),
+        "FreeDave, 8 drafts": FreeDave(8, block),
+    }
+
+
+def evaluate(
+    model: Model,
+    name: str,
+    algorithm: Algorithm,
+    problems: list[Problem],
+    *,
+    reference: list[Tensor] | None = None,
+    batch_size: int = 100,
+    backend: str | None = None,
+    on_batch: Callable[[int], None] = lambda size: None,
+) -> tuple[Score, Generation, list[Tensor]]:
+    """Decode the problems in batches; ``reference`` are the sequences to compare with.
+
+    Returns the score, the first batch's generation, and all sequences.
+    """
+    started = time.perf_counter()
+    generations = []
+    for first in range(0, len(problems), batch_size):
+        batch = problems[first : first + batch_size]
+        prompts = [problem.prompt for problem in batch]
+        generations.append(
+            generate(model, prompts, algorithm, max_new_tokens=ANSWER_LENGTH, backend=backend)
+        )
+        on_batch(len(batch))
+    seconds = time.perf_counter() - started
+    texts = [text for generation in generations for text in generation.text or ()]
+    right = sum(
+        read_answer(text) == problem.answer for text, problem in zip(texts, problems, strict=True)
+    )
+    sequences = [sequence for generation in generations for sequence in generation.sequences]
+    nfe = torch.cat([generation.nfe for generation in generations]).float()
+    per_forward = torch.cat([generation.tokens_per_forward for generation in generations])
+    score = Score(
+        algorithm=name,
+        exact_percent=100 * right / len(problems),
+        forwards=nfe.mean().item(),
+        tokens_per_forward=per_forward.mean().item(),
+        tokens_per_second=(per_forward * nfe).sum().item() / seconds,
+        equal_percent=100
+        * sum(map(torch.equal, sequences, reference or sequences))
+        / len(problems),
+    )
+    return score, generations[0], sequences

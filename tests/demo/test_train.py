@@ -1,0 +1,57 @@
+import json
+
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
+
+from pydllm.demo import train
+from pydllm.demo.task import ANSWER_LENGTH
+
+
+def _train(folder, steps, planned):
+    """The first ``steps`` of a training of ``planned`` steps."""
+    torch.manual_seed(0)
+    model = train.TinyLLaDA(train.CONFIG)
+    loss_of = train.denoising_loss(model, 4, seed=0)
+    run = train.training_steps(model, loss_of, planned, 1e-3, folder / "training.pt")
+    losses = []
+    for done, loss in run:
+        losses.append(loss)
+        if done == steps:
+            break
+    return model, losses, run
+
+
+def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "SAVE_EVERY", 3)
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+    whole, losses, _ = _train(tmp_path / "whole", 6, 6)
+    first, before, run = _train(tmp_path / "parts", 4, 6)
+    run.close()  # interrupted one step after the state of step 3 was saved
+    second, after, _ = _train(tmp_path / "parts", 6, 6)
+    assert before[:3] + after == losses
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, second.state_dict()[name]), name
+
+
+def test_batches_mask_only_answers_and_hide_padding():
+    tokenizer = train.build_tokenizer()
+    ids, masked = train.draw_batch(tokenizer, 16, seed=0, step=3)
+    start = ids.shape[1] - ANSWER_LENGTH
+    assert not masked[:, :start].any()
+    assert (masked.sum(1) >= 1).all()
+    assert (ids[:, start:] != train.PAD).all()
+    again, _ = train.draw_batch(tokenizer, 16, seed=0, step=3)
+    assert torch.equal(ids, again)
+
+
+def test_the_command_writes_a_llada_checkpoint(tmp_path):
+    arguments = ["--out", str(tmp_path), "--steps", "2", "--batch-size", "2"]
+    result = CliRunner().invoke(train.main, arguments)
+    assert result.exit_code == 0, result.output
+    config = json.loads((tmp_path / "config.json").read_text())
+    weights = load_file(tmp_path / "model.safetensors")
+    assert weights["model.transformer.wte.weight"].shape == (config["embedding_size"], 128)
+    assert weights["model.transformer.blocks.3.ff_out.weight"].shape == (128, 256)
+    assert (tmp_path / "tokenizer.json").exists()

@@ -1,0 +1,114 @@
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from pydllm.cli import main
+
+PROMPT = "tom has 7 coins . he finds 5 . they double . he loses 3 . how many coins ?"
+
+
+def _run(*arguments, stdin=None):
+    return CliRunner().invoke(main, arguments, input=stdin)
+
+
+def test_demo_writes_its_table_and_picture(tmp_path):
+    result = _run("demo", "--problems", "4", "--only", "dual", "--out", str(tmp_path), "--json")
+    assert result.exit_code == 0, result.output
+    scores = json.loads(result.stdout.splitlines()[-1])["scores"]
+    assert {score["algorithm"] for score in scores} == {
+        "Static, dual cache",
+        "Threshold 0.9, dual cache",
+    }
+    lines = (tmp_path / "demo.csv").read_text().splitlines()
+    assert lines[0].startswith("algorithm,exact_percent,forwards,tokens_per_forward")
+    assert len(lines) == 3
+    assert (tmp_path / "decoding-order.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_generate_answers_a_batch():
+    result = _run("generate", "--prompt", PROMPT, "--prompt", PROMPT, "--json")
+    assert result.exit_code == 0, result.output
+    first, second = map(json.loads, result.stdout.splitlines())
+    assert first["text"].split()[-2:] == ["answer", "21"]
+    assert first["text"] == second["text"]
+    assert first["nfe"] < 48
+    assert len(first["ids"]) == len(first["step_map"]) == 48
+
+
+def test_generate_reads_lines_and_parameters():
+    settings = ("--algorithm", "static", "--set", "block_length=16", "--set", "tokens_per_step=4")
+    result = _run("generate", *settings, "--max-new-tokens", "48", stdin=PROMPT + "\n\n")
+    assert result.exit_code == 0, result.output
+    assert "answer 21" in result.output
+    assert "forwards" in result.output
+
+
+def test_list_algorithms():
+    result = _run("generate", "--list-algorithms")
+    assert result.exit_code == 0
+    assert "threshold: threshold=0.9, block_length=32" in result.output
+
+
+def test_env_is_json():
+    result = _run("env", "--json")
+    assert result.exit_code == 0, result.output
+    assert "torch" in json.loads(result.stdout)["packages"]
+
+
+def test_freedave_is_lossless_and_takes_fewer_forwards(tmp_path):
+    result = _run(
+        "demo",
+        "--problems",
+        "8",
+        "--only",
+        "1 token",
+        "--only",
+        "8 drafts",
+        "--json",
+        "--out",
+        str(tmp_path),
+    )
+    assert result.exit_code == 0, result.output
+    static, freedave = json.loads(result.stdout.splitlines()[-1])["scores"]
+    assert freedave["equal_percent"] == 100
+    assert freedave["forwards"] * 2 < static["forwards"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (
+            ("generate", "--prompt", "tom", "--algorithm", "best"),
+            2,
+            "expected one of static, thresh",
+        ),
+        (
+            ("generate", "--prompt", "tom", "--set", "speed=1"),
+            2,
+            "threshold takes threshold, block",
+        ),
+        (("generate", "--prompt", "tom", "--set", "threshold=x"), 2, "expected float, got 'x'"),
+        (
+            ("generate", "--prompt", "tom", "--set", "threshold=2"),
+            1,
+            "expected a number in [0.0, 1",
+        ),
+        (
+            ("generate", "--prompt", "tom", "--max-new-tokens", "0"),
+            1,
+            "expected an int of at least 1",
+        ),
+        (("generate", "--prompt", "tom", "--model", "no/such/folder"), 1, "no/such/folder"),
+        (("generate", "--prompt", "unknown"), 1, "expected text that the tokenizer can encode"),
+        (("generate",), 2, "expected --prompt or lines on standard input, got neither"),
+        (("demo", "--problems", "0"), 2, "0 is not in the range"),
+        (("demo", "--only", "magic"), 2, "expected a part of one of Static"),
+        (("generate", "--backend", "metal"), 2, "'metal' is not one of"),
+    ],
+)
+def test_bad_options(arguments, code, message):
+    result = _run(*arguments, stdin="")
+    assert result.exit_code == code, result.output
+    assert message in " ".join(result.output.split())
+    assert "Traceback" not in result.output
