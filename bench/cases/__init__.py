@@ -1,0 +1,17 @@
+"""What is measured and compiled for each op, one file an op.
+
+Each case module has
+
+* ``SHAPES``: named sizes, as keyword arguments of ``make``;
+* ``make(dtype, device, **sizes)``: inputs, never zeros;
+* ``call(inputs, backend)``: the op on them;
+* ``BASELINES``: what else somebody could run on the same inputs, by name;
+* ``bytes_moved(inputs)``: the bytes that any implementation has to move;
+* ``launches()``: (label, function) pairs that launch on meta tensors, for ahead-of-time
+  compilation.
+"""
+
+from cases import commit_branch, head_stats, rms_norm, swiglu, unmask, vocab_stats, window_attention
+
+_MODULES = (commit_branch, head_stats, rms_norm, swiglu, unmask, vocab_stats, window_attention)
+CASES = {module.__name__.rpartition(".")[2]: module for module in _MODULES}

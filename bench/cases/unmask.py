@@ -1,0 +1,112 @@
+"""``unmask`` on batches of windows that are all masks, each rule; baselines for the quota rule.
+
+A name says the rule, the sequences and the window's length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from pydllm import ops, reference
+from pydllm.ops.unmask import SEMANTICS
+
+MASK = 126336
+NUMBERS = {
+    "threshold": {"threshold": 0.9},
+    "factor": {"factor": 1.0},
+    "entropy": {"threshold": 0.1},
+    "entropy_bound": {"bound": 0.1},
+    "joint": {"threshold": 0.9, "edit_threshold": 0.9},
+    "renoise": {"bound": 0.1, "vocab_size": MASK},
+}
+RULES = ("quota", "left_to_right", "random", *NUMBERS)
+# Every rule, and every variant of one.
+CASES = [("quota", "exact")] + [
+    (rule, name)
+    for name, rules in SEMANTICS.items()
+    for rule, variant in rules.items()
+    if rule in RULES[1:] and (variant or name == "exact")
+]
+SHAPES = {
+    f"{rule}-{batch}x{rows}": {"rule": rule, "batch": batch, "rows": rows}
+    for rule in RULES
+    for batch, rows in ((1, 32), (32, 32), (32, 256), (8, 4096))
+}
+
+
+def make(dtype: torch.dtype, device: str, *, rule: str, batch: int, rows: int) -> dict:
+    """fp32 (fp64) scores whatever the dtype of the logits: half of the masks are certain."""
+    generator = torch.Generator().manual_seed(0)
+    score = torch.rand(batch, rows, generator=generator) ** 0.2
+    if rule.startswith("entropy") or rule == "renoise":
+        score = 1 - score
+    token = torch.randint(0, MASK, (batch, rows), generator=generator)
+    one = torch.ones(batch, dtype=torch.int32, device=device)
+    return {
+        "x": torch.full((batch, 2 * rows), MASK, device=device),
+        "step_map": torch.full((batch, 2 * rows), -1, dtype=torch.int32, device=device),
+        "nfe": 7 * one,
+        "token": token.to(device),
+        "score": score.to(device, torch.promote_types(dtype, torch.float32)),
+        "start": one * rows // 2,
+        "length": one * rows,
+        "quota": one * max(1, rows // 32),
+        "rule": rule,
+    }
+
+
+def call(inputs: dict, backend: str) -> tuple[Tensor, ...]:
+    inputs = dict(inputs)
+    rule, quota = inputs.pop("rule"), inputs.pop("quota")
+    option = NUMBERS.get(rule, {"quota": quota})
+    counts = ops.unmask(
+        **inputs, mask_id=MASK, rule=rule, **option, request=inputs["nfe"], backend=backend
+    )
+    return (*counts, inputs["x"], inputs["step_map"], inputs["nfe"])
+
+
+def _positional(inputs: dict, semantics: str = "exact") -> tuple:
+    """The arguments as the reference and the launcher take them."""
+    inputs = dict(inputs)
+    start, length, quota, rule = (inputs.pop(k) for k in ("start", "length", "quota", "rule"))
+    given = NUMBERS.get(rule, {})
+    limit, edit_limit = (*(v for k, v in given.items() if k != "vocab_size"), 0.0, 0.0)[:2]
+    vocab, quota = given.get("vocab_size", 0), None if rule in NUMBERS else quota
+    request = inputs["nfe"] if rule in ("random", "renoise") else None
+    options = (rule, SEMANTICS[semantics][rule], quota, 1, limit, edit_limit, vocab, 0, request)
+    return (*inputs.values(), MASK, start, length, *options, None)
+
+
+def _compiled() -> Callable[[dict], tuple[Tensor, ...]]:
+    compiled = torch.compile(reference.unmask)
+
+    def run(inputs: dict) -> tuple[Tensor, ...]:
+        counts = compiled(*_positional(inputs))
+        return (*counts, inputs["x"], inputs["step_map"], inputs["nfe"])
+
+    return run
+
+
+BASELINES = {"torch.compile": _compiled}
+
+
+def bytes_moved(inputs: dict) -> int:
+    """The window's ids, tokens and scores once; what is written is small."""
+    return inputs["token"].numel() * (8 + 8 + inputs["score"].element_size())
+
+
+def launches() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Every rule and semantics at every tile, and a window shorter than a block."""
+    from pydllm.kernels import unmask as kernel
+
+    for rows in (20, 128, 1024, 4096):
+        for rule, semantics in CASES:
+            inputs = make(torch.float32, "meta", rule=rule, batch=4, rows=rows)
+            arguments = _positional(inputs, semantics)
+            yield (
+                f"{rule} {semantics} {rows}",
+                lambda arguments=arguments: kernel.unmask(*arguments),
+            )

@@ -1,0 +1,259 @@
+"""``window_attention`` at the shapes of LLaDA-8B, Dream-7B, SDAR-8B, a 100M and the tiny model.
+
+A name says the model, sequences, the window's rows and the cache's slots; ``refresh`` is a window
+over all of it, ``8of32`` is 8 branches of 32 rows. ``python bench/traffic.py`` prints the bytes
+that the kernel moves against the least.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pydllm import ops, reference
+from pydllm.testing import random_normal
+
+_MODELS = {
+    "llada-8b": {"heads": 32, "kv_heads": 32, "head_dim": 128},
+    "sdar-8b": {"heads": 32, "kv_heads": 8, "head_dim": 128},
+    "dream-7b": {"heads": 28, "kv_heads": 4, "head_dim": 128},
+    "llada-100m": {"heads": 12, "kv_heads": 12, "head_dim": 64},
+    "tiny": {"heads": 2, "kv_heads": 2, "head_dim": 64},
+}
+_WINDOWS = (
+    *((batch, rows, slots) for rows in (4, 32, 128) for batch, slots in ((1, 2048), (32, 2048))),
+    *((batch, 8, slots) for batch, slots in ((1, 512), (8, 8192))),
+    *((batch, 64, slots) for batch, slots in ((1, 8192), (1, 32768), (8, 2048))),
+    *((1, slots, slots) for slots in (512, 2048, 8192)),
+)
+_SIZES = {
+    "llada-8b": _WINDOWS,
+    "dream-7b": _WINDOWS,
+    "sdar-8b": _WINDOWS,
+    "llada-100m": ((1, 32, 256), (1, 256, 256)),
+    "tiny": ((1, 32, 64), (8, 64, 64)),
+}
+SHAPES = {
+    f"{name}-{batch}x{'refresh' if rows == slots else rows}-{slots}": {
+        "batch": batch,
+        "rows": rows,
+        "slots": slots,
+        **_MODELS[name],
+    }
+    for name, sizes in _SIZES.items()
+    for batch, rows, slots in sizes
+}
+SHAPES |= {
+    f"{name}-{batch}x8of{rows}-2048": {
+        "batch": batch,
+        "rows": rows,
+        "slots": 2048,
+        "branches": 8,
+        **_MODELS[name],
+    }
+    for name, rows in (("llada-8b", 32), ("sdar-8b", 4))
+    for batch in (1, 32)
+}
+
+
+def make(
+    dtype: torch.dtype,
+    device: str,
+    *,
+    batch: int,
+    rows: int,
+    slots: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    branches: int = 1,
+) -> dict[str, Tensor | int]:
+    """A dual-cache step: the window ends at three quarters of the cache, a branch is committed."""
+    shape = batch, branches * rows, heads + 2 * kv_heads, head_dim
+    qkv = random_normal(*shape, seed=0, dtype=dtype, device=device)
+    q, k, v = qkv.split((heads, kv_heads, kv_heads), 2)
+    cache = (batch, slots, kv_heads, head_dim)
+    cos, sin = rotary_tables(slots, head_dim, device)
+    numbers = {
+        "start": max(0, slots * 3 // 4 - rows),
+        "length": rows,
+        "kv_len": slots,
+        "commit": rows,
+    }
+    return {
+        "q": q,
+        "k": k,
+        "v": v,
+        "k_cache": random_normal(*cache, seed=1, dtype=dtype, device=device),
+        "v_cache": random_normal(*cache, seed=2, dtype=dtype, device=device),
+        **{
+            name: torch.full((batch,), value, dtype=torch.int32, device=device)
+            for name, value in numbers.items()
+        },
+        "cos": cos,
+        "sin": sin,
+    } | ({"branches": branches} if branches > 1 else {})
+
+
+def rotary_tables(positions: int, head_dim: int, device: str) -> tuple[Tensor, Tensor]:
+    """fp32 tables with base 1e4."""
+    rate = 1e4 ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    angle = torch.arange(positions, dtype=torch.float64)[:, None] * rate
+    return angle.cos().float().to(device), angle.sin().float().to(device)
+
+
+def call(inputs: dict[str, Tensor], backend: str) -> Tensor:
+    return ops.window_attention(**inputs, backend=backend)
+
+
+def _published(start: int) -> Callable[[dict[str, Tensor]], Tensor]:
+    """What published code does: RoPE as separate operations, K/V concatenated in every layer."""
+
+    def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        a, b = x.float().chunk(2, -1)
+        return (x.float() * cos + torch.cat((-b, a), -1) * sin).to(x.dtype)
+
+    def spread(cache: Tensor, branches: int) -> Tensor:
+        return cache.repeat_interleave(branches, 0) if branches > 1 else cache
+
+    def run(inputs: dict[str, Tensor]) -> Tensor:
+        q, k, v = inputs["q"], inputs["k"], inputs["v"]
+        branches = inputs.get("branches", 1)
+        batch = q.shape[0]
+        q, k, v = (x.unflatten(1, (branches, -1)).flatten(0, 1) for x in (q, k, v))
+        end = start + q.shape[1]
+        tables = (inputs["cos"][start:end], inputs["sin"][start:end])
+        cos, sin = (torch.cat((table, table), -1)[:, None] for table in tables)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        keys, values = (
+            torch.cat((cache[:, :start], fresh, cache[:, end:]), 1).transpose(1, 2)
+            for cache, fresh in (
+                (spread(inputs["k_cache"], branches), k),
+                (spread(inputs["v_cache"], branches), v),
+            )
+        )
+        grouped = q.shape[2] != k.shape[2]
+        y = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, enable_gqa=grouped)
+        return y.transpose(1, 2).unflatten(0, (batch, branches)).flatten(1, 2)
+
+    return run
+
+
+def _concatenated() -> Callable[[dict[str, Tensor]], Tensor]:
+    runs: dict[tuple[int, ...], Callable[[dict[str, Tensor]], Tensor]] = {}
+
+    def run(inputs: dict[str, Tensor]) -> Tensor:
+        sizes = (inputs["q"].shape[1], inputs["k_cache"].shape[1], inputs.get("branches", 1))
+        if sizes not in runs:
+            runs[sizes] = _published(int(inputs["start"][0]))
+        return runs[sizes](inputs)
+
+    return run
+
+
+def _compiled() -> Callable[[dict[str, Tensor]], Tensor]:
+    compiled = torch.compile(reference.window_attention)
+
+    def run(inputs: dict[str, Tensor]) -> Tensor:
+        return compiled(**inputs, pad=None, scale=inputs["q"].shape[-1] ** -0.5)
+
+    return run
+
+
+BASELINES = {
+    "RoPE, torch.cat and SDPA": _concatenated,
+    "torch.compile": _compiled,
+}
+
+
+def bytes_moved(inputs: dict[str, Tensor]) -> int:
+    """Each visible cached row once, the fresh rows once, the output, and the committed rows."""
+    q, k, cache = inputs["q"], inputs["k"], inputs["k_cache"]
+    branches = inputs.get("branches", 1)
+    rows, slots = k.shape[1] // branches, cache.shape[1]
+    cached = 2 * cache.numel() * (slots - rows) // slots
+    fresh, committed = 2 * k.numel(), 2 * k.numel() // branches
+    return (2 * q.numel() + cached + fresh + committed) * q.element_size()
+
+
+def launches() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Every tile row; head sizes that are no power of two, partial rotary, groups and options."""
+    from pydllm.kernels import window_attention as kernel
+
+    few, many, grouped = (16, 4, 4), (256, 4, 4), (32, 28, 4)  # many rows are not split
+    branches, causal, norms = {"branches": 4}, {"causal": True}, {"norms": True}
+    everything = {**causal, **branches, **norms, "block_size": 4, "window": 100, "softcap": 30.0}
+    cases: list[tuple[torch.dtype, int, int, tuple[int, int, int], dict]] = [
+        (dtype, head_dim, head_dim, rows, {})
+        for dtype, head_dims in (
+            (torch.bfloat16, (64, 80, 128, 256, 512)),
+            (torch.float16, (128,)),
+            (torch.float32, (64, 128, 256, 512)),
+        )
+        for head_dim in head_dims
+        for rows in (few, many)
+    ]
+    for head_dim, rotary, rows, options in (
+        (96, 96, grouped, {}),
+        (128, 64, few, {"pad": True}),
+        (128, 64, grouped, {"pad": True}),
+        (128, 128, grouped, {}),
+        (256, 64, grouped, {}),
+        (64, 64, grouped, branches),
+        (128, 128, few, branches),
+        (128, 128, grouped, branches),
+        (256, 256, grouped, branches),
+        (128, 128, grouped, causal),
+        (128, 128, grouped, {"block_size": 4}),
+        (128, 128, few, {"paged": True}),
+        (128, 128, grouped, norms),
+        (128, 128, grouped, everything | {"paged": True, "pad": True}),
+        (128, 128, many, everything),
+        (128, 128, many, {"branches": 2}),
+        (256, 256, grouped, {"window": 1024}),
+        (512, 128, grouped, {"softcap": 50.0}),
+    ):
+        cases.append((torch.bfloat16, head_dim, rotary, rows, options))
+    for dtype, head_dim, rotary, (rows, heads, kv_heads), options in cases:
+        name = str(dtype).removeprefix("torch.")
+        label = f"{name} D{head_dim}/{rotary} T{rows} H{heads}/{kv_heads} {' '.join(options)}"
+        arguments = _meta(dtype, rows, heads, kv_heads, head_dim, rotary, **options)
+        yield label, lambda arguments=arguments: kernel.window_attention(**arguments)
+
+
+def _meta(
+    dtype: torch.dtype,
+    rows: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    rotary: int,
+    pad: bool = False,
+    norms: bool = False,
+    paged: bool = False,
+    **options: object,
+) -> dict[str, object]:
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    q, k, v = empty(4, rows, heads + 2 * kv_heads, head_dim).split((heads, kv_heads, kv_heads), 2)
+    numbers = {
+        name: empty(4, dtype=torch.int32) for name in ("start", "length", "kv_len", "commit")
+    }
+    cache = (512, 16) if paged else (4, 2048)
+    return {
+        **{"q": q, "k": k, "v": v, **numbers},
+        "k_cache": empty(*cache, kv_heads, head_dim),
+        "v_cache": empty(*cache, kv_heads, head_dim),
+        "cos": empty(2048, rotary // 2, dtype=torch.float32),
+        "sin": empty(2048, rotary // 2, dtype=torch.float32),
+        "pad": empty(4, dtype=torch.int32) if pad else None,
+        "q_norm": empty(head_dim) if norms else None,
+        "k_norm": empty(head_dim) if norms else None,
+        "block_table": empty(4, 128, dtype=torch.int32) if paged else None,
+        "scale": head_dim**-0.5,
+        **options,
+    }

@@ -1,0 +1,187 @@
+"""Compile every Triton kernel ahead of time, no GPU needed, and print what each one uses.
+
+    python bench/resources.py                        # all ops, sm_80, sm_90 and sm_100
+    python bench/resources.py rms_norm --arch 90     # one op, one architecture
+
+The launchers are called with meta tensors and the launches recorded, so what is compiled is what
+the library would launch, its argument specialisation included. Exits with 1 if a kernel spills
+registers or wants more shared memory than a block of that chip can have; the compiler does not
+check the latter.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import click
+import torch
+import triton
+from rich.console import Console
+from rich.table import Table
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from cases import CASES
+
+from pydllm.kernels import _tiles
+
+# Most dynamic shared memory a block may opt in to, bytes (CUDA programming guide, compute
+# capabilities).
+SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TYPES = {
+    torch.float64: "fp64",
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.int16: "i16",
+    torch.int8: "i8",
+    torch.uint8: "u8",
+    torch.bool: "i1",
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One recorded launch: the kernel, its signature and its options."""
+
+    kernel: JITFunction
+    signature: dict[str, str]
+    constexprs: dict[str, object]
+    attributes: dict[tuple[int], list]
+    options: dict[str, int]
+
+
+def _describe(value: object, specialize: bool) -> tuple[str, bool]:
+    """Triton's type of an argument, and whether the launch marks it divisible by 16."""
+    if isinstance(value, torch.Tensor):
+        return "*" + TYPES[value.dtype], value.storage_offset() * value.element_size() % 16 == 0
+    if value is None or isinstance(value, bool) or (specialize and value == 1):
+        return "constexpr", False
+    if isinstance(value, int):
+        return ("i32" if -(2**31) <= value < 2**31 else "i64"), specialize and value % 16 == 0
+    if isinstance(value, float):
+        return "fp32", False
+    raise TypeError(f"kernel argument: expected tensor, int, float or None, got {type(value)}")
+
+
+def record(launch, arch: int) -> list[Launch]:
+    """Call ``launch`` and return the kernels that it would start on ``arch``."""
+    recorded = []
+
+    def run(kernel, *args, grid, warmup, **kwargs):
+        arguments = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+        signature, constexprs, attributes = {}, {}, {}
+        for index, parameter in enumerate(kernel.params):
+            value = arguments.pop(parameter.name, parameter.default)
+            kind, aligned = "constexpr", False
+            if not parameter.is_constexpr:
+                kind, aligned = _describe(value, not parameter.do_not_specialize)
+            signature[parameter.name] = kind
+            if kind == "constexpr":
+                constexprs[parameter.name] = value
+            elif aligned:
+                attributes[index,] = [["tt.divisibility", 16]]
+        recorded.append(Launch(kernel, signature, constexprs, attributes, arguments))
+
+    with (
+        mock.patch.object(JITFunction, "run", run),
+        mock.patch.object(_tiles, "arch", lambda device: arch),
+    ):
+        launch()
+    return recorded
+
+
+def compile_launch(launch: Launch, arch: int) -> dict[str, object]:
+    """Compile one launch for ``arch`` and read its resources from the machine code."""
+    source = ASTSource(
+        launch.kernel, launch.signature, constexprs=launch.constexprs, attrs=launch.attributes
+    )
+    target = GPUTarget("cuda", arch, 32)
+    compiled = triton.compile(source, target=target, options=dict(launch.options))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage, code = (
+            subprocess.run([TOOLS / tool, flag, file.name], capture_output=True, text=True).stdout
+            for tool, flag in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
+        )
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump printed no resource line for {launch.kernel.__name__}")
+    registers, stack, _, local = map(int, found.groups())
+    ptx = compiled.asm["ptx"]
+    units = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma.sync": "mma.sync"}
+    return {
+        "kernel": launch.kernel.__name__,
+        "warps": compiled.metadata.num_warps,
+        "registers": registers,
+        "spills": len(re.findall(r"\b(?:LDL|STL)\b", code)),
+        "stack": stack + local,
+        "shared": compiled.metadata.shared,
+        "tensor_cores": next((name for name, mark in units.items() if mark in ptx), "-"),
+    }
+
+
+def rows(ops: tuple[str, ...], archs: tuple[int, ...], workers: int) -> Iterator[dict[str, object]]:
+    """One row a distinct kernel specialisation: op, case, arch and its resources."""
+    jobs = []
+    for op in ops:
+        for arch in archs:
+            seen = set()
+            for label, launch in CASES[op].launches():
+                for recorded in record(launch, arch):
+                    key = repr((recorded.kernel.__name__, *vars(recorded).values()))
+                    if key not in seen:
+                        seen.add(key)
+                        jobs.append((op, label, arch, recorded))
+    with ThreadPoolExecutor(workers) as pool:
+        results = pool.map(lambda job: compile_launch(job[3], job[2]), jobs)
+        for (op, label, arch, _), result in zip(jobs, results, strict=True):
+            fits = not result["spills"] and result["shared"] <= SHARED_LIMIT[arch]
+            yield {"op": op, "case": label, "arch": f"sm_{arch}", **result, "ok": fits}
+
+
+@click.command()
+@click.argument("ops", nargs=-1, type=click.Choice(sorted(CASES)))
+@click.option("--arch", "archs", multiple=True, type=click.Choice([str(a) for a in SHARED_LIMIT]))
+@click.option("--workers", default=2, show_default=True, help="Kernels compiled at a time.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
+def main(ops: tuple[str, ...], archs: tuple[str, ...], workers: int, as_json: bool) -> None:
+    """Print the resources of every Triton kernel; exit with 1 if one spills or does not fit."""
+    if not isinstance(triton.jit(_probe), JITFunction):
+        raise click.ClickException("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
+    chosen = tuple(int(a) for a in archs) or (80, 90, 100)
+    table, failed = None, 0
+    for row in rows(ops or tuple(sorted(CASES)), chosen, workers):
+        failed += not row["ok"]
+        if as_json:
+            print(json.dumps(row), flush=True)
+            continue
+        if table is None:
+            table = Table(*row)
+        table.add_row(*(str(value) for value in row.values()), style=None if row["ok"] else "red")
+    if table is not None:
+        Console(width=None if sys.stdout.isatty() else 160).print(table)
+    sys.exit(failed > 0)
+
+
+def _probe() -> None:
+    """Decorated in ``main`` to see which decorator the environment gives."""
+
+
+if __name__ == "__main__":
+    main()
