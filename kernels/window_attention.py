@@ -394,6 +394,7 @@ def window_attention(
         SPLIT_TILES=split_tiles,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        maxnreg=tile.registers,
     )
     if split_tiles:
         merge(out, part, state)
