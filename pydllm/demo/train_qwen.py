@@ -1,11 +1,15 @@
 """Train the bundled models in Qwen's layout, on the same task and tokenizer as the LLaDA one.
 
-    python -m pydllm.demo.train_qwen sdar --out out/sdar-tiny         # block-causal, block 8
-    python -m pydllm.demo.train_qwen verifier --out out/verifier-tiny   # autoregressive
+    python -m pydllm.demo.train_qwen qwen2 --out out/verifier-tiny      # autoregressive
+    python -m pydllm.demo.train_qwen dream --init out/verifier-tiny --out out/dream-tiny
+    python -m pydllm.demo.train_qwen qwen3 --out out/qwen3-tiny         # autoregressive
+    python -m pydllm.demo.train_qwen sdar --init out/qwen3-tiny --out out/sdar-tiny
 
-Training runs transformers' Qwen3, whose ``state_dict`` is the checkpoint; decoding does without it.
-The block-causal model sees each noisy block beside the clean blocks before it: the sequence stands
-twice in the input, noisy and clean, and a mask says who sees whom (as BD3-LM, arXiv 2503.09573).
+The two diffusion models start from an autoregressive one, as Dream and SDAR themselves did: Dream's
+logits stay shifted by one position, SDAR's do not. Training runs transformers' Qwen2 and Qwen3,
+whose ``state_dict`` is the checkpoint; decoding does without them. The block-causal model sees each
+noisy block beside the clean blocks before it: the sequence stands twice in the input, noisy and
+clean, and a mask says who sees whom (as BD3-LM, arXiv 2503.09573).
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from typing import Any
 
 import click
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -28,7 +33,7 @@ _CONFIG: dict[str, Any] = {
     "vocab_size": len(vocabulary()),
     "hidden_size": 128,
     "intermediate_size": 256,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 3,
     "num_attention_heads": 2,
     "num_key_value_heads": 2,
     "head_dim": 64,
@@ -41,21 +46,51 @@ _CONFIG: dict[str, Any] = {
     "eos_token_id": EOS,
     "pad_token_id": PAD,
 }
+_QWEN2 = _CONFIG | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+_QWEN3 = _CONFIG | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+_DIFFUSION = {"num_hidden_layers": 4, "mask_token_id": MASK}
 CONFIGS: dict[str, dict[str, Any]] = {
-    "sdar": _CONFIG
-    | {
-        "architectures": ["SDARForCausalLM"],
-        "model_type": "sdar",
-        "block_size": BLOCK,
-        "mask_token_id": MASK,
-    },
-    "verifier": _CONFIG
-    | {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
-        "num_hidden_layers": 3,
-    },
+    "qwen2": _QWEN2,
+    "qwen3": _QWEN3,
+    "dream": _QWEN2 | _DIFFUSION | {"architectures": ["DreamModel"], "model_type": "Dream"},
+    "sdar": _QWEN3
+    | _DIFFUSION
+    | {"architectures": ["SDARForCausalLM"], "model_type": "sdar", "block_size": BLOCK},
 }
+
+
+def build(kind: str, parent: Path | None = None) -> nn.Module:
+    """The model to train, from scratch or from a parent; layers the parent lacks begin as nothing.
+
+    A new layer adds zero to its input until training makes something of it, so the model begins
+    as its parent.
+    """
+    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+    config = CONFIGS[kind]
+    ours = ("architectures", "model_type", "block_size", "mask_token_id")
+    settings = {key: value for key, value in config.items() if key not in ours}
+    settings["attn_implementation"] = "sdpa"
+    model: nn.Module
+    if kind in ("qwen2", "dream"):
+        del settings["head_dim"], settings["attention_bias"]
+        model = Qwen2ForCausalLM(Qwen2Config(**settings))
+    else:
+        model = Qwen3ForCausalLM(Qwen3Config(**settings))
+    if parent is None:
+        return model
+    weights = load_file(parent / "model.safetensors")
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    new = [name for name in missing if ".layers." not in name]
+    if new or unexpected:
+        raise click.UsageError(
+            f"--init {parent}: expected a model of the layout of {kind!r}, "
+            f"lacks {new or 'nothing'}, has {unexpected or 'nothing'} that does not belong"
+        )
+    for name in missing:
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            nn.init.zeros_(model.get_parameter(name))
+    return model
 
 
 def draw_batch(size: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
@@ -74,6 +109,22 @@ def draw_batch(size: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
         ids[row, len(prompt) : len(prompt) + len(answer)] = torch.tensor(answer)
         is_answer[row, : len(prompt)] = False
     return ids, is_answer
+
+
+def shifted_diffusion_loss(model: nn.Module, size: int, seed: int) -> Callable[[int], Tensor]:
+    """Cross-entropy of masked answer tokens, each from the row of the position before it."""
+
+    def loss_of(step: int) -> Tensor:
+        ids, is_answer = draw_batch(size, seed, step)
+        noise = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        ratio = torch.rand(size, 1, generator=noise)
+        masked = is_answer & (torch.rand(ids.shape, generator=noise) < ratio)
+        masked |= is_answer & ~masked.any(1, keepdim=True)
+        everything = torch.zeros(1, 1, ids.shape[1], ids.shape[1])
+        logits = model(ids.masked_fill(masked, MASK), attention_mask=everything).logits
+        return F.cross_entropy(logits[:, :-1][masked[:, 1:]], ids[masked])
+
+    return loss_of
 
 
 def block_diffusion_loss(model: nn.Module, size: int, seed: int) -> Callable[[int], Tensor]:
@@ -114,10 +165,24 @@ def causal_loss(model: nn.Module, size: int, seed: int) -> Callable[[int], Tenso
     return loss_of
 
 
+LOSSES = {
+    "qwen2": causal_loss,
+    "qwen3": causal_loss,
+    "dream": shifted_diffusion_loss,
+    "sdar": block_diffusion_loss,
+}
+
+
 @click.command()
 @click.argument("kind", type=click.Choice(sorted(CONFIGS)))
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write to.")
-@click.option("--steps", default=3000, show_default=True)
+@click.option(
+    "--init",
+    "parent",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Checkpoint to start from.",
+)
+@click.option("--steps", default=2000, show_default=True)
 @click.option("--batch-size", default=64, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--learning-rate", default=2.5e-3, show_default=True)
@@ -125,26 +190,21 @@ def causal_loss(model: nn.Module, size: int, seed: int) -> Callable[[int], Tenso
 def main(
     kind: str,
     out: Path,
+    parent: Path | None,
     steps: int,
     batch_size: int,
     seed: int,
     learning_rate: float,
     threads: int | None,
 ) -> None:
-    """Train the block-causal model or the autoregressive verifier; run again to resume."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
+    """Train one of the models in Qwen's layout; run the same command again to resume."""
     if threads is not None:
         torch.set_num_threads(threads)
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
-    config = CONFIGS[kind]
-    ours = ("architectures", "model_type", "block_size", "mask_token_id")
-    settings = {key: value for key, value in config.items() if key not in ours}
-    model = Qwen3ForCausalLM(Qwen3Config(**settings, attn_implementation="sdpa"))
-    make_loss = block_diffusion_loss if kind == "sdar" else causal_loss
-    run_training(model, make_loss(model, batch_size, seed), steps, learning_rate, out)
-    save_checkpoint(model, config, out)
+    model = build(kind, parent)
+    run_training(model, LOSSES[kind](model, batch_size, seed), steps, learning_rate, out)
+    save_checkpoint(model, CONFIGS[kind], out)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
 import json
 
+import click
+import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
-from pydllm.demo import train
+import pydllm
+from pydllm.demo import train, train_qwen
 from pydllm.demo.task import ANSWER_LENGTH
 
 
@@ -55,3 +58,35 @@ def test_the_command_writes_a_llada_checkpoint(tmp_path):
     assert weights["model.transformer.wte.weight"].shape == (config["embedding_size"], 128)
     assert weights["model.transformer.blocks.3.ff_out.weight"].shape == (128, 256)
     assert (tmp_path / "tokenizer.json").exists()
+
+
+def _logits(model, ids):
+    with torch.no_grad():
+        return model(ids, attention_mask=torch.zeros(1, 1, 8, 8)).logits
+
+
+def test_a_model_begins_as_its_parent(tmp_path):
+    parent = train_qwen.build("qwen2")
+    train.save_checkpoint(parent, train_qwen.CONFIGS["qwen2"], tmp_path)
+    child = train_qwen.build("dream", tmp_path)
+    ids = torch.randint(3, 92, (1, 8))
+    assert len(child.model.layers) == len(parent.model.layers) + 1
+    torch.testing.assert_close(
+        _logits(child, ids), _logits(parent.half().float(), ids), rtol=1e-5, atol=1e-5
+    )
+    with pytest.raises(click.UsageError, match="expected a model of the layout of 'sdar', lacks"):
+        train_qwen.build("sdar", tmp_path)
+
+
+@pytest.mark.parametrize("kind", sorted(train_qwen.CONFIGS))
+def test_the_command_writes_checkpoints_that_load(tmp_path, kind):
+    arguments = [kind, "--out", str(tmp_path), "--steps", "2", "--batch-size", "2"]
+    result = CliRunner().invoke(train_qwen.main, arguments)
+    assert result.exit_code == 0, result.output
+    spec = pydllm.load(tmp_path).spec
+    assert (spec.attention, spec.shift_logits) == {
+        "qwen2": ("causal", False),
+        "qwen3": ("causal", False),
+        "dream": ("full", True),
+        "sdar": ("block_causal", False),
+    }[kind]
