@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
@@ -18,6 +18,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from pydllm._backend.env import BACKENDS
 from pydllm._backend.errors import PydllmError
+from pydllm.demo import MODELS, WEIGHTS
+
+if TYPE_CHECKING:
+    from pydllm.decoding import Generation
+    from pydllm.demo.evaluate import Score
 
 _BACKEND = click.option("--backend", type=click.Choice(BACKENDS), help="For every op.")
 _JSON = click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
@@ -42,6 +47,9 @@ def main() -> None:
 @main.command()
 @click.option("--problems", default=100, show_default=True, type=click.IntRange(1, 10000))
 @click.option("--seed", default=0, show_default=True, help="Which held-out problems.")
+@click.option(
+    "--model", "names", multiple=True, type=click.Choice(sorted(MODELS)), help="Default: all."
+)
 @click.option("--only", multiple=True, help="Only algorithms whose name contains this.")
 @click.option("--device", help="Default: the GPU if there is one.")
 @click.option("--out", default="out/demo", show_default=True, type=click.Path(path_type=Path))
@@ -50,39 +58,77 @@ def main() -> None:
 def demo(
     problems: int,
     seed: int,
+    names: tuple[str, ...],
     only: tuple[str, ...],
     device: str | None,
     out: Path,
     backend: str | None,
     as_json: bool,
 ) -> None:
-    """Decode held-out word problems with every algorithm, on the bundled model."""
-    from pydllm.demo import WEIGHTS, report
-    from pydllm.demo.evaluate import algorithms, evaluate
+    """Decode held-out word problems with every algorithm, on the bundled models."""
+    from pydllm.demo import report
+    from pydllm.demo.evaluate import algorithms
     from pydllm.demo.task import held_out_problems
     from pydllm.models import load
 
-    model = load(WEIGHTS, device=device)
+    wanted = [part.lower() for part in only]
     chosen = {
-        name: algorithm
-        for name, algorithm in algorithms().items()
-        if not only or any(part.lower() in name.lower() for part in only)
+        model: {
+            name: algorithm
+            for name, algorithm in algorithms(model).items()
+            if not only or any(part in name.lower() for part in wanted)
+        }
+        for model in names or MODELS
     }
-    if not chosen:
+    if not any(chosen.values()):
+        known = dict.fromkeys(name for model in chosen for name in algorithms(model))
         raise click.BadParameter(
-            f"expected a part of one of {'; '.join(algorithms())}, got {', '.join(only)}",
+            f"expected a part of one of {'; '.join(known)}, got {', '.join(only)}",
             param_hint="--only",
         )
     tasks = held_out_problems(problems, seed)
     console = Console(stderr=as_json)
+    out.mkdir(parents=True, exist_ok=True)
+    scores: list[Score] = []
+    written = [out / "demo.csv"]
+    for name, plan in chosen.items():
+        if not plan:
+            continue
+        model = load(MODELS[name], device=device)
+        found, generations = _decode_all(model, name, plan, tasks, backend, console)
+        if not scores:
+            shown = next((key for key in plan if key.startswith("Threshold")), next(iter(plan)))
+            _show_answer(console, model, shown, tasks[0].prompt, generations[shown])
+        title = f"{name}: {problems} held-out problems, {model.device}, {model.dtype}"
+        console.print(report.score_table(found, title.replace("torch.", "")))
+        scores += found
+        try:
+            picture = out / f"decoding-order-{name}.png"
+            report.plot_decoding_order(generations, min(problems, 24), picture)
+            written.append(picture)
+        except ImportError:
+            console.print("no picture: matplotlib is not installed (pip install 'pydllm[demo]')")
+    report.write_csv(scores, written[0])
+    files = list(map(str, written))
+    console.print(f"written: {', '.join(files)}")
+    if as_json:
+        click.echo(json.dumps({"scores": [score.as_row() for score in scores], "files": files}))
+
+
+def _decode_all(
+    model: Any, name: str, plan: dict[str, Any], tasks: list, backend: str | None, console: Console
+) -> tuple[list[Score], dict[str, Generation]]:
+    """The score and the first batch's generation of every algorithm, with a progress bar each."""
+    from pydllm.demo.evaluate import evaluate
+
     scores, generations, first = [], {}, None
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
-        for name, algorithm in chosen.items():
-            bar = progress.add_task(f"{name:30}", total=problems)
-            score, generation, sequences = evaluate(
+        for key, algorithm in plan.items():
+            bar = progress.add_task(f"{key:30}", total=len(tasks))
+            score, generations[key], sequences = evaluate(
                 model,
-                name,
+                (name, key),
                 algorithm,
                 tasks,
                 reference=first,
@@ -91,22 +137,7 @@ def demo(
             )
             scores.append(score)
             first = first or sequences
-            generations[name] = generation
-    shown = next((name for name in chosen if name.startswith("Threshold")), next(iter(chosen)))
-    _show_answer(console, model, shown, tasks[0].prompt, generations[shown])
-    title = f"{problems} held-out problems, {model.device}, {model.dtype}".replace("torch.", "")
-    console.print(report.score_table(scores, title))
-    out.mkdir(parents=True, exist_ok=True)
-    report.write_csv(scores, out / "demo.csv")
-    written = [str(out / "demo.csv")]
-    try:
-        report.plot_decoding_order(generations, min(problems, 24), out / "decoding-order.png")
-        written.append(str(out / "decoding-order.png"))
-    except ImportError:
-        console.print("no picture: matplotlib is not installed (pip install 'pydllm[demo]')")
-    console.print(f"written: {', '.join(written)}")
-    if as_json:
-        click.echo(json.dumps({"scores": [score.as_row() for score in scores], "files": written}))
+    return scores, generations
 
 
 def _show_answer(console: Console, model: Any, name: str, prompt: str, generation: Any) -> None:
@@ -156,7 +187,6 @@ def generate(
     import torch
 
     from pydllm import decoding
-    from pydllm.demo import WEIGHTS
     from pydllm.models import load
 
     if list_algorithms:

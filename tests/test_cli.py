@@ -13,7 +13,18 @@ def _run(*arguments, stdin=None):
 
 
 def test_demo_writes_its_table_and_picture(tmp_path):
-    result = _run("demo", "--problems", "4", "--only", "dual", "--out", str(tmp_path), "--json")
+    result = _run(
+        "demo",
+        "--problems",
+        "4",
+        "--model",
+        "llada-tiny",
+        "--only",
+        "dual",
+        "--out",
+        str(tmp_path),
+        "--json",
+    )
     assert result.exit_code == 0, result.output
     scores = json.loads(result.stdout.splitlines()[-1])["scores"]
     assert {score["algorithm"] for score in scores} == {
@@ -21,9 +32,9 @@ def test_demo_writes_its_table_and_picture(tmp_path):
         "Threshold 0.9, dual cache",
     }
     lines = (tmp_path / "demo.csv").read_text().splitlines()
-    assert lines[0].startswith("algorithm,exact_percent,forwards,tokens_per_forward")
+    assert lines[0].startswith("model,algorithm,exact_percent,forwards,tokens_per_forward")
     assert len(lines) == 3
-    assert (tmp_path / "decoding-order.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "decoding-order-llada-tiny.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_generate_answers_a_batch():
@@ -59,6 +70,8 @@ def test_env_is_json():
 def test_freedave_is_lossless_and_takes_fewer_forwards(tmp_path):
     result = _run(
         "demo",
+        "--model",
+        "llada-tiny",
         "--problems",
         "8",
         "--only",

@@ -1,5 +1,9 @@
-"""The bundled tiny model, its task, and what ``pydllm demo`` shows with them."""
+"""The bundled tiny models, their task, and what ``pydllm demo`` shows with them."""
 
 from pathlib import Path
 
-WEIGHTS = Path(__file__).parent / "weights" / "llada-tiny"
+_WEIGHTS = Path(__file__).parent / "weights"
+
+# The diffusion models, by the name of their folder; the first is the default of the command line.
+MODELS = {name: _WEIGHTS / name for name in ("llada-tiny",)}
+WEIGHTS = MODELS["llada-tiny"]

@@ -20,14 +20,17 @@ class Score:
     """One line of the demo's table.
 
     Attributes:
+        model: name of the bundled model.
         algorithm: the algorithm with the parameters that differ from its defaults.
         exact_percent: problems whose final number is right, in percent.
         forwards: mean forwards of the model a problem.
         tokens_per_forward: mean over problems, tokens up to and including the end of sequence.
         tokens_per_second: those tokens over the wall time of the whole batch.
-        equal_percent: problems whose tokens are those of the first line, all of them, in percent.
+        equal_percent: problems whose tokens are those of the model's first line, all of them, in
+            percent.
     """
 
+    model: str
     algorithm: str
     exact_percent: float
     forwards: float
@@ -39,8 +42,10 @@ class Score:
         return {k: round(v, 2) if isinstance(v, float) else v for k, v in asdict(self).items()}
 
 
-def algorithms() -> dict[str, Algorithm]:
-    """Every algorithm there is, with the settings that the demo compares, by display name."""
+def algorithms(model: str) -> dict[str, Algorithm]:
+    """The algorithms that the demo runs on a bundled model, by display name; the first is the one
+    that the others are compared with.
+    """
     block = 24
     return {
         "Static, 1 token a step": Static(block),
@@ -62,7 +67,7 @@ def algorithms() -> dict[str, Algorithm]:
 
 def evaluate(
     model: Model,
-    name: str,
+    names: tuple[str, str],
     algorithm: Algorithm,
     problems: list[Problem],
     *,
@@ -71,7 +76,8 @@ def evaluate(
     backend: str | None = None,
     on_batch: Callable[[int], None] = lambda size: None,
 ) -> tuple[Score, Generation, list[Tensor]]:
-    """Decode the problems in batches; ``reference`` are the sequences to compare with.
+    """Decode the problems in batches; ``reference`` are the sequences to compare with, ``names``
+    the model's and the algorithm's.
 
     Returns the score, the first batch's generation, and all sequences.
     """
@@ -93,7 +99,8 @@ def evaluate(
     nfe = torch.cat([generation.nfe for generation in generations]).float()
     per_forward = torch.cat([generation.tokens_per_forward for generation in generations])
     score = Score(
-        algorithm=name,
+        model=names[0],
+        algorithm=names[1],
         exact_percent=100 * right / len(problems),
         forwards=nfe.mean().item(),
         tokens_per_forward=per_forward.mean().item(),
