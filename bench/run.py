@@ -46,7 +46,7 @@ def _tensors(result: object) -> list[torch.Tensor]:
     return [result] if isinstance(result, torch.Tensor) else [t for t in result if t is not None]
 
 
-def _clone(inputs: dict, dtype: torch.dtype | None = None) -> dict:
+def copied(inputs: dict, dtype: torch.dtype | None = None) -> dict:
     def copy(value):
         if not isinstance(value, torch.Tensor):
             return value
@@ -62,9 +62,9 @@ def is_right(
 
     Not ``strict``, for baselines: floats to three digits, since others may be less exact.
     """
-    exact = _tensors(case.call(_clone(inputs, torch.float64), "torch"))
-    plain = _tensors(case.call(_clone(inputs), "torch"))
-    got = _tensors(function(_clone(inputs)))
+    exact = _tensors(case.call(copied(inputs, torch.float64), "torch"))
+    plain = _tensors(case.call(copied(inputs), "torch"))
+    got = _tensors(function(copied(inputs)))
     for one, want, same_dtype in zip(got, exact, plain, strict=False):
         if one.is_floating_point():
             budget = error_budget(want.cpu(), same_dtype.cpu())
@@ -102,7 +102,7 @@ def measure(
             if not right:
                 yield row | {"note": "✗ too far from fp64"}
                 continue
-            timing = time_calls(function, partial(_clone, inputs), device, seconds=seconds)
+            timing = time_calls(function, partial(copied, inputs), device, seconds=seconds)
             rate = case.bytes_moved(inputs) / (timing.p50 * 1e-3)
             row |= {"ms_p20": timing.p20, "ms_p50": timing.p50, "ms_p80": timing.p80}
             yield row | {"gbps": rate / 1e9, "peak_frac": rate / peak}
