@@ -1,4 +1,4 @@
-"""The command line: ``pydllm demo | generate | env``."""
+"""The command line: ``pydllm demo | compare | generate | env``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from pydllm._backend.env import BACKENDS
 from pydllm._backend.errors import PydllmError
-from pydllm.demo import MODELS, WEIGHTS
+from pydllm.demo import MODELS, SWEEPS, WEIGHTS
 
 if TYPE_CHECKING:
     from pydllm.decoding import Generation
@@ -109,6 +109,54 @@ def demo(
         except ImportError:
             console.print("no picture: matplotlib is not installed (pip install 'pydllm[demo]')")
     report.write_csv(scores, written[0])
+    files = list(map(str, written))
+    console.print(f"written: {', '.join(files)}")
+    if as_json:
+        click.echo(json.dumps({"scores": [score.as_row() for score in scores], "files": files}))
+
+
+@main.command()
+@click.option("--sweep", "sweeps", multiple=True, required=True, type=click.Choice(SWEEPS))
+@click.option("--model", "name", default="llada-tiny", type=click.Choice(sorted(MODELS)))
+@click.option("--problems", default=100, show_default=True, type=click.IntRange(1, 10000))
+@click.option("--seed", default=0, show_default=True, help="Which held-out problems.")
+@click.option("--device", help="Default: the GPU if there is one.")
+@click.option("--out", default="out/compare", show_default=True, type=click.Path(path_type=Path))
+@_BACKEND
+@_JSON
+def compare(
+    sweeps: tuple[str, ...],
+    name: str,
+    problems: int,
+    seed: int,
+    device: str | None,
+    out: Path,
+    backend: str | None,
+    as_json: bool,
+) -> None:
+    """Sweep algorithms from careful to fast: accuracy over tokens per forward, CSV and PNG."""
+    from pydllm.demo import report
+    from pydllm.demo.sweep import settings
+    from pydllm.demo.task import held_out_problems
+    from pydllm.models import load
+
+    model = load(MODELS[name], device=device)
+    tasks = held_out_problems(problems, seed)
+    console = Console(stderr=as_json)
+    out.mkdir(parents=True, exist_ok=True)
+    found = {}
+    for sweep in sweeps:
+        found[sweep], _ = _decode_all(model, name, settings(sweep, name), tasks, backend, console)
+        console.print(report.score_table(found[sweep], f"{name}, {sweep}: {problems} problems"))
+    scores = [score for each in found.values() for score in each]
+    written = [out / f"{name}.csv", out / f"{name}.png"]
+    report.write_csv(scores, written[0])
+    try:
+        title = f"{name}, {problems} held-out problems"
+        report.plot_frontier(found, title, written[1])
+    except ImportError:
+        console.print("no picture: matplotlib is not installed (pip install 'pydllm[demo]')")
+        written.pop()
     files = list(map(str, written))
     console.print(f"written: {', '.join(files)}")
     if as_json:

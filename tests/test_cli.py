@@ -4,6 +4,8 @@ import pytest
 from click.testing import CliRunner
 
 from pydllm.cli import main
+from pydllm.demo.evaluate import Score
+from pydllm.demo.sweep import frontier
 
 PROMPT = "tom has 7 coins . he finds 5 . they double . he loses 3 . how many coins ?"
 
@@ -35,6 +37,25 @@ def test_demo_writes_its_table_and_picture(tmp_path):
     assert lines[0].startswith("model,algorithm,exact_percent,forwards,tokens_per_forward")
     assert len(lines) == 3
     assert (tmp_path / "decoding-order-llada-tiny.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_compare_draws_a_frontier(tmp_path):
+    sweeps = ("--sweep", "static", "--sweep", "threshold")
+    result = _run("compare", *sweeps, "--problems", "6", "--out", str(tmp_path), "--json")
+    assert result.exit_code == 0, result.output
+    scores = json.loads(result.stdout.splitlines()[-1])["scores"]
+    assert [score["algorithm"] for score in scores][:2] == ["1 a step", "2 a step"]
+    assert len((tmp_path / "llada-tiny.csv").read_text().splitlines()) == len(scores) + 1
+    assert (tmp_path / "llada-tiny.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_frontier_has_no_beaten_point():
+    def score(speed, right):
+        return Score("", "", right, 0.0, speed, 0.0, 0.0)
+
+    points = [(1, 90), (2, 95), (3, 80), (4, 80), (4, 70), (2, 94)]
+    best = frontier([score(*point) for point in points])
+    assert [(s.tokens_per_forward, s.exact_percent) for s in best] == [(2, 95), (4, 80)]
 
 
 def test_generate_answers_a_batch():

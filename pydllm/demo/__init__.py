@@ -7,3 +7,6 @@ _WEIGHTS = Path(__file__).parent / "weights"
 # The diffusion models, by the name of their folder; the first is the default of the command line.
 MODELS = {name: _WEIGHTS / name for name in ("llada-tiny",)}
 WEIGHTS = MODELS["llada-tiny"]
+
+# What ``pydllm compare --sweep`` knows; pydllm/demo/sweep.py has the settings.
+SWEEPS = ("static", "threshold", "factor", "entropy_bound", "freedave")

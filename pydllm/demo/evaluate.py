@@ -14,6 +14,9 @@ from pydllm.decoding.generation import Algorithm
 from pydllm.demo.task import ANSWER_LENGTH, Problem, read_answer
 from pydllm.models import Model
 
+# The block length that each bundled model is decoded with.
+BLOCKS = {"llada-tiny": 24}
+
 
 @dataclass(frozen=True)
 class Score:
@@ -46,12 +49,12 @@ def algorithms(model: str) -> dict[str, Algorithm]:
     """The algorithms that the demo runs on a bundled model, by display name; the first is the one
     that the others are compared with.
     """
-    block = 24
+    block = BLOCKS[model]
     return {
         "Static, 1 token a step": Static(block),
         "Static, left to right": Static(block, score="left_to_right"),
         "Static, 4 tokens a step": Static(block, 4),
-        "Static, a block of 24 a step": Static(block, block),
+        f"Static, a block of {block} a step": Static(block, block),
         "Static, a block of 48 a step": Static(ANSWER_LENGTH, ANSWER_LENGTH),
         "Static, prefix cache": Static(block, cache="prefix"),
         "Static, dual cache": Static(block, cache="dual"),

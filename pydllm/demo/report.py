@@ -89,3 +89,30 @@ def plot_decoding_order(generations: dict[str, Generation], problems: int, path:
     if image is not None:
         figure.colorbar(image, ax=list(axes), label="forward that wrote the token")
     figure.savefig(path, dpi=130)
+
+
+def plot_frontier(sweeps: dict[str, list[Score]], title: str, path: Path) -> None:
+    """Accuracy over tokens per forward, one colour a sweep; lines join what nothing beats."""
+    from matplotlib.figure import Figure
+
+    from pydllm.demo.sweep import frontier
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axis = figure.subplots()
+    for name, scores in sweeps.items():
+        best = frontier(scores)
+        dots = axis.scatter(_speeds(scores), _percents(scores), s=18, label=name)
+        axis.plot(_speeds(best), _percents(best), color=dots.get_facecolor()[0], linewidth=1)
+    axis.set_xlabel("tokens per forward")
+    axis.set_ylabel("exact answers, %")
+    axis.set_title(title, size=10)
+    axis.legend()
+    figure.savefig(path, dpi=130)
+
+
+def _speeds(scores: list[Score]) -> list[float]:
+    return [score.tokens_per_forward for score in scores]
+
+
+def _percents(scores: list[Score]) -> list[float]:
+    return [score.exact_percent for score in scores]

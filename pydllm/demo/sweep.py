@@ -1,0 +1,35 @@
+"""Settings of an algorithm from careful to fast, for the frontier of accuracy over parallelism."""
+
+from __future__ import annotations
+
+from pydllm.decoding import EntropyBound, Factor, FreeDave, Static, Threshold
+from pydllm.decoding.generation import Algorithm
+from pydllm.demo import SWEEPS
+from pydllm.demo.evaluate import BLOCKS, Score
+
+_THRESHOLDS = (0.99, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+
+
+def settings(sweep: str, model: str) -> dict[str, Algorithm]:
+    """The settings of a sweep on a bundled model, by display name."""
+    block = BLOCKS[model]
+    if sweep == "static":
+        return {f"{n} a step": Static(block, n) for n in (1, 2, 3, 4, 6, 8) if n <= block}
+    if sweep == "threshold":
+        return {f"threshold {limit}": Threshold(limit, block) for limit in _THRESHOLDS}
+    if sweep == "factor":
+        return {f"factor {f}": Factor(f, block) for f in (0.25, 0.5, 1.0, 1.5, 2.0, 3.0)}
+    if sweep == "entropy_bound":
+        return {f"bound {b}": EntropyBound(b, block) for b in (0.01, 0.1, 0.2, 0.5, 1.0, 2.0)}
+    if sweep == "freedave":
+        return {f"{n} drafts": FreeDave(n, block) for n in (1, 2, 4, 8, 16)}
+    raise ValueError(f"sweep: expected one of {', '.join(SWEEPS)}, got {sweep!r}")
+
+
+def frontier(scores: list[Score]) -> list[Score]:
+    """The scores that no other beats in both accuracy and tokens per forward, slowest first."""
+    best: list[Score] = []
+    for score in sorted(scores, key=lambda s: (-s.tokens_per_forward, -s.exact_percent)):
+        if not best or score.exact_percent > best[-1].exact_percent:
+            best.append(score)
+    return best[::-1]
