@@ -6,6 +6,10 @@ import os
 if os.environ.get("PYDLLM_TEST_GPU", "0") == "0":
     os.environ["TRITON_INTERPRET"] = "1"
 
+# Read by OpenMP when torch is imported. Tests run side by side and are small: a second thread each
+# would mostly wait for the first.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 
