@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from pydllm._backend.env import BACKENDS
 from pydllm._backend.errors import PydllmError
-from pydllm.demo import MODELS, SWEEPS, WEIGHTS
+from pydllm.demo import MODELS, SWEEPS, VERIFIER, WEIGHTS
 
 if TYPE_CHECKING:
     from pydllm.decoding import Generation
@@ -71,17 +71,18 @@ def demo(
     from pydllm.demo.task import held_out_problems
     from pydllm.models import load
 
+    verifier = load(VERIFIER, device=device)
     wanted = [part.lower() for part in only]
     chosen = {
         model: {
             name: algorithm
-            for name, algorithm in algorithms(model).items()
+            for name, algorithm in algorithms(model, verifier).items()
             if not only or any(part in name.lower() for part in wanted)
         }
         for model in names or MODELS
     }
     if not any(chosen.values()):
-        known = dict.fromkeys(name for model in chosen for name in algorithms(model))
+        known = dict.fromkeys(name for model in chosen for name in algorithms(model, verifier))
         raise click.BadParameter(
             f"expected a part of one of {'; '.join(known)}, got {', '.join(only)}",
             param_hint="--only",
@@ -140,13 +141,13 @@ def compare(
     from pydllm.demo.task import held_out_problems
     from pydllm.models import load
 
-    model = load(MODELS[name], device=device)
+    model, verifier = load(MODELS[name], device=device), load(VERIFIER, device=device)
     tasks = held_out_problems(problems, seed)
     console = Console(stderr=as_json)
     out.mkdir(parents=True, exist_ok=True)
     found = {}
     for sweep in sweeps:
-        found[sweep], _ = _decode_all(model, name, settings(sweep, name), tasks, backend, console)
+        found[sweep], _ = _decode_all(model, name, settings(sweep, name, verifier), tasks, backend, console)
         console.print(report.score_table(found[sweep], f"{name}, {sweep}: {problems} problems"))
     scores = [score for each in found.values() for score in each]
     written = [out / f"{name}.csv", out / f"{name}.png"]

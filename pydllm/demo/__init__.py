@@ -5,8 +5,10 @@ from pathlib import Path
 _WEIGHTS = Path(__file__).parent / "weights"
 
 # The diffusion models, by the name of their folder; the first is the default of the command line.
-MODELS = {name: _WEIGHTS / name for name in ("llada-tiny",)}
+MODELS = {name: _WEIGHTS / name for name in ("llada-tiny", "dream-tiny", "sdar-tiny")}
 WEIGHTS = MODELS["llada-tiny"]
+# The causal model that verifies for them.
+VERIFIER = _WEIGHTS / "verifier-tiny"
 
 # What ``pydllm compare --sweep`` knows; pydllm/demo/sweep.py has the settings.
-SWEEPS = ("static", "threshold", "factor", "entropy_bound", "freedave")
+SWEEPS = ("static", "threshold", "factor", "entropy_bound", "freedave", "apd", "multiblock")

@@ -9,13 +9,24 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from pydllm.decoding import EntropyBound, Factor, FreeDave, Generation, Static, Threshold, generate
+from pydllm.decoding import (
+    APD,
+    EntropyBound,
+    Factor,
+    FreeDave,
+    Generation,
+    LeftToRight,
+    MultiBlock,
+    Static,
+    Threshold,
+    generate,
+)
 from pydllm.decoding.generation import Algorithm
 from pydllm.demo.task import ANSWER_LENGTH, Problem, read_answer
 from pydllm.models import Model
 
-# The block length that each bundled model is decoded with.
-BLOCKS = {"llada-tiny": 24}
+# The block length that each bundled model is decoded with; sdar-tiny's is that of its attention.
+BLOCKS = {"llada-tiny": 24, "dream-tiny": 24, "sdar-tiny": 8}
 
 
 @dataclass(frozen=True)
@@ -45,26 +56,37 @@ class Score:
         return {k: round(v, 2) if isinstance(v, float) else v for k, v in asdict(self).items()}
 
 
-def algorithms(model: str) -> dict[str, Algorithm]:
+def algorithms(model: str, verifier: Model) -> dict[str, Algorithm]:
     """The algorithms that the demo runs on a bundled model, by display name; the first is the one
     that the others are compared with.
     """
     block = BLOCKS[model]
-    return {
+    chosen: dict[str, Algorithm] = {
         "Static, 1 token a step": Static(block),
         "Static, left to right": Static(block, score="left_to_right"),
         "Static, 4 tokens a step": Static(block, 4),
         f"Static, a block of {block} a step": Static(block, block),
-        "Static, a block of 48 a step": Static(ANSWER_LENGTH, ANSWER_LENGTH),
-        "Static, prefix cache": Static(block, cache="prefix"),
-        "Static, dual cache": Static(block, cache="dual"),
         "Threshold 0.9": Threshold(0.9, block),
-        "Threshold 0.9, dual cache": Threshold(0.9, block, cache="dual"),
         "Threshold 0.6": Threshold(0.6, block),
         "Factor 1.0": Factor(1.0, block),
         "EntropyBound 0.1": EntropyBound(0.1, block),
         "FreeDave, 4 drafts": FreeDave(4, block),
         "FreeDave, 8 drafts": FreeDave(8, block),
+    }
+    if model == "sdar-tiny":
+        return chosen | {
+            f"FreeDave pipelined, {n} drafts": FreeDave(n, block, mode="pipelined") for n in (4, 8)
+        }
+    return chosen | {
+        f"Static, a block of {ANSWER_LENGTH} a step": Static(ANSWER_LENGTH, ANSWER_LENGTH),
+        "Static, prefix cache": Static(block, cache="prefix"),
+        "Static, dual cache": Static(block, cache="dual"),
+        "Threshold 0.9, dual cache": Threshold(0.9, block, cache="dual"),
+        "LeftToRight, 2 tokens a step": LeftToRight(2),
+        "APD, mixture 0.5": APD(verifier, 0.5),
+        "APD, mixture 0.9": APD(verifier, 0.9),
+        "MultiBlock": MultiBlock(block_length=block),
+        "MultiBlock, no cache": MultiBlock(block_length=block, cache=False),
     }
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from pydllm.decoding import EntropyBound, Factor, FreeDave, Static, Threshold
+from pydllm.decoding import APD, EntropyBound, Factor, FreeDave, MultiBlock, Static, Threshold
 from pydllm.decoding.generation import Algorithm
 from pydllm.demo import SWEEPS
 from pydllm.demo.evaluate import BLOCKS, Score
+from pydllm.models import Model
 
 _THRESHOLDS = (0.99, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 
 
-def settings(sweep: str, model: str) -> dict[str, Algorithm]:
+def settings(sweep: str, model: str, verifier: Model) -> dict[str, Algorithm]:
     """The settings of a sweep on a bundled model, by display name."""
     block = BLOCKS[model]
     if sweep == "static":
@@ -23,6 +24,16 @@ def settings(sweep: str, model: str) -> dict[str, Algorithm]:
         return {f"bound {b}": EntropyBound(b, block) for b in (0.01, 0.1, 0.2, 0.5, 1.0, 2.0)}
     if sweep == "freedave":
         return {f"{n} drafts": FreeDave(n, block) for n in (1, 2, 4, 8, 16)}
+    if sweep == "apd":
+        return {
+            f"R {mixture}, W {window}, M {lookahead}": APD(verifier, mixture, window, lookahead)
+            for mixture in (0.0, 0.3, 0.5, 0.7, 0.9, 1.0)
+            for window in (4, 16)
+            for lookahead in (8, 16, None)
+        }
+    if sweep == "multiblock":
+        limits = (0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0)
+        return {f"entropy {limit}": MultiBlock(limit, block) for limit in limits}
     raise ValueError(f"sweep: expected one of {', '.join(SWEEPS)}, got {sweep!r}")
 
 

@@ -1,0 +1,60 @@
+"""The cross product of every form of ``window_attention``, against the definition in fp64."""
+
+import pytest
+import torch
+
+from pydllm import ops
+from pydllm.testing import error_budget, max_error, random_normal
+from tests.ops.test_window_attention import DTYPES, copy
+from tests.ops.test_window_attention_masks import MASKS, branched
+
+# start, length, kv_len, commit, pad of: prefix, dual cache, refresh, left padding, no row at all.
+SEQUENCES = [
+    (50, 6, 56, 6, 0),
+    (40, 5, 96, 0, 0),
+    (0, 6, 6, 6, 0),
+    (9, 6, 70, 3, 11),
+    (8, 0, 9, 0, 0),
+]
+SLOTS, PAGE = 96, 16
+
+
+def paged(inputs):
+    """The caches cut into pages, in disorder, and the table that finds them."""
+    batch, pages = len(SEQUENCES), SLOTS // PAGE
+    order = torch.randperm(batch * pages, generator=torch.Generator().manual_seed(3))
+    table = order.view(batch, pages).int()
+    changed = {"block_table": table}
+    for name in ("k_cache", "v_cache"):
+        pieces = inputs[name].unflatten(1, (pages, PAGE)).flatten(0, 1)
+        changed[name] = torch.empty_like(pieces)
+        changed[name][order] = pieces
+    return inputs | changed
+
+
+def run(inputs, backend, **options):
+    """Output, keys and values after the call."""
+    used = copy(inputs)
+    out = ops.window_attention(**used, **options, backend=backend)
+    return out, used["k_cache"], used["v_cache"]
+
+
+@pytest.mark.parametrize("is_paged", [False, True], ids=["whole", "paged"])
+@pytest.mark.parametrize("has_norms", [False, True], ids=["plain", "norms"])
+@pytest.mark.parametrize("branches", [1, 3])
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_mask_with_every_other_form(dtype, heads, branches, has_norms, is_paged):
+    inputs = branched(SEQUENCES, branches, dtype, rows=6, heads=heads, head_dim=16, slots=SLOTS)
+    if has_norms:
+        for seed, name in enumerate(("q_norm", "k_norm")):
+            inputs[name] = random_normal(16, seed=seed, dtype=dtype)
+    if is_paged:
+        inputs = paged(inputs)
+    wide = {k: t.double() if t.is_floating_point() else t for k, t in inputs.items()}
+    for mask in ({}, *MASKS.values()):
+        options = mask | ({"branches": branches} if branches > 1 else {})
+        exact, plain = run(wide, "torch", **options), run(inputs, "torch", **options)
+        got = run(inputs, "triton", **options)
+        for one, want, same in zip(got, exact, plain, strict=True):
+            assert max_error(one, want) <= error_budget(want, same), mask
