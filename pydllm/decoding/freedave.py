@@ -56,15 +56,14 @@ class FreeDave:
         self._plan()
 
     def check(self, model: Model, max_new_tokens: int) -> None:
-        (self.baseline or Static()).check(model, max_new_tokens)
+        self._baseline().check(model, max_new_tokens)
 
     def run(self, request: Request) -> Decoded:
         return self._plan().run(request)
 
-    def _plan(self) -> Blockwise:
+    def _baseline(self) -> Baseline:
         if self.baseline is None:
-            static = Static(self.block_length, cache=self.cache, first_token=self.first_token)
-            return _DraftAndVerify(**vars(static.plan()), draft_steps=self.draft_steps)
+            return Static(self.block_length, cache=self.cache, first_token=self.first_token)
         if not isinstance(self.baseline, Baseline):
             raise TypeError(f"baseline: expected a block-wise algorithm, got {self.baseline!r}")
         if self.baseline.semantics != "exact":
@@ -78,7 +77,10 @@ class FreeDave:
                     f"{name}: expected the default {default!r} beside a baseline, which has its "
                     f"own, got {getattr(self, name)!r}"
                 )
-        return _DraftAndVerify(**vars(self.baseline.plan()), draft_steps=self.draft_steps)
+        return self.baseline
+
+    def _plan(self) -> Blockwise:
+        return _DraftAndVerify(**vars(self._baseline().plan()), draft_steps=self.draft_steps)
 
 
 @dataclass(frozen=True)

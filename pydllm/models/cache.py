@@ -57,3 +57,7 @@ class StaticCache:
         if not 0 <= batch <= self.batch:
             raise ValueError(f"batch: expected 0 to {self.batch}, got {batch}")
         return StaticCache(self.keys[:, :batch], self.values[:, :batch])
+
+    def take(self, rows: Tensor) -> StaticCache:
+        """Those rows ``(n,)`` int64, copied into a cache of their own."""
+        return StaticCache(self.keys[:, rows], self.values[:, rows])
