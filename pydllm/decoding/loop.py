@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from pydllm import ops
 from pydllm.decoding.generation import Decoded, Request, Step
 from pydllm.models import Model, StaticCache
+from pydllm.models.protocol import Fresh
 
 CACHES = ("none", "prefix", "dual")
 Accept = Callable[[ops.VocabStats], tuple[Tensor, dict[str, Any]]]
@@ -143,24 +144,40 @@ def to_whole_blocks(request: Request) -> Tensor:
     return x.masked_fill_(behind, request.mask_id)
 
 
-class HostFlag:
-    """One boolean that travels from the device to the host without a synchronising copy."""
+class HostNumbers:
+    """A few integers that travel from the device to the host without a synchronising copy."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, count: int) -> None:
         self._event = torch.cuda.Event() if device.type == "cuda" else None
         pinned = device.type == "cuda"
-        self._value = torch.zeros((), dtype=torch.bool, pin_memory=pinned)
+        self._values = torch.zeros(count, dtype=torch.int32, pin_memory=pinned)
+        self._posted = 0
 
-    def post(self, value: Tensor) -> None:
-        self._value.copy_(value, non_blocking=True)
+    def post(self, values: Tensor) -> None:
+        """Send a 1-D tensor of at most ``count`` numbers on its way."""
+        self._posted = len(values)
+        self._values[: self._posted].copy_(values, non_blocking=True)
         if self._event is not None:
             self._event.record()
 
-    def read(self) -> bool:
-        """Wait until the last posted value has arrived and return it."""
+    def read(self) -> list[int]:
+        """Wait until the last posted values have arrived and return them."""
         if self._event is not None:
             self._event.synchronize()
-        return bool(self._value)
+        return self._values[: self._posted].tolist()
+
+
+class HostFlag:
+    """One boolean that travels as ``HostNumbers`` do."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._number = HostNumbers(device, 1)
+
+    def post(self, value: Tensor) -> None:
+        self._number.post(value.int().view(1))
+
+    def read(self) -> bool:
+        return bool(self._number.read()[0])
 
 
 def select_rows(model: Model, hidden: Tensor, start: Tensor, selection: Selection) -> Tensor:
@@ -175,12 +192,20 @@ def select_rows(model: Model, hidden: Tensor, start: Tensor, selection: Selectio
 
 
 def statistics(
-    request: Request, state: State, hidden: Tensor, selection: Selection, *, banned: Tensor | None
+    request: Request,
+    state: State,
+    hidden: Tensor,
+    selection: Selection,
+    *,
+    banned: Tensor | None,
+    draw: Tensor | None = None,
 ) -> ops.VocabStats:
     """Token and scores of the selected rows, each ``(B, S)``.
 
     On a GPU every row is computed, so that shapes do not depend on values. On a CPU the rows whose
     position is not masked are left out (token 0, scores 0): the LM head is most of a small step.
+
+    ``draw (B,)`` int32 is the last word of the noise key, by default the tokens decoded so far.
     """
     batch, width, size = hidden.shape
     offsets = torch.arange(width, device=hidden.device)
@@ -188,8 +213,9 @@ def statistics(
     rows = hidden.reshape(-1, size)
     counter = None
     if request.temperature > 0:
-        request_id, draw = (t[:, None].expand(-1, width) for t in (state.request_id, state.decoded))
-        counter = torch.stack((position.int(), request_id, draw), -1).reshape(-1, 3)
+        last = state.decoded if draw is None else draw
+        words = (t[:, None].expand(-1, width) for t in (state.request_id, last))
+        counter = torch.stack((position.int(), *words), -1).reshape(-1, 3)
     live = None
     if hidden.device.type == "cpu":
         inside = position.clamp(max=state.x.shape[1] - 1).long()
@@ -213,11 +239,18 @@ def statistics(
 
 
 def forward(
-    request: Request, state: State, window: Window, cache: StaticCache, *, branches: int = 1
+    request: Request,
+    state: State,
+    window: Window,
+    cache: StaticCache,
+    *,
+    branches: int = 1,
+    fresh: Fresh | None = None,
 ) -> Tensor:
     """Hidden rows ``(b, width, hidden)`` of the window; commits what the window says.
 
     With ``branches``, the state holds so many copies of each sequence of the window, side by side.
+    ``fresh`` is given what the model's ``commit_branch`` needs.
     """
     index = window.index.repeat_interleave(branches, 0)
     ids = state.x.gather(1, index).unflatten(0, (-1, branches)).flatten(1)
@@ -229,6 +262,7 @@ def forward(
         kv_len=window.kv_len,
         commit=window.commit,
         branches=branches,
+        fresh=fresh,
         backend=request.backend,
     )
     return hidden.unflatten(1, (branches, -1)).flatten(0, 1)
@@ -318,8 +352,7 @@ class Blockwise:
                 forwards += 1
                 if request.on_step is not None:
                     state.write_back(whole)
-                    info = Step(forwards, whole.x, whole.step_map, whole.prompt_length)
-                    request.on_step(info)
+                    request.on_step(Step(forwards, whole.x, whole.step_map, whole.prompt_length))
                 if remaining is not None:
                     flag.post(remaining.any())
                     if not flag.read():
@@ -333,7 +366,7 @@ class Blockwise:
             if len(live) < len(state.rows):
                 rows = torch.tensor(live, device=request.x.device)
                 state = state.keep(rows)
-                cache = cache.take(rows) if exact else cache.first(len(live))
+                cache = cache.take(live) if exact else cache.first(len(live))
         return Decoded(whole.x, whole.step_map, whole.nfe)
 
     def fill(self, block: Block) -> Iterator[Tensor | None]:
@@ -424,7 +457,13 @@ class Block:
         self.window = Window.make(start, end - start, end, width=width)
 
     def look(
-        self, state: State, window: Window, selection: Selection, *, branches: int = 1
+        self,
+        state: State,
+        window: Window,
+        selection: Selection,
+        *,
+        branches: int = 1,
+        draw: Tensor | None = None,
     ) -> ops.VocabStats:
         """One forward of the window and the statistics of the selected positions ``(b, S)``.
 
@@ -435,7 +474,7 @@ class Block:
         hidden = forward(request, state, window, self.cache, branches=branches)
         start = window.start.repeat_interleave(branches)
         hidden = select_rows(request.model, hidden, start, selection)
-        return statistics(request, state, hidden, selection, banned=self.banned)
+        return statistics(request, state, hidden, selection, banned=self.banned, draw=draw)
 
     def masks_left(self, state: State) -> Tensor:
         """Masks in the block, ``(b,)`` int32."""

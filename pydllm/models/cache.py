@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -58,6 +60,7 @@ class StaticCache:
             raise ValueError(f"batch: expected 0 to {self.batch}, got {batch}")
         return StaticCache(self.keys[:, :batch], self.values[:, :batch])
 
-    def take(self, rows: Tensor) -> StaticCache:
-        """Those rows ``(n,)`` int64, copied into a cache of their own."""
-        return StaticCache(self.keys[:, rows], self.values[:, rows])
+    def take(self, rows: Sequence[int]) -> StaticCache:
+        """Those rows, copied into a cache of their own."""
+        index = torch.tensor(rows, dtype=torch.int64, device=self.keys.device)
+        return StaticCache(self.keys[:, index], self.values[:, index])

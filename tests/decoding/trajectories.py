@@ -205,35 +205,31 @@ def static(plain, prompt, new, *, block, score="confidence", cache="none", eos=E
     return path
 
 
-def replay(path, drafts, *, across=0):
+def replay(path, drafts, *, block=None):
     """Forwards that FreeDave takes, from the trajectory alone.
 
-    In state t the next steps are guessed from what t predicts; a guess counts while it is what
-    static decoding does. ``across``: blocks that guesses may run into behind the first block whose
-    keys and values are not stored; 0 keeps them in their block.
+    A forward confirms the state it starts from, and each next one while the guess that leads to it
+    is what static decoding does; guesses are what the last confirmed state predicted. In strict
+    mode they stay in their block, whose first forward has none. With ``block``, its size, they
+    run on (pipelined) into as many blocks as they can fill behind the first incomplete one.
     """
-    states, t, forwards, known = path.states, 0, 0, -1
-    base = 0  # the first block that is not stored
-    while t < len(states):
-        now = states[t]
-        forwards += 1
-        if across:
-            base, horizon = now.block, now.block + across
-        else:
-            horizon = now.block
-        guesses = [p for p in now.ranked if _block(path, p) <= horizon]
-        done = 1
-        while (
-            done < drafts
-            and t + done < len(states)
-            and done < len(guesses)
-            and states[t + done].pick == (guesses[done], now.tokens[guesses[done]])
-            and (across or states[t + done].block == now.block)
-        ):
-            done += 1
-        t += done
+    states, forwards, last, done, seen = path.states, 0, 0, 0, 0
+    while done < len(states):
+        opens = done == 0 or (block is None and states[done].block != states[last].block)
+        guesses = [] if opens else states[last].ranked[1:drafts]
+        limit = seen + -(-drafts // block) if block else states[last].block
+        right = [
+            _block(path, position) <= limit
+            and done + j + 1 < len(states)
+            and (block is not None or states[done + j + 1].block == states[last].block)
+            and states[done + j].pick == (position, states[last].tokens[position])
+            for j, position in enumerate(guesses)
+        ]
+        seen = states[last].block  # the first block that the next forward predicts
+        last = done + (right.index(False) if False in right else len(right))
+        done, forwards = last + 1, forwards + 1
     return forwards
 
 
 def _block(path, position):
-    return next(index for index, end in enumerate(path.ends) if position < end)
+    return next((i for i, end in enumerate(path.ends) if position < end), len(path.ends))
