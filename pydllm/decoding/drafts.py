@@ -29,18 +29,11 @@ class Drafts:
     adaptive: bool
     fresh_noise: bool
 
-    def begin(self, like: Tensor) -> Tensor:
-        """The running mean of accepted steps of each sequence, ``(b,)`` fp32."""
-        return torch.full_like(like, 2.0, dtype=torch.float32)
-
-    def observe(self, run: Tensor, steps: Tensor) -> Tensor:
-        return run + (steps - run) / 4
-
-    def wish(self, run: Tensor, masks: Tensor) -> Tensor:
+    def wish(self, state: State, masks: Tensor) -> Tensor:
         """Candidates ``(b,)`` int32, at least 1 where there are masks, else 0."""
         if not self.adaptive:
             return torch.minimum(masks, torch.full_like(masks, self.most))
-        return torch.minimum((2 * run).ceil().int().clamp(1, self.most), masks)
+        return torch.minimum((2 * state.run).ceil().int().clamp(1, self.most), masks)
 
     def ahead(self, branches: int) -> int:
         """Steps that the next forward may verify, after one of so many candidates."""
@@ -77,9 +70,10 @@ def longest_chain(packed: Tensor, stepped: Tensor, branches: int) -> Tensor:
 
 def advance(state: State, reached: State, masks: Tensor) -> None:
     """Make ``reached`` the state; the current forward made what is new in it certain."""
-    new = state.x != reached.x
+    new, some = state.x != reached.x, masks > 0
     state.step_map.copy_(torch.where(new, state.nfe[:, None], state.step_map))
-    state.nfe += masks > 0
+    state.run += (reached.nfe - state.steps - state.run) * (some / 4)
+    state.nfe += some
     state.x.copy_(reached.x)
     state.decoded.copy_(reached.decoded)
     state.steps.copy_(reached.nfe)

@@ -124,11 +124,10 @@ class _Strict(Blockwise):
         accept = force_first if block.forced else self.accept
         write(request, reached, stats, selection, accept)
         advance(state, reached, masks)
-        run = self.drafts.begin(masks)
         # As many as the baseline could need: with logits that are NaN a mask can stay a mask.
         for _ in range(block.size - 1):
             masks = block.masks_left(state)
-            number.post(self.drafts.wish(run, masks).amax(0, keepdim=True))
+            number.post(self.drafts.wish(state, masks).amax(0, keepdim=True))
             yield masks
             rows = block.window.width * len(state.rows)
             branches = self.drafts.branches(number.read()[0], rows)
@@ -146,6 +145,5 @@ class _Strict(Blockwise):
             chosen = torch.arange(len(branch), device=branch.device) * branches + branch
             stats = ops.VocabStats(*(field[chosen] for field in looked))
             reached = stepped.keep(chosen)
-            run = self.drafts.observe(run, reached.nfe - state.steps)
             advance(state, reached, masks)
         yield block.masks_left(state)

@@ -94,6 +94,7 @@ class State:
     prompt_length: Tensor  # (b,) int32
     request_id: Tensor  # (b,) int32
     steps: Tensor  # (b,) int32: steps of the baseline, where a forward may take several
+    run: Tensor  # (b,) fp32: of late, so many steps a forward
 
     @classmethod
     def of(cls, request: Request) -> State:
@@ -109,6 +110,7 @@ class State:
             prompt_length=request.prompt_length,
             request_id=request.request_id,
             steps=torch.zeros(batch, dtype=torch.int32, device=device),
+            run=torch.full((batch,), 2.0, device=device),
         )
 
     @classmethod

