@@ -14,14 +14,16 @@ drafts or the cache: provided that a row's statistics do not depend on its batch
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pydllm import ops
+from pydllm.decoding.drafts import MOST, Drafts, advance, candidate, longest_chain
 from pydllm.decoding.generation import Decoded, Request
-from pydllm.decoding.loop import Block, Blockwise, State, force_first, write
+from pydllm.decoding.loop import Block, Blockwise, HostNumbers, State, force_first, write
+from pydllm.decoding.pipelined import Pipelined
 from pydllm.decoding.static import Baseline, Static, expect, expect_int
 from pydllm.models import Model
 
@@ -32,39 +34,60 @@ class FreeDave:
 
     Attributes:
         draft_steps: steps of the baseline that one forward verifies at most, 1 to 32; 1 is the
-            baseline itself, forward for forward.
+            baseline itself, forward for forward. ``"auto"``: as many as the sequences' running
+            acceptance, the masks that are left and a budget of 256 rows a forward suggest. The
+            forwards of a sequence then depend on its batch, its tokens do not.
         block_length, cache, first_token: as in ``Static``.
-        mode: ``"strict"``: drafts stay inside the block.
+        mode: ``"strict"``: drafts stay inside the block. ``"pipelined"``, for block-causal models
+            alone: drafts run on into the blocks behind, every forward verifies, none is spent on
+            opening a block, and each sequence goes its own pace.
         baseline: whose tokens are produced, with its own block length and cache: ``Static``,
             ``Threshold``, ``Factor`` or ``EntropyBound``. None: ``Static`` with one token a step
             and the values above, which have to stay at their defaults otherwise.
+        lossless: at a temperature above 0, ``"tokens"``: each candidate draws under the noise of
+            the baseline in that state, so the tokens are the baseline's for the same seed.
+            ``"distribution"``: each draws under noise of its own; the tokens follow the baseline's
+            law, but are others, and fewer drafts are right.
 
     A forward computes up to ``draft_steps`` copies of the window and counts once in
     ``Generation.nfe``. ``Generation.step_map`` holds the forward that made a token certain.
     """
 
-    draft_steps: int = 8
+    draft_steps: int | str = 8
     block_length: int = 32
     mode: str = "strict"
     cache: str = "none"
     first_token: str = "window"
     baseline: Baseline | None = None
+    lossless: str = "tokens"
 
     def __post_init__(self) -> None:
-        expect_int("draft_steps", self.draft_steps, 1, 32)
-        expect("mode", self.mode, ("strict",))
-        self._plan()
+        if isinstance(self.draft_steps, str):
+            expect("draft_steps", self.draft_steps, ("auto",))
+        else:
+            expect_int("draft_steps", self.draft_steps, 1, MOST)
+        expect("mode", self.mode, ("strict", "pipelined"))
+        expect("lossless", self.lossless, ("tokens", "distribution"))
+        self._baseline()
 
     def check(self, model: Model, max_new_tokens: int) -> None:
-        (self.baseline or Static()).check(model, max_new_tokens)
+        self._baseline().check(model, max_new_tokens)
+        if self.mode == "pipelined" and model.spec.attention != "block_causal":
+            raise ValueError(
+                "mode: expected 'strict' with full attention, where a later block changes what "
+                f"earlier ones predict, got {self.mode!r}"
+            )
 
     def run(self, request: Request) -> Decoded:
-        return self._plan().run(request)
+        auto = isinstance(self.draft_steps, str)
+        most = MOST if isinstance(self.draft_steps, str) else self.draft_steps
+        drafts = Drafts(most, auto, self.lossless == "distribution")
+        mode = Pipelined if self.mode == "pipelined" else _Strict
+        return mode(**vars(self._baseline().plan()), drafts=drafts).run(request)
 
-    def _plan(self) -> Blockwise:
+    def _baseline(self) -> Baseline:
         if self.baseline is None:
-            static = Static(self.block_length, cache=self.cache, first_token=self.first_token)
-            return _DraftAndVerify(**vars(static.plan()), draft_steps=self.draft_steps)
+            return Static(self.block_length, cache=self.cache, first_token=self.first_token)
         if not isinstance(self.baseline, Baseline):
             raise TypeError(f"baseline: expected a block-wise algorithm, got {self.baseline!r}")
         if self.baseline.semantics != "exact":
@@ -78,68 +101,49 @@ class FreeDave:
                     f"{name}: expected the default {default!r} beside a baseline, which has its "
                     f"own, got {getattr(self, name)!r}"
                 )
-        return _DraftAndVerify(**vars(self.baseline.plan()), draft_steps=self.draft_steps)
+        return self.baseline
 
 
 @dataclass(frozen=True)
-class _DraftAndVerify(Blockwise):
+class _Strict(Blockwise):
     """Fills a block of the baseline, several of its steps a forward.
 
     A candidate's state counts the baseline's steps in ``nfe``, because a random order is keyed by
     them; the state that is decoded counts forwards there, and the steps in ``steps``.
     """
 
-    draft_steps: int
+    drafts: Drafts
 
     def fill(self, block: Block) -> Iterator[Tensor | None]:
         request, state, selection = block.request, block.state, block.block
+        number = HostNumbers(state.x.device, 1)
         masks = block.masks_left(state)
-        stats = block.look(state, block.refresh, selection)
-        reached = _candidate(state)
+        draw = self.drafts.draw(state, 1)
+        stats = block.look(state, block.refresh, selection, draw=draw)
+        reached = candidate(state)
         accept = force_first if block.forced else self.accept
         write(request, reached, stats, selection, accept)
-        _advance(state, reached, masks)
-        masks = block.masks_left(state)
-        yield masks
-        branches = min(self.draft_steps, block.size)
-        wide_selection = selection.repeat(branches)
+        advance(state, reached, masks)
         # As many as the baseline could need: with logits that are NaN a mask can stay a mask.
         for _ in range(block.size - 1):
-            drafts = [_candidate(state)]
+            masks = block.masks_left(state)
+            number.post(self.drafts.wish(state, masks).amax(0, keepdim=True))
+            yield masks
+            rows = block.window.width * len(state.rows)
+            branches = self.drafts.branches(number.read()[0], rows)
+            drafts = [candidate(state)]
             for _ in range(branches - 1):
                 drafts.append(drafts[-1].copy())
                 write(request, drafts[-1], stats, selection, self.accept)
             packed = State.interleave(drafts)
-            wide_stats = block.look(packed, block.window, wide_selection, branches=branches)
+            wide = selection.repeat(branches)
+            draw = self.drafts.draw(state, branches)
+            looked = block.look(packed, block.window, wide, branches=branches, draw=draw)
             stepped = packed.copy()
-            write(request, stepped, wide_stats, wide_selection, self.accept)
-            chosen = _longest_chain(packed.x, stepped.x, branches)
-            stats = ops.VocabStats(*(field[chosen] for field in wide_stats))
-            _advance(state, stepped.keep(chosen), masks)
-            masks = block.masks_left(state)
-            yield masks
-
-
-def _candidate(state: State) -> State:
-    return replace(state.copy(), nfe=state.steps.clone())
-
-
-def _longest_chain(packed: Tensor, stepped: Tensor, branches: int) -> Tensor:
-    """Rows ``(b,)`` of the last candidates that are states of the baseline.
-
-    Candidate 0 is one; candidate j + 1 is if candidate j is and the baseline steps from j to j + 1.
-    """
-    now, then = (x.unflatten(0, (-1, branches)) for x in (packed, stepped))
-    agrees = (then[:, :-1] == now[:, 1:]).all(-1)
-    last = agrees.cumprod(1).sum(1)
-    return torch.arange(len(last), device=last.device) * branches + last
-
-
-def _advance(state: State, reached: State, masks: Tensor) -> None:
-    """Make ``reached`` the state; the current forward made what is new in it certain."""
-    new = state.x != reached.x
-    state.step_map.copy_(torch.where(new, state.nfe[:, None], state.step_map))
-    state.nfe += masks > 0
-    state.x.copy_(reached.x)
-    state.decoded.copy_(reached.decoded)
-    state.steps.copy_(reached.nfe)
+            write(request, stepped, looked, wide, self.accept)
+            branch = longest_chain(packed.x, stepped.x, branches)
+            chosen = torch.arange(len(branch), device=branch.device) * branches + branch
+            stats = ops.VocabStats(*(field[chosen] for field in looked))
+            reached = stepped.keep(chosen)
+            advance(state, reached, masks)
+        yield block.masks_left(state)

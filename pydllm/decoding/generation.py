@@ -18,7 +18,8 @@ class Step:
 
     Attributes:
         index: forwards done so far in this call, this one included.
-        x: ``(B, L)`` tokens, prompts and generation regions, masks included; do not write.
+        x: ``(B, L)`` tokens, prompts and generation regions, masks included; do not write. With a
+            block-causal model the rest of the last block stands behind the region.
         step_map: ``(B, L)`` int32, the forward (counted per sequence) that wrote a position, or -1.
         prompt_length: ``(B,)`` int32.
     """

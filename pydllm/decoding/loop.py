@@ -3,22 +3,30 @@
 A step is: window forward, statistics, accept, commit. All sequences of a batch work on their n-th
 block together, each at its own position. Within a step nothing is read on the host. Between steps
 the host reads one flag, and only where the number of steps is not known beforehand; at block ends
-it reads which sequences are finished, and they leave the batch: the refresh that opens the next
-block rewrites the cache anyway, so leaving copies no keys and values.
+it reads which sequences are finished, and they leave the batch. With full attention the refresh
+that opens the next block rewrites the cache anyway, so leaving copies no keys and values.
+
+A block-causal model's blocks are aligned to position 0: the end of the prompt shares the first one
+with masks, and the last one is decoded whole and cut. Keys and values of finished blocks are exact,
+they never change again. They are stored by the forward that opens the next block, so a block of m
+masks takes m steps of one token, the prompt none.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from pydllm import ops
 from pydllm.decoding.generation import Decoded, Request, Step
 from pydllm.models import Model, StaticCache
+from pydllm.models.protocol import Fresh
 
 CACHES = ("none", "prefix", "dual")
 Accept = Callable[[ops.VocabStats], tuple[Tensor, dict[str, Any]]]
@@ -41,13 +49,19 @@ class Window:
 
     @classmethod
     def make(
-        cls, start: Tensor, length: Tensor, total: Tensor, *, width: int, commits: bool
+        cls,
+        start: Tensor,
+        length: Tensor,
+        kv_len: Tensor,
+        *,
+        width: int,
+        commit: Tensor | None = None,
     ) -> Window:
         offsets = torch.arange(width, device=start.device)
         last = (start + length - 1).clamp(min=0)
         index = torch.minimum(start[:, None] + offsets, last[:, None])
-        commit = length if commits else torch.zeros_like(length)
-        return cls(start, length, total, commit, index.long(), width)
+        commit = torch.zeros_like(length) if commit is None else commit
+        return cls(start, length, kv_len, commit, index.long(), width)
 
 
 @dataclass(frozen=True)
@@ -73,27 +87,30 @@ class State:
     """The sequences still being decoded. All tensors on the device, rows in batch order."""
 
     rows: Tensor  # (b,) int64: which rows of the request these are
-    x: Tensor  # (b, L) int64
+    x: Tensor  # (b, L) int64; with a block-causal model whole blocks, L up to the next multiple
     step_map: Tensor  # (b, L) int32
     nfe: Tensor  # (b,) int32
     decoded: Tensor  # (b,) int32: tokens written so far, the last word of the noise key
     prompt_length: Tensor  # (b,) int32
     request_id: Tensor  # (b,) int32
     steps: Tensor  # (b,) int32: steps of the baseline, where a forward may take several
+    run: Tensor  # (b,) fp32: of late, so many steps a forward
 
     @classmethod
     def of(cls, request: Request) -> State:
         batch = request.x.shape[0]
         device = request.x.device
+        x = to_whole_blocks(request)
         return cls(
             rows=torch.arange(batch, device=device),
-            x=request.x.clone(),
-            step_map=torch.full_like(request.x, -1, dtype=torch.int32),
+            x=x,
+            step_map=torch.full_like(x, -1, dtype=torch.int32),
             nfe=torch.zeros(batch, dtype=torch.int32, device=device),
             decoded=torch.zeros(batch, dtype=torch.int32, device=device),
             prompt_length=request.prompt_length,
             request_id=request.request_id,
             steps=torch.zeros(batch, dtype=torch.int32, device=device),
+            run=torch.full((batch,), 2.0, device=device),
         )
 
     @classmethod
@@ -117,24 +134,52 @@ class State:
             getattr(target, name)[self.rows] = getattr(self, name)
 
 
-class HostFlag:
-    """One boolean that travels from the device to the host without a synchronising copy."""
+def to_whole_blocks(request: Request) -> Tensor:
+    """The request's tokens, copied; with a block-causal model masks fill up the last blocks."""
+    size = request.model.spec.block_size
+    if size is None:
+        return request.x.clone()
+    x = F.pad(request.x, (0, -request.x.shape[1] % size))
+    total = (request.prompt_length + request.max_new_tokens)[:, None]
+    position = torch.arange(x.shape[1], device=x.device)
+    behind = (position >= total) & (position // size <= (total - 1) // size)
+    return x.masked_fill_(behind, request.mask_id)
 
-    def __init__(self, device: torch.device) -> None:
+
+class HostNumbers:
+    """A few integers that travel from the device to the host without a synchronising copy."""
+
+    def __init__(self, device: torch.device, count: int) -> None:
         self._event = torch.cuda.Event() if device.type == "cuda" else None
         pinned = device.type == "cuda"
-        self._value = torch.zeros((), dtype=torch.bool, pin_memory=pinned)
+        self._values = torch.zeros(count, dtype=torch.int32, pin_memory=pinned)
+        self._posted = 0
 
-    def post(self, value: Tensor) -> None:
-        self._value.copy_(value, non_blocking=True)
+    def post(self, values: Tensor) -> None:
+        """Send a 1-D tensor of at most ``count`` numbers on its way."""
+        self._posted = len(values)
+        self._values[: self._posted].copy_(values, non_blocking=True)
         if self._event is not None:
             self._event.record()
 
-    def read(self) -> bool:
-        """Wait until the last posted value has arrived and return it."""
+    def read(self) -> list[int]:
+        """Wait until the last posted values have arrived and return them."""
         if self._event is not None:
             self._event.synchronize()
-        return bool(self._value)
+        return self._values[: self._posted].tolist()
+
+
+class HostFlag:
+    """One boolean that travels as ``HostNumbers`` do."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._number = HostNumbers(device, 1)
+
+    def post(self, value: Tensor) -> None:
+        self._number.post(value.int().view(1))
+
+    def read(self) -> bool:
+        return bool(self._number.read()[0])
 
 
 def select_rows(model: Model, hidden: Tensor, start: Tensor, selection: Selection) -> Tensor:
@@ -149,12 +194,20 @@ def select_rows(model: Model, hidden: Tensor, start: Tensor, selection: Selectio
 
 
 def statistics(
-    request: Request, state: State, hidden: Tensor, selection: Selection, *, banned: Tensor | None
+    request: Request,
+    state: State,
+    hidden: Tensor,
+    selection: Selection,
+    *,
+    banned: Tensor | None,
+    draw: Tensor | None = None,
 ) -> ops.VocabStats:
     """Token and scores of the selected rows, each ``(B, S)``.
 
     On a GPU every row is computed, so that shapes do not depend on values. On a CPU the rows whose
     position is not masked are left out (token 0, scores 0): the LM head is most of a small step.
+
+    ``draw (B,)`` int32 is the last word of the noise key, by default the tokens decoded so far.
     """
     batch, width, size = hidden.shape
     offsets = torch.arange(width, device=hidden.device)
@@ -162,8 +215,9 @@ def statistics(
     rows = hidden.reshape(-1, size)
     counter = None
     if request.temperature > 0:
-        request_id, draw = (t[:, None].expand(-1, width) for t in (state.request_id, state.decoded))
-        counter = torch.stack((position.int(), request_id, draw), -1).reshape(-1, 3)
+        last = state.decoded if draw is None else draw
+        words = (t[:, None].expand(-1, width) for t in (state.request_id, last))
+        counter = torch.stack((position.int(), *words), -1).reshape(-1, 3)
     live = None
     if hidden.device.type == "cpu":
         inside = position.clamp(max=state.x.shape[1] - 1).long()
@@ -187,11 +241,18 @@ def statistics(
 
 
 def forward(
-    request: Request, state: State, window: Window, cache: StaticCache, *, branches: int = 1
+    request: Request,
+    state: State,
+    window: Window,
+    cache: StaticCache,
+    *,
+    branches: int = 1,
+    fresh: Fresh | None = None,
 ) -> Tensor:
     """Hidden rows ``(b, width, hidden)`` of the window; commits what the window says.
 
     With ``branches``, the state holds so many copies of each sequence of the window, side by side.
+    ``fresh`` is given what the model's ``commit_branch`` needs.
     """
     index = window.index.repeat_interleave(branches, 0)
     ids = state.x.gather(1, index).unflatten(0, (-1, branches)).flatten(1)
@@ -203,6 +264,7 @@ def forward(
         kv_len=window.kv_len,
         commit=window.commit,
         branches=branches,
+        fresh=fresh,
         backend=request.backend,
     )
     return hidden.unflatten(1, (branches, -1)).flatten(0, 1)
@@ -243,7 +305,8 @@ def finish_block(state: State, request: Request, start: Tensor, length: int) -> 
         return torch.zeros_like(total, dtype=torch.bool)
     position = torch.arange(state.x.shape[1], device=state.x.device)
     in_block = (position >= start[:, None]) & (position < start[:, None] + length)
-    ends = in_block & torch.isin(state.x, torch.tensor(eos_ids, device=state.x.device))
+    new = (position >= state.prompt_length[:, None]) & (position < total[:, None])
+    ends = in_block & new & torch.isin(state.x, torch.tensor(eos_ids, device=state.x.device))
     behind = (ends.cumsum(1) - ends.int() > 0) & (position < total[:, None])
     state.x.masked_fill_(behind, eos_ids[0])
     state.step_map.masked_fill_(behind, -1)
@@ -277,34 +340,35 @@ class Blockwise:
     def run(self, request: Request) -> Decoded:
         whole = State.of(request)
         state = whole
-        batch, slots = request.x.shape
-        cache = request.model.new_cache(batch, slots if self.cache != "none" else 0)
+        (batch, slots), exact = whole.x.shape, request.model.spec.block_size is not None
+        cache = request.model.new_cache(batch, slots if exact or self.cache != "none" else 0)
         flag = HostFlag(request.x.device)
         banned = None
         if self.ban_mask:
             mask = [request.mask_id]
             banned = torch.tensor(mask, dtype=torch.int32, device=request.x.device)
         forwards = 0
-        for offset in range(0, request.max_new_tokens, self.block_length):
-            size = min(self.block_length, request.max_new_tokens - offset)
-            block = Block(self, request, state, cache.first(len(state.rows)), offset, size, banned)
+        for index in count():
+            block = Block(self, request, state, cache, index, banned)
             for remaining in self.fill(block):
                 forwards += 1
                 if request.on_step is not None:
                     state.write_back(whole)
-                    info = Step(forwards, whole.x, whole.step_map, whole.prompt_length)
-                    request.on_step(info)
+                    request.on_step(Step(forwards, whole.x, whole.step_map, whole.prompt_length))
                 if remaining is not None:
                     flag.post(remaining.any())
                     if not flag.read():
                         break
-            done = finish_block(state, request, block.start, size)
+            done = finish_block(state, request, block.start, block.size)
+            done |= block.start + block.size >= state.prompt_length + request.max_new_tokens
             state.write_back(whole)
             live = [row for row, ended in enumerate(done.tolist()) if not ended]
             if not live:
                 break
             if len(live) < len(state.rows):
-                state = state.keep(torch.tensor(live, device=request.x.device))
+                rows = torch.tensor(live, device=request.x.device)
+                state = state.keep(rows)
+                cache = cache.take(live) if exact else cache.first(len(live))
         return Decoded(whole.x, whole.step_map, whole.nfe)
 
     def fill(self, block: Block) -> Iterator[Tensor | None]:
@@ -312,14 +376,23 @@ class Blockwise:
         look at, or None where the number of steps is known.
         """
         masks = block.size - block.forced
-        steps = block.forced + (masks if self.steps is None else self.steps(masks))
+        known = self.steps if block.is_all_masks else None
+        steps = block.forced + (masks if known is None else known(masks))
         for index in range(steps):
             remaining = block.step(index)
-            yield remaining if self.steps is None else None
+            yield remaining if known is None else None
 
 
 class Block:
-    """One block of every live sequence: its windows, made once, and its steps."""
+    """One block of every live sequence: its windows, made once, and its steps.
+
+    Attributes:
+        start: ``(b,)`` int32, the block's first position.
+        size: its positions.
+        is_all_masks: whether all of them are masks in all sequences when the block begins.
+        refresh: the window of the first forward.
+        window: of the others.
+    """
 
     def __init__(
         self,
@@ -327,26 +400,34 @@ class Block:
         request: Request,
         state: State,
         cache: StaticCache,
-        offset: int,
-        size: int,
+        index: int,
         banned: Tensor | None,
     ) -> None:
         self.plan, self.request, self.state, self.cache = plan, request, state, cache
-        self.size, self.banned = size, banned
-        shifted = request.model.spec.shift_logits
-        self.forced = shifted and plan.forced_first and plan.cache != "none"
-        total = state.prompt_length + request.max_new_tokens
-        self.start = state.prompt_length + offset
-        zero = torch.zeros_like(total)
-        block = Selection(self.start, torch.full_like(total, size), size)
-        self.block = self.selection = self.first_selection = block
-        offsets = torch.arange(size, device=total.device)
+        self.banned, self.forced = banned, False
+        self.shifted = request.model.spec.shift_logits
+        if request.model.spec.block_size is None:
+            self._place_behind_the_prompt(index * plan.block_length)
+        else:
+            self._place_at_multiples(index, request.model.spec.block_size)
+        offsets = torch.arange(self.size, device=state.x.device)
         self.index = (self.start[:, None] + offsets).long()
-        self.refresh = Window.make(
-            zero, total, total, width=state.x.shape[1], commits=plan.cache != "none"
-        )
+
+    def _place_behind_the_prompt(self, offset: int) -> None:
+        plan, state = self.plan, self.state
+        self.forced = self.shifted and plan.forced_first and plan.cache != "none"
+        new = self.request.max_new_tokens
+        self.size, self.is_all_masks = min(plan.block_length, new - offset), True
+        total = state.prompt_length + new
+        self.start = state.prompt_length + offset
+        block = Selection(self.start, torch.full_like(total, self.size), self.size)
+        self.block = self.selection = self.first_selection = block
+        commit = None if plan.cache == "none" else total
+        width = state.x.shape[1]
+        zero = torch.zeros_like(total)
+        self.refresh = Window.make(zero, total, total, width=width, commit=commit)
         if plan.carry_masks:
-            width = offset + size
+            width = offset + self.size
             length = torch.full_like(total, width)
             self.first_selection = Selection(state.prompt_length, length, width)
         if plan.cache == "none":
@@ -355,14 +436,36 @@ class Block:
         if self.forced:
             self.first_selection = Selection(self.start, torch.ones_like(total), 1)
         # A shifted model predicts the block's first position from the row before the block.
-        lead = int(shifted and not self.forced)
+        lead = int(self.shifted and not self.forced)
         start = self.start - lead
-        width = lead + (size if plan.cache == "dual" else request.max_new_tokens - offset)
+        width = lead + (self.size if plan.cache == "dual" else new - offset)
         length = torch.full_like(total, width)
-        self.window = Window.make(start, length, total, width=width, commits=False)
+        self.window = Window.make(start, length, total, width=width)
+
+    def _place_at_multiples(self, index: int, size: int) -> None:
+        prompt = self.state.prompt_length
+        self.size, self.is_all_masks = size, index > 0
+        self.start = prompt // size * size + index * size
+        end, length = self.start + size, torch.full_like(prompt, size)
+        self.block = self.selection = self.first_selection = Selection(self.start, length, size)
+        # The first forward also stores the block before, or all that the prompt fills.
+        longest = self.request.x.shape[1] - self.request.max_new_tokens
+        width = (longest // size + 1) * size if index == 0 else 2 * size
+        start = torch.zeros_like(prompt) if index == 0 else self.start - size
+        stored = self.start - start
+        self.refresh = Window.make(start, end - start, end, width=width, commit=stored)
+        start = (self.start - int(self.shifted)).clamp(min=0)
+        width = min(size + int(self.shifted), self.state.x.shape[1])
+        self.window = Window.make(start, end - start, end, width=width)
 
     def look(
-        self, state: State, window: Window, selection: Selection, *, branches: int = 1
+        self,
+        state: State,
+        window: Window,
+        selection: Selection,
+        *,
+        branches: int = 1,
+        draw: Tensor | None = None,
     ) -> ops.VocabStats:
         """One forward of the window and the statistics of the selected positions ``(b, S)``.
 
@@ -373,7 +476,7 @@ class Block:
         hidden = forward(request, state, window, self.cache, branches=branches)
         start = window.start.repeat_interleave(branches)
         hidden = select_rows(request.model, hidden, start, selection)
-        return statistics(request, state, hidden, selection, banned=self.banned)
+        return statistics(request, state, hidden, selection, banned=self.banned, draw=draw)
 
     def masks_left(self, state: State) -> Tensor:
         """Masks in the block, ``(b,)`` int32."""

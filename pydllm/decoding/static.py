@@ -1,7 +1,8 @@
 """Block-wise decoding: the baselines of the field, one frozen dataclass each.
 
 All of them fill one block after another, each block step by step; they differ in which positions
-a step writes. Blocks start at the end of the prompt; after each an end of sequence is looked for.
+a step writes. Blocks start at the end of the prompt, those of a block-causal model at multiples of
+their size; after each an end of sequence is looked for.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pydllm.decoding.loop import CACHES, Accept, Blockwise
 from pydllm.models import Model
 from pydllm.ops.unmask import SEMANTICS
 
+CARRY_MASKS = ("llada", "fast_dllm")
 SCORES = ("confidence", "entropy", "margin", "left_to_right", "random")
 
 
@@ -48,11 +50,14 @@ class Baseline(ABC):
     """What the block-wise algorithms have in common; each declares these fields in its own order.
 
     Attributes:
-        block_length: tokens in a block; the last block may be shorter.
+        block_length: tokens in a block; the last block may be shorter. For a block-causal model
+            it has to be the model's.
         cache: ``"none"``: every step forwards the whole sequence. ``"prefix"``: each block opens
             with a forward of the whole sequence whose keys and values before the block are kept;
             the block and all behind it are recomputed. ``"dual"``: those behind it are kept as
-            well and only the block is recomputed. Both are approximations of ``"none"``.
+            well and only the block is recomputed. Both are approximations of ``"none"``. With a
+            block-causal model keys and values of finished blocks are always kept, which is exact,
+            and ``"none"`` is the only value.
         first_token: for shifted models with a cache: ``"window"`` starts the window one token
             early, so that every position is predicted by the row before it; ``"forced"`` takes the
             first token of each block from the block's first forward, as Fast-dLLM and FreeDave do.
@@ -80,10 +85,27 @@ class Baseline(ABC):
         return self.plan().run(request)
 
     def check(self, model: Model, max_new_tokens: int) -> None:
-        if model.spec.attention != "full":
+        name, spec = type(self).__name__, model.spec
+        if spec.attention == "causal":
             raise ValueError(
-                f"{type(self).__name__}: expected a model with full attention, "
-                f"got {model.spec.attention!r}"
+                f"{name}: expected a model with full or block-causal attention, got 'causal'"
+            )
+        if spec.attention == "full":
+            return
+        if self.block_length != spec.block_size:
+            raise ValueError(
+                f"block_length: expected {spec.block_size}, the block of the block-causal model, "
+                f"got {self.block_length}"
+            )
+        if self.cache != "none":
+            raise ValueError(
+                "cache: expected 'none' with a block-causal model, which always keeps exact keys "
+                f"and values of finished blocks, got {self.cache!r}"
+            )
+        if self.semantics in CARRY_MASKS:
+            raise ValueError(
+                f"semantics: expected none of {', '.join(CARRY_MASKS)} with a block-causal model "
+                f"(they fill masks of finished blocks), got {self.semantics!r}"
             )
 
     def _blockwise(self, accept: Accept, steps: Callable[[int], int] | None = None) -> Blockwise:
@@ -93,7 +115,7 @@ class Baseline(ABC):
             steps=steps,
             cache=self.cache,
             forced_first=self.first_token == "forced",
-            carry_masks=self.semantics in ("llada", "fast_dllm"),
+            carry_masks=self.semantics in CARRY_MASKS,
             ban_mask=self.semantics == "exact",
         )
 

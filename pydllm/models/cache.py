@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -57,3 +59,8 @@ class StaticCache:
         if not 0 <= batch <= self.batch:
             raise ValueError(f"batch: expected 0 to {self.batch}, got {batch}")
         return StaticCache(self.keys[:, :batch], self.values[:, :batch])
+
+    def take(self, rows: Sequence[int]) -> StaticCache:
+        """Those rows, copied into a cache of their own."""
+        index = torch.tensor(rows, dtype=torch.int64, device=self.keys.device)
+        return StaticCache(self.keys[:, index], self.values[:, index])

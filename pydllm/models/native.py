@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from pydllm import ops
 from pydllm.models.cache import StaticCache
 from pydllm.models.families import Sizes
+from pydllm.models.protocol import Fresh
 from pydllm.models.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -128,6 +129,7 @@ class NativeModel:
         commit: Tensor,
         pad: Tensor | None = None,
         branches: int = 1,
+        fresh: Fresh | None = None,
         backend: str | None = None,
     ) -> Tensor:
         """Hidden states ``(B, T, hidden)`` of a window, final norm applied; see ``Model.forward``.
@@ -158,13 +160,44 @@ class NativeModel:
         hidden = ops.rms_norm(residual, self._layers[0].attn_norm, eps, backend=backend)
         following = [layer.attn_norm for layer in self._layers[1:]] + [self._norm]
         for index, layer in enumerate(self._layers):
-            hidden = self._attend(layer, hidden, keys[index], values[index], window)
+            hidden = self._attend(layer, hidden, keys[index], values[index], window, fresh)
             hidden = ops.rms_norm(hidden, layer.mlp_norm, eps, residual=residual, backend=backend)
             hidden = F.linear(hidden, layer.gate_up, layer.gate_up_bias)
             hidden = F.linear(ops.swiglu(hidden, backend=backend), layer.down, layer.down_bias)
             # The residual is added by the norm that comes next, the next layer's or the last.
             hidden = ops.rms_norm(hidden, following[index], eps, residual=residual, backend=backend)
         return hidden
+
+    def commit_branch(
+        self,
+        fresh: Fresh,
+        cache: StaticCache,
+        *,
+        branch: Tensor,
+        start: Tensor,
+        commit: Tensor,
+        branches: int,
+        backend: str | None = None,
+    ) -> None:
+        """Write a candidate's keys and values to the cache; see ``Model.commit_branch``.
+
+        One launch a layer. The stored bits are those that the forward attended to.
+        """
+        cos, sin = self._rope.tables(cache.max_len)
+        for layer, (k, v) in enumerate(fresh):
+            ops.commit_branch(
+                k,
+                v,
+                cache.k(layer),
+                cache.v(layer),
+                branch=branch,
+                start=start,
+                commit=commit,
+                cos=cos,
+                sin=sin,
+                branches=branches,
+                backend=backend,
+            )
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits ``(..., vocab_size)`` of hidden states ``(..., hidden)``, in the model's dtype."""
@@ -177,7 +210,13 @@ class NativeModel:
         return ops.head_stats(hidden, self._head, bias=self._head_bias, rows=rows, **options)
 
     def _attend(
-        self, layer: _Layer, hidden: Tensor, keys: Tensor, values: Tensor, window: dict
+        self,
+        layer: _Layer,
+        hidden: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        window: dict,
+        fresh: Fresh | None,
     ) -> Tensor:
         sizes = self.sizes
         qkv = F.linear(hidden, layer.qkv, layer.qkv_bias).unflatten(-1, (-1, sizes.head_dim))
@@ -190,6 +229,8 @@ class NativeModel:
                 ops.rms_norm(t.contiguous(), norm, sizes.eps, backend=window["backend"])
                 for t, norm in ((q, layer.q_norm), (k, layer.k_norm))
             )
+        if fresh is not None:
+            fresh.append((k, v))
         attended = ops.window_attention(q, k, v, keys, values, **window)
         return F.linear(attended.flatten(-2), layer.out, layer.out_bias)
 

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 
+# Keys before RoPE and values of every layer, each ``(B, T, Hkv, D)``.
+Fresh = list[tuple[Tensor, Tensor]]
+
+
 class Model(Protocol):
     """A model: its facts, and hidden states of a window of positions given cached keys and values.
 
@@ -50,6 +54,7 @@ class Model(Protocol):
         commit: Tensor,
         pad: Tensor | None = None,
         branches: int = 1,
+        fresh: Fresh | None = None,
         backend: str | None = None,
     ) -> Tensor:
         """Hidden states of a window of each sequence, final norm applied.
@@ -67,10 +72,30 @@ class Model(Protocol):
             branches: ``ids`` are so many candidates of the window, ``T / branches`` rows each, one
                 after the other, all at ``start``; each sees the cache and itself. ``commit`` is of
                 the first.
+            fresh: a list that is given what ``commit_branch`` needs of this forward.
             backend: as in ``pydllm.ops``.
 
         Returns:
             ``(B, T, hidden)`` in the model's dtype.
+        """
+
+    def commit_branch(
+        self,
+        fresh: Fresh,
+        cache: StaticCache,
+        *,
+        branch: Tensor,
+        start: Tensor,
+        commit: Tensor,
+        branches: int,
+        backend: str | None = None,
+    ) -> None:
+        """Write a candidate's keys and values to the cache, after the forward that made them.
+
+        Args:
+            fresh: from a forward with so many ``branches`` at ``start``.
+            branch: ``(B,)`` int32, which candidate.
+            commit: ``(B,)`` int32, how many of its rows, from the first on; 0 writes nothing.
         """
 
     def head(self, hidden: Tensor) -> Tensor:

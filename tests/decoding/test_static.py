@@ -408,10 +408,8 @@ def test_the_first_token_is_forced_on_shifted_models_alone(tmp_path):
     assert (sequences[:, 4:] != MASK).all()
 
 
-def test_a_block_causal_model_is_refused(tmp_path):
+def test_an_autoregressive_model_is_refused(tmp_path):
     model, _ = _random_model(tmp_path / "model", 0)
-    model.spec = dataclasses.replace(model.spec, attention="block_causal", block_size=4)
-    with pytest.raises(
-        ValueError, match="expected a model with full attention, got 'block_causal'"
-    ):
+    model.spec = dataclasses.replace(model.spec, attention="causal")
+    with pytest.raises(ValueError, match="full or block-causal attention, got 'causal'"):
         _call(model)
