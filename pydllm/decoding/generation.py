@@ -42,6 +42,8 @@ class Generation:
         step_map: ``(B, max_new_tokens)`` int64, index of the forward whose result wrote the
             position, -1 for what was filled after an end of sequence.
         text: the new text of each sequence, where the model has a tokenizer.
+        verifier_nfe: ``(B,)`` int64, forwards of the verifier in which the sequence took part; None
+            for algorithms without one.
     """
 
     sequences: list[Tensor]
@@ -49,6 +51,7 @@ class Generation:
     tokens_per_forward: Tensor
     step_map: Tensor
     text: list[str] | None
+    verifier_nfe: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,7 @@ class Decoded:
     x: Tensor
     step_map: Tensor
     nfe: Tensor
+    verifier_nfe: Tensor | None = None
 
 
 class Algorithm(Protocol):
@@ -230,6 +234,7 @@ def _collect(
 ) -> Generation:
     results = (decoded.x, decoded.step_map, decoded.nfe)
     x, step_map, nfe = (result.to("cpu", torch.int64) for result in results)
+    verifier_nfe = decoded.verifier_nfe
     new = [slice(n, n + max_new_tokens) for n in prompt_lengths]
     answers = torch.stack([x[row, part] for row, part in enumerate(new)])
     ends = torch.isin(answers, torch.tensor(model.spec.eos_ids, dtype=torch.int64))
@@ -245,4 +250,5 @@ def _collect(
         tokens_per_forward=counted / nfe.clamp(min=1),
         step_map=torch.stack([step_map[row, part] for row, part in enumerate(new)]),
         text=text,
+        verifier_nfe=None if verifier_nfe is None else verifier_nfe.to("cpu", torch.int64),
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -105,9 +105,9 @@ class State:
     def copy(self) -> State:
         return State(**{name: value.clone() for name, value in vars(self).items()})
 
-    def keep(self, rows: Tensor) -> State:
+    def keep(self, rows: Tensor) -> Self:
         """The state of some of its rows, copied."""
-        return State(**{name: value[rows] for name, value in vars(self).items()})
+        return type(self)(**{name: value[rows] for name, value in vars(self).items()})
 
     def write_back(self, target: State) -> None:
         """Copy the rows into the state of the whole request, unless this is that state."""
@@ -117,24 +117,40 @@ class State:
             getattr(target, name)[self.rows] = getattr(self, name)
 
 
-class HostFlag:
-    """One boolean that travels from the device to the host without a synchronising copy."""
+class HostNumbers:
+    """A few integers that travel from the device to the host without a synchronising copy."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, count: int) -> None:
         self._event = torch.cuda.Event() if device.type == "cuda" else None
         pinned = device.type == "cuda"
-        self._value = torch.zeros((), dtype=torch.bool, pin_memory=pinned)
+        self._values = torch.zeros(count, dtype=torch.int32, pin_memory=pinned)
+        self._posted = 0
 
-    def post(self, value: Tensor) -> None:
-        self._value.copy_(value, non_blocking=True)
+    def post(self, values: Tensor) -> None:
+        """Send a 1-D tensor of at most ``count`` numbers on its way."""
+        self._posted = len(values)
+        self._values[: self._posted].copy_(values, non_blocking=True)
         if self._event is not None:
             self._event.record()
 
-    def read(self) -> bool:
-        """Wait until the last posted value has arrived and return it."""
+    def read(self) -> list[int]:
+        """Wait until the last posted values have arrived and return them."""
         if self._event is not None:
             self._event.synchronize()
-        return bool(self._value)
+        return self._values[: self._posted].tolist()
+
+
+class HostFlag:
+    """One boolean that travels as ``HostNumbers`` do."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._number = HostNumbers(device, 1)
+
+    def post(self, value: Tensor) -> None:
+        self._number.post(value.int().view(1))
+
+    def read(self) -> bool:
+        return bool(self._number.read()[0])
 
 
 def select_rows(model: Model, hidden: Tensor, start: Tensor, selection: Selection) -> Tensor:
@@ -235,8 +251,11 @@ def write(
     return unmasked
 
 
-def finish_block(state: State, request: Request, start: Tensor, length: int) -> Tensor:
-    """Fill behind an end of sequence in the block; returns which sequences are done ``(b,)``."""
+def finish_block(state: State, request: Request, start: Tensor, length: int | Tensor) -> Tensor:
+    """Fill behind an end of sequence in the block; returns which sequences are done ``(b,)``.
+
+    ``length`` is one number or ``(b, 1)``.
+    """
     eos_ids = request.model.spec.eos_ids
     total = state.prompt_length + request.max_new_tokens
     if not eos_ids:

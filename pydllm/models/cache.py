@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -57,3 +59,15 @@ class StaticCache:
         if not 0 <= batch <= self.batch:
             raise ValueError(f"batch: expected 0 to {self.batch}, got {batch}")
         return StaticCache(self.keys[:, :batch], self.values[:, :batch])
+
+    def take(self, rows: Sequence[int]) -> StaticCache:
+        """Row i becomes what row ``rows[i]`` was, in place; a view of these rows.
+
+        Only rows that change their place are copied. The rows behind mean nothing afterwards.
+        """
+        moved = [(to, row) for to, row in enumerate(rows) if to != row]
+        if moved:
+            to, source = (torch.tensor(index, device=self.keys.device) for index in zip(*moved))
+            for tensor in (self.keys, self.values):
+                tensor[:, to] = tensor[:, source]
+        return self.first(len(rows))
