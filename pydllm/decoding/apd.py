@@ -94,7 +94,7 @@ class APD:
             wanted, got = getattr(model, name), getattr(verifier, name)
             if wanted != got:
                 raise ValueError(f"verifier: expected {name} {wanted}, the model's, got {got}")
-        shared = self._shared_vocab(model)
+        shared = self._shared_vocab(model, verifier)
         foreign = [token for token in model.spec.eos_ids if token >= shared]
         if foreign:
             raise ValueError(
@@ -110,7 +110,7 @@ class APD:
         )
         shared = None
         if self.verifier is not None:
-            shared = self._shared_vocab(request.model)
+            shared = self._shared_vocab(request.model, self.verifier)
             _check_prompts(request, shared, self.verifier.spec.max_positions)
         return Rounds(
             self.verifier,
@@ -124,9 +124,9 @@ class APD:
             shared_vocab=shared,
         ).run(request)
 
-    def _shared_vocab(self, model: Model) -> int:
+    def _shared_vocab(self, model: Model, verifier: Model) -> int:
         if model not in self._shared:
-            self._shared[model] = shared_vocab(model, self.verifier)
+            self._shared[model] = shared_vocab(model, verifier)
         return self._shared[model]
 
 
@@ -187,7 +187,8 @@ def shared_vocab(model: Model, verifier: Model) -> int:
             vocabularies differ in size.
     """
     sizes = model.spec.vocab_size, verifier.spec.vocab_size
-    if model.tokenizer is None or verifier.tokenizer is None:
+    tokenizers = model.tokenizer, verifier.tokenizer
+    if None in tokenizers:
         if sizes[0] != sizes[1]:
             raise ValueError(
                 "verifier: expected a tokenizer for both models, or vocabularies of one size, "
@@ -195,8 +196,9 @@ def shared_vocab(model: Model, verifier: Model) -> int:
             )
         return sizes[0]
     ours, theirs = (
-        {token: text for text, token in each.tokenizer.get_vocab(with_added_tokens=True).items()}
-        for each in (model, verifier)
+        {token: text for text, token in each.get_vocab(with_added_tokens=True).items()}
+        for each in tokenizers
+        if each is not None
     )
     ids = range(min(sizes))
     shared = next((token for token in ids if ours.get(token) != theirs.get(token)), len(ids))

@@ -70,7 +70,7 @@ class Request:
     prompt_length: Tensor
     request_id: Tensor
     max_new_tokens: int
-    temperature: float
+    temperature: float | Tensor  # (B,) fp32 on the device, where each prompt has its own
     seed: int
     backend: str | None
     on_step: Callable[[Step], None] | None
@@ -103,7 +103,7 @@ def generate(
     algorithm: Algorithm,
     *,
     max_new_tokens: int,
-    temperature: float = 0.0,
+    temperature: float | Sequence[float] = 0.0,
     seed: int = 0,
     request_ids: Sequence[int] | None = None,
     backend: str | None = None,
@@ -117,7 +117,7 @@ def generate(
         algorithm: ``Static(...)``, ``Threshold(...)``, ``Factor(...)``, ``EntropyBound(...)``.
         max_new_tokens: length of every generation region, in tokens.
         temperature: 0 takes the arg-max; above, tokens are drawn from
-            softmax(logits / temperature).
+            softmax(logits / temperature). Or a list with one a prompt.
         seed: of the noise, in [0, 2^64). A prompt's noise depends on the seed, its request id, the
             position and the number of tokens decoded before, and on nothing else in the batch.
         request_ids: the prompts' ids in the noise key, int32; default 0, 1, 2, ...
@@ -142,8 +142,11 @@ def generate(
     ids = encode_prompts(model, prompts)
     if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: expected an int of at least 1, got {max_new_tokens!r}")
-    if not 0.0 <= temperature < float("inf"):
+    temperatures = [temperature] if isinstance(temperature, int | float) else list(temperature)
+    if not all(0.0 <= each < float("inf") for each in temperatures):
         raise ValueError(f"temperature: expected a number of at least 0, got {temperature}")
+    if not isinstance(temperature, int | float) and len(temperatures) != len(ids):
+        raise ValueError(f"temperature: expected {len(ids)}, one a prompt, got {temperature}")
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed: expected an int in [0, 2^64), got {seed}")
     request_ids = range(len(ids)) if request_ids is None else request_ids
@@ -172,7 +175,9 @@ def generate(
         prompt_length=torch.tensor(lengths, dtype=torch.int32, device=device),
         request_id=torch.tensor(list(request_ids), dtype=torch.int32, device=device),
         max_new_tokens=max_new_tokens,
-        temperature=float(temperature),
+        temperature=float(temperature)
+        if isinstance(temperature, int | float)
+        else torch.tensor(temperatures, dtype=torch.float32, device=device),
         seed=seed,
         backend=backend,
         on_step=on_step,

@@ -164,6 +164,13 @@ def select_rows(model: Model, hidden: Tensor, start: Tensor, selection: Selectio
     return hidden.gather(1, index.long()[..., None].expand(-1, -1, hidden.shape[-1]))
 
 
+def row_temperatures(request: Request, state: State, width: int) -> float | Tensor:
+    """The temperature, or one for each of ``width`` rows of every sequence, ``(b * width,)``."""
+    if not isinstance(request.temperature, Tensor):
+        return request.temperature
+    return request.temperature[state.rows].repeat_interleave(width)
+
+
 def statistics(
     request: Request, state: State, hidden: Tensor, selection: Selection, *, banned: Tensor | None
 ) -> ops.VocabStats:
@@ -176,8 +183,8 @@ def statistics(
     offsets = torch.arange(width, device=hidden.device)
     position = selection.start[:, None] + offsets
     rows = hidden.reshape(-1, size)
-    counter = None
-    if request.temperature > 0:
+    counter, temperature = None, row_temperatures(request, state, width)
+    if isinstance(temperature, Tensor) or temperature > 0:
         request_id, draw = (t[:, None].expand(-1, width) for t in (state.request_id, state.decoded))
         counter = torch.stack((position.int(), request_id, draw), -1).reshape(-1, 3)
     live = None
@@ -186,10 +193,11 @@ def statistics(
         masked = state.x.gather(1, inside).eq(request.mask_id)
         live = (masked & (offsets < selection.length[:, None])).flatten().nonzero().squeeze(1)
         counter = None if counter is None else counter[live]
+        temperature = temperature[live] if isinstance(temperature, Tensor) else temperature
     stats = request.model.head_stats(
         rows,
         live,
-        temperature=request.temperature,
+        temperature=temperature,
         seed=request.seed,
         counter=counter,
         banned=banned,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from pydllm.decoding.loop import (
     Window,
     finish_block,
     forward,
+    row_temperatures,
     select_rows,
 )
 from pydllm.models import Model, StaticCache
@@ -86,7 +87,9 @@ class Rounds:
         batch, slots = request.x.shape
         cached = any(window is not None for window in self.window)
         cache = request.model.new_cache(batch, slots if cached else 0)
-        verifier_cache = self.verifier and self.verifier.new_cache(batch, slots)
+        verifier = None
+        if self.verifier is not None:
+            verifier = _Verifier(self.verifier, self.verifier.new_cache(batch, slots))
         numbers = HostNumbers(request.x.device, 3 * batch)
         forwards = 0
         while True:
@@ -102,9 +105,10 @@ class Rounds:
                 order = _fill_holes(live)
                 state = state.keep(torch.tensor(order, device=request.x.device))
                 cache = cache.take(order)
-                verifier_cache = verifier_cache and verifier_cache.take(order)
+                if verifier is not None:
+                    verifier.cache = verifier.cache.take(order)
                 spans = self._spans(state)
-            self._round(request, state, spans, cache, verifier_cache, needed.amax(1).tolist())
+            self._round(request, state, spans, cache, verifier, needed.amax(1).tolist())
             forwards += 1
             if request.on_step is not None:
                 state.write_back(whole)
@@ -155,7 +159,7 @@ class Rounds:
         state: Progress,
         spans: Spans,
         cache: StaticCache,
-        verifier_cache: StaticCache | None,
+        verifier: _Verifier | None,
         widths: list[int],
     ) -> None:
         """One round of every sequence; ``widths`` are the largest numbers of rows."""
@@ -170,8 +174,8 @@ class Rounds:
         hidden = select_rows(request.model, hidden, spans.left, selection)
         logits = request.model.head(hidden).flatten(0, 1)
         counter = ops.round_counter(cursor, state.request_id, width, emit=self.emit)
-        noise = {
-            "temperature": request.temperature,
+        noise: dict[str, Any] = {
+            "temperature": row_temperatures(request, state, width),
             "seed": request.seed,
             "counter": counter,
             "banned": cursor.new_tensor([request.mask_id]),
@@ -182,11 +186,11 @@ class Rounds:
         draft = ops.mixture_draft(logits, top_p=self.top_p, **noise)
         token = draft.token.view(-1, width)
         length = spans.drafts
-        if self.verifier is not None and verifier_cache is not None and verifier_rows:
-            hidden = self._verify(request, state, spans, token, verifier_cache, verifier_rows)
+        if verifier is not None and verifier_rows:
+            expert = verifier.logits(request, state, spans, token, verifier_rows)
             verdict = ops.mixture_accept(
                 logits,
-                self.verifier.head(hidden).flatten(0, 1),
+                expert.flatten(0, 1),
                 draft.token,
                 length=spans.drafts,
                 mixture=state.mixture,
@@ -216,32 +220,34 @@ class Rounds:
         # The slot of the last token is computed anew: that row predicts the next round's first.
         state.verified = torch.where(spans.verify > 0, state.cursor - 1, state.verified)
 
-    def _verify(
-        self,
-        request: Request,
-        state: Progress,
-        spans: Spans,
-        token: Tensor,
-        cache: StaticCache,
-        rows: int,
+
+@dataclass
+class _Verifier:
+    """The causal model of a call, and its cache."""
+
+    model: Model
+    cache: StaticCache
+
+    def logits(
+        self, request: Request, state: Progress, spans: Spans, token: Tensor, rows: int
     ) -> Tensor:
-        """Hidden rows ``(b, drafts, hidden)`` of the verifier that predict the drafted positions,
-        each after the drafts before it.
+        """``(b, drafts, V)``: what follows the tokens and the drafts before each drafted position.
+
+        Sequences that need no verifier get numbers without meaning.
         """
         width = token.shape[1]
-        verifier = replace(request, model=self.verifier)
         offset = torch.arange(state.x.shape[1], device=token.device) - state.cursor[:, None]
         drafts = token.gather(1, offset.clamp(0, width - 1))
         drafted = (offset >= 0) & (offset < spans.drafts[:, None])
         sequence = replace(state, x=torch.where(drafted, drafts, state.x))
         seen = state.verified + spans.verify
         window = Window.make(state.verified, spans.verify, seen, width=rows, commits=True)
-        hidden = forward(verifier, sequence, window, cache)
+        hidden = forward(replace(request, model=self.model), sequence, window, self.cache)
         state.verifier_nfe += spans.verify > 0
         # Causal: position p is predicted by row p - 1.
-        start = state.cursor - int(not verifier.model.spec.shift_logits)
+        start = state.cursor - int(not self.model.spec.shift_logits)
         selection = Selection(start, spans.drafts, width)
-        return select_rows(verifier.model, hidden, state.verified, selection)
+        return self.model.head(select_rows(self.model, hidden, state.verified, selection))
 
 
 def _correct(token: Tensor, verdict: ops.Accepted, drafts: Tensor) -> tuple[Tensor, Tensor]:

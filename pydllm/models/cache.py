@@ -67,7 +67,7 @@ class StaticCache:
         """
         moved = [(to, row) for to, row in enumerate(rows) if to != row]
         if moved:
-            to, source = (torch.tensor(index, device=self.keys.device) for index in zip(*moved))
+            to, source = torch.tensor(moved, device=self.keys.device).T
             for tensor in (self.keys, self.values):
                 tensor[:, to] = tensor[:, source]
         return self.first(len(rows))
