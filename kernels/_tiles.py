@@ -194,7 +194,7 @@ COMMIT_BRANCH = (8, 4)
 
 
 class DraftTile(NamedTuple):
-    """One program of ``mixture_draft``, a row: ids read and drawn for at a time, ids it can note."""
+    """One program of ``mixture_draft``, a row: ids read at a time, drawn for at a time, noted."""
 
     block_v: int
     block_n: int
@@ -203,7 +203,7 @@ class DraftTile(NamedTuple):
 
 
 # mixture_draft: the scratch holds what may be in a nucleus, beyond it the row is read again.
-MIXTURE_DRAFT = DraftTile(8192, 2048, 8192, 16)
+MIXTURE_DRAFT = DraftTile(4096, 2048, 8192, 16)
 MIXTURE_DRAFT_INTERPRETER = DraftTile(1024, 1024, 64, 4)
 
 

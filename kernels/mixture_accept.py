@@ -375,7 +375,7 @@ def mixture_accept(
             HAS_THRESHOLD=threshold is not None,
             SAMPLED=sampled,
             BLOCK_V=tile.block_v,
-            num_warps=tile.num_warps,
+            num_warps=tile.num_warps * (2 if critical else 1),  # else it spills
             # Noise, mixture and score must have the bits of the definition.
             enable_fp_fusion=False,
         )
