@@ -145,10 +145,8 @@ def mixture_accept(
         rule != "paper",
     )
     rounds = (logits, verifier_logits, token, length, weight, weights, threshold)
-    if chosen == "torch":
-        results = reference.mixture_accept(*rounds, *options, critical)
-    else:
-        results = torch.ops.pydllm.mixture_accept(*rounds, *options, critical, chosen)
+    # One op in torch too: the generator would be hundreds of nodes of a graph.
+    results = torch.ops.pydllm.mixture_accept(*rounds, *options, critical, chosen)
     accepted, correction, target, least = results
     return Accepted(accepted, correction, target, least if critical else None)
 
@@ -259,10 +257,7 @@ def mixture_accept_sparse(
     chosen = choose("mixture_accept_sparse", backend, hidden.device, triton=triton)
     lists = (ids, logits, noise, size, hidden, weight, bias, token, length)
     options = (weight_of, weights, fixed, each, softcap, emit != "target", critical)
-    if chosen == "torch":
-        results = reference.mixture_accept_sparse(*lists, *options)
-    else:
-        results = torch.ops.pydllm.mixture_accept_sparse(*lists, *options, chosen)
+    results = torch.ops.pydllm.mixture_accept_sparse(*lists, *options, chosen)
     accepted, correction, target, least = results
     return Accepted(accepted, correction, target, least if critical else None)
 

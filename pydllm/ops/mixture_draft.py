@@ -143,10 +143,8 @@ def mixture_draft(
     chosen = choose("mixture_draft", backend, logits.device, triton=triton)
     where = (counter, banned, each, rows, shared)
     arguments = (fixed, signed(seed), *where, limit, limits, capacity, squared)
-    if chosen == "torch":
-        results = reference.mixture_draft(logits, *arguments)  # type: ignore[arg-type]
-    else:
-        results = torch.ops.pydllm.mixture_draft(logits, *arguments, chosen)
+    # One op in torch too: the generator would be hundreds of nodes of a graph.
+    results = torch.ops.pydllm.mixture_draft(logits, *arguments, chosen)
     token, logsumexp, threshold, *found = results
     return Draft(token, logsumexp, threshold, Candidates(*found) if capacity else None)
 
