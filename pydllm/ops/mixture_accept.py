@@ -112,7 +112,6 @@ def mixture_accept(
     check_dtype("verifier_logits", verifier_logits, logits.dtype)
     check_device("verifier_logits", verifier_logits, "logits", logits)
     shared = check_shared(shared_vocab, logits=logits, verifier_logits=verifier_logits)
-    logits, verifier_logits = logits[:, :shared], verifier_logits[:, :shared]
     weight, weights = _check_round("logits", logits, token, length, mixture)
     fixed, each = check_options(
         logits, logits.shape[0], temperature, seed, counter, banned, False, None
@@ -131,16 +130,23 @@ def mixture_accept(
     def triton() -> str | None:
         from pydllm.kernels import mixture_accept as kernel
 
-        lists = (token, length, weights, threshold, each, counter, banned)
+        lists = (token, length, weights, threshold, each, banned)
         return kernel.supports(logits, verifier_logits, *lists)
 
     chosen = choose("mixture_accept", backend, logits.device, triton=triton)
-    options = (fixed, each, signed(seed), counter, banned, emit != "target", rule != "paper")
+    options = (
+        fixed,
+        each,
+        signed(seed),
+        counter,
+        banned,
+        shared,
+        emit != "target",
+        rule != "paper",
+    )
     rounds = (logits, verifier_logits, token, length, weight, weights, threshold)
-    if chosen == "torch":
-        results = reference.mixture_accept(*rounds, *options, critical)
-    else:
-        results = torch.ops.pydllm.mixture_accept(*rounds, *options, critical, chosen)
+    # One op in torch too: the generator would be hundreds of nodes of a graph.
+    results = torch.ops.pydllm.mixture_accept(*rounds, *options, critical, chosen)
     accepted, correction, target, least = results
     return Accepted(accepted, correction, target, least if critical else None)
 
@@ -169,7 +175,9 @@ def mixture_accept_sparse(
     A row with ``candidates.overflow`` has no list, hence no target (-1), and neither has a sequence
     of mixture 0, which looks at ids outside the nucleus. The run ends before such a row, without a
     correction: the round is one of a shorter lookahead, cut by the distributions and not by the
-    draws. The tokens are then valid ones, but not those of ``mixture_accept``. A caller that wants
+    draws. The tokens are then valid ones, but not those of ``mixture_accept``; with emit "target" a
+    first row without a list leaves a round with nothing to emit, which the caller has to exclude or
+    to draw by itself. A caller that wants
     those in every case takes the dense form where ``capacity`` cannot hold a nucleus (top_p None or
     1, temperature 0) and sizes it for the rest, or reads ``candidates.overflow`` when it next reads
     the counts; no op does, so that nothing waits for the device.
@@ -188,6 +196,7 @@ def mixture_accept_sparse(
 
     Returns:
         ``Accepted``, as ``mixture_accept`` (the verifier's logits are sums in fp32, never rounded).
+        ``critical`` is infinite in a row without a list.
 
     Raises:
         ValueError, TypeError, BackendError: as ``mixture_accept``.
@@ -243,15 +252,12 @@ def mixture_accept_sparse(
         from pydllm.kernels import mixture_accept as kernel
 
         lists = (ids, logits, noise, size, bias, token, length, weights, each)
-        return kernel.sparse_supports(hidden, weight, *lists)
+        return kernel.supports(hidden, weight, *lists)
 
     chosen = choose("mixture_accept_sparse", backend, hidden.device, triton=triton)
     lists = (ids, logits, noise, size, hidden, weight, bias, token, length)
     options = (weight_of, weights, fixed, each, softcap, emit != "target", critical)
-    if chosen == "torch":
-        results = reference.mixture_accept_sparse(*lists, *options)
-    else:
-        results = torch.ops.pydllm.mixture_accept_sparse(*lists, *options, chosen)
+    results = torch.ops.pydllm.mixture_accept_sparse(*lists, *options, chosen)
     accepted, correction, target, least = results
     return Accepted(accepted, correction, target, least if critical else None)
 
@@ -320,7 +326,8 @@ _RESULTS = "(Tensor, Tensor, Tensor, Tensor)"
 register(
     "mixture_accept(Tensor logits, Tensor verifier, Tensor token, Tensor length, float mixture, "
     "Tensor? mixtures, Tensor? threshold, float temperature, Tensor? temperatures, int seed, "
-    "Tensor? counter, Tensor? banned, bool first_free, bool greedy, bool critical, str backend) "
+    "Tensor? counter, Tensor? banned, int shared, bool first_free, bool greedy, bool critical, "
+    "str backend) "
     f"-> {_RESULTS}",
     _run,
     _fake,

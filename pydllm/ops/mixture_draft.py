@@ -118,7 +118,7 @@ def mixture_draft(
     """
     check_dtype("logits", logits, *FLOATS)
     check_shape("logits", logits, "R", "V")
-    logits = logits[:, : check_shared(shared_vocab, logits=logits)]
+    shared = check_shared(shared_vocab, logits=logits)
     count = check_rows("logits", logits, rows)
     fixed, each = check_options(logits, count, temperature, seed, counter, banned, False, None)
     limit, limits = _check_top_p(top_p, count, logits)
@@ -132,20 +132,19 @@ def mixture_draft(
     check_no_grad("mixture_draft", logits=logits)
     if (limit == 1 and limits is None) or (each is None and fixed == 0):
         return _draft_from_all(
-            logits, temperature, seed, counter, banned, rows, capacity, squared, backend
+            logits[:, :shared], temperature, seed, counter, banned, rows, capacity, squared, backend
         )
 
     def triton() -> str | None:
         from pydllm.kernels import mixture_draft as kernel
 
-        return kernel.supports(logits, counter, banned, each, rows, limits)
+        return kernel.supports(logits, banned, each, rows, limits)
 
     chosen = choose("mixture_draft", backend, logits.device, triton=triton)
-    arguments = (fixed, signed(seed), counter, banned, each, rows, limit, limits, capacity, squared)
-    if chosen == "torch":
-        results = reference.mixture_draft(logits, *arguments)  # type: ignore[arg-type]
-    else:
-        results = torch.ops.pydllm.mixture_draft(logits, *arguments, chosen)
+    where = (counter, banned, each, rows, shared)
+    arguments = (fixed, signed(seed), *where, limit, limits, capacity, squared)
+    # One op in torch too: the generator would be hundreds of nodes of a graph.
+    results = torch.ops.pydllm.mixture_draft(logits, *arguments, chosen)
     token, logsumexp, threshold, *found = results
     return Draft(token, logsumexp, threshold, Candidates(*found) if capacity else None)
 
@@ -266,7 +265,7 @@ def _run(logits: Tensor, *arguments) -> tuple[Tensor, ...]:  # noqa: ANN002
 
 
 def _fake(logits: Tensor, *arguments) -> tuple[Tensor, ...]:  # noqa: ANN002
-    rows, capacity = arguments[5], arguments[8]
+    rows, capacity = arguments[5], arguments[9]
     count = logits.shape[0] if rows is None else rows.shape[0]
     dtype = torch.promote_types(logits.dtype, torch.float32)
     return (
@@ -283,8 +282,9 @@ def _fake(logits: Tensor, *arguments) -> tuple[Tensor, ...]:  # noqa: ANN002
 
 register(
     "mixture_draft(Tensor logits, float temperature, int seed, Tensor counter, Tensor? banned, "
-    "Tensor? temperatures, Tensor? rows, float top_p, Tensor? top_ps, int capacity, bool squared, "
-    "str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? temperatures, Tensor? rows, int shared, float top_p, Tensor? top_ps, int capacity, "
+    "bool squared, str backend) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _run,
     _fake,
 )

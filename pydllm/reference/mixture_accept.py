@@ -24,13 +24,14 @@ def mixture_accept(
     seed: int,
     counter: Tensor | None,
     banned: Tensor | None,
+    shared: int,
     first_free: bool,
     greedy: bool,
     critical: bool,
 ) -> tuple[Tensor, ...]:
     """Accepted rows and target there for each sequence, target and critical weight for each row."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    x, y = (ban(t.to(dtype, copy=True), banned, 0) for t in (logits, verifier))
+    x, y = (ban(t[:, :shared].to(dtype, copy=True), banned, 0) for t in (logits, verifier))
     weight = _weight(mixture, mixtures, token, length, dtype)
     if threshold is not None and not greedy:
         outside = x < threshold[:, None]
@@ -90,7 +91,8 @@ def mixture_accept_sparse(
     if not critical:
         return *result, logits.new_empty(0)
     place = ((ids == token[:, None]) & used).int().argmax(1, keepdim=True)
-    return *result, _in_use(_critical(logits, y, place, inverse, noise), length, 0)
+    least = _critical(logits, y, place, inverse, noise).masked_fill(size == 0, torch.inf)
+    return *result, _in_use(least, length, 0)
 
 
 def _weight(
@@ -124,7 +126,7 @@ def _accept(
     target = _in_use(target, length, -1)
     grid = target.view(batch, len(target) // max(1, batch))
     index = torch.arange(grid.shape[1], device=token.device)
-    same = (grid == token.view_as(grid)) | ((index == 0) & first_free)
+    same = ((grid == token.view_as(grid)) & (grid >= 0)) | ((index == 0) & first_free)
     same &= index < length[:, None]
     accepted = same.int().cumprod(1).sum(1)
     ended = accepted >= length.clamp(0, grid.shape[1])

@@ -17,6 +17,7 @@ def mixture_draft(
     banned: Tensor | None,
     temperatures: Tensor | None,
     rows: Tensor | None,
+    shared: int,
     top_p: float,
     top_ps: Tensor | None,
     capacity: int,
@@ -30,6 +31,7 @@ def mixture_draft(
     ``squared``). At temperature 0, and with a top_p that is not in (0, 1), all ids are in it.
     """
     dtype = torch.promote_types(logits.dtype, torch.float32)
+    logits = logits[:, :shared]
     x = logits.to(dtype, copy=True) if rows is None else take_rows(logits, rows, -torch.inf)
     x = ban(x.to(dtype), banned, 0)
     inverse, noisy = inverse_temperature(temperature, temperatures, dtype)
