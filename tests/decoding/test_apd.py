@@ -430,3 +430,38 @@ def test_rows_of_a_cache_move_into_holes():
     taken = cache.take([0, 3])
     assert torch.equal(taken.keys, before[:, [0, 3]]) and taken.batch == 2
     assert taken.keys.data_ptr() == cache.keys.data_ptr()
+
+
+@pytest.mark.parametrize("kind", ["apd", "left to right", "static"])
+def test_a_temperature_for_each_prompt(trio, kind):
+    model, verifier = trio["plain"][0], trio["verifier"][0]
+    algorithm = {
+        "apd": pydllm.APD(verifier, 0.6, 3, 4, top_p=0.9),
+        "left to right": pydllm.LeftToRight(2),
+        "static": pydllm.Static(7, 2),
+    }[kind]
+    temperatures = [0.0, 1.0, 0.3, 0.0, 2.5]
+    together = _decode(model, PROMPTS, algorithm, temperature=temperatures, seed=2)
+    for row, temperature in enumerate(temperatures):
+        options = {"temperature": temperature, "seed": 2, "request_ids": [row]}
+        alone = _decode(model, [PROMPTS[row]], algorithm, **options)
+        assert torch.equal(alone.sequences[0], together.sequences[row])
+        assert torch.equal(alone.step_map[0], together.step_map[row])
+    for bad, error in (([0.5] * 4, "expected 5, one a prompt"), ([0.5] * 4 + [-1.0], "at least 0")):
+        with pytest.raises(ValueError, match=f"temperature: .*{error}"):
+            _decode(model, PROMPTS, algorithm, temperature=bad)
+
+
+@pytest.mark.parametrize("emit, top_p", [("draft", None), ("target", 0.8)])
+def test_backends_agree(tmp_path, emit, top_p):
+    made = []
+    for name in ("shifted", "verifier"):
+        folder = write_checkpoint(tmp_path / name, random_plain(CONFIGS[name]))
+        made.append(pydllm.load(folder, device="cpu", dtype=torch.float32))
+    algorithm = pydllm.APD(made[1], 0.8, 2, 4, top_p, emit)
+    options = {"new": 6, "temperature": 1.0, "seed": 3}
+    torch_, triton = (
+        _decode(made[0], _prompts(2, 3), algorithm, backend=backend, **options)
+        for backend in ("torch", "triton")
+    )
+    _same(torch_, triton)
