@@ -28,7 +28,7 @@ def _mix(x, y, weight):
 
 @triton.jit
 def _weight_of(mixture_ptr, sequence, mixture, HAS_MIXTURES: tl.constexpr):
-    weight = mixture
+    weight = tl.full((), mixture, tl.float32)
     if HAS_MIXTURES:
         weight = tl.load(mixture_ptr + sequence)
         weight = tl.where((weight >= 0.0) & (weight <= 1.0), weight, float("nan"))
@@ -102,11 +102,11 @@ def _mixture_accept_tile_kernel(
         weight = _weight_of(mixture_ptr, sequence, mixture, HAS_MIXTURES)
         offs_v = tile * BLOCK_V + tl.arange(0, BLOCK_V)
         # The rows' own ends in the masks keep loads wide where the shared ids end at any number.
-        mask_x = offs_v < vocab
         if not CRITICAL:
-            mask_x = mask_x & (weight != 0.0)
+            vocab = tl.where(weight == 0.0, 0, vocab)
+            verifier_vocab = tl.where(weight == 1.0, 0, verifier_vocab)
         logits_ptr += row * stride_logits_row
-        x = tl.load(logits_ptr + offs_v, mask=mask_x, other=float("-inf")).to(tl.float32)
+        x = tl.load(logits_ptr + offs_v, mask=offs_v < vocab, other=float("-inf")).to(tl.float32)
         inside = offs_v < shared
         for i in tl.static_range(N_BANNED):
             inside = inside & (offs_v != tl.load(banned_ptr + i))
@@ -122,8 +122,6 @@ def _mixture_accept_tile_kernel(
                 tl.store(critical_ptr + offset, 0.0)
         else:
             mask_y = offs_v < verifier_vocab
-            if not CRITICAL:
-                mask_y = mask_y & (weight != 1.0)
             verifier_ptr += row * stride_verifier_row
             y = tl.load(verifier_ptr + offs_v, mask=mask_y, other=float("-inf")).to(tl.float32)
             inverse = inverse_temperature
@@ -240,7 +238,8 @@ def _mixture_accept_sparse_kernel(
                 inverse, _ = inverse_of(tl.load(temperature_ptr + row))
             scores = _mix(x, y, weight) * inverse + noise
             # A mixture of 0 looks at ids that are in no list.
-            _store_best(score_ptr, id_ptr, offset, scores, ids, inside & (weight != 0.0))
+            counts = offs_c < tl.where(weight == 0.0, 0, size)
+            _store_best(score_ptr, id_ptr, offset, scores, ids, counts)
             if CRITICAL:
                 y_token = tl.sum(token_sums, 0)
                 if HAS_BIAS:

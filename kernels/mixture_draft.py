@@ -144,10 +144,11 @@ def _mixture_draft_kernel(
     ids_ptr += row * CAPACITY
     values_ptr += row * CAPACITY
     noise_ptr += row * CAPACITY
-    inverse = inverse_temperature
-    noisy = inverse_temperature > 0.0
+    inverse = tl.full((), inverse_temperature, tl.float32)
+    noisy = inverse > 0.0
     if HAS_TEMPERATURES:
         inverse, noisy = inverse_of(tl.load(temperature_ptr + row))
+    top_p = tl.full((), top_p, tl.float32)
     if HAS_TOP_PS:
         top_p = tl.load(top_p_ptr + row)
     filtered = noisy & (top_p > 0.0) & (top_p < 1.0)
@@ -232,7 +233,8 @@ def _mixture_draft_kernel(
         tl.store(ids_ptr + slots, tl.zeros((CAPACITY_BLOCK,), tl.int32), mask=blank)
         tl.store(values_ptr + slots, float("-inf"), mask=blank)
         tl.store(noise_ptr + slots, 0.0, mask=blank)
-    logsumexp = tl.where(usable, best * inverse + tl.log(total), float("-inf"))
+    log_total = tl.log(tl.where(usable, total, 1.0))
+    logsumexp = tl.where(usable, best * inverse + log_total, float("-inf"))
     nan = float("nan")
     tl.store(token_ptr + row, token.to(tl.int64))
     tl.store(logsumexp_ptr + row, tl.where(poisoned, nan, logsumexp))
