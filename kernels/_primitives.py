@@ -56,6 +56,26 @@ def gumbel(word):
 
 
 @triton.jit
+def quad_gumbel(quads, position, request, draw, seed_lo, seed_hi):
+    """``gumbel`` of the ids ``4 * quads + [0, 4)``: four times as many along the last dimension.
+
+    One call of the generator serves four neighbouring ids; the other words broadcast.
+    """
+    word_0, word_1, word_2, word_3 = philox(quads, position, request, draw, seed_lo, seed_hi)
+    return gumbel(tl.interleave(tl.interleave(word_0, word_2), tl.interleave(word_1, word_3)))
+
+
+@triton.jit
+def id_gumbel(ids, position, request, draw, seed_lo, seed_hi):
+    """``gumbel`` of single vocabulary ids; the other words broadcast."""
+    word_0, word_1, word_2, word_3 = philox(ids >> 2, position, request, draw, seed_lo, seed_hi)
+    lane = ids & 3
+    return gumbel(
+        tl.where(lane < 2, tl.where(lane == 0, word_0, word_1), tl.where(lane == 2, word_2, word_3))
+    )
+
+
+@triton.jit
 def _split(x):
     """``exponent, f`` with ``x = 2^exponent * (1 + f)`` and ``1 + f`` in [sqrt(1/2), sqrt(2))."""
     SQRT_HALF: tl.constexpr = 0x3F3504F3

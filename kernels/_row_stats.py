@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._primitives import gumbel, philox
+from ._primitives import quad_gumbel
 
 MAX_TILES = 2048
 
@@ -87,13 +87,10 @@ def tile_statistics(
         position = tl.load(counter_ptrs, mask=mask_r, other=0)
         request = tl.load(counter_ptrs + stride_counter_word, mask=mask_r, other=0)
         draw = tl.load(counter_ptrs + 2 * stride_counter_word, mask=mask_r, other=0)
-        # One call of the generator serves four neighbouring ids.
         quads = first // 4 + tl.arange(0, BLOCK_V // 4)[None, :]
-        word_0, word_1, word_2, word_3 = philox(
+        noise = quad_gumbel(
             quads, position[:, None], request[:, None], draw[:, None], seed_lo, seed_hi
         )
-        words = tl.interleave(tl.interleave(word_0, word_2), tl.interleave(word_1, word_3))
-        noise = gumbel(words)
         if HAS_TEMPERATURES:
             noise = tl.where(noisy[:, None], noise, 0.0)
         scores = scaled + noise
@@ -230,8 +227,8 @@ def options(
         "banned_ptr": unused if banned is None else banned,
         "inverse_temperature": 1 / temperature if sampled and temperature else 1.0,
         "softcap": 1.0 if softcap is None else softcap,
-        "seed_lo": _signed_word(seed),
-        "seed_hi": _signed_word(seed >> 32),
+        "seed_lo": signed_word(seed),
+        "seed_hi": signed_word(seed >> 32),
         "stride_counter_row": 0 if noise is None else noise.stride(0),
         "stride_counter_word": 0 if noise is None else noise.stride(1),
         "N_BANNED": 0 if banned is None else banned.shape[0],
@@ -267,6 +264,6 @@ def merge(values: torch.Tensor, ids: torch.Tensor, block_r: int) -> tuple[torch.
     return token, *statistics
 
 
-def _signed_word(number: int) -> int:
+def signed_word(number: int) -> int:
     """The low 32 bits as a signed number, which is what Triton passes as an int32."""
     return ((number & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000

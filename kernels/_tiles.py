@@ -191,3 +191,44 @@ def attention_splits(
 
 # commit_branch: window rows of a program, num_warps.
 COMMIT_BRANCH = (8, 4)
+
+
+class DraftTile(NamedTuple):
+    """One program of ``mixture_draft``, a row: ids read at a time, drawn for at a time, noted."""
+
+    block_v: int
+    block_n: int
+    scratch: int
+    num_warps: int
+
+
+# mixture_draft: the scratch holds what may be in a nucleus, beyond it the row is read again.
+MIXTURE_DRAFT = DraftTile(4096, 2048, 8192, 16)
+MIXTURE_DRAFT_INTERPRETER = DraftTile(1024, 1024, 64, 4)
+
+
+def mixture_draft_tile(device: torch.device) -> DraftTile:
+    """The tile of ``mixture_draft``."""
+    return MIXTURE_DRAFT_INTERPRETER if arch(device) == INTERPRETER else MIXTURE_DRAFT
+
+
+class AcceptTile(NamedTuple):
+    """One program of ``mixture_accept``: ids, or candidates of a list and columns of the head."""
+
+    block_v: int
+    block_c: int
+    block_h: int
+    num_warps: int
+
+
+# mixture_accept: like vocab_stats; of the head so many rows and columns are read at a time.
+MIXTURE_ACCEPT = AcceptTile(4096, 16, 128, 4)
+MIXTURE_ACCEPT_INTERPRETER = AcceptTile(1024, 32, 128, 4)
+
+# Rows that are joined at a time, num_warps.
+MIXTURE_ACCEPT_SCAN = (16, 4)
+
+
+def mixture_accept_tile(device: torch.device) -> AcceptTile:
+    """The tile of ``mixture_accept``."""
+    return MIXTURE_ACCEPT_INTERPRETER if arch(device) == INTERPRETER else MIXTURE_ACCEPT

@@ -22,11 +22,11 @@ from ._row_stats import (
 )
 
 # The highest bits of an fp32 number that a number of the dtype can have set, sign included.
-_KEY_BITS = {torch.float32: 32, torch.float16: 20, torch.bfloat16: 16}
+KEY_BITS = {torch.float32: 32, torch.float16: 20, torch.bfloat16: 16}
 
 
 @triton.jit
-def _load_keys(row_ptr, banned_ptr, start, vocab, N_BANNED: tl.constexpr, BLOCK_V: tl.constexpr):
+def load_keys(row_ptr, banned_ptr, start, vocab, N_BANNED: tl.constexpr, BLOCK_V: tl.constexpr):
     """A piece of a row, banned ids -inf, and unsigned integers that sort like its numbers."""
     offs_v = start + tl.arange(0, BLOCK_V)
     x = tl.load(row_ptr + offs_v, mask=offs_v < vocab, other=float("-inf")).to(tl.float32)
@@ -76,7 +76,7 @@ def _vocab_stats_cut_kernel(
             inverse, noisy = inverse_of(tl.load(temperature_ptr + row))
         best = tl.full((BLOCK_V,), float("-inf"), tl.float32)
         for start in range(0, vocab, BLOCK_V):
-            x, key, inside = _load_keys(row_ptr, banned_ptr, start, vocab, N_BANNED, BLOCK_V)
+            x, key, inside = load_keys(row_ptr, banned_ptr, start, vocab, N_BANNED, BLOCK_V)
             best = tl.maximum(best, x)
         best = tl.max(best, 0)
         if HAS_SOFTCAP:
@@ -97,7 +97,7 @@ def _vocab_stats_cut_kernel(
             mass_2 = tl.zeros((BLOCK_V,), tl.float32)
             mass_3 = tl.zeros((BLOCK_V,), tl.float32)
             for start in range(0, vocab, BLOCK_V):
-                x, key, inside = _load_keys(row_ptr, banned_ptr, start, vocab, N_BANNED, BLOCK_V)
+                x, key, inside = load_keys(row_ptr, banned_ptr, start, vocab, N_BANNED, BLOCK_V)
                 if HAS_TOP_K:
                     counts_1 += (inside & (key >= by_count + unit)).to(tl.int32)
                     counts_2 += (inside & (key >= by_count + unit * 2)).to(tl.int32)
@@ -212,7 +212,7 @@ def supports(
 ) -> str | None:
     """None if the kernel can run this call, otherwise why not."""
     vocab = logits.shape[1]
-    if logits.dtype not in _KEY_BITS:
+    if logits.dtype not in KEY_BITS:
         return f"the kernel takes fp32, fp16 and bf16, got {logits.dtype}"
     if vocab > 1 and logits.stride(1) != 1:
         return f"logits must be rows of contiguous elements, got strides {logits.stride()}"
@@ -296,7 +296,7 @@ def _launch_cut(common: dict, top_k: int | None, top_p: float | None) -> torch.T
         top_p=1.0 if top_p is None else top_p,
         HAS_TOP_K=top_k is not None,
         HAS_TOP_P=top_p is not None,
-        BITS=_KEY_BITS[logits.dtype],
+        BITS=KEY_BITS[logits.dtype],
         BLOCK_V=tile.block_v,
         num_warps=tile.num_warps,
         enable_fp_fusion=True,

@@ -7,10 +7,12 @@ from typing import Any
 from pydllm import metrics, ops
 from pydllm._backend.errors import BackendError, CheckpointError, PydllmError
 from pydllm.decoding import (
+    APD,
     EntropyBound,
     Factor,
     FreeDave,
     Generation,
+    LeftToRight,
     Static,
     Step,
     Threshold,
@@ -21,12 +23,14 @@ from pydllm.models import load
 __version__ = "0.1.0"
 
 __all__ = [
+    "APD",
     "BackendError",
     "CheckpointError",
     "EntropyBound",
     "Factor",
     "FreeDave",
     "Generation",
+    "LeftToRight",
     "PydllmError",
     "Static",
     "Step",

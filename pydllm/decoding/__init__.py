@@ -1,14 +1,17 @@
 """Decoding algorithms and the loop they share; they know models only through the protocol."""
 
+from pydllm.decoding.apd import APD, LeftToRight
 from pydllm.decoding.freedave import FreeDave
 from pydllm.decoding.generation import Generation, Step, generate
 from pydllm.decoding.static import EntropyBound, Factor, Static, Threshold
 
 __all__ = [
+    "APD",
     "EntropyBound",
     "Factor",
     "FreeDave",
     "Generation",
+    "LeftToRight",
     "Static",
     "Step",
     "Threshold",

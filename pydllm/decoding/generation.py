@@ -43,6 +43,8 @@ class Generation:
         step_map: ``(B, max_new_tokens)`` int64, index of the forward whose result wrote the
             position, -1 for what was filled after an end of sequence.
         text: the new text of each sequence, where the model has a tokenizer.
+        verifier_nfe: ``(B,)`` int64, forwards of the verifier in which the sequence took part; None
+            for algorithms without one.
     """
 
     sequences: list[Tensor]
@@ -50,6 +52,7 @@ class Generation:
     tokens_per_forward: Tensor
     step_map: Tensor
     text: list[str] | None
+    verifier_nfe: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class Request:
     prompt_length: Tensor
     request_id: Tensor
     max_new_tokens: int
-    temperature: float
+    temperature: float | Tensor  # (B,) fp32 on the device, where each prompt has its own
     seed: int
     backend: str | None
     on_step: Callable[[Step], None] | None
@@ -81,6 +84,7 @@ class Decoded:
     x: Tensor
     step_map: Tensor
     nfe: Tensor
+    verifier_nfe: Tensor | None = None
 
 
 class Algorithm(Protocol):
@@ -100,7 +104,7 @@ def generate(
     algorithm: Algorithm,
     *,
     max_new_tokens: int,
-    temperature: float = 0.0,
+    temperature: float | Sequence[float] = 0.0,
     seed: int = 0,
     request_ids: Sequence[int] | None = None,
     backend: str | None = None,
@@ -114,7 +118,7 @@ def generate(
         algorithm: ``Static(...)``, ``Threshold(...)``, ``Factor(...)``, ``EntropyBound(...)``.
         max_new_tokens: length of every generation region, in tokens.
         temperature: 0 takes the arg-max; above, tokens are drawn from
-            softmax(logits / temperature).
+            softmax(logits / temperature). Or a list with one a prompt.
         seed: of the noise, in [0, 2^64). A prompt's noise depends on the seed, its request id, the
             position and the number of tokens decoded before, and on nothing else in the batch.
         request_ids: the prompts' ids in the noise key, int32; default 0, 1, 2, ...
@@ -139,8 +143,11 @@ def generate(
     ids = encode_prompts(model, prompts)
     if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: expected an int of at least 1, got {max_new_tokens!r}")
-    if not 0.0 <= temperature < float("inf"):
+    temperatures = [temperature] if isinstance(temperature, int | float) else list(temperature)
+    if not all(0.0 <= each < float("inf") for each in temperatures):
         raise ValueError(f"temperature: expected a number of at least 0, got {temperature}")
+    if not isinstance(temperature, int | float) and len(temperatures) != len(ids):
+        raise ValueError(f"temperature: expected {len(ids)}, one a prompt, got {temperature}")
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed: expected an int in [0, 2^64), got {seed}")
     request_ids = range(len(ids)) if request_ids is None else request_ids
@@ -169,7 +176,9 @@ def generate(
         prompt_length=torch.tensor(lengths, dtype=torch.int32, device=device),
         request_id=torch.tensor(list(request_ids), dtype=torch.int32, device=device),
         max_new_tokens=max_new_tokens,
-        temperature=float(temperature),
+        temperature=float(temperature)
+        if isinstance(temperature, int | float)
+        else torch.tensor(temperatures, dtype=torch.float32, device=device),
         seed=seed,
         backend=backend,
         on_step=on_step,
@@ -231,6 +240,7 @@ def _collect(
 ) -> Generation:
     results = (decoded.x, decoded.step_map, decoded.nfe)
     x, step_map, nfe = (result.to("cpu", torch.int64) for result in results)
+    verifier_nfe = decoded.verifier_nfe
     new = [slice(n, n + max_new_tokens) for n in prompt_lengths]
     answers = torch.stack([x[row, part] for row, part in enumerate(new)])
     ends = torch.isin(answers, torch.tensor(model.spec.eos_ids, dtype=torch.int64))
@@ -246,4 +256,5 @@ def _collect(
         tokens_per_forward=counted / nfe.clamp(min=1),
         step_map=torch.stack([step_map[row, part] for row, part in enumerate(new)]),
         text=text,
+        verifier_nfe=None if verifier_nfe is None else verifier_nfe.to("cpu", torch.int64),
     )

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -122,9 +122,9 @@ class State:
     def copy(self) -> State:
         return State(**{name: value.clone() for name, value in vars(self).items()})
 
-    def keep(self, rows: Tensor) -> State:
+    def keep(self, rows: Tensor) -> Self:
         """The state of some of its rows, copied."""
-        return State(**{name: value[rows] for name, value in vars(self).items()})
+        return type(self)(**{name: value[rows] for name, value in vars(self).items()})
 
     def write_back(self, target: State) -> None:
         """Copy the rows into the state of the whole request, unless this is that state."""
@@ -193,6 +193,13 @@ def select_rows(model: Model, hidden: Tensor, start: Tensor, selection: Selectio
     return hidden.gather(1, index.long()[..., None].expand(-1, -1, hidden.shape[-1]))
 
 
+def row_temperatures(request: Request, state: State, width: int) -> float | Tensor:
+    """The temperature, or one for each of ``width`` rows of every sequence, ``(b * width,)``."""
+    if not isinstance(request.temperature, Tensor):
+        return request.temperature
+    return request.temperature[state.rows].repeat_interleave(width)
+
+
 def statistics(
     request: Request,
     state: State,
@@ -213,8 +220,8 @@ def statistics(
     offsets = torch.arange(width, device=hidden.device)
     position = selection.start[:, None] + offsets
     rows = hidden.reshape(-1, size)
-    counter = None
-    if request.temperature > 0:
+    counter, temperature = None, row_temperatures(request, state, width)
+    if isinstance(temperature, Tensor) or temperature > 0:
         last = state.decoded if draw is None else draw
         words = (t[:, None].expand(-1, width) for t in (state.request_id, last))
         counter = torch.stack((position.int(), *words), -1).reshape(-1, 3)
@@ -224,10 +231,11 @@ def statistics(
         masked = state.x.gather(1, inside).eq(request.mask_id)
         live = (masked & (offsets < selection.length[:, None])).flatten().nonzero().squeeze(1)
         counter = None if counter is None else counter[live]
+        temperature = temperature[live] if isinstance(temperature, Tensor) else temperature
     stats = request.model.head_stats(
         rows,
         live,
-        temperature=request.temperature,
+        temperature=temperature,
         seed=request.seed,
         counter=counter,
         banned=banned,
@@ -297,8 +305,11 @@ def write(
     return unmasked
 
 
-def finish_block(state: State, request: Request, start: Tensor, length: int) -> Tensor:
-    """Fill behind an end of sequence in the block; returns which sequences are done ``(b,)``."""
+def finish_block(state: State, request: Request, start: Tensor, length: int | Tensor) -> Tensor:
+    """Fill behind an end of sequence in the block; returns which sequences are done ``(b,)``.
+
+    ``length`` is one number or ``(b, 1)``.
+    """
     eos_ids = request.model.spec.eos_ids
     total = state.prompt_length + request.max_new_tokens
     if not eos_ids:

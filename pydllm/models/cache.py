@@ -61,6 +61,13 @@ class StaticCache:
         return StaticCache(self.keys[:, :batch], self.values[:, :batch])
 
     def take(self, rows: Sequence[int]) -> StaticCache:
-        """Those rows, copied into a cache of their own."""
-        index = torch.tensor(rows, dtype=torch.int64, device=self.keys.device)
-        return StaticCache(self.keys[:, index], self.values[:, index])
+        """Row i becomes what row ``rows[i]`` was, in place; a view of these rows.
+
+        Only rows that change their place are copied. The rows behind mean nothing afterwards.
+        """
+        moved = [(to, row) for to, row in enumerate(rows) if to != row]
+        if moved:
+            to, source = torch.tensor(moved, device=self.keys.device).T
+            for tensor in (self.keys, self.values):
+                tensor[:, to] = tensor[:, source]
+        return self.first(len(rows))

@@ -2,6 +2,8 @@
 
 from pydllm.ops.commit_branch import commit_branch
 from pydllm.ops.head_stats import StatsPartial, head_stats, head_stats_partial, merge_stats
+from pydllm.ops.mixture_accept import Accepted, mixture_accept, mixture_accept_sparse
+from pydllm.ops.mixture_draft import Candidates, Draft, mixture_draft, round_counter
 from pydllm.ops.rms_norm import rms_norm
 from pydllm.ops.swiglu import swiglu
 from pydllm.ops.unmask import Unmasked, unmask
@@ -9,6 +11,9 @@ from pydllm.ops.vocab_stats import VocabStats, vocab_stats
 from pydllm.ops.window_attention import window_attention
 
 __all__ = [
+    "Accepted",
+    "Candidates",
+    "Draft",
     "StatsPartial",
     "Unmasked",
     "VocabStats",
@@ -16,7 +21,11 @@ __all__ = [
     "head_stats",
     "head_stats_partial",
     "merge_stats",
+    "mixture_accept",
+    "mixture_accept_sparse",
+    "mixture_draft",
     "rms_norm",
+    "round_counter",
     "swiglu",
     "unmask",
     "vocab_stats",

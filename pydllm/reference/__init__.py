@@ -2,6 +2,8 @@
 
 from pydllm.reference.commit_branch import commit_branch
 from pydllm.reference.head_stats import head_stats, head_stats_partial, merge_stats
+from pydllm.reference.mixture_accept import mixture_accept, mixture_accept_sparse
+from pydllm.reference.mixture_draft import mixture_draft
 from pydllm.reference.rms_norm import rms_norm
 from pydllm.reference.swiglu import swiglu
 from pydllm.reference.unmask import unmask
@@ -13,6 +15,9 @@ __all__ = [
     "head_stats",
     "head_stats_partial",
     "merge_stats",
+    "mixture_accept",
+    "mixture_accept_sparse",
+    "mixture_draft",
     "rms_norm",
     "swiglu",
     "unmask",

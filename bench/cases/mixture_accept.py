@@ -1,0 +1,161 @@
+"""``mixture_accept`` at the vocabularies of Dream-7B and Qwen2.5-0.5B, dense and sparse.
+
+A name says the form, the sequences and the rows of each. The published arithmetic mixes all
+logits; the sparse form reads the verifier's head where the draft's nucleus is, and its baseline is
+the whole head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cases import mixture_draft
+from pydllm import ops
+from pydllm._backend.errors import BackendError
+from pydllm.testing import random_normal
+
+VERIFIER_VOCAB, WIDTH = 151936, 896  # Qwen2.5-0.5B
+SHAPES = {
+    f"{form}-{batch}x{rows}": {"form": form, "batch": batch, "rows": rows}
+    for form in ("dense", "sparse")
+    for batch, rows in ((1, 64), (4, 64))
+}
+_SHARED = ("temperature", "length", "mixture")
+
+
+def make(
+    dtype: torch.dtype,
+    device: str,
+    *,
+    form: str,
+    batch: int,
+    rows: int,
+    vocab: int = VERIFIER_VOCAB,
+) -> dict[str, object]:
+    """Verifier logits that agree with the draft model in most rows."""
+    inputs = mixture_draft.make(dtype, device, rows=batch * rows, temperature=0.2, vocab=vocab)
+    found = ops.mixture_draft(inputs.pop("logits"), **inputs, backend="torch")
+    logits = mixture_draft.make(dtype, device, rows=batch * rows, temperature=0.2, vocab=vocab)
+    hidden = random_normal(batch * rows, WIDTH, seed=2, dtype=dtype, device=device)
+    return inputs | {
+        "form": form,
+        "logits": logits["logits"],
+        "hidden": hidden,
+        "weight": random_normal(vocab, WIDTH, seed=3, dtype=dtype, device=device) / 30,
+        "token": found.token,
+        "threshold": found.threshold,
+        **{f"list {name}": field for name, field in found.candidates._asdict().items()},
+        "length": torch.full((batch,), rows, dtype=torch.int32, device=device),
+        "mixture": 0.7,
+    }
+
+
+def _verifier_logits(inputs: dict[str, object]) -> Tensor:
+    return F.linear(inputs["hidden"], inputs["weight"])
+
+
+def call(inputs: dict[str, object], backend: str) -> tuple[Tensor, ...]:
+    options = {name: inputs[name] for name in _SHARED}
+    if inputs["form"] == "sparse":
+        fields = (inputs[f"list {name}"] for name in ops.Candidates._fields)
+        operands = (ops.Candidates(*fields), inputs["hidden"], inputs["weight"], inputs["token"])
+        return ops.mixture_accept_sparse(*operands, **options, backend=backend)[:2]
+    options |= {name: inputs[name] for name in ("counter", "banned", "shared_vocab", "threshold")}
+    logits = (inputs["logits"], _verifier_logits(inputs))
+    return ops.mixture_accept(*logits, inputs["token"], **options, backend=backend)[:2]
+
+
+def _published() -> Callable[[dict[str, object]], Tensor]:
+    """Arg-max of the mixture in the dtype of the logits, compared on the host."""
+
+    def run(inputs: dict[str, object]) -> Tensor:
+        verifier = _verifier_logits(inputs)[:, : inputs["shared_vocab"]]
+        logits = inputs["logits"][:, : inputs["shared_vocab"]]
+        weight = inputs["mixture"]
+        target = (weight * logits + (1 - weight) * verifier).argmax(-1)
+        same = (target == inputs["token"]).view(len(inputs["length"]), -1).int()
+        same[:, 0] = 1
+        for run_of_one in same.cumprod(1).sum(1):
+            run_of_one.item()
+        # Its rule is another one: there is nothing to compare.
+        return target.new_empty(0).double()
+
+    return run
+
+
+def _dense() -> Callable[[dict[str, object]], tuple[Tensor, ...]]:
+    def run(inputs: dict[str, object]) -> tuple[Tensor, ...]:
+        if inputs["form"] == "dense":
+            raise BackendError("is the dense form itself")
+        return call(inputs | {"form": "dense"}, "auto")
+
+    return run
+
+
+BASELINES = {"published": _published, "dense form": _dense}
+
+
+def bytes_moved(inputs: dict[str, object]) -> int:
+    """Dense: the head, and both logits once; sparse: the head's rows of all candidates."""
+    size, width = inputs["weight"].element_size(), inputs["weight"].shape[1]
+    if inputs["form"] == "sparse":
+        return int(inputs["list size"].sum()) * (width * size + 12)
+    rows = len(inputs["token"])
+    logits = 2 * rows * inputs["shared_vocab"] * size
+    return logits + inputs["weight"].numel() * size
+
+
+def launches() -> Iterator[tuple[str, Callable[[], object]]]:
+    from pydllm.kernels import mixture_accept as kernel
+
+    def meta(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    token, length = meta(256, dtype=torch.int64), meta(4)
+    each, weights = meta(256, dtype=torch.float32), meta(4, dtype=torch.float32)
+    counter, banned = meta(256, 3), meta(1)
+    shared = mixture_draft.SHARED
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        logits = (
+            meta(256, mixture_draft.VOCAB, dtype=dtype),
+            meta(256, VERIFIER_VOCAB, dtype=dtype),
+        )
+        for name, options in {
+            "nucleus": (0.7, None, each, 0.2, None, 5, counter, banned, shared, True, False, False),
+            "each row": (
+                0.0,
+                weights,
+                each,
+                0.0,
+                each,
+                5,
+                counter,
+                None,
+                shared,
+                True,
+                False,
+                True,
+            ),
+            "greedy": (0.7, None, None, 0.0, None, 5, None, banned, shared, False, True, False),
+        }.items():
+            arguments = (*logits, token, length, *options)
+            yield f"{dtype} {name}", lambda arguments=arguments: kernel.mixture_accept(*arguments)
+        for capacity, critical in ((128, False), (100, True), (1024, True)):
+            lists = (
+                meta(256, capacity),
+                *(meta(256, capacity, dtype=torch.float32),) * 2,
+                meta(256),
+            )
+            hidden, head = meta(256, WIDTH, dtype=dtype), meta(VERIFIER_VOCAB, WIDTH, dtype=dtype)
+            bias = head[:, 0].clone() if critical else None
+            rest = (0.7, weights if critical else None, 0.2, each if critical else None)
+            arguments = (*lists, hidden, head, bias, token, length, *rest)
+            arguments = (*arguments, 30.0 if critical else None, True, critical)
+            yield (
+                f"{dtype} sparse {capacity}",
+                lambda arguments=arguments: kernel.mixture_accept_sparse(*arguments),
+            )

@@ -1,0 +1,498 @@
+"""Targets of a mixture and the leading run of drafts that they equal.
+
+A program takes a piece of a row, of the vocabulary or of a list of candidates, and leaves its best
+behind; then one program a sequence joins the pieces, row by row, and looks for the first mismatch.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from . import _tiles
+from ._primitives import id_gumbel, quad_gumbel
+from ._row_stats import cap, inverse_of, signed_word
+
+_NO_ID = tl.constexpr(2**31 - 1)
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@triton.jit
+def _mix(x, y, weight):
+    """``weight * x + (1 - weight) * y``, such that equal numbers give that number."""
+    mix = y + weight * (x - y)
+    mix = tl.where((x == float("-inf")) | (y == float("-inf")), float("-inf"), mix)
+    return tl.where(weight == 1.0, x, tl.where(weight == 0.0, y, mix))
+
+
+@triton.jit
+def _weight_of(mixture_ptr, sequence, mixture, HAS_MIXTURES: tl.constexpr):
+    weight = tl.full((), mixture, tl.float32)
+    if HAS_MIXTURES:
+        weight = tl.load(mixture_ptr + sequence)
+        weight = tl.where((weight >= 0.0) & (weight <= 1.0), weight, float("nan"))
+    return weight
+
+
+@triton.jit
+def _store_best(score_ptr, id_ptr, offset, scores, ids, inside):
+    """The best of a piece, of the ids inside; a NaN for what has no distribution."""
+    scores = tl.where(inside, scores, float("-inf"))
+    best = tl.max(scores, 0)
+    poisoned = tl.max((inside & ((scores < float("inf")) == 0)).to(tl.int32), 0)
+    chosen = tl.min(tl.where(scores == best, ids, _NO_ID), 0)
+    tl.store(score_ptr + offset, tl.where(poisoned != 0, float("nan"), best))
+    tl.store(id_ptr + offset, chosen)
+
+
+@triton.jit
+def _critical(x, y, noise, x_chosen, y_chosen, noise_chosen, inverse, compared):
+    """The smallest weight at which none of the ids compared is ahead of the chosen one."""
+    ahead = (x_chosen * inverse + noise_chosen) - (x * inverse + noise)
+    need = (y * inverse + noise) - (y_chosen * inverse + noise_chosen)
+    ratio = tl.where(compared & (need > 0.0), need / (ahead + need), 0.0)
+    return tl.where(y_chosen == float("-inf"), 1.0, tl.max(ratio, 0))
+
+
+# A new batch, seed or mixture must not compile the kernel again.
+@triton.jit(do_not_specialize=["rows", "shared", "tiles", "seed_lo", "seed_hi"])
+def _mixture_accept_tile_kernel(
+    # pointers
+    score_ptr,  # (R, tiles) fp32
+    id_ptr,  # (R, tiles) int32
+    critical_ptr,  # (R, tiles) fp32
+    logits_ptr,  # (R, vocab)
+    verifier_ptr,  # (R, verifier_vocab)
+    token_ptr,  # (R,) int64
+    length_ptr,  # (R / rows,)
+    mixture_ptr,  # (R / rows,)
+    threshold_ptr,  # (R,)
+    temperature_ptr,  # (R,)
+    counter_ptr,  # (R, 3)
+    banned_ptr,  # (N_BANNED,)
+    # sizes
+    rows,  # of a sequence
+    vocab,
+    verifier_vocab,
+    shared,
+    tiles,
+    mixture,
+    inverse_temperature,
+    seed_lo,
+    seed_hi,
+    # strides
+    stride_logits_row,
+    stride_verifier_row,
+    stride_counter_row,
+    stride_counter_word,
+    # constexprs
+    N_BANNED: tl.constexpr,
+    HAS_MIXTURES: tl.constexpr,
+    HAS_THRESHOLD: tl.constexpr,
+    HAS_TEMPERATURES: tl.constexpr,
+    SAMPLED: tl.constexpr,
+    CRITICAL: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    row = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = tl.program_id(0) % tiles
+    sequence = row // rows
+    if row % rows < tl.load(length_ptr + sequence):
+        weight = _weight_of(mixture_ptr, sequence, mixture, HAS_MIXTURES)
+        offs_v = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+        # The rows' own ends in the masks keep loads wide where the shared ids end at any number.
+        if not CRITICAL:
+            vocab = tl.where(weight == 0.0, 0, vocab)
+            verifier_vocab = tl.where(weight == 1.0, 0, verifier_vocab)
+        logits_ptr += row * stride_logits_row
+        x = tl.load(logits_ptr + offs_v, mask=offs_v < vocab, other=float("-inf")).to(tl.float32)
+        inside = offs_v < shared
+        for i in tl.static_range(N_BANNED):
+            inside = inside & (offs_v != tl.load(banned_ptr + i))
+        nucleus = inside
+        if HAS_THRESHOLD:
+            nucleus = inside & ((x < tl.load(threshold_ptr + row)) == 0)
+            inside = tl.where(weight == 0.0, inside, nucleus)
+        offset = row * tiles + tile
+        if tl.max(inside.to(tl.int32), 0) == 0:
+            tl.store(score_ptr + offset, float("-inf"))
+            tl.store(id_ptr + offset, _NO_ID)
+            if CRITICAL:
+                tl.store(critical_ptr + offset, 0.0)
+        else:
+            mask_y = offs_v < verifier_vocab
+            verifier_ptr += row * stride_verifier_row
+            y = tl.load(verifier_ptr + offs_v, mask=mask_y, other=float("-inf")).to(tl.float32)
+            inverse = inverse_temperature
+            noise = tl.zeros((BLOCK_V,), tl.float32)
+            if SAMPLED:
+                counter_ptr += row * stride_counter_row
+                position = tl.load(counter_ptr)
+                request = tl.load(counter_ptr + stride_counter_word)
+                draw = tl.load(counter_ptr + 2 * stride_counter_word)
+                quads = tile * (BLOCK_V // 4) + tl.arange(0, BLOCK_V // 4)
+                noise = quad_gumbel(quads, position, request, draw, seed_lo, seed_hi)
+                if HAS_TEMPERATURES:
+                    inverse, noisy = inverse_of(tl.load(temperature_ptr + row))
+                    noise = tl.where(noisy, noise, 0.0)
+            scores = _mix(x, y, weight) * inverse + noise
+            _store_best(score_ptr, id_ptr, offset, scores, offs_v, inside)
+            if CRITICAL:
+                token = tl.load(token_ptr + row)
+                known = (token >= 0) & (token < shared)
+                token = tl.where(known, token, 0)
+                x_token = tl.load(logits_ptr + token).to(tl.float32)
+                y_token = tl.load(verifier_ptr + token).to(tl.float32)
+                noise_token = 0.0
+                if SAMPLED:
+                    noise_token = id_gumbel(token, position, request, draw, seed_lo, seed_hi)
+                    if HAS_TEMPERATURES:
+                        noise_token = tl.where(noisy, noise_token, 0.0)
+                compared = nucleus & (x > float("-inf")) & (offs_v != token)
+                least = _critical(x, y, noise, x_token, y_token, noise_token, inverse, compared)
+                tl.store(critical_ptr + offset, least)
+
+
+@triton.jit(do_not_specialize=["rows", "tiles"])
+def _mixture_accept_sparse_kernel(
+    # pointers
+    score_ptr,  # (R, tiles) fp32
+    id_ptr,  # (R, tiles) int32
+    critical_ptr,  # (R, tiles) fp32
+    ids_ptr,  # (R, CAPACITY) int32
+    values_ptr,  # (R, CAPACITY) fp32
+    noise_ptr,  # (R, CAPACITY) fp32
+    size_ptr,  # (R,)
+    hidden_ptr,  # (R, width)
+    head_ptr,  # (vocab, width)
+    bias_ptr,  # (vocab,)
+    token_ptr,  # (R,) int64
+    length_ptr,  # (R / rows,)
+    mixture_ptr,  # (R / rows,)
+    temperature_ptr,  # (R,)
+    # sizes
+    rows,  # of a sequence
+    width,
+    tiles,
+    mixture,
+    inverse_temperature,
+    softcap,
+    # strides
+    stride_hidden_row,
+    stride_head_row,
+    # constexprs
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_MIXTURES: tl.constexpr,
+    HAS_TEMPERATURES: tl.constexpr,
+    CRITICAL: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    CAPACITY_BLOCK: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    row = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = tl.program_id(0) % tiles
+    sequence = row // rows
+    if row % rows < tl.load(length_ptr + sequence):
+        weight = _weight_of(mixture_ptr, sequence, mixture, HAS_MIXTURES)
+        size = tl.load(size_ptr + row)
+        offset = row * tiles + tile
+        offs_c = tile * BLOCK_C + tl.arange(0, BLOCK_C)
+        inside = offs_c < size
+        if tile * BLOCK_C >= size:
+            tl.store(score_ptr + offset, float("-inf"))
+            tl.store(id_ptr + offset, _NO_ID)
+            if CRITICAL:
+                tl.store(critical_ptr + offset, tl.where(size == 0, float("inf"), 0.0))
+        else:
+            ids = tl.load(ids_ptr + row * CAPACITY + offs_c, mask=inside, other=0)
+            x = tl.load(values_ptr + row * CAPACITY + offs_c, mask=inside, other=float("-inf"))
+            noise = tl.load(noise_ptr + row * CAPACITY + offs_c, mask=inside, other=0.0)
+            hidden_ptr += row * stride_hidden_row
+            head_ptrs = head_ptr + ids.to(tl.int64)[:, None] * stride_head_row
+            token = tl.load(token_ptr + row)
+            token_ptrs = head_ptr + token * stride_head_row
+            sums = tl.zeros((BLOCK_C, BLOCK_H), tl.float32)
+            token_sums = tl.zeros((BLOCK_H,), tl.float32)
+            for start in range(0, width, BLOCK_H):
+                offs_h = start + tl.arange(0, BLOCK_H)
+                mask_h = offs_h < width
+                h = tl.load(hidden_ptr + offs_h, mask=mask_h, other=0.0).to(tl.float32)
+                # [BLOCK_C, BLOCK_H]
+                w = tl.load(
+                    head_ptrs + offs_h[None, :], mask=inside[:, None] & mask_h[None, :], other=0.0
+                )
+                sums += w.to(tl.float32) * h[None, :]
+                if CRITICAL:
+                    w = tl.load(token_ptrs + offs_h, mask=mask_h, other=0.0)
+                    token_sums += w.to(tl.float32) * h
+            y = tl.sum(sums, 1)
+            if HAS_BIAS:
+                y += tl.load(bias_ptr + ids, mask=inside, other=0.0).to(tl.float32)
+            if HAS_SOFTCAP:
+                y = cap(y, softcap)
+            inverse = inverse_temperature
+            if HAS_TEMPERATURES:
+                inverse, _ = inverse_of(tl.load(temperature_ptr + row))
+            scores = _mix(x, y, weight) * inverse + noise
+            # A mixture of 0 looks at ids that are in no list.
+            counts = offs_c < tl.where(weight == 0.0, 0, size)
+            _store_best(score_ptr, id_ptr, offset, scores, ids, counts)
+            if CRITICAL:
+                y_token = tl.sum(token_sums, 0)
+                if HAS_BIAS:
+                    y_token += tl.load(bias_ptr + token).to(tl.float32)
+                if HAS_SOFTCAP:
+                    y_token = cap(y_token, softcap)
+                all_c = tl.arange(0, CAPACITY_BLOCK)
+                listed = all_c < size
+                all_ids = tl.load(ids_ptr + row * CAPACITY + all_c, mask=listed, other=-1)
+                listed = listed & (all_ids == token)
+                all_x = tl.load(values_ptr + row * CAPACITY + all_c, mask=listed, other=0.0)
+                all_noise = tl.load(noise_ptr + row * CAPACITY + all_c, mask=listed, other=0.0)
+                x_token, noise_token = tl.sum(all_x, 0), tl.sum(all_noise, 0)
+                compared = inside & (ids != token)
+                least = _critical(x, y, noise, x_token, y_token, noise_token, inverse, compared)
+                tl.store(critical_ptr + offset, least)
+
+
+@triton.jit(do_not_specialize=["rows", "tiles"])
+def _mixture_accept_scan_kernel(
+    # pointers
+    accepted_ptr,  # (B,) int32
+    correction_ptr,  # (B,) int64
+    target_ptr,  # (B * rows,) int64
+    least_ptr,  # (B * rows,) fp32
+    score_ptr,  # (B * rows, tiles)
+    id_ptr,  # (B * rows, tiles)
+    critical_ptr,  # (B * rows, tiles)
+    token_ptr,  # (B * rows,)
+    length_ptr,  # (B,)
+    # sizes
+    rows,
+    tiles,
+    # constexprs
+    FIRST_FREE: tl.constexpr,
+    CRITICAL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    sequence = tl.program_id(0).to(tl.int64)
+    length = tl.minimum(tl.load(length_ptr + sequence), rows)
+    first_row = sequence * rows
+    offs_t = tl.arange(0, BLOCK_T)[None, :]
+    run = tl.maximum(length, 0)
+    correction = tl.full((), -1, tl.int64)
+    for start in range(0, rows, BLOCK_M):
+        offs_m = start + tl.arange(0, BLOCK_M)
+        used = offs_m < length
+        row = first_row + offs_m
+        # [BLOCK_M, BLOCK_T]
+        mask = used[:, None] & (offs_t < tiles)
+        pieces = row[:, None] * tiles + offs_t
+        scores = tl.load(score_ptr + pieces, mask=mask, other=float("-inf"))
+        ids = tl.load(id_ptr + pieces, mask=mask, other=_NO_ID)
+        best = tl.max(tl.where(scores == scores, scores, float("-inf")), 1)
+        chosen = tl.min(tl.where(scores == best[:, None], ids, _NO_ID), 1)
+        none = (best == float("-inf")) | (tl.max((scores != scores).to(tl.int32), 1) > 0)
+        target = tl.where(none, -1, chosen).to(tl.int64)
+        tl.store(target_ptr + row, target, mask=offs_m < rows)
+        same = (target == tl.load(token_ptr + row, mask=used, other=-1)) & (target >= 0)
+        if FIRST_FREE:
+            same = same | (offs_m == 0)
+        first = tl.min(tl.where(used & (same == 0), offs_m, _NO_ID), 0)
+        if first < run:
+            run = first
+            correction = tl.sum(tl.where(offs_m == first, target, 0), 0)
+        if CRITICAL:
+            least = tl.max(tl.load(critical_ptr + pieces, mask=mask, other=0.0), 1)
+            tl.store(least_ptr + row, least, mask=offs_m < rows)
+    tl.store(accepted_ptr + sequence, run)
+    tl.store(correction_ptr + sequence, correction)
+
+
+def supports(
+    logits: torch.Tensor, verifier: torch.Tensor, *lists: torch.Tensor | None
+) -> str | None:
+    """None if the kernel can run this call, otherwise why not."""
+    if logits.dtype not in _DTYPES:
+        return f"the kernel takes fp32, fp16 and bf16, got {logits.dtype}"
+    for matrix in (logits, verifier):
+        if matrix.shape[1] > 1 and matrix.stride(1) != 1:
+            return f"matrices must be rows of contiguous elements, got strides {matrix.stride()}"
+    for tensor in lists:
+        if tensor is not None and not tensor.is_contiguous():
+            return f"what is one entry a row must be contiguous, got strides {tensor.stride()}"
+    return None
+
+
+def mixture_accept(
+    logits: torch.Tensor,
+    verifier: torch.Tensor,
+    token: torch.Tensor,
+    length: torch.Tensor,
+    mixture: float,
+    mixtures: torch.Tensor | None,
+    threshold: torch.Tensor | None,
+    temperature: float,
+    temperatures: torch.Tensor | None,
+    seed: int,
+    counter: torch.Tensor | None,
+    banned: torch.Tensor | None,
+    shared: int,
+    first_free: bool,
+    greedy: bool,
+    critical: bool,
+) -> tuple[torch.Tensor, ...]:
+    """Launch the kernels; ``mixtures`` and ``temperatures`` are tensors that may stand for one."""
+    tile = _tiles.mixture_accept_tile(logits.device)
+    tiles = triton.cdiv(shared, tile.block_v)
+    if greedy:
+        threshold = temperatures = counter = None
+    sampled = counter is not None and (temperatures is not None or temperature > 0)
+    pieces = _Pieces(token, length, tiles, critical)
+    if token.shape[0]:
+        _mixture_accept_tile_kernel[(token.shape[0] * tiles,)](
+            **pieces.arguments(mixture, mixtures, temperature, temperatures, sampled),
+            logits_ptr=logits,
+            verifier_ptr=verifier,
+            threshold_ptr=pieces.scores if threshold is None else threshold,
+            counter_ptr=counter if sampled else length,
+            banned_ptr=length if banned is None else banned,
+            vocab=logits.shape[1],
+            verifier_vocab=verifier.shape[1],
+            shared=shared,
+            seed_lo=signed_word(seed),
+            seed_hi=signed_word(seed >> 32),
+            stride_logits_row=logits.stride(0),
+            stride_verifier_row=verifier.stride(0),
+            stride_counter_row=counter.stride(0) if sampled else 0,
+            stride_counter_word=counter.stride(1) if sampled else 0,
+            N_BANNED=0 if banned is None else banned.shape[0],
+            HAS_THRESHOLD=threshold is not None,
+            SAMPLED=sampled,
+            BLOCK_V=tile.block_v,
+            num_warps=tile.num_warps * (2 if critical else 1),  # else it spills
+            # Noise, mixture and score must have the bits of the definition.
+            enable_fp_fusion=False,
+        )
+    return pieces.scan(first_free)
+
+
+def mixture_accept_sparse(
+    ids: torch.Tensor,
+    logits: torch.Tensor,
+    noise: torch.Tensor,
+    size: torch.Tensor,
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    bias: torch.Tensor | None,
+    token: torch.Tensor,
+    length: torch.Tensor,
+    mixture: float,
+    mixtures: torch.Tensor | None,
+    temperature: float,
+    temperatures: torch.Tensor | None,
+    softcap: float | None,
+    first_free: bool,
+    critical: bool,
+) -> tuple[torch.Tensor, ...]:
+    """Launch the kernels on lists of candidates."""
+    tile = _tiles.mixture_accept_tile(hidden.device)
+    capacity = ids.shape[1]
+    tiles = triton.cdiv(capacity, tile.block_c)
+    pieces = _Pieces(token, length, tiles, critical)
+    if token.shape[0]:
+        _mixture_accept_sparse_kernel[(token.shape[0] * tiles,)](
+            **pieces.arguments(mixture, mixtures, temperature, temperatures, True),
+            ids_ptr=ids,
+            values_ptr=logits,
+            noise_ptr=noise,
+            size_ptr=size,
+            hidden_ptr=hidden,
+            head_ptr=head,
+            bias_ptr=head if bias is None else bias,
+            width=hidden.shape[1],
+            softcap=1.0 if softcap is None else softcap,
+            stride_hidden_row=hidden.stride(0),
+            stride_head_row=head.stride(0),
+            HAS_BIAS=bias is not None,
+            HAS_SOFTCAP=softcap is not None,
+            CAPACITY=capacity,
+            CAPACITY_BLOCK=triton.next_power_of_2(capacity),
+            BLOCK_C=tile.block_c,
+            BLOCK_H=tile.block_h,
+            num_warps=tile.num_warps,
+            enable_fp_fusion=False,
+        )
+    return pieces.scan(first_free)
+
+
+class _Pieces:
+    """What the pieces of all rows leave behind, and how it is joined."""
+
+    def __init__(
+        self, token: torch.Tensor, length: torch.Tensor, tiles: int, critical: bool
+    ) -> None:
+        self.token, self.length, self.tiles, self.critical = token, length, tiles, critical
+        self.rows = token.shape[0] // max(1, length.shape[0])
+        shape, device = (token.shape[0], tiles), token.device
+        self.scores = torch.empty(shape, dtype=torch.float32, device=device)
+        self.ids = torch.empty(shape, dtype=torch.int32, device=device)
+        self.least = torch.empty(shape if critical else 0, dtype=torch.float32, device=device)
+
+    def arguments(
+        self,
+        mixture: float,
+        mixtures: torch.Tensor | None,
+        temperature: float,
+        temperatures: torch.Tensor | None,
+        sampled: bool,
+    ) -> dict[str, object]:
+        """What both kernels of pieces take."""
+        return {
+            "score_ptr": self.scores,
+            "id_ptr": self.ids,
+            "critical_ptr": self.least if self.critical else self.scores,
+            "token_ptr": self.token,
+            "length_ptr": self.length,
+            "mixture_ptr": self.scores if mixtures is None else mixtures,
+            "temperature_ptr": self.scores if temperatures is None else temperatures,
+            "rows": self.rows,
+            "tiles": self.tiles,
+            "mixture": mixture,
+            "inverse_temperature": 1 / temperature if sampled and temperature else 1.0,
+            "HAS_MIXTURES": mixtures is not None,
+            "HAS_TEMPERATURES": temperatures is not None,
+            "CRITICAL": self.critical,
+        }
+
+    def scan(self, first_free: bool) -> tuple[torch.Tensor, ...]:
+        """Accepted rows, correction, target, and the critical weights if asked for."""
+        accepted, target = torch.empty_like(self.length), torch.empty_like(self.token)
+        correction = torch.empty(self.length.shape, dtype=torch.int64, device=self.length.device)
+        least = self.scores.new_empty(target.shape if self.critical else 0)
+        block_m, num_warps = _tiles.MIXTURE_ACCEPT_SCAN
+        if self.length.shape[0]:
+            _mixture_accept_scan_kernel[(self.length.shape[0],)](
+                accepted_ptr=accepted,
+                correction_ptr=correction,
+                target_ptr=target,
+                least_ptr=least if self.critical else self.scores,
+                score_ptr=self.scores,
+                id_ptr=self.ids,
+                critical_ptr=self.least if self.critical else self.scores,
+                token_ptr=self.token,
+                length_ptr=self.length,
+                rows=self.rows,
+                tiles=self.tiles,
+                FIRST_FREE=first_free,
+                CRITICAL=self.critical,
+                BLOCK_M=block_m,
+                BLOCK_T=triton.next_power_of_2(self.tiles),
+                num_warps=num_warps,
+                enable_fp_fusion=True,
+            )
+        return accepted, correction, target, least

@@ -1,0 +1,268 @@
+"""Rounds from left to right: draft behind the last token, verify, keep the leading run.
+
+A round is: forward of the diffusion model over a window and the masks behind it, drafts from all of
+them at once, forward of the verifier over the drafts, acceptance, commit. The sequences of a batch
+work on their n-th round together, each with its own position, window and lookahead. The host reads
+three numbers a sequence, once a round: how many rows each forward needs. They depend on how much
+the last round accepted; padding to their bounds instead would about double the rows of a forward.
+A sequence that needs none is finished and leaves the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pydllm import ops
+from pydllm.decoding.generation import Decoded, Request, Step
+from pydllm.decoding.loop import (
+    HostNumbers,
+    Selection,
+    State,
+    Window,
+    finish_block,
+    forward,
+    row_temperatures,
+    select_rows,
+)
+from pydllm.models import Model, StaticCache
+
+
+@dataclass
+class Progress(State):
+    """The state, and where each sequence is; what it is told for itself comes along."""
+
+    cursor: Tensor  # (b,) int32: the first position without a token
+    previous: Tensor  # (b,) int32: the cursor one round earlier, at first 0
+    verified: Tensor  # (b,) int32: leading slots of the verifier's cache that are right
+    verifier_nfe: Tensor  # (b,) int32
+    end: Tensor  # (b,) int32
+    window: Tensor  # (b,) int32
+    lookahead: Tensor  # (b,) int32
+    mixture: Tensor  # (b,) fp32
+
+    def write_back(self, target: State) -> None:
+        super().write_back(target)
+        if target is not self and isinstance(target, Progress):
+            target.verifier_nfe[self.rows] = self.verifier_nfe
+
+
+class Spans(NamedTuple):
+    """What a round looks at; all ``(b,)`` int32."""
+
+    left: Tensor  # first position that the diffusion model computes
+    masks: Tensor  # masks that it sees; 0: the sequence is finished
+    drafts: Tensor  # of these, how many are drafted
+    verify: Tensor  # rows that the verifier computes; 0: it has nothing to say
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """How a round drafts, verifies and emits.
+
+    Attributes:
+        verifier: a causal model, or None where every draft is accepted.
+        mixture, window, lookahead: one value a sequence; see ``APD``.
+        limit: drafts a round, or None for as many as there are masks.
+        top_p, emit, rule: see ``APD``.
+        shared_vocab: leading ids that may be drafted, or None for all.
+    """
+
+    verifier: Model | None
+    mixture: Sequence[float]
+    window: Sequence[int | None]
+    lookahead: Sequence[int | None]
+    limit: int | None
+    top_p: float | None
+    emit: str
+    rule: str
+    shared_vocab: int | None
+
+    def run(self, request: Request) -> Decoded:
+        whole = state = self._start(request)
+        batch, slots = request.x.shape
+        cached = any(window is not None for window in self.window)
+        cache = request.model.new_cache(batch, slots if cached else 0)
+        verifier = None
+        if self.verifier is not None:
+            verifier = _Verifier(self.verifier, self.verifier.new_cache(batch, slots))
+        numbers = HostNumbers(request.x.device, 3 * batch)
+        forwards = 0
+        while True:
+            spans = self._spans(state)
+            rows = torch.where(spans.masks > 0, state.cursor + spans.masks - spans.left, 0)
+            numbers.post(torch.stack((rows, spans.drafts, spans.verify)).flatten())
+            needed = torch.tensor(numbers.read()).view(3, -1)
+            live = needed[0].nonzero().flatten().tolist()
+            if not live:
+                break
+            if len(live) < len(state.rows):
+                state.write_back(whole)
+                order = _fill_holes(live)
+                state = state.keep(torch.tensor(order, device=request.x.device))
+                cache = cache.take(order)
+                if verifier is not None:
+                    verifier.cache = verifier.cache.take(order)
+                spans = self._spans(state)
+            self._round(request, state, spans, cache, verifier, needed.amax(1).tolist())
+            forwards += 1
+            if request.on_step is not None:
+                state.write_back(whole)
+                request.on_step(Step(forwards, whole.x, whole.step_map, whole.prompt_length))
+        state.write_back(whole)
+        verifier_nfe = None if self.verifier is None else whole.verifier_nfe
+        return Decoded(whole.x, whole.step_map, whole.nfe, verifier_nfe)
+
+    def _start(self, request: Request) -> Progress:
+        slots = request.x.shape[1]
+        zero = torch.zeros_like(request.prompt_length)
+
+        def numbers(values: Sequence[int | None]) -> Tensor:
+            # No position is farther away than there are slots.
+            reach = [slots if value is None else min(value, slots) for value in values]
+            return torch.tensor(reach, dtype=torch.int32, device=zero.device)
+
+        return Progress(
+            **vars(State.of(request)),
+            cursor=request.prompt_length.clone(),
+            previous=zero,
+            verified=zero.clone(),
+            verifier_nfe=zero.clone(),
+            end=request.prompt_length + request.max_new_tokens,
+            window=numbers(self.window),
+            lookahead=numbers(self.lookahead),
+            mixture=torch.tensor(self.mixture, dtype=torch.float32, device=zero.device),
+        )
+
+    def _spans(self, state: Progress) -> Spans:
+        # The window counts back from the first token of the last run, so that the run, whose keys
+        # are those of masks and wrong drafts until now, is always computed anew.
+        left = (state.previous - state.window + 1).clamp(min=0)
+        masks = torch.minimum(state.lookahead, state.end - state.cursor)
+        drafts = masks if self.limit is None else masks.clamp(max=self.limit)
+        verify = torch.zeros_like(masks)
+        if self.verifier is not None:
+            # At mixture 1 the target is the draft; a round of one draft is free.
+            needed = drafts > int(self.emit != "target")
+            if self.rule == "paper":
+                needed &= state.mixture < 1
+            verify = torch.where(needed, state.cursor + drafts - 1 - state.verified, verify)
+        return Spans(left, masks, drafts, verify)
+
+    def _round(
+        self,
+        request: Request,
+        state: Progress,
+        spans: Spans,
+        cache: StaticCache,
+        verifier: _Verifier | None,
+        widths: list[int],
+    ) -> None:
+        """One round of every sequence; ``widths`` are the largest numbers of rows."""
+        rows, width, verifier_rows = widths
+        cursor, backend = state.cursor, request.backend
+        right = cursor + spans.masks
+        window = Window.make(spans.left, right - spans.left, right, width=rows, commits=False)
+        if cache.max_len:  # keys of masks are never seen again
+            window = replace(window, commit=cursor - spans.left)
+        hidden = forward(request, state, window, cache)
+        selection = Selection(cursor, spans.drafts, width)
+        hidden = select_rows(request.model, hidden, spans.left, selection)
+        logits = request.model.head(hidden).flatten(0, 1)
+        counter = ops.round_counter(cursor, state.request_id, width, emit=self.emit)
+        noise: dict[str, Any] = {
+            "temperature": row_temperatures(request, state, width),
+            "seed": request.seed,
+            "counter": counter,
+            "banned": cursor.new_tensor([request.mask_id]),
+            "shared_vocab": self.shared_vocab,
+            "rule": self.rule,
+            "backend": backend,
+        }
+        draft = ops.mixture_draft(logits, top_p=self.top_p, **noise)
+        token = draft.token.view(-1, width)
+        length = spans.drafts
+        if verifier is not None and verifier_rows:
+            expert = verifier.logits(request, state, spans, token, verifier_rows)
+            verdict = ops.mixture_accept(
+                logits,
+                expert.flatten(0, 1),
+                draft.token,
+                length=spans.drafts,
+                mixture=state.mixture,
+                threshold=draft.threshold,
+                emit=self.emit,
+                **noise,
+            )
+            length = verdict.accepted
+            if self.emit != "draft":
+                token, length = _correct(token, verdict, spans.drafts)
+        ops.unmask(
+            state.x,
+            state.step_map,
+            state.nfe,
+            token,
+            torch.zeros_like(token, dtype=torch.float32),
+            mask_id=request.mask_id,
+            start=cursor,
+            length=spans.drafts,
+            rule="left_to_right",
+            quota=length,
+            backend=backend,
+        )
+        done = finish_block(state, request, cursor, spans.drafts[:, None])
+        state.previous = cursor
+        state.cursor = torch.where(done, state.end, cursor + length)
+        # The slot of the last token is computed anew: that row predicts the next round's first.
+        state.verified = torch.where(spans.verify > 0, state.cursor - 1, state.verified)
+
+
+@dataclass
+class _Verifier:
+    """The causal model of a call, and its cache."""
+
+    model: Model
+    cache: StaticCache
+
+    def logits(
+        self, request: Request, state: Progress, spans: Spans, token: Tensor, rows: int
+    ) -> Tensor:
+        """``(b, drafts, V)``: what follows the tokens and the drafts before each drafted position.
+
+        Sequences that need no verifier get numbers without meaning.
+        """
+        width = token.shape[1]
+        offset = torch.arange(state.x.shape[1], device=token.device) - state.cursor[:, None]
+        drafts = token.gather(1, offset.clamp(0, width - 1))
+        drafted = (offset >= 0) & (offset < spans.drafts[:, None])
+        sequence = replace(state, x=torch.where(drafted, drafts, state.x))
+        seen = state.verified + spans.verify
+        window = Window.make(state.verified, spans.verify, seen, width=rows, commits=True)
+        hidden = forward(replace(request, model=self.model), sequence, window, self.cache)
+        state.verifier_nfe += spans.verify > 0
+        # Causal: position p is predicted by row p - 1.
+        start = state.cursor - int(not self.model.spec.shift_logits)
+        selection = Selection(start, spans.drafts, width)
+        return self.model.head(select_rows(self.model, hidden, state.verified, selection))
+
+
+def _correct(token: Tensor, verdict: ops.Accepted, drafts: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens and their number where the target replaces the first draft that differs from it."""
+    wrong = verdict.accepted < drafts
+    place = verdict.accepted.clamp(max=token.shape[1] - 1).long()[:, None]
+    # A row of NaN has no target: its draft goes through, or the round would never end.
+    found = (wrong & (verdict.correction >= 0))[:, None]
+    right = torch.where(found, verdict.correction[:, None], token.gather(1, place))
+    return token.scatter(1, place, right), verdict.accepted + wrong
+
+
+def _fill_holes(live: list[int]) -> list[int]:
+    """The live rows in an order that leaves those before ``len(live)`` where they are."""
+    count = len(live)
+    last = iter(row for row in live if row >= count)
+    stay = set(live)
+    return [row if row in stay else next(last) for row in range(count)]

@@ -1,0 +1,342 @@
+"""The acceptance of adaptive parallel decoding: how many drafts a mixture of two models shares."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pydllm import reference
+from pydllm._backend.dispatch import choose
+from pydllm._backend.library import register
+from pydllm.ops._checks import FLOATS, check_device, check_dtype, check_no_grad, check_shape
+from pydllm.ops.mixture_draft import RULES, Candidates, check_emit, check_shared
+from pydllm.ops.vocab_stats import check_options, signed
+
+
+class Accepted(NamedTuple):
+    """What a round accepts."""
+
+    accepted: Tensor  # (B,) int32, how many drafts: the leading run
+    correction: Tensor  # (B,) int64, the target at the first mismatch; -1 if there is none
+    target: Tensor  # (R,) int64, the target of each row; -1 where there is none
+    critical: Tensor | None  # (R,) the smallest mixture weight that accepts the row, if asked for
+
+
+def mixture_accept(
+    logits: Tensor,
+    verifier_logits: Tensor,
+    token: Tensor,
+    *,
+    length: Tensor,
+    mixture: float | Tensor,
+    threshold: Tensor | None = None,
+    temperature: float | Tensor = 0.0,
+    seed: int = 0,
+    counter: Tensor | None = None,
+    banned: Tensor | None = None,
+    shared_vocab: int | None = None,
+    emit: str = "draft",
+    rule: str = "paper",
+    critical: bool = False,
+    backend: str | None = None,
+) -> Accepted:
+    """Compare drafts with the targets of a mixture under the same noise; count the leading run.
+
+    The acceptance of adaptive parallel decoding (arXiv 2506.00413, Algorithm 1; the coupling
+    through shared Gumbel noise is that of Daliri, Musco and Suresh, arXiv 2408.07978). Rows come in
+    sequences of M = R / B: row ``b * M + j`` is the j-th position of sequence b. Equivalent to::
+
+        mix = verifier_logits + mixture * (logits - verifier_logits)
+        mix[logits < threshold] = mix[:, banned] = -inf
+        target = argmax(mix / temperature + gumbel_noise)
+        same = target == token; same[:, 0] = True unless emit == "target"
+        accepted = length of the leading run of same[:, :length]
+
+    The lowest id wins a tie. At mixture 1 the target is the draft, at 0 the verifier's own token
+    (of all ids: there the threshold does not count), both exactly: the other model's logits are not
+    looked at. For equal logits the mixture has their bits, so that everything is accepted.
+
+    Args:
+        logits: ``(R, V)``, those ``mixture_draft`` was given (its ``rows`` of them); rows at any
+            stride; fp32, fp16, bf16 or (torch backend) fp64.
+        verifier_logits: ``(R, V_A)``, same dtype: those of the autoregressive model, where row
+            ``b * M + j`` has seen the drafts before position j.
+        token: ``(R,)`` int64, the drafts.
+        length: ``(B,)`` int32, rows in use, 0 to M; the rows behind may hold anything.
+        mixture: R of the paper, the weight of the draft model, in [0, 1]; or ``(B,)`` fp32. A
+            sequence whose own is not in [0, 1] has no targets.
+        threshold: ``(R,)`` fp32 (fp64), ``Draft.threshold``. None: all ids count.
+        temperature, seed, counter, banned: as ``mixture_draft`` was given them.
+        shared_vocab: as there, at most V and V_A; needed where these differ.
+        emit: ``"draft"`` or ``"draft_then_target"``: the first row is accepted whatever its target;
+            ``"target"``: it is compared as the others. Which of the results is emitted is up to the
+            caller: the first rule emits the accepted drafts alone, the others then the correction.
+        rule: ``"paper"``, or ``"reference"``: as in the published code the target has neither
+            noise, nor temperature, nor nucleus (in fp32; that code mixes in bf16 and has ties).
+        critical: also return the smallest weight at which each row's draft is its target. For a
+            token that is the draft under the same options, a row is accepted at every mixture in
+            (0, 1] from it on. Not with ``rule="reference"``.
+        backend: None (``PYDLLM_BACKEND``), ``"auto"``, ``"triton"`` or ``"torch"``.
+
+    Returns:
+        ``Accepted``. A row has target -1, which no draft equals, if it is not in use, if all that
+        counts is -inf, or if an id that counts is NaN or +inf. The first mismatch is looked for in
+        the rows in use; ``correction`` is -1 where all of them were accepted. ``critical`` is fp32
+        (fp64 of fp64 logits), 0 in rows that are not in use.
+
+    Raises:
+        ValueError: shapes or devices differ, a number is out of its range, a counter is missing, a
+            gradient is wanted, or an unknown backend, rule or emit.
+        TypeError: a dtype that is not supported.
+        BackendError: the named backend cannot run the call.
+
+    Determinism: a sequence's results depend on that sequence alone, and are the same on every
+    backend, bit for bit, given the same threshold (``critical`` agrees to rounding).
+    Cost: in Triton one read of each of the logits of the rows in use: 4 bytes an element of bf16.
+    Of pieces of the vocabulary without an id of the nucleus only ``logits`` are read: 2 bytes.
+    CUDA graphs: safe; the seed is captured, everything else is read. ``torch.compile``: one op.
+
+    Kernels: ``kernels/mixture_accept.py``.
+
+    Example:
+        >>> draft, length = torch.tensor([[0.0, 2.0], [1.0, 0.0]]), torch.tensor([2]).int()
+        >>> verifier, token = torch.tensor([[9.0, 0.0], [0.0, 3.0]]), draft.argmax(-1)
+        >>> mixture_accept(draft, verifier, token, length=length, mixture=0.5)[:3]
+        (tensor([1], dtype=torch.int32), tensor([1]), tensor([0, 1]))
+    """
+    check_dtype("logits", logits, *FLOATS)
+    check_shape("logits", logits, "R", "V")
+    check_shape("verifier_logits", verifier_logits, logits.shape[0], "V_A")
+    check_dtype("verifier_logits", verifier_logits, logits.dtype)
+    check_device("verifier_logits", verifier_logits, "logits", logits)
+    shared = check_shared(shared_vocab, logits=logits, verifier_logits=verifier_logits)
+    weight, weights = _check_round("logits", logits, token, length, mixture)
+    fixed, each = check_options(
+        logits, logits.shape[0], temperature, seed, counter, banned, False, None
+    )
+    if threshold is not None:
+        check_shape("threshold", threshold, logits.shape[0])
+        check_dtype("threshold", threshold, torch.promote_types(logits.dtype, torch.float32))
+        check_device("threshold", threshold, "logits", logits)
+    check_emit(emit)
+    if rule not in RULES:
+        raise ValueError(f"rule: expected one of {', '.join(RULES)}, got {rule!r}")
+    if critical and rule != "paper":
+        raise ValueError(f"critical: expected False with rule {rule!r}, got True")
+    check_no_grad("mixture_accept", logits=logits, verifier_logits=verifier_logits)
+
+    def triton() -> str | None:
+        from pydllm.kernels import mixture_accept as kernel
+
+        lists = (token, length, weights, threshold, each, banned)
+        return kernel.supports(logits, verifier_logits, *lists)
+
+    chosen = choose("mixture_accept", backend, logits.device, triton=triton)
+    options = (
+        fixed,
+        each,
+        signed(seed),
+        counter,
+        banned,
+        shared,
+        emit != "target",
+        rule != "paper",
+    )
+    rounds = (logits, verifier_logits, token, length, weight, weights, threshold)
+    # One op in torch too: the generator would be hundreds of nodes of a graph.
+    results = torch.ops.pydllm.mixture_accept(*rounds, *options, critical, chosen)
+    accepted, correction, target, least = results
+    return Accepted(accepted, correction, target, least if critical else None)
+
+
+def mixture_accept_sparse(
+    candidates: Candidates,
+    hidden: Tensor,
+    weight: Tensor,
+    token: Tensor,
+    *,
+    length: Tensor,
+    mixture: float | Tensor,
+    temperature: float | Tensor,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    emit: str = "draft",
+    critical: bool = False,
+    backend: str | None = None,
+) -> Accepted:
+    """``mixture_accept`` with the verifier's head evaluated at the drafts' nuclei alone.
+
+    Ids outside a nucleus cannot be a target, and the normaliser of the verifier does not matter, so
+    this is no approximation: ``candidates`` hold the draft model's logits and the noise, and the
+    verifier's logits are dot products of a row of ``hidden`` with ``size`` rows of ``weight``.
+
+    A row with ``candidates.overflow`` has no list, hence no target (-1), and neither has a sequence
+    of mixture 0, which looks at ids outside the nucleus. The run ends before such a row, without a
+    correction: the round is one of a shorter lookahead, cut by the distributions and not by the
+    draws. The tokens are then valid ones, but not those of ``mixture_accept``; with emit "target" a
+    first row without a list leaves a round with nothing to emit, which the caller has to exclude or
+    to draw by itself. A caller that wants
+    those in every case takes the dense form where ``capacity`` cannot hold a nucleus (top_p None or
+    1, temperature 0) and sizes it for the rest, or reads ``candidates.overflow`` when it next reads
+    the counts; no op does, so that nothing waits for the device.
+
+    Args:
+        candidates: of ``mixture_draft``, R rows and a capacity of at least 1.
+        hidden: ``(R, H)`` fp32, fp16, bf16 or (torch backend) fp64: the verifier's, final norm
+            applied, where row ``b * M + j`` has seen the drafts before position j.
+        weight: ``(V_A, H)``, the verifier's head, dtype of ``hidden``. Every candidate has to be
+            one of its rows: ``mixture_draft`` with a ``shared_vocab`` of at most V_A.
+        token, length, mixture, temperature, emit, critical: as in ``mixture_accept``; a mixture of
+            0 for all is refused.
+        bias: ``(V_A,)``, dtype of ``hidden``, or None.
+        softcap: a positive number c, ``c * tanh(x / c)`` is taken for the verifier's logits x.
+        backend: None (``PYDLLM_BACKEND``), ``"auto"``, ``"triton"`` or ``"torch"``.
+
+    Returns:
+        ``Accepted``, as ``mixture_accept`` (the verifier's logits are sums in fp32, never rounded).
+        ``critical`` is infinite in a row without a list.
+
+    Raises:
+        ValueError, TypeError, BackendError: as ``mixture_accept``.
+
+    Determinism: a sequence's results depend on that sequence alone; the verifier's logits are
+    summed in another order on each backend.
+    Cost: ``size * H`` elements of the head and 12 bytes a candidate for each row in use, instead
+    of the whole head and both logits: 0 bytes an element of the vocabulary.
+    CUDA graphs: safe. ``torch.compile``: one op.
+
+    Kernels: ``kernels/mixture_accept.py``.
+    """
+    ids, logits, noise, size, overflow = candidates
+    check_shape("candidates.ids", ids, "R", "C")
+    check_dtype("candidates.ids", ids, torch.int32)
+    check_dtype("hidden", hidden, *FLOATS)
+    check_shape("hidden", hidden, ids.shape[0], "H")
+    check_device("candidates.ids", ids, "hidden", hidden)
+    for name, values in (("logits", logits), ("noise", noise)):
+        check_shape(f"candidates.{name}", values, *ids.shape)
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        check_dtype(f"candidates.{name}", values, dtype)
+        check_device(f"candidates.{name}", values, "hidden", hidden)
+    for name, values, dtype in (("size", size, torch.int32), ("overflow", overflow, torch.bool)):
+        check_shape(f"candidates.{name}", values, ids.shape[0])
+        check_dtype(f"candidates.{name}", values, dtype)
+        check_device(f"candidates.{name}", values, "hidden", hidden)
+    check_shape("weight", weight, "V_A", hidden.shape[1])
+    check_dtype("weight", weight, hidden.dtype)
+    check_device("weight", weight, "hidden", hidden)
+    if 0 in weight.shape or ids.shape[1] == 0:
+        raise ValueError(
+            "weight and candidates: expected V_A, H and C of at least 1, got "
+            f"{tuple(weight.shape)} and C {ids.shape[1]}"
+        )
+    if bias is not None:
+        check_shape("bias", bias, weight.shape[0])
+        check_dtype("bias", bias, hidden.dtype)
+        check_device("bias", bias, "hidden", hidden)
+    weight_of, weights = _check_round("hidden", hidden, token, length, mixture)
+    if weights is None and weight_of == 0:
+        raise ValueError("mixture: expected a number in (0, 1] for a list of candidates, got 0")
+    if not isinstance(temperature, Tensor) and temperature == 0:
+        raise ValueError("temperature: expected one above 0 for a list of candidates, got 0")
+    unread = ids.new_empty(ids.shape[0], 3)  # the noise is in the list
+    fixed, each = check_options(
+        hidden, ids.shape[0], temperature, 0, unread, None, False, softcap, name="hidden"
+    )
+    check_emit(emit)
+    check_no_grad("mixture_accept_sparse", hidden=hidden, weight=weight, bias=bias)
+
+    def triton() -> str | None:
+        from pydllm.kernels import mixture_accept as kernel
+
+        lists = (ids, logits, noise, size, bias, token, length, weights, each)
+        return kernel.supports(hidden, weight, *lists)
+
+    chosen = choose("mixture_accept_sparse", backend, hidden.device, triton=triton)
+    lists = (ids, logits, noise, size, hidden, weight, bias, token, length)
+    options = (weight_of, weights, fixed, each, softcap, emit != "target", critical)
+    results = torch.ops.pydllm.mixture_accept_sparse(*lists, *options, chosen)
+    accepted, correction, target, least = results
+    return Accepted(accepted, correction, target, least if critical else None)
+
+
+def _check_round(
+    name: str, matrix: Tensor, token: Tensor, length: Tensor, mixture: float | Tensor
+) -> tuple[float, Tensor | None]:
+    """Check what belongs to a round; the mixture as a number or as a tensor."""
+    rows = matrix.shape[0]
+    check_shape("token", token, rows)
+    check_dtype("token", token, torch.int64)
+    check_device("token", token, name, matrix)
+    check_shape("length", length, "B")
+    check_dtype("length", length, torch.int32)
+    check_device("length", length, name, matrix)
+    batch = length.shape[0]
+    if rows % batch if batch else rows:
+        raise ValueError(f"length: expected B that divides the {rows} rows, got {batch}")
+    if isinstance(mixture, Tensor):
+        check_shape("mixture", mixture, batch)
+        check_dtype("mixture", mixture, torch.float32)
+        check_device("mixture", mixture, name, matrix)
+        return 0.0, mixture
+    if not 0 <= mixture <= 1:
+        raise ValueError(f"mixture: expected a number in [0, 1], got {mixture}")
+    return float(mixture), None
+
+
+def _run(logits: Tensor, *arguments) -> tuple[Tensor, ...]:  # noqa: ANN002
+    return _implementation(arguments[-1]).mixture_accept(logits, *arguments[:-1])
+
+
+def _run_sparse(ids: Tensor, *arguments) -> tuple[Tensor, ...]:  # noqa: ANN002
+    return _implementation(arguments[-1]).mixture_accept_sparse(ids, *arguments[:-1])
+
+
+def _implementation(backend: str):  # noqa: ANN202
+    if backend == "torch":
+        return reference
+    from pydllm.kernels import mixture_accept as kernel
+
+    return kernel
+
+
+def _fake(logits: Tensor, verifier: Tensor, token: Tensor, length: Tensor, *arguments):  # noqa: ANN002, ANN202
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    return _empty(token, length, dtype, arguments[-2])
+
+
+def _fake_sparse(ids: Tensor, logits: Tensor, *arguments):  # noqa: ANN002, ANN202
+    token, length = arguments[5:7]
+    return _empty(token, length, logits.dtype, arguments[-2])
+
+
+def _empty(token: Tensor, length: Tensor, dtype: torch.dtype, critical: bool) -> tuple[Tensor, ...]:
+    """What the ops return, for tracing."""
+    return (
+        length.new_empty(length.shape),
+        token.new_empty(length.shape),
+        token.new_empty(token.shape),
+        token.new_empty(token.shape if critical else (0,), dtype=dtype),
+    )
+
+
+_RESULTS = "(Tensor, Tensor, Tensor, Tensor)"
+register(
+    "mixture_accept(Tensor logits, Tensor verifier, Tensor token, Tensor length, float mixture, "
+    "Tensor? mixtures, Tensor? threshold, float temperature, Tensor? temperatures, int seed, "
+    "Tensor? counter, Tensor? banned, int shared, bool first_free, bool greedy, bool critical, "
+    "str backend) "
+    f"-> {_RESULTS}",
+    _run,
+    _fake,
+)
+register(
+    "mixture_accept_sparse(Tensor ids, Tensor logits, Tensor noise, Tensor size, Tensor hidden, "
+    "Tensor head, Tensor? bias, Tensor token, Tensor length, float mixture, Tensor? mixtures, "
+    "float temperature, Tensor? temperatures, float? softcap, bool first_free, bool critical, "
+    f"str backend) -> {_RESULTS}",
+    _run_sparse,
+    _fake_sparse,
+)
