@@ -2,6 +2,7 @@
 
 from pydllm.decoding.freedave import FreeDave
 from pydllm.decoding.generation import Generation, Step, generate
+from pydllm.decoding.multiblock import MultiBlock
 from pydllm.decoding.static import EntropyBound, Factor, Static, Threshold
 
 __all__ = [
@@ -9,6 +10,7 @@ __all__ = [
     "Factor",
     "FreeDave",
     "Generation",
+    "MultiBlock",
     "Static",
     "Step",
     "Threshold",

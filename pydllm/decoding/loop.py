@@ -137,6 +137,25 @@ class HostFlag:
         return bool(self._value)
 
 
+class HostNumbers:
+    """A few ints that travel as a ``HostFlag`` does."""
+
+    def __init__(self, device: torch.device, count: int) -> None:
+        self._event = torch.cuda.Event() if device.type == "cuda" else None
+        self._values = torch.zeros(count, dtype=torch.int32, pin_memory=device.type == "cuda")
+
+    def post(self, values: Tensor) -> None:
+        self._values.copy_(values, non_blocking=True)
+        if self._event is not None:
+            self._event.record()
+
+    def read(self) -> list[int]:
+        """Wait until the last posted values have arrived and return them."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._values.tolist()
+
+
 def select_rows(model: Model, hidden: Tensor, start: Tensor, selection: Selection) -> Tensor:
     """Hidden rows ``(B, S, hidden)`` that predict the selected positions, of windows at ``start``.
 
@@ -149,12 +168,19 @@ def select_rows(model: Model, hidden: Tensor, start: Tensor, selection: Selectio
 
 
 def statistics(
-    request: Request, state: State, hidden: Tensor, selection: Selection, *, banned: Tensor | None
+    request: Request,
+    state: State,
+    hidden: Tensor,
+    selection: Selection,
+    *,
+    banned: Tensor | None,
+    eligible: Tensor | None = None,
 ) -> ops.VocabStats:
     """Token and scores of the selected rows, each ``(B, S)``.
 
     On a GPU every row is computed, so that shapes do not depend on values. On a CPU the rows whose
     position is not masked are left out (token 0, scores 0): the LM head is most of a small step.
+    ``eligible (B, L)`` bool says which rows are needed where that is not the masks.
     """
     batch, width, size = hidden.shape
     offsets = torch.arange(width, device=hidden.device)
@@ -167,8 +193,13 @@ def statistics(
     live = None
     if hidden.device.type == "cpu":
         inside = position.clamp(max=state.x.shape[1] - 1).long()
-        masked = state.x.gather(1, inside).eq(request.mask_id)
-        live = (masked & (offsets < selection.length[:, None])).flatten().nonzero().squeeze(1)
+        masked = state.x == request.mask_id if eligible is None else eligible
+        live = (
+            (masked.gather(1, inside) & (offsets < selection.length[:, None]))
+            .flatten()
+            .nonzero()
+            .squeeze(1)
+        )
         counter = None if counter is None else counter[live]
     stats = request.model.head_stats(
         rows,

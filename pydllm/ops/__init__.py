@@ -2,6 +2,7 @@
 
 from pydllm.ops.commit_branch import commit_branch
 from pydllm.ops.head_stats import StatsPartial, head_stats, head_stats_partial, merge_stats
+from pydllm.ops.multiblock_step import MultiBlockState, multiblock_step
 from pydllm.ops.rms_norm import rms_norm
 from pydllm.ops.swiglu import swiglu
 from pydllm.ops.unmask import Unmasked, unmask
@@ -9,6 +10,7 @@ from pydllm.ops.vocab_stats import VocabStats, vocab_stats
 from pydllm.ops.window_attention import window_attention
 
 __all__ = [
+    "MultiBlockState",
     "StatsPartial",
     "Unmasked",
     "VocabStats",
@@ -16,6 +18,7 @@ __all__ = [
     "head_stats",
     "head_stats_partial",
     "merge_stats",
+    "multiblock_step",
     "rms_norm",
     "swiglu",
     "unmask",

@@ -2,6 +2,7 @@
 
 from pydllm.reference.commit_branch import commit_branch
 from pydllm.reference.head_stats import head_stats, head_stats_partial, merge_stats
+from pydllm.reference.multiblock_step import multiblock_step
 from pydllm.reference.rms_norm import rms_norm
 from pydllm.reference.swiglu import swiglu
 from pydllm.reference.unmask import unmask
@@ -13,6 +14,7 @@ __all__ = [
     "head_stats",
     "head_stats_partial",
     "merge_stats",
+    "multiblock_step",
     "rms_norm",
     "swiglu",
     "unmask",
