@@ -1,8 +1,9 @@
 """Entropy-based multi-block decoding of d3LLM (arXiv 2601.07568).
 
-Several blocks are decoded at a time: the next opens as soon as a tenth of the newest is decoded, and
-one forward accepts whatever is certain in any of them. Finished blocks wait a few forwards before
-their keys and values are kept, because those of a bidirectional model drift with what follows.
+Several blocks are decoded at a time: the next opens as soon as a tenth of the newest is decoded,
+and one forward accepts whatever is certain in any of them. Finished blocks wait a few forwards
+before their keys and values are kept, because those of a bidirectional model drift with what
+follows.
 
 Everything that happens between two forwards is one launch, ``ops.multiblock_step``, which leaves
 the next window on the device. The host reads four numbers a forward: the widths of the window and
@@ -35,6 +36,10 @@ from pydllm.models import Model, StaticCache
 from pydllm.ops.multiblock_step import MODES, MultiBlockState
 
 _REFRESH = MODES.index("refresh")
+_OPTIONS = (
+    *("block_length", "threshold", "add_at", "full_at"),
+    *("early_stop", "delay", "refresh", "profile"),
+)
 _PUBLISHED_LIMIT = 10_001  # forwards
 
 
@@ -131,6 +136,9 @@ class _Batch:
         new, compat = request.max_new_tokens, algorithm.profile == "compat"
         self.request, self.whole = request, State.of(request)
         eos_ids = spec.eos_ids[:1] if compat else spec.eos_ids
+        tail = algorithm.tail
+        if isinstance(tail, str):
+            tail = {"full": new, "blocks": 0}[tail]
         self.options: dict[str, Any] = {
             **{
                 n: getattr(algorithm, n) for n in ("block_length", "threshold", "add_at", "full_at")
@@ -138,7 +146,7 @@ class _Batch:
             **{n: getattr(algorithm, n) for n in ("early_stop", "delay", "refresh", "profile")},
             "eos_ids": torch.tensor(eos_ids, device=device) if eos_ids else None,
             "cached": algorithm.cache,
-            "tail": {"full": None, "blocks": 0}.get(algorithm.tail, algorithm.tail),  # type: ignore[call-overload]
+            "tail": None if tail >= new else tail,
             "shifted": spec.shift_logits,
             "mask_id": request.mask_id,
             "max_new_tokens": new,

@@ -48,7 +48,7 @@ class MultiBlockState(NamedTuple):
     decoded    tokens accepted so far
     created    blocks that are open for decoding
     prefix     slots of the cache that are in use once the planned forward has run
-    stale      ``profile="compat"``, shifted: slots behind the sequence with keys that are seen twice
+    stale      shifted compat: slots behind the sequence that hold keys seen twice
     mode       of the planned forward, index of ``MODES``: 0 finished, 1 full, 2 cached, 3 commit,
                4 refresh
     start      first position of its window
@@ -216,11 +216,12 @@ def multiblock_step(
             f"got {max_new_tokens} with block_length {block_length}"
         )
     check_no_grad("multiblock_step", entropy=entropy)
-    wanted = tuple(decoded_at_least(part, block_length) for part in (add_at, full_at))
-    rule = (max_new_tokens, block_length, float(threshold), *wanted, delay, refresh or 0)
+    add, full = (decoded_at_least(part, block_length) for part in (add_at, full_at))
+    rule = (max_new_tokens, block_length, float(threshold), add, full, delay, refresh or 0)
     tail = max_new_tokens if tail is None else min(tail, max_new_tokens)
     flags = (bool(early_stop), bool(cached), tail, bool(shifted), compat)
-    arguments = (x, step_map, *state, token, entropy, mask_id, prompt_length, eos_ids)
+    inputs = (x, step_map, *state, token, entropy, mask_id, prompt_length, eos_ids)
+    arguments: tuple[Any, ...] = (*inputs, *rule, *flags)
 
     def triton() -> str | None:
         from pydllm.kernels import multiblock_step as kernel
@@ -230,9 +231,9 @@ def multiblock_step(
 
     chosen = choose("multiblock_step", backend, x.device, triton=triton)
     if chosen == "torch":
-        reference.multiblock_step(*arguments, *rule, *flags)
+        reference.multiblock_step(*arguments)
     else:
-        torch.ops.pydllm.multiblock_step(*arguments, *rule, *flags, chosen)
+        torch.ops.pydllm.multiblock_step(*arguments, chosen)
 
 
 def _check_tensors(
