@@ -147,7 +147,9 @@ def compare(
     out.mkdir(parents=True, exist_ok=True)
     found = {}
     for sweep in sweeps:
-        found[sweep], _ = _decode_all(model, name, settings(sweep, name, verifier), tasks, backend, console)
+        found[sweep], _ = _decode_all(
+            model, name, settings(sweep, name, verifier), tasks, backend, console
+        )
         console.print(report.score_table(found[sweep], f"{name}, {sweep}: {problems} problems"))
     scores = [score for each in found.values() for score in each]
     written = [out / f"{name}.csv", out / f"{name}.png"]

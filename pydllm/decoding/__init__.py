@@ -3,6 +3,7 @@
 from pydllm.decoding.apd import APD, LeftToRight
 from pydllm.decoding.freedave import FreeDave
 from pydllm.decoding.generation import Generation, Step, generate
+from pydllm.decoding.multiblock import MultiBlock
 from pydllm.decoding.static import EntropyBound, Factor, Static, Threshold
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "FreeDave",
     "Generation",
     "LeftToRight",
+    "MultiBlock",
     "Static",
     "Step",
     "Threshold",

@@ -208,6 +208,7 @@ def statistics(
     *,
     banned: Tensor | None,
     draw: Tensor | None = None,
+    eligible: Tensor | None = None,
 ) -> ops.VocabStats:
     """Token and scores of the selected rows, each ``(B, S)``.
 
@@ -215,6 +216,7 @@ def statistics(
     position is not masked are left out (token 0, scores 0): the LM head is most of a small step.
 
     ``draw (B,)`` int32 is the last word of the noise key, by default the tokens decoded so far.
+    ``eligible (B, L)`` bool says which rows are needed where that is not the masks.
     """
     batch, width, size = hidden.shape
     offsets = torch.arange(width, device=hidden.device)
@@ -228,8 +230,9 @@ def statistics(
     live = None
     if hidden.device.type == "cpu":
         inside = position.clamp(max=state.x.shape[1] - 1).long()
-        masked = state.x.gather(1, inside).eq(request.mask_id)
-        live = (masked & (offsets < selection.length[:, None])).flatten().nonzero().squeeze(1)
+        wanted = state.x == request.mask_id if eligible is None else eligible
+        wanted = wanted.gather(1, inside) & (offsets < selection.length[:, None])
+        live = wanted.flatten().nonzero().squeeze(1)
         counter = None if counter is None else counter[live]
         temperature = temperature[live] if isinstance(temperature, Tensor) else temperature
     stats = request.model.head_stats(

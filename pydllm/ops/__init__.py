@@ -4,6 +4,7 @@ from pydllm.ops.commit_branch import commit_branch
 from pydllm.ops.head_stats import StatsPartial, head_stats, head_stats_partial, merge_stats
 from pydllm.ops.mixture_accept import Accepted, mixture_accept, mixture_accept_sparse
 from pydllm.ops.mixture_draft import Candidates, Draft, mixture_draft, round_counter
+from pydllm.ops.multiblock_step import MultiBlockState, multiblock_step
 from pydllm.ops.rms_norm import rms_norm
 from pydllm.ops.swiglu import swiglu
 from pydllm.ops.unmask import Unmasked, unmask
@@ -14,6 +15,7 @@ __all__ = [
     "Accepted",
     "Candidates",
     "Draft",
+    "MultiBlockState",
     "StatsPartial",
     "Unmasked",
     "VocabStats",
@@ -24,6 +26,7 @@ __all__ = [
     "mixture_accept",
     "mixture_accept_sparse",
     "mixture_draft",
+    "multiblock_step",
     "rms_norm",
     "round_counter",
     "swiglu",

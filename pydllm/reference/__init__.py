@@ -4,6 +4,7 @@ from pydllm.reference.commit_branch import commit_branch
 from pydllm.reference.head_stats import head_stats, head_stats_partial, merge_stats
 from pydllm.reference.mixture_accept import mixture_accept, mixture_accept_sparse
 from pydllm.reference.mixture_draft import mixture_draft
+from pydllm.reference.multiblock_step import multiblock_step
 from pydllm.reference.rms_norm import rms_norm
 from pydllm.reference.swiglu import swiglu
 from pydllm.reference.unmask import unmask
@@ -18,6 +19,7 @@ __all__ = [
     "mixture_accept",
     "mixture_accept_sparse",
     "mixture_draft",
+    "multiblock_step",
     "rms_norm",
     "swiglu",
     "unmask",

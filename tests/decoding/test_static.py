@@ -17,7 +17,7 @@ from tests.decoding.published import PlainLLaDA, fast_dllm_generate, llada_gener
 MASK = 1
 
 
-def _random_model(folder, seed, *, vocab=48, eos=(), shift=False):
+def _random_model(folder, seed, *, vocab=48, eos=(), shift=False, **sizes):
     """A tiny random fp64 LLaDA as (pydllm model, plain model); weights wide enough to disagree."""
     torch.manual_seed(seed)
     config = CONFIG | {
@@ -29,6 +29,7 @@ def _random_model(folder, seed, *, vocab=48, eos=(), shift=False):
         "vocab_size": vocab,
         "embedding_size": vocab,
         "mask_token_id": MASK,
+        **sizes,
     }
     module = TinyLLaDA(config).double()
     for parameter in module.parameters():

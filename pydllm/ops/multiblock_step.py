@@ -1,0 +1,296 @@
+"""d3LLM's multi-block decoding between two forwards: accept, then plan."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pydllm import reference
+from pydllm._backend.dispatch import choose
+from pydllm._backend.library import register
+from pydllm.ops._checks import FLOATS, check_device, check_dtype, check_no_grad, check_shape
+
+MODES = ("finished", "full", "cached", "commit", "refresh")
+# The rows of ``MultiBlockState.numbers``.
+ROWS = (
+    "nfe",
+    "decoded",
+    "created",
+    "prefix",
+    "stale",
+    "mode",
+    "start",
+    "length",
+    "kv_len",
+    "commit",
+    "first",
+    "rows",
+)
+
+
+class MultiBlockState(NamedTuple):
+    """What ``multiblock_step`` carries from forward to forward, all on the device.
+
+    Attributes:
+        numbers: ``(12, B)`` int32; each row is a ``(B,)`` tensor to be used as it is, by the names
+            below.
+        blocks: ``(4, B, K)`` int32, of each block of the generation region: masks left, fully
+            activated, the forward since which it waits to be cached (-1: it does not), cached.
+        eligible: ``(B, L)`` bool, the positions that the next forward may decide.
+
+    The rows of ``numbers``:
+
+    =========  =====================================================================================
+    nfe        forwards counted, the planned one included
+    decoded    tokens accepted so far
+    created    blocks that are open for decoding
+    prefix     slots of the cache that are in use once the planned forward has run
+    stale      shifted compat: slots behind the sequence that hold keys seen twice
+    mode       of the planned forward, index of ``MODES``: 0 finished, 1 full, 2 cached, 3 commit,
+               4 refresh
+    start      first position of its window
+    length     positions of its window, 0 when finished
+    kv_len     end of the slots that it sees
+    commit     positions of its window whose keys and values are kept
+    first      first eligible position
+    rows       positions from the first eligible to the last
+    =========  =====================================================================================
+    """
+
+    numbers: Tensor
+    blocks: Tensor
+    eligible: Tensor
+
+    @classmethod
+    def make(cls, x: Tensor, max_new_tokens: int, block_length: int) -> MultiBlockState:
+        """The state before the first step of sequences ``x (B, L)``: one block, nothing decoded."""
+        batch, count = x.shape[0], -(-max_new_tokens // block_length)
+        numbers = torch.zeros(len(ROWS), batch, dtype=torch.int32, device=x.device)
+        numbers[ROWS.index("created")] = numbers[ROWS.index("mode")] = 1
+        blocks = torch.zeros(4, batch, count, dtype=torch.int32, device=x.device)
+        blocks[0] = block_length
+        blocks[0, :, -1] = max_new_tokens - (count - 1) * block_length
+        blocks[2] = -1
+        return cls(numbers, blocks, torch.zeros_like(x, dtype=torch.bool))
+
+    def __getattr__(self, name: str) -> Tensor:
+        """A row of ``numbers``: ``(B,)`` int32, a view."""
+        if name not in ROWS:
+            raise AttributeError(f"MultiBlockState has no attribute {name!r}")
+        return self.numbers[ROWS.index(name)]
+
+
+def decoded_at_least(fraction: float, block_length: int) -> int:
+    """The least n with ``1 - (block_length - n) / block_length >= fraction`` in doubles."""
+    tokens = range(block_length + 1)
+    return next(n for n in tokens if 1 - (block_length - n) / block_length >= fraction)
+
+
+def multiblock_step(
+    x: Tensor,
+    step_map: Tensor,
+    state: MultiBlockState,
+    token: Tensor,
+    entropy: Tensor,
+    *,
+    mask_id: int,
+    prompt_length: Tensor,
+    max_new_tokens: int,
+    block_length: int,
+    threshold: float,
+    add_at: float = 0.1,
+    full_at: float = 0.95,
+    eos_ids: Tensor | None = None,
+    early_stop: bool = True,
+    cached: bool = False,
+    delay: int = 2,
+    refresh: int | None = None,
+    tail: int | None = None,
+    shifted: bool = False,
+    profile: str = "fixed",
+    backend: str | None = None,
+) -> None:
+    """Accept tokens of the forward that ``state`` planned, and plan the next (d3LLM, arXiv
+    2601.07568), per sequence, in place, on the device.
+
+    Called once before the first forward, with statistics of no rows ``(B, 0)``, and once behind
+    each forward. A sequence that is finished is not touched. In this order:
+
+    1. **Accept.** Of the eligible positions all with entropy <= threshold (shifted: < threshold);
+       not shifted: the one with the least entropy, whatever it is; and where no token falls into
+       the first fully activated block with masks, the one with the least entropy there. NaN counts
+       as +inf, which no threshold admits. ``x`` gets the token, ``step_map`` the forward.
+    2. **End of sequence**, with ``early_stop``, or else when no mask is left: everything behind the
+       first in the generation region becomes ``eos_ids[0]``, with ``step_map`` -1.
+    3. **Finish** where no mask is left; otherwise one more forward is counted.
+    4. **Blocks.** The next block is created once ``add_at`` of the newest is decoded, at most one a
+       forward, none behind an end of sequence. A block is fully activated once ``full_at`` of
+       its predecessor is decoded. The masks of all created blocks are eligible.
+    5. **Mode.** ``cached``: the prompt, then each block that is finished and whose predecessors
+       are, waits for ``delay`` forwards in which full ones renew the cache (refresh), and is then
+       kept (commit). Otherwise the window starts behind the kept prefix (cached), and a shifted
+       model's one position before that. Every ``refresh`` forwards one is full. A commit that
+       coincides with a refresh is done by it.
+
+    Args:
+        x: ``(B, L)`` int64 tokens, mutated; ``prompt_length[b] + max_new_tokens <= L``.
+        step_map: ``(B, L)`` int32, mutated; -1 where nothing was written.
+        state: as ``MultiBlockState.make`` returns it, mutated.
+        token: ``(B, S)`` int64, chosen tokens of positions ``state.first + j``; eligible positions
+            without a column are not decided.
+        entropy: ``(B, S)``, float of any width, nats, of the distribution at temperature 1.
+        mask_id: the mask token.
+        prompt_length: ``(B,)`` int32, where the generation regions start.
+        max_new_tokens: their length; the last block may be short.
+        block_length: positions of a block.
+        threshold: nats.
+        add_at, full_at: decoded parts of a block, in [0, 1]. Compared in doubles as
+            ``1 - masks / block_length >= add_at``, which decides for lengths as 10.
+        eos_ids: ``(E,)`` int64, tokens that end a sequence, or None.
+        cached: whether the windows are to be those of a cached decoder.
+        delay, refresh: forwards; ``refresh`` None is never.
+        tail: masks behind the newest block that are forwarded, None for all of them.
+        shifted: whether row i of the model predicts position i + 1.
+        profile: ``"fixed"``, or ``"compat"``: the published decoders (LLaDA's, or shifted Dream's)
+            with the defects that decide their tokens and counts: what an end of sequence has just
+            overwritten is still eligible, and what follows one written last is not filled;
+            the forward that would follow is counted; a rest of ``max_new_tokens`` is never decoded,
+            in 10001 forwards, or without them in LLaDA's cached decoder; commits go before
+            refreshes, LLaDA's are one at a time, Dream's refresh keeps keys in two places
+            (``stale``). ``tail`` has to be None.
+        backend: None (``PYDLLM_BACKEND``), ``"auto"``, ``"triton"`` or ``"torch"``.
+
+    Raises:
+        ValueError: shapes or devices do not fit, a number is out of range, a gradient is wanted, or
+            the backend is unknown.
+        TypeError: a dtype that is not supported.
+        BackendError: the named backend cannot run the call.
+
+    Determinism: the same on every backend; ties go to the lowest position; a sequence does not
+    depend on the others. CUDA graphs: safe. One launch, no host read. ``torch.compile``: one op.
+
+    Kernels: ``kernels/multiblock_step.py``.
+
+    Example:
+        >>> x = torch.tensor([[7, 0, 0, 0, 0]])
+        >>> steps = torch.full_like(x, -1, dtype=torch.int32)
+        >>> state = MultiBlockState.make(x, 4, 2)
+        >>> options = {"mask_id": 0, "prompt_length": torch.tensor([1], dtype=torch.int32),
+        ...            "max_new_tokens": 4, "block_length": 2, "threshold": 0.5}
+        >>> multiblock_step(x, steps, state, x[:, :0], torch.empty(1, 0), **options)
+        >>> state.first.item(), state.rows.item()
+        (1, 2)
+        >>> multiblock_step(x, steps, state, torch.tensor([[5, 6]]), torch.tensor([[0.1, 0.9]]),
+        ...                 **options)
+        >>> x, state.created.item(), state.first.item(), state.rows.item()
+        (tensor([[7, 5, 0, 0, 0]]), 2, 2, 3)
+    """
+    _check_tensors(x, step_map, state, token, entropy, prompt_length, eos_ids)
+    _check_int("max_new_tokens", max_new_tokens, 1)
+    _check_int("block_length", block_length, 1)
+    _check_int("delay", delay, 0)
+    if refresh is not None:
+        _check_int("refresh", refresh, 1)
+    if tail is not None:
+        _check_int("tail", tail, 0)
+    blocks = -(-max_new_tokens // block_length)
+    check_shape("state.blocks", state.blocks, 4, x.shape[0], blocks)
+    for name, value in (("add_at", add_at), ("full_at", full_at)):
+        if not isinstance(value, int | float) or not 0 <= value <= 1:
+            raise ValueError(f"{name}: expected a number in [0, 1], got {value!r}")
+    if not isinstance(threshold, int | float) or math.isnan(threshold):
+        raise ValueError(f"threshold: expected a number, got {threshold!r}")
+    if not isinstance(mask_id, int):
+        raise TypeError(f"mask_id: expected an int, got {mask_id!r}")
+    if profile not in ("fixed", "compat"):
+        raise ValueError(f"profile: expected fixed or compat, got {profile!r}")
+    compat = profile == "compat"
+    if compat and tail is not None:
+        raise ValueError(f"tail: expected None with profile 'compat', got {tail}")
+    if compat and max_new_tokens < block_length:
+        raise ValueError(
+            "max_new_tokens: expected at least one block with profile 'compat', "
+            f"got {max_new_tokens} with block_length {block_length}"
+        )
+    check_no_grad("multiblock_step", entropy=entropy)
+    add, full = (decoded_at_least(part, block_length) for part in (add_at, full_at))
+    rule = (max_new_tokens, block_length, float(threshold), add, full, delay, refresh or 0)
+    tail = max_new_tokens if tail is None else min(tail, max_new_tokens)
+    flags = (bool(early_stop), bool(cached), tail, bool(shifted), compat)
+    inputs = (x, step_map, *state, token, entropy, mask_id, prompt_length, eos_ids)
+    arguments: tuple[Any, ...] = (*inputs, *rule, *flags)
+
+    def triton() -> str | None:
+        from pydllm.kernels import multiblock_step as kernel
+
+        shape = (max_new_tokens, block_length)
+        return kernel.supports(x, step_map, *state, token, entropy, prompt_length, eos_ids, *shape)
+
+    chosen = choose("multiblock_step", backend, x.device, triton=triton)
+    if chosen == "torch":
+        reference.multiblock_step(*arguments)
+    else:
+        torch.ops.pydllm.multiblock_step(*arguments, chosen)
+
+
+def _check_tensors(
+    x: Tensor,
+    step_map: Tensor,
+    state: MultiBlockState,
+    token: Tensor,
+    entropy: Tensor,
+    prompt_length: Tensor,
+    eos_ids: Tensor | None,
+) -> None:
+    check_shape("x", x, "B", "L")
+    batch = x.shape[0]
+    check_shape("token", token, batch, "S")
+    wanted: dict[str, tuple] = {
+        "x": (x, x.shape, torch.int64),
+        "step_map": (step_map, x.shape, torch.int32),
+        "state.numbers": (state.numbers, (len(ROWS), batch), torch.int32),
+        "state.blocks": (state.blocks, (4, batch, "K"), torch.int32),
+        "state.eligible": (state.eligible, x.shape, torch.bool),
+        "token": (token, token.shape, torch.int64),
+        "entropy": (entropy, token.shape, *FLOATS),
+        "prompt_length": (prompt_length, (batch,), torch.int32),
+    }
+    if eos_ids is not None:
+        wanted["eos_ids"] = (eos_ids, ("E",), torch.int64)
+        if eos_ids.numel() == 0:
+            raise ValueError("eos_ids: expected None or at least one id, got none")
+    for name, (tensor, shape, *dtypes) in wanted.items():
+        check_shape(name, tensor, *shape)
+        check_dtype(name, tensor, *dtypes)
+        check_device(name, tensor, "x", x)
+
+
+def _check_int(name: str, value: object, low: int) -> None:
+    if not isinstance(value, int) or not low <= value < 2**31:
+        raise ValueError(f"{name}: expected an int in [{low}, 2^31), got {value!r}")
+
+
+def _run(*arguments: Any) -> None:
+    if arguments[-1] == "torch":
+        reference.multiblock_step(*arguments[:-1])
+        return
+    from pydllm.kernels import multiblock_step as kernel
+
+    kernel.multiblock_step(*arguments[:-1])
+
+
+def _fake(*_: object) -> None:
+    return None
+
+
+register(
+    "multiblock_step(Tensor(a!) x, Tensor(b!) step_map, Tensor(c!) numbers, Tensor(d!) blocks, "
+    "Tensor(e!) eligible, Tensor token, Tensor entropy, int mask_id, Tensor prompt, Tensor? eos, "
+    "int new, int size, float limit, int add, int full_at, int delay, int refresh, "
+    "bool early_stop, bool cached, int tail, bool shifted, bool compat, str backend) -> ()",
+    _run,
+    _fake,
+)
