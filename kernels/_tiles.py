@@ -191,3 +191,12 @@ def attention_splits(
 
 # commit_branch: window rows of a program, num_warps.
 COMMIT_BRANCH = (8, 4)
+
+# certainty_loss: ids of a tile and num_warps. Forward a program is a row, read tile by tile.
+CERTAINTY_LOSS = {"forward": (4096, 8), "backward": (2048, 4)}
+CERTAINTY_LOSS_INTERPRETER = (16384, 4)
+
+
+def certainty_loss_tile(device: torch.device, direction: str) -> tuple[int, int]:
+    """The tile of ``CERTAINTY_LOSS`` for ``"forward"`` or ``"backward"``."""
+    return CERTAINTY_LOSS_INTERPRETER if arch(device) == INTERPRETER else CERTAINTY_LOSS[direction]

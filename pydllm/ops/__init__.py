@@ -1,5 +1,6 @@
 """The public functional API, one file an op."""
 
+from pydllm.ops.certainty_loss import certainty_loss
 from pydllm.ops.commit_branch import commit_branch
 from pydllm.ops.head_stats import StatsPartial, head_stats, head_stats_partial, merge_stats
 from pydllm.ops.rms_norm import rms_norm
@@ -12,6 +13,7 @@ __all__ = [
     "StatsPartial",
     "Unmasked",
     "VocabStats",
+    "certainty_loss",
     "commit_branch",
     "head_stats",
     "head_stats_partial",
