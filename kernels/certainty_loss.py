@@ -152,6 +152,7 @@ def certainty_loss(
             stride_logits_row=logits.stride(0),
             BLOCK_V=block,
             num_warps=warps,
+            enable_fp_fusion=True,
         )
     return cross_entropy, entropy, correct, total, total_tempered
 
@@ -187,5 +188,6 @@ def certainty_loss_backward(
             stride_logits_row=logits.stride(0),
             BLOCK_V=block,
             num_warps=warps,
+            enable_fp_fusion=True,
         )
     return grad

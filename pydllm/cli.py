@@ -1,4 +1,4 @@
-"""The command line: ``pydllm demo | generate | env``."""
+"""The command line: ``pydllm demo | generate | distill | env``."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from pydllm._backend.env import BACKENDS
 from pydllm._backend.errors import PydllmError
+from pydllm.distill.command import distill
 
 _BACKEND = click.option("--backend", type=click.Choice(BACKENDS), help="For every op.")
 _JSON = click.option("--json", "as_json", is_flag=True, help="Machine-readable output.")
@@ -267,6 +268,8 @@ def env(as_json: bool) -> None:
     else:
         environment.main()
 
+
+main.add_command(distill)
 
 if __name__ == "__main__":
     main()

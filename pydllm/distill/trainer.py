@@ -66,7 +66,7 @@ class Objective(nn.Module):
             if not name or recipe.complement_entropy:
                 loss = loss + recipe.entropy_weight * entropy
             parts[f"cross_entropy{name}"], parts[f"entropy{name}"] = cross_entropy, entropy
-            parts[f"correct{name}"] = losses.correct.float().sum() / max(1, rows.sum())
+            parts[f"correct{name}"] = losses.correct.sum() / max(1, len(target))
         return loss / 4, {name: part.detach() for name, part in parts.items()}
 
 
@@ -107,7 +107,7 @@ def add_lora(model: Transformer, rank: int) -> nn.Module:
     config = LoraConfig(
         r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=model.linear_names()
     )
-    return get_peft_model(model, config)  # type: ignore[arg-type]
+    return get_peft_model(model, config)
 
 
 def draw_batch(
@@ -242,7 +242,7 @@ def _save_state(
 
 
 def _resume(out: Path, trained: dict[str, nn.Parameter], optimiser: Any, steps: int) -> int:
-    """Load the state in ``out``, if there is one; returns the steps done, and forgets later ones."""
+    """Load the state in ``out``, if there is one; returns the steps done, forgets later ones."""
     if not (out / STATE).exists():
         (out / METRICS).unlink(missing_ok=True)
         return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -91,9 +92,10 @@ def extract(
     kept: dict[int, tuple[Tensor, Tensor]] = {}
     open_rows = list(range(len(prompts)))
     for temperature in temperatures:
+        chosen: Any = [prompts[row] for row in open_rows]
         result = generate(
             teacher,
-            [prompts[row] for row in open_rows],
+            chosen,
             Static(block_length, score=score),
             max_new_tokens=max_new_tokens,
             temperature=temperature,
@@ -162,8 +164,8 @@ def load_trajectories(path: Path, vocab_size: int) -> Trajectories:
     if not torch.equal(steps.sort(1).values, ranks):
         raise CheckpointError(f"{path}: step_map: expected each of the n steps once in every row")
     longest = ids.shape[1] - steps.shape[1]
-    if len(ids) and not (0 <= lengths.min() and lengths.max() <= longest):
+    if len(ids) and not (lengths.min() >= 0 and lengths.max() <= longest):
         raise CheckpointError(f"{path}: prompt_length: expected at most {longest}")
-    if len(ids) and not (0 <= ids.min() and ids.max() < vocab_size):
+    if len(ids) and not (ids.min() >= 0 and ids.max() < vocab_size):
         raise CheckpointError(f"{path}: ids: expected token ids in [0, {vocab_size})")
     return Trajectories(ids, lengths, steps)

@@ -28,14 +28,16 @@ class Transformer(nn.Module):
     def __init__(self, family: Family, sizes: Sizes, spec: ModelSpec) -> None:
         super().__init__()
         self.family, self.sizes, self.spec = family, sizes, spec
-        shapes = {name: shape for slot in slots(family.names, sizes) for name, shape in slot.sources}
+        shapes = {
+            name: shape for slot in slots(family.names, sizes) for name, shape in slot.sources
+        }
         for name, shape in shapes.items():
             path, _, kind = name.rpartition(".")
             if kind == "bias":
                 continue
             module: nn.Module
             if path == family.names.embedding:
-                module = nn.Embedding(*shape)
+                module = nn.Embedding(shape[0], shape[1])
             elif len(shape) == 1:
                 module = nn.RMSNorm(shape[0], sizes.eps)
             else:
