@@ -53,7 +53,9 @@ class Recipe:
     lora_rank: int = 256
 
     def __post_init__(self) -> None:
-        whole: Callable[[Any], bool] = lambda v: type(v) is int and v >= 1  # noqa: E731
+        def whole(value: Any) -> bool:
+            return type(value) is int and value >= 1
+
         checks: dict[str, tuple[str, Callable[[Any], bool]]] = {
             "max_new_tokens": ("an int of at least 1", whole),
             "block_length": ("an int of at least 1", whole),

@@ -169,7 +169,7 @@ def train(
         recipe: the hyper-parameters.
         out: an existing folder.
         steps: of the optimiser, in all.
-        seed: of the order of the samples, windows and ratios.
+        seed: of the order of the samples, windows and ratios, and of the adapters.
         save_every: steps between states.
         autocast: dtype of the matrix products on the device, or None.
         accelerator: an ``accelerate.Accelerator`` for several devices, or None.
@@ -187,7 +187,9 @@ def train(
         raise ValueError(
             f"trajectories: expected at most {model.spec.max_positions} positions, got {longest}"
         )
-    adapted = add_lora(model, recipe.lora_rank) if recipe.lora_rank else model
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        adapted = add_lora(model, recipe.lora_rank) if recipe.lora_rank else model
     if accelerator is None:
         accelerator = SingleDevice(next(model.parameters()).device)
     trained = {name: p for name, p in adapted.named_parameters() if p.requires_grad}

@@ -48,11 +48,11 @@ def test_a_resumed_training_has_the_same_bits(tmp_path, rank):
         pytest.importorskip("peft", reason="peft is not installed")
     folder, trajectories = _teacher(tmp_path)
     recipe = Recipe(**vars(RECIPE) | {"lora_rank": rank})
-    torch.manual_seed(0)  # of the adapters
+    torch.manual_seed(1)
     whole, losses = _run(folder, trajectories, tmp_path / "whole", 5, recipe)
-    torch.manual_seed(0)
+    torch.manual_seed(2)
     _, before = _run(folder, trajectories, tmp_path / "parts", 5, recipe, stop=3)
-    # Interrupted one step after the state of step 2 was saved, and with another random state.
+    # Interrupted one step after the state of step 2 was saved, whatever torch's own random state is.
     resumed, after = _run(folder, trajectories, tmp_path / "parts", 5, recipe)
     assert before[:2] + after == losses
     teacher = load_transformer(folder).state_dict()
