@@ -52,7 +52,7 @@ def test_a_resumed_training_has_the_same_bits(tmp_path, rank):
     whole, losses = _run(folder, trajectories, tmp_path / "whole", 5, recipe)
     torch.manual_seed(2)
     _, before = _run(folder, trajectories, tmp_path / "parts", 5, recipe, stop=3)
-    # Interrupted one step after the state of step 2 was saved, whatever torch's own random state is.
+    # Interrupted one step after the state of step 2 was saved; torch's random state is another.
     resumed, after = _run(folder, trajectories, tmp_path / "parts", 5, recipe)
     assert before[:2] + after == losses
     teacher = load_transformer(folder).state_dict()
