@@ -85,6 +85,7 @@ def run(job: Job) -> Iterator[str]:
     accelerator = _accelerator(job)
     device = accelerator.device
     teacher, prompts = _check(job, device)
+    accelerator.wait_for_everyone()  # nobody finds a folder that another has begun to fill
     if accelerator.is_main_process:
         (job.out / TRAJECTORIES).mkdir(parents=True, exist_ok=True)
         text = json.dumps(job.settings(), indent=2) + "\n"
