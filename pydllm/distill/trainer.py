@@ -31,27 +31,26 @@ class Objective(nn.Module):
     recipe leaves out is 0, and the 4 stays.
     """
 
-    def __init__(self, model: nn.Module, base: Transformer, recipe: Recipe, backend: str | None):
+    def __init__(self, model: Transformer, recipe: Recipe, backend: str | None) -> None:
         super().__init__()
         self.model, self.recipe, self.backend = model, recipe, backend
-        self._base = [base]  # in a list: its parameters are the model's and registered there
 
     def forward(self, batch: Noisy) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss and its parts; ``correct`` is the fraction of masked tokens predicted."""
-        recipe, (base,) = self.recipe, self._base
+        recipe, model = self.recipe, self.model
         inputs, counted = [batch.noisy], [batch.masked]
         if recipe.complement:
             inputs.append(batch.complement)
             counted.append(batch.unmasked)
         # One forward for both: half the launches, and one synchronisation on several devices.
         lengths = batch.lengths.repeat(len(inputs))
-        hidden = base(torch.cat(inputs), lengths).chunk(len(inputs))
-        weight, bias = base.head
+        hidden = model(torch.cat(inputs), lengths).chunk(len(inputs))
+        weight, bias = model.head
         parts: dict[str, Tensor] = {}
         loss = hidden[0].new_zeros((), dtype=torch.float32)
         for name, states, rows in zip(("", "_complement"), hidden, counted, strict=False):
             target = batch.clean[rows]
-            if base.spec.shift_logits:  # a position is predicted by the row before it
+            if model.spec.shift_logits:  # a position is predicted by the row before it
                 states, rows = states[:, :-1], rows[:, 1:]
             losses = linear_certainty_loss(
                 states[rows],
@@ -192,14 +191,12 @@ def train(
         adapted = add_lora(model, recipe.lora_rank) if recipe.lora_rank else model
     if accelerator is None:
         accelerator = SingleDevice(next(model.parameters()).device)
-    trained = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimiser: Any = torch.optim.AdamW(
         trained.values(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
     )
     first = _resume(out, trained, optimiser, steps)
-    objective, optimiser = accelerator.prepare(
-        Objective(adapted, model, recipe, backend), optimiser
-    )
+    objective, optimiser = accelerator.prepare(Objective(model, recipe, backend), optimiser)
     device = accelerator.device
     for step in range(first, steps):
         started = time.perf_counter()

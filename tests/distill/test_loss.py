@@ -93,7 +93,7 @@ def test_hand_computed_objective(recipe, target, loss, shift):
     masked = torch.tensor([[False, True]])
     batch = Noisy(clean, clean, clean, masked, ~masked & masked, torch.tensor([2]))
     model = _Fixed(shift)
-    got, parts = Objective(model, model, recipe, None)(batch)
+    got, parts = Objective(model, recipe, None)(batch)
     assert got.item() == pytest.approx(loss, abs=1e-6)
     assert parts["correct"].item() == (target == 0)
     assert ("cross_entropy_complement" in parts) == recipe.complement
@@ -105,5 +105,5 @@ def test_the_complement_s_entropy_counts_where_the_recipe_says_so(weighted):
     masked = torch.tensor([[False, True]])
     batch = Noisy(clean, clean, clean, masked, ~masked, torch.tensor([2]))
     recipe = Recipe(entropy_weight=1.0, complement_entropy=weighted)
-    got, _ = Objective(_Fixed(), _Fixed(), recipe, None)(batch)
+    got, _ = Objective(_Fixed(), recipe, None)(batch)
     assert got.item() == pytest.approx((2 * CE + (1 + weighted) * ENT) / 4, abs=1e-6)
