@@ -232,3 +232,13 @@ MIXTURE_ACCEPT_SCAN = (16, 4)
 def mixture_accept_tile(device: torch.device) -> AcceptTile:
     """The tile of ``mixture_accept``."""
     return MIXTURE_ACCEPT_INTERPRETER if arch(device) == INTERPRETER else MIXTURE_ACCEPT
+
+
+# certainty_loss: ids of a tile and num_warps. Forward a program is a row, read tile by tile.
+CERTAINTY_LOSS = {"forward": (4096, 8), "backward": (2048, 4)}
+CERTAINTY_LOSS_INTERPRETER = (16384, 4)
+
+
+def certainty_loss_tile(device: torch.device, direction: str) -> tuple[int, int]:
+    """The tile of ``CERTAINTY_LOSS`` for ``"forward"`` or ``"backward"``."""
+    return CERTAINTY_LOSS_INTERPRETER if arch(device) == INTERPRETER else CERTAINTY_LOSS[direction]

@@ -12,6 +12,7 @@ Each case module has
 """
 
 from cases import (
+    certainty_loss,
     commit_branch,
     head_stats,
     mixture_accept,
@@ -24,6 +25,7 @@ from cases import (
 )
 
 _MODULES = (
+    certainty_loss,
     commit_branch,
     head_stats,
     mixture_accept,

@@ -182,6 +182,13 @@ class HostFlag:
         return bool(self._number.read()[0])
 
 
+def fill_holes(live: list[int]) -> list[int]:
+    """The live rows in an order that leaves those before ``len(live)`` where they are."""
+    last = iter(row for row in live if row >= len(live))
+    stay = set(live)
+    return [row if row in stay else next(last) for row in range(len(live))]
+
+
 def select_rows(model: Model, hidden: Tensor, start: Tensor, selection: Selection) -> Tensor:
     """Hidden rows ``(B, S, hidden)`` that predict the selected positions, of windows at ``start``.
 

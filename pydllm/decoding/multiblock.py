@@ -27,6 +27,7 @@ from pydllm.decoding.loop import (
     Selection,
     State,
     Window,
+    fill_holes,
     forward,
     select_rows,
     statistics,
@@ -172,28 +173,20 @@ class _Batch:
         """
         width, rows, live, copies = self.host.read()
         if 0 < live < len(self.state.rows):
-            alive = (self.step.mode > 0).tolist()
-            holes = [row for row in range(live) if not alive[row]]
-            moved = [row for row in range(live, len(alive)) if alive[row]]
-            order = list(range(live))
-            for hole, row in zip(holes, moved, strict=True):
-                order[hole] = row
+            order = fill_holes(self.step.mode.nonzero().flatten().tolist())
             self.write_back()
             index = torch.tensor(order, device=self.request.x.device)
             self.state = self.state.keep(index)
             numbers, blocks, eligible = self.step
             self.step = MultiBlockState(numbers[:, index], blocks[:, index], eligible[index])
-            for tensor in (self.cache.keys, self.cache.values):
-                tensor[:, holes] = tensor[:, moved]
-            self.cache = self.cache.first(live)
+            self.cache = self.cache.take(order)
         return [width, rows, live, copies]
 
     def decode(self, width: int, rows: int, copies: bool) -> None:
         """The planned forward, and what it decides."""
         request, state, step = self.request, self.state, self.step
         total = state.prompt_length + request.max_new_tokens
-        window = Window.make(step.start, step.length, step.kv_len, width=width, commits=False)
-        window = Window(**(vars(window) | {"commit": step.commit}))
+        window = Window.make(step.start, step.length, step.kv_len, width=width, commit=step.commit)
         selection = Selection(step.first, step.rows, rows)
         hidden = forward(request, state, window, self.cache)
         if copies:

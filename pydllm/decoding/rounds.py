@@ -24,6 +24,7 @@ from pydllm.decoding.loop import (
     Selection,
     State,
     Window,
+    fill_holes,
     finish_block,
     forward,
     row_temperatures,
@@ -102,7 +103,7 @@ class Rounds:
                 break
             if len(live) < len(state.rows):
                 state.write_back(whole)
-                order = _fill_holes(live)
+                order = fill_holes(live)
                 state = state.keep(torch.tensor(order, device=request.x.device))
                 cache = cache.take(order)
                 if verifier is not None:
@@ -166,9 +167,9 @@ class Rounds:
         rows, width, verifier_rows = widths
         cursor, backend = state.cursor, request.backend
         right = cursor + spans.masks
-        window = Window.make(spans.left, right - spans.left, right, width=rows, commits=False)
-        if cache.max_len:  # keys of masks are never seen again
-            window = replace(window, commit=cursor - spans.left)
+        # Keys of masks are never seen again.
+        kept = cursor - spans.left if cache.max_len else None
+        window = Window.make(spans.left, right - spans.left, right, width=rows, commit=kept)
         hidden = forward(request, state, window, cache)
         selection = Selection(cursor, spans.drafts, width)
         hidden = select_rows(request.model, hidden, spans.left, selection)
@@ -241,7 +242,7 @@ class _Verifier:
         drafted = (offset >= 0) & (offset < spans.drafts[:, None])
         sequence = replace(state, x=torch.where(drafted, drafts, state.x))
         seen = state.verified + spans.verify
-        window = Window.make(state.verified, spans.verify, seen, width=rows, commits=True)
+        window = Window.make(state.verified, spans.verify, seen, width=rows, commit=spans.verify)
         hidden = forward(replace(request, model=self.model), sequence, window, self.cache)
         state.verifier_nfe += spans.verify > 0
         # Causal: position p is predicted by row p - 1.
@@ -258,11 +259,3 @@ def _correct(token: Tensor, verdict: ops.Accepted, drafts: Tensor) -> tuple[Tens
     found = (wrong & (verdict.correction >= 0))[:, None]
     right = torch.where(found, verdict.correction[:, None], token.gather(1, place))
     return token.scatter(1, place, right), verdict.accepted + wrong
-
-
-def _fill_holes(live: list[int]) -> list[int]:
-    """The live rows in an order that leaves those before ``len(live)`` where they are."""
-    count = len(live)
-    last = iter(row for row in live if row >= count)
-    stay = set(live)
-    return [row if row in stay else next(last) for row in range(count)]

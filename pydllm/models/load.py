@@ -105,7 +105,7 @@ def _load_folder(
     family = find_family(config)
     sizes = family.sizes(config, family)
     tokenizer = read_tokenizer(folder)
-    spec = make_spec(config, family, sizes, _find_mask(tokenizer, sizes.embeddings))
+    spec = make_spec(config, family, sizes, find_mask(tokenizer, sizes.embeddings))
     shards = Shards(folder)
     wanted = list(slots(family.names, sizes))
     check_tensors(wanted, shards.found, family.names, str(folder))
@@ -162,7 +162,8 @@ def _module_config(module: nn.Module) -> Config:
     return Config(config, where)
 
 
-def _find_mask(tokenizer: Tokenizer | None, limit: int) -> int | None:
+def find_mask(tokenizer: Tokenizer | None, limit: int) -> int | None:
+    """The mask token's id in a tokenizer, for configurations that do not name one."""
     ids = [tokenizer.token_to_id(token) for token in _MASK_TOKENS] if tokenizer else []
     return next((token for token in ids if token is not None and token < limit), None)
 

@@ -1,5 +1,6 @@
 """The public functional API, one file an op."""
 
+from pydllm.ops.certainty_loss import certainty_loss
 from pydllm.ops.commit_branch import commit_branch
 from pydllm.ops.head_stats import StatsPartial, head_stats, head_stats_partial, merge_stats
 from pydllm.ops.mixture_accept import Accepted, mixture_accept, mixture_accept_sparse
@@ -19,6 +20,7 @@ __all__ = [
     "StatsPartial",
     "Unmasked",
     "VocabStats",
+    "certainty_loss",
     "commit_branch",
     "head_stats",
     "head_stats_partial",

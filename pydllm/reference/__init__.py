@@ -1,5 +1,6 @@
 """Plain PyTorch, one file an op: the definition, the ``torch`` backend and the tests' oracle."""
 
+from pydllm.reference.certainty_loss import certainty_loss, certainty_loss_backward
 from pydllm.reference.commit_branch import commit_branch
 from pydllm.reference.head_stats import head_stats, head_stats_partial, merge_stats
 from pydllm.reference.mixture_accept import mixture_accept, mixture_accept_sparse
@@ -12,6 +13,8 @@ from pydllm.reference.vocab_stats import vocab_stats
 from pydllm.reference.window_attention import window_attention
 
 __all__ = [
+    "certainty_loss",
+    "certainty_loss_backward",
     "commit_branch",
     "head_stats",
     "head_stats_partial",

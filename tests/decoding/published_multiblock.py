@@ -114,9 +114,9 @@ def multiblock(
                 break
         for before, unit in zip(units, units[1:], strict=False):
             unit.full |= before.progress >= full_at
-        if not has_eos and len(units) - 1 < blocks:
-            if units[-1].progress >= add_at or units[-1].count == 0:
-                create()
+        opens = units[-1].progress >= add_at or units[-1].count == 0
+        if opens and not has_eos and len(units) - 1 < blocks:
+            create()
 
         start = 0
         if cache is None:

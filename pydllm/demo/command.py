@@ -1,0 +1,184 @@
+"""``pydllm demo`` and ``pydllm compare``."""
+
+from __future__ import annotations
+
+import json
+import time
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from pydllm._options import BACKEND, JSON
+from pydllm.demo import MODELS, SWEEPS, VERIFIER
+
+if TYPE_CHECKING:
+    from pydllm.decoding import Generation
+    from pydllm.demo.evaluate import Score
+
+
+@click.command()
+@click.option("--problems", default=100, show_default=True, type=click.IntRange(1, 10000))
+@click.option("--seed", default=0, show_default=True, help="Which held-out problems.")
+@click.option(
+    "--model", "names", multiple=True, type=click.Choice(sorted(MODELS)), help="Default: all."
+)
+@click.option("--only", multiple=True, help="Only algorithms whose name contains this.")
+@click.option("--device", help="Default: the GPU if there is one.")
+@click.option("--out", default="out/demo", show_default=True, type=click.Path(path_type=Path))
+@BACKEND
+@JSON
+def demo(
+    problems: int,
+    seed: int,
+    names: tuple[str, ...],
+    only: tuple[str, ...],
+    device: str | None,
+    out: Path,
+    backend: str | None,
+    as_json: bool,
+) -> None:
+    """Decode held-out word problems with every algorithm, on the bundled models."""
+    from pydllm.demo import report
+    from pydllm.demo.evaluate import algorithms
+    from pydllm.demo.task import held_out_problems
+    from pydllm.models import load
+
+    verifier = load(VERIFIER, device=device)
+    wanted = [part.lower() for part in only]
+    chosen = {
+        model: {
+            name: algorithm
+            for name, algorithm in algorithms(model, verifier).items()
+            if not only or any(part in name.lower() for part in wanted)
+        }
+        for model in names or MODELS
+    }
+    if not any(chosen.values()):
+        known = dict.fromkeys(name for model in chosen for name in algorithms(model, verifier))
+        raise click.BadParameter(
+            f"expected a part of one of {'; '.join(known)}, got {', '.join(only)}",
+            param_hint="--only",
+        )
+    tasks = held_out_problems(problems, seed)
+    console = Console(stderr=as_json)
+    out.mkdir(parents=True, exist_ok=True)
+    scores: list[Score] = []
+    written = [out / "demo.csv"]
+    for name, plan in chosen.items():
+        if not plan:
+            continue
+        model = load(MODELS[name], device=device)
+        found, generations = _decode_all(model, name, plan, tasks, backend, console)
+        if not scores:
+            shown = next((key for key in plan if key.startswith("Threshold")), next(iter(plan)))
+            _show_answer(console, model, shown, tasks[0].prompt, generations[shown])
+        title = f"{name}: {problems} held-out problems, {model.device}, {model.dtype}"
+        console.print(report.score_table(found, title.replace("torch.", "")))
+        scores += found
+        try:
+            picture = out / f"decoding-order-{name}.png"
+            report.plot_decoding_order(generations, min(problems, 24), picture)
+            written.append(picture)
+        except ImportError:
+            console.print("no picture: matplotlib is not installed (pip install 'pydllm[demo]')")
+    report.write_csv(scores, written[0])
+    files = list(map(str, written))
+    console.print(f"written: {', '.join(files)}")
+    if as_json:
+        click.echo(json.dumps({"scores": [score.as_row() for score in scores], "files": files}))
+
+
+@click.command()
+@click.option("--sweep", "sweeps", multiple=True, required=True, type=click.Choice(SWEEPS))
+@click.option("--model", "name", default="llada-tiny", type=click.Choice(sorted(MODELS)))
+@click.option("--problems", default=100, show_default=True, type=click.IntRange(1, 10000))
+@click.option("--seed", default=0, show_default=True, help="Which held-out problems.")
+@click.option("--device", help="Default: the GPU if there is one.")
+@click.option("--out", default="out/compare", show_default=True, type=click.Path(path_type=Path))
+@BACKEND
+@JSON
+def compare(
+    sweeps: tuple[str, ...],
+    name: str,
+    problems: int,
+    seed: int,
+    device: str | None,
+    out: Path,
+    backend: str | None,
+    as_json: bool,
+) -> None:
+    """Sweep algorithms from careful to fast: accuracy over tokens per forward, CSV and PNG."""
+    from pydllm.demo import report
+    from pydllm.demo.sweep import settings
+    from pydllm.demo.task import held_out_problems
+    from pydllm.models import load
+
+    model, verifier = load(MODELS[name], device=device), load(VERIFIER, device=device)
+    tasks = held_out_problems(problems, seed)
+    console = Console(stderr=as_json)
+    out.mkdir(parents=True, exist_ok=True)
+    found = {}
+    for sweep in sweeps:
+        found[sweep], _ = _decode_all(
+            model, name, settings(sweep, name, verifier), tasks, backend, console
+        )
+        console.print(report.score_table(found[sweep], f"{name}, {sweep}: {problems} problems"))
+    scores = [score for each in found.values() for score in each]
+    written = [out / f"{name}.csv", out / f"{name}.png"]
+    report.write_csv(scores, written[0])
+    try:
+        title = f"{name}, {problems} held-out problems"
+        report.plot_frontier(found, title, written[1])
+    except ImportError:
+        console.print("no picture: matplotlib is not installed (pip install 'pydllm[demo]')")
+        written.pop()
+    files = list(map(str, written))
+    console.print(f"written: {', '.join(files)}")
+    if as_json:
+        click.echo(json.dumps({"scores": [score.as_row() for score in scores], "files": files}))
+
+
+def _decode_all(
+    model: Any, name: str, plan: dict[str, Any], tasks: list, backend: str | None, console: Console
+) -> tuple[list[Score], dict[str, Generation]]:
+    """The score and the first batch's generation of every algorithm, with a progress bar each."""
+    from pydllm.demo.evaluate import evaluate
+
+    scores, generations, first = [], {}, None
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
+        for key, algorithm in plan.items():
+            bar = progress.add_task(f"{key:30}", total=len(tasks))
+            score, generations[key], sequences = evaluate(
+                model,
+                (name, key),
+                algorithm,
+                tasks,
+                reference=first,
+                backend=backend,
+                on_batch=partial(progress.advance, bar),
+            )
+            scores.append(score)
+            first = first or sequences
+    return scores, generations
+
+
+def _show_answer(console: Console, model: Any, name: str, prompt: str, generation: Any) -> None:
+    """The first problem's answer, unmasked step by step on a terminal, then in colour."""
+    from pydllm.demo import report
+
+    steps = [step for step in generation.step_map[0].tolist() if step >= 0]
+    ids = generation.sequences[0][-generation.step_map.shape[1] :].tolist()[: len(steps)]
+    words = [model.tokenizer.id_to_token(token) for token in ids]
+    console.print(f"\n[bold]{prompt}[/bold]   ({name}; the number is the step)")
+    if console.is_terminal:
+        with Live(console=console, refresh_per_second=20, transient=True) as live:
+            for step in range(max(steps) + 1):
+                live.update(report.masked_answer(words, steps, step))
+                time.sleep(0.15)
+    console.print(report.coloured_answer(words, steps), "\n")

@@ -1,0 +1,145 @@
+"""Cross-entropy and certainty of rows of logits, with a gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pydllm import reference
+from pydllm._backend.dispatch import choose
+from pydllm._backend.library import register
+from pydllm.ops._checks import FLOATS, check_device, check_dtype, check_shape
+
+
+def certainty_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    temperature: float = 0.5,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropy of each row, and the entropy of the rows that already predict their target.
+
+    ``logsumexp(x) - x[target]``, and ``H(softmax(x / temperature))`` where ``argmax x = target``:
+    the two terms of certainty-forcing distillation (dParallel, arXiv 2509.26488; d3LLM, arXiv
+    2601.07568), in one read of the logits. Nothing of the size of the logits is kept for the
+    backward pass but the logits themselves: it computes both softmaxes again from a row's sums.
+
+    Args:
+        logits: ``(R, V)`` fp32, fp16, bf16 or (torch backend) fp64; may require a gradient.
+        target: ``(R,)`` int64, ids in [0, V); the caller's promise, it is not read on the host.
+        temperature: of the entropy, above 0.
+        backend: None (``PYDLLM_BACKEND``), ``"auto"``, ``"triton"`` or ``"torch"``.
+
+    Returns:
+        ``cross_entropy (R,)`` in nats, ``entropy (R,)`` in nats, 0 where the arg-max is another id,
+        and ``correct (R,)`` bool, where it is the target; the lowest index wins a tie. The first
+        two are fp32 (fp64 for fp64 logits) and have a gradient; which rows are correct has none.
+        The loss of a set of rows is then ``cross_entropy.mean() + w * entropy.sum() /
+        correct.sum()``.
+
+    Raises:
+        ValueError: shapes or devices differ, no vocabulary, a temperature not above 0.
+        TypeError: a dtype that is not supported.
+        BackendError: the named backend cannot run the call.
+
+    Determinism: a row's bits depend on that row alone, gradient included. CUDA graphs: safe.
+    ``torch.compile``: one op forward and one backward.
+
+    Kernels: ``kernels/certainty_loss.py``.
+
+    Example:
+        >>> certainty_loss(torch.tensor([[3.0, 1.0]]).log(), torch.tensor([0]))
+        (tensor([0.2877]), tensor([0.3251]), tensor([True]))
+    """
+    check_dtype("logits", logits, *FLOATS)
+    check_shape("logits", logits, "R", "V")
+    if logits.shape[1] == 0:
+        raise ValueError("logits: expected a vocabulary of at least 1 id, got none")
+    check_shape("target", target, logits.shape[0])
+    check_dtype("target", target, torch.int64)
+    check_device("target", target, "logits", logits)
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature: expected a finite number above 0, got {temperature}")
+
+    def triton() -> str | None:
+        from pydllm.kernels import certainty_loss as kernel
+
+        return kernel.supports(logits, target)
+
+    chosen = choose("certainty_loss", backend, logits.device, triton=triton)
+    return _CertaintyLoss.apply(logits, target, float(temperature), chosen)
+
+
+class _CertaintyLoss(torch.autograd.Function):
+    """Keeps the logits and five numbers a row; the softmaxes are computed again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, target: Tensor, temperature: float, backend: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        row = torch.ops.pydllm.certainty_loss(logits, target, temperature, backend)
+        cross_entropy, entropy, correct, total, total_tempered = row
+        ctx.save_for_backward(logits, target, entropy, correct, total, total_tempered)
+        ctx.temperature, ctx.backend = temperature, backend
+        ctx.mark_non_differentiable(correct)
+        return cross_entropy, entropy, correct
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        logits, target, *row = ctx.saved_tensors
+        grad = torch.ops.pydllm.certainty_loss_backward(
+            logits,
+            target,
+            ctx.temperature,
+            grads[0].contiguous(),
+            grads[1].contiguous(),
+            *row,
+            ctx.backend,
+        )
+        return grad, None, None, None
+
+
+def _run(logits: Tensor, target: Tensor, temperature: float, backend: str) -> tuple[Tensor, ...]:
+    if backend == "torch":
+        return reference.certainty_loss(logits, target, temperature)
+    from pydllm.kernels import certainty_loss as kernel
+
+    return kernel.certainty_loss(logits, target, temperature)
+
+
+def _fake(logits: Tensor, target: Tensor, temperature: float, backend: str) -> tuple[Tensor, ...]:
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    rows = [logits.new_empty(logits.shape[0], dtype=wide) for _ in range(4)]
+    correct = torch.empty_like(target, dtype=torch.bool)
+    return rows[0], rows[1], correct, rows[2], rows[3]
+
+
+def _run_backward(logits: Tensor, target: Tensor, temperature: float, *row: Any) -> Tensor:
+    *statistics, backend = row
+    if backend == "torch":
+        return reference.certainty_loss_backward(logits, target, temperature, *statistics)
+    from pydllm.kernels import certainty_loss as kernel
+
+    return kernel.certainty_loss_backward(logits, target, temperature, *statistics)
+
+
+def _fake_backward(logits: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+register(
+    "certainty_loss(Tensor logits, Tensor target, float temperature, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _run,
+    _fake,
+)
+register(
+    "certainty_loss_backward(Tensor logits, Tensor target, float temperature, "
+    "Tensor grad_cross_entropy, Tensor grad_entropy, Tensor entropy, Tensor correct, "
+    "Tensor logsumexp, Tensor logsumexp_tempered, str backend) -> Tensor",
+    _run_backward,
+    _fake_backward,
+)
