@@ -16,7 +16,7 @@ LAYERS = (
     ("integrations", "distill", "demo"),
     ("decoding", "metrics"),
     ("models",),
-    ("ops",),
+    ("ops", "_options"),
     ("_backend", "reference"),
     ("kernels", "_C"),
 )

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from pydllm._backend.env import BACKENDS
+from pydllm._options import BACKEND
 from pydllm.distill.prompts import read_prompts
 from pydllm.distill.recipe import PRESETS, Recipe
 
@@ -59,7 +59,7 @@ def make_recipe(preset: str, changes: dict[str, Any]) -> Recipe:
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Of matrix products.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads (default: torch's choice).")
 @click.option("--accelerate", is_flag=True, help="Several devices, under `accelerate launch`.")
-@click.option("--backend", type=click.Choice(BACKENDS), help="For every op.")
+@BACKEND
 @_options
 def distill(
     teacher: Path,
