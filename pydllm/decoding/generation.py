@@ -144,11 +144,10 @@ def generate(
     if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: expected an int of at least 1, got {max_new_tokens!r}")
     each = temperature if isinstance(temperature, Sequence) else [temperature]
-    if not all(one == 0 or 1e-6 <= one < float("inf") for one in each):
-        raise ValueError(
-            "temperature: expected a number of at least 0, and of 1e-6 where it is not 0, "
-            f"got {temperature!r}"
-        )
+    if not all(0.0 <= one < float("inf") for one in each):
+        raise ValueError(f"temperature: expected a number of at least 0, got {temperature}")
+    if any(0 < one < 1e-6 for one in each):
+        raise ValueError(f"temperature: expected 0 or at least 1e-6, got {temperature}")
     if isinstance(temperature, Sequence) and len(temperature) != len(ids):
         raise ValueError(f"temperature: expected {len(ids)}, one a prompt, got {len(temperature)}")
     if not 0 <= seed < 2**64:
