@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
+
 from pydllm.decoding.generation import Decoded, Request
 from pydllm.decoding.rounds import Rounds
 from pydllm.decoding.static import expect, expect_int, expect_number
@@ -16,6 +18,7 @@ EMITS = ("draft", "draft_then_target", "target")
 RULES = ("paper", "reference")
 # Two tokenizers that are meant to be the same differ in a few ids at the end.
 _LEAST_SHARED = 0.99
+_LEAST_SQUARED = 1e-3  # its square has to be a temperature, too
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,13 @@ class APD:
         if self.verifier is not None:
             shared = self._shared_vocab(request.model, self.verifier)
             _check_prompts(request, shared, self.verifier.spec.max_positions)
+        temperature = torch.as_tensor(request.temperature)
+        squared = self.rule == "reference"
+        if squared and ((temperature > 0) & (temperature < _LEAST_SQUARED)).any():
+            raise ValueError(
+                f"temperature: expected 0 or at least {_LEAST_SQUARED} with rule 'reference', "
+                f"got {temperature.tolist()}"
+            )
         return Rounds(
             self.verifier,
             mixture,

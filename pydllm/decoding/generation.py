@@ -115,9 +115,10 @@ def generate(
     Args:
         model: what ``pydllm.load`` returned, or anything with the protocol ``pydllm.models.Model``.
         prompts: lists or 1-D tensors of token ids, or strings where the model has a tokenizer.
-        algorithm: ``Static(...)``, ``Threshold(...)``, ``Factor(...)``, ``EntropyBound(...)``.
+        algorithm: ``Static(...)``, ``Threshold(...)``, ``Factor(...)``, ``EntropyBound(...)``,
+            ``FreeDave(...)``, ``APD(...)``, ``LeftToRight(...)``.
         max_new_tokens: length of every generation region, in tokens.
-        temperature: 0 takes the arg-max; above, tokens are drawn from
+        temperature: 0 takes the arg-max; from 1e-6 on, tokens are drawn from
             softmax(logits / temperature). Or a list with one a prompt.
         seed: of the noise, in [0, 2^64). A prompt's noise depends on the seed, its request id, the
             position and the number of tokens decoded before, and on nothing else in the batch.
@@ -143,11 +144,13 @@ def generate(
     ids = encode_prompts(model, prompts)
     if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: expected an int of at least 1, got {max_new_tokens!r}")
-    temperatures = [temperature] if isinstance(temperature, int | float) else list(temperature)
-    if not all(0.0 <= each < float("inf") for each in temperatures):
+    each = temperature if isinstance(temperature, Sequence) else [temperature]
+    if not all(0.0 <= one < float("inf") for one in each):
         raise ValueError(f"temperature: expected a number of at least 0, got {temperature}")
-    if not isinstance(temperature, int | float) and len(temperatures) != len(ids):
-        raise ValueError(f"temperature: expected {len(ids)}, one a prompt, got {temperature}")
+    if any(0 < one < 1e-6 for one in each):
+        raise ValueError(f"temperature: expected 0 or at least 1e-6, got {temperature}")
+    if isinstance(temperature, Sequence) and len(temperature) != len(ids):
+        raise ValueError(f"temperature: expected {len(ids)}, one a prompt, got {len(temperature)}")
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed: expected an int in [0, 2^64), got {seed}")
     request_ids = range(len(ids)) if request_ids is None else request_ids
@@ -176,9 +179,9 @@ def generate(
         prompt_length=torch.tensor(lengths, dtype=torch.int32, device=device),
         request_id=torch.tensor(list(request_ids), dtype=torch.int32, device=device),
         max_new_tokens=max_new_tokens,
-        temperature=float(temperature)
-        if isinstance(temperature, int | float)
-        else torch.tensor(temperatures, dtype=torch.float32, device=device),
+        temperature=torch.tensor(temperature, dtype=torch.float32, device=device)
+        if isinstance(temperature, Sequence)
+        else float(temperature),
         seed=seed,
         backend=backend,
         on_step=on_step,

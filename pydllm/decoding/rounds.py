@@ -87,10 +87,12 @@ class Rounds:
         whole = state = self._start(request)
         batch, slots = request.x.shape
         cached = any(window is not None for window in self.window)
-        cache = request.model.new_cache(batch, slots if cached else 0)
         verifier = None
         if self.verifier is not None:
             verifier = _Verifier(self.verifier, self.verifier.new_cache(batch, slots))
+        cache = request.model.new_cache(batch, slots if cached else 0)
+        banned = torch.tensor([request.mask_id], dtype=torch.int32, device=request.x.device)
+        call = _Call(request, cache, verifier, banned)
         numbers = HostNumbers(request.x.device, 3 * batch)
         forwards = 0
         while True:
@@ -105,11 +107,11 @@ class Rounds:
                 state.write_back(whole)
                 order = fill_holes(live)
                 state = state.keep(torch.tensor(order, device=request.x.device))
-                cache = cache.take(order)
-                if verifier is not None:
-                    verifier.cache = verifier.cache.take(order)
+                call.cache = call.cache.take(order)
+                if call.verifier is not None:
+                    call.verifier.cache = call.verifier.cache.take(order)
                 spans = self._spans(state)
-            self._round(request, state, spans, cache, verifier, needed.amax(1).tolist())
+            self._round(call, state, spans, needed.amax(1).tolist())
             forwards += 1
             if request.on_step is not None:
                 state.write_back(whole)
@@ -154,23 +156,15 @@ class Rounds:
             verify = torch.where(needed, state.cursor + drafts - 1 - state.verified, verify)
         return Spans(left, masks, drafts, verify)
 
-    def _round(
-        self,
-        request: Request,
-        state: Progress,
-        spans: Spans,
-        cache: StaticCache,
-        verifier: _Verifier | None,
-        widths: list[int],
-    ) -> None:
+    def _round(self, call: _Call, state: Progress, spans: Spans, widths: list[int]) -> None:
         """One round of every sequence; ``widths`` are the largest numbers of rows."""
         rows, width, verifier_rows = widths
-        cursor, backend = state.cursor, request.backend
+        request, cursor, backend = call.request, state.cursor, call.request.backend
         right = cursor + spans.masks
         # Keys of masks are never seen again.
-        kept = cursor - spans.left if cache.max_len else None
+        kept = cursor - spans.left if call.cache.max_len else None
         window = Window.make(spans.left, right - spans.left, right, width=rows, commit=kept)
-        hidden = forward(request, state, window, cache)
+        hidden = forward(request, state, window, call.cache)
         selection = Selection(cursor, spans.drafts, width)
         hidden = select_rows(request.model, hidden, spans.left, selection)
         logits = request.model.head(hidden).flatten(0, 1)
@@ -179,7 +173,7 @@ class Rounds:
             "temperature": row_temperatures(request, state, width),
             "seed": request.seed,
             "counter": counter,
-            "banned": cursor.new_tensor([request.mask_id]),
+            "banned": call.banned,
             "shared_vocab": self.shared_vocab,
             "rule": self.rule,
             "backend": backend,
@@ -187,8 +181,8 @@ class Rounds:
         draft = ops.mixture_draft(logits, top_p=self.top_p, **noise)
         token = draft.token.view(-1, width)
         length = spans.drafts
-        if verifier is not None and verifier_rows:
-            expert = verifier.logits(request, state, spans, token, verifier_rows)
+        if call.verifier is not None and verifier_rows:
+            expert = call.verifier.logits(request, state, spans, token, verifier_rows)
             verdict = ops.mixture_accept(
                 logits,
                 expert.flatten(0, 1),
@@ -249,6 +243,16 @@ class _Verifier:
         start = state.cursor - int(not self.model.spec.shift_logits)
         selection = Selection(start, spans.drafts, width)
         return self.model.head(select_rows(self.model, hidden, state.verified, selection))
+
+
+@dataclass
+class _Call:
+    """What the rounds of a call of ``generate`` share."""
+
+    request: Request
+    cache: StaticCache
+    verifier: _Verifier | None
+    banned: Tensor  # (1,) int32, the mask id
 
 
 def _correct(token: Tensor, verdict: ops.Accepted, drafts: Tensor) -> tuple[Tensor, Tensor]:

@@ -27,9 +27,9 @@ def settings(sweep: str, model: str, verifier: Model) -> dict[str, Algorithm]:
     if sweep == "apd":
         return {
             f"R {mixture}, W {window}, M {lookahead}": APD(verifier, mixture, window, lookahead)
-            for mixture in (0.0, 0.3, 0.5, 0.7, 0.9, 1.0)
-            for window in (4, 16)
-            for lookahead in (8, 16, None)
+            for mixture in (0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 1.0)
+            for window in (1, 16)
+            for lookahead in (32, 40, 48)
         }
     if sweep == "multiblock":
         limits = (0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0)

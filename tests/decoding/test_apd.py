@@ -447,7 +447,11 @@ def test_a_temperature_for_each_prompt(trio, kind):
         alone = _decode(model, [PROMPTS[row]], algorithm, **options)
         assert torch.equal(alone.sequences[0], together.sequences[row])
         assert torch.equal(alone.step_map[0], together.step_map[row])
-    for bad, error in (([0.5] * 4, "expected 5, one a prompt"), ([0.5] * 4 + [-1.0], "at least 0")):
+    for bad, error in (
+        ([0.5] * 4, "expected 5, one a prompt"),
+        ([0.5] * 4 + [-1.0], "at least 0"),
+        ([0.5] * 4 + [1e-7], "0 or at least 1e-6"),
+    ):
         with pytest.raises(ValueError, match=f"temperature: .*{error}"):
             _decode(model, PROMPTS, algorithm, temperature=bad)
 

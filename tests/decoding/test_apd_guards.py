@@ -9,6 +9,9 @@ import torch
 from tokenizers import Tokenizer, models
 
 import pydllm
+from pydllm.decoding.apd import shared_vocab
+from pydllm.demo import WEIGHTS
+from pydllm.demo.task import held_out_problems, read_answer
 from tests.decoding.test_apd import CONFIGS, MASK, PROMPTS, VOCAB, Observed, _decode, no_end, trio
 from tests.models.plain import random_plain, write_checkpoint
 
@@ -133,3 +136,24 @@ def test_what_cannot_be_decoded_is_refused(trio, monkeypatch, change, prompts, e
     if "full attention" in error:
         with pytest.raises(ValueError, match=error.replace("APD", "LeftToRight")):
             _decode(model, prompts, pydllm.LeftToRight())
+
+
+def test_a_temperature_that_cannot_be_squared(trio):
+    model, verifier = trio["plain"][0], trio["verifier"][0]
+    algorithm = pydllm.APD(verifier, rule="reference")
+    for temperature in (1e-4, [0.5, 1e-4]):
+        with pytest.raises(ValueError, match="temperature: expected 0 or at least 0.001 with rule"):
+            _decode(model, [[1], [2]], algorithm, temperature=temperature)
+
+
+def test_the_bundled_models():
+    """They share a tokenizer, and most of what they say."""
+    model, verifier = (
+        pydllm.load(WEIGHTS.with_name(f"{name}-tiny")) for name in ("llada", "verifier")
+    )
+    assert shared_vocab(model, verifier) == model.spec.vocab_size
+    problems = held_out_problems(8)
+    algorithm = pydllm.APD(verifier)
+    got = pydllm.generate(model, [p.prompt for p in problems], algorithm, max_new_tokens=48)
+    assert [read_answer(text) for text in got.text] == [p.answer for p in problems]
+    assert got.tokens_per_forward.mean() > 3

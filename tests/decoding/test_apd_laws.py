@@ -55,7 +55,7 @@ class Table:
         # Without slots each forward starts at 0 and its own tokens are all there is.
         return StaticCache(*torch.zeros(2, 1, batch, max_len, 1, 1, dtype=torch.float64))
 
-    def forward(self, ids, start, cache, *, length, kv_len, commit, branches, backend):
+    def forward(self, ids, start, cache, *, length, commit, **options):
         slots = torch.arange(N + 1)
         row = slots - start[:, None]
         inside = (row >= 0) & (row < length[:, None])
