@@ -119,43 +119,35 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
     each, weights = meta(256, dtype=torch.float32), meta(4, dtype=torch.float32)
     counter, banned = meta(256, 3), meta(1)
     shared = mixture_draft.SHARED
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+    options = {
+        "nucleus": (0.7, None, each, 0.2, None, 5, counter, banned, shared, True, False, False),
+        "each row": (0.0, weights, each, 0.0, each, 5, counter, None, shared, True, False, True),
+        "greedy": (0.7, None, None, 0.0, None, 5, None, banned, shared, False, True, False),
+    }
+    for dtype, name in (
+        *((torch.bfloat16, name) for name in options),
+        (torch.float16, "nucleus"),
+        (torch.float32, "each row"),
+    ):
         logits = (
             meta(256, mixture_draft.VOCAB, dtype=dtype),
             meta(256, VERIFIER_VOCAB, dtype=dtype),
         )
-        for name, options in {
-            "nucleus": (0.7, None, each, 0.2, None, 5, counter, banned, shared, True, False, False),
-            "each row": (
-                0.0,
-                weights,
-                each,
-                0.0,
-                each,
-                5,
-                counter,
-                None,
-                shared,
-                True,
-                False,
-                True,
-            ),
-            "greedy": (0.7, None, None, 0.0, None, 5, None, banned, shared, False, True, False),
-        }.items():
-            arguments = (*logits, token, length, *options)
-            yield f"{dtype} {name}", lambda arguments=arguments: kernel.mixture_accept(*arguments)
-        for capacity, critical in ((128, False), (100, True), (1024, True)):
-            lists = (
-                meta(256, capacity),
-                *(meta(256, capacity, dtype=torch.float32),) * 2,
-                meta(256),
-            )
-            hidden, head = meta(256, WIDTH, dtype=dtype), meta(VERIFIER_VOCAB, WIDTH, dtype=dtype)
-            bias = head[:, 0].clone() if critical else None
-            rest = (0.7, weights if critical else None, 0.2, each if critical else None)
-            arguments = (*lists, hidden, head, bias, token, length, *rest)
-            arguments = (*arguments, 30.0 if critical else None, True, critical)
-            yield (
-                f"{dtype} sparse {capacity}",
-                lambda arguments=arguments: kernel.mixture_accept_sparse(*arguments),
-            )
+        arguments = (*logits, token, length, *options[name])
+        yield f"{dtype} {name}", lambda arguments=arguments: kernel.mixture_accept(*arguments)
+    for dtype, capacity, critical in (
+        (torch.bfloat16, 128, False),
+        (torch.bfloat16, 1000, True),
+        (torch.float16, 128, False),
+        (torch.float32, 1024, True),
+    ):
+        values = meta(256, capacity, dtype=torch.float32)
+        hidden, head = meta(256, WIDTH, dtype=dtype), meta(VERIFIER_VOCAB, WIDTH, dtype=dtype)
+        operands = (hidden, head, meta(VERIFIER_VOCAB, dtype=dtype) if critical else None)
+        rest = (0.7, None, 0.2, None, None) if not critical else (0.0, weights, 0.0, each, 30.0)
+        arguments = (meta(256, capacity), values, values, meta(256), *operands, token, length)
+        arguments = (*arguments, *rest, True, critical)
+        yield (
+            f"{dtype} sparse {capacity}",
+            lambda arguments=arguments: kernel.mixture_accept_sparse(*arguments),
+        )
