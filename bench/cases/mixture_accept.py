@@ -36,14 +36,12 @@ def make(
     rows: int,
     vocab: int = VERIFIER_VOCAB,
 ) -> dict[str, object]:
-    """Verifier logits that agree with the draft model in most rows."""
     inputs = mixture_draft.make(dtype, device, rows=batch * rows, temperature=0.2, vocab=vocab)
-    found = ops.mixture_draft(inputs.pop("logits"), **inputs, backend="torch")
-    logits = mixture_draft.make(dtype, device, rows=batch * rows, temperature=0.2, vocab=vocab)
+    options = {name: value for name, value in inputs.items() if name != "logits"}
+    found = ops.mixture_draft(inputs["logits"], **options, backend="torch")
     hidden = random_normal(batch * rows, WIDTH, seed=2, dtype=dtype, device=device)
     return inputs | {
         "form": form,
-        "logits": logits["logits"],
         "hidden": hidden,
         "weight": random_normal(vocab, WIDTH, seed=3, dtype=dtype, device=device) / 30,
         "token": found.token,
@@ -69,22 +67,19 @@ def call(inputs: dict[str, object], backend: str) -> tuple[Tensor, ...]:
     return ops.mixture_accept(*logits, inputs["token"], **options, backend=backend)[:2]
 
 
-def _published() -> Callable[[dict[str, object]], Tensor]:
-    """Arg-max of the mixture in the dtype of the logits, compared on the host."""
+def published(inputs: dict[str, object]) -> Tensor:
+    """Arg-max of the mixture in the dtype of the logits, the leading run read by the host.
 
-    def run(inputs: dict[str, object]) -> Tensor:
-        verifier = _verifier_logits(inputs)[:, : inputs["shared_vocab"]]
-        logits = inputs["logits"][:, : inputs["shared_vocab"]]
-        weight = inputs["mixture"]
-        target = (weight * logits + (1 - weight) * verifier).argmax(-1)
-        same = (target == inputs["token"]).view(len(inputs["length"]), -1).int()
-        same[:, 0] = 1
-        for run_of_one in same.cumprod(1).sum(1):
-            run_of_one.item()
-        # Its rule is another one: there is nothing to compare.
-        return target.new_empty(0).double()
-
-    return run
+    Its rule has no noise: its counts are not compared with the op's.
+    """
+    verifier = _verifier_logits(inputs)[:, : inputs["shared_vocab"]]
+    logits = inputs["logits"][:, : inputs["shared_vocab"]]
+    weight = inputs["mixture"]
+    target = (weight * logits + (1 - weight) * verifier).argmax(-1)
+    same = (target == inputs["token"]).view(len(inputs["length"]), -1).int()
+    same[:, 0] = 1
+    runs = [run.item() for run in same.cumprod(1).sum(1)]
+    return torch.tensor(runs, dtype=torch.int32)
 
 
 def _dense() -> Callable[[dict[str, object]], tuple[Tensor, ...]]:
@@ -96,7 +91,7 @@ def _dense() -> Callable[[dict[str, object]], tuple[Tensor, ...]]:
     return run
 
 
-BASELINES = {"published": _published, "dense form": _dense}
+BASELINES = {"published": lambda: published, "dense form": _dense}
 
 
 def bytes_moved(inputs: dict[str, object]) -> int:

@@ -50,7 +50,8 @@ def call(inputs: dict[str, object], backend: str) -> tuple[Tensor, ...]:
 def published(inputs: dict[str, object]) -> Tensor:
     """Sorted nucleus in the dtype of the logits, then an exponential race in fp64, as published.
 
-    Its draws are those of ``softmax(logits / temperature^2)``, its noise is torch's.
+    Its draws are those of ``softmax(logits / temperature^2)`` and its noise is torch's: tokens that
+    are not compared with the op's.
     """
     x = inputs["logits"] / inputs["temperature"]
     ordered, ids = x.sort(descending=True)
@@ -60,14 +61,6 @@ def published(inputs: dict[str, object]) -> Tensor:
     x = x.masked_fill(outside, torch.finfo(x.dtype).min).double()
     race = -torch.rand_like(x).log()
     return (x.exp() / race ** inputs["temperature"]).argmax(-1)
-
-
-def _published() -> Callable[[dict[str, object]], Tensor]:
-    def run(inputs: dict[str, object]) -> Tensor:
-        # It draws other tokens than the op: there is nothing to compare.
-        return published(inputs).new_empty(0).double()
-
-    return run
 
 
 def _compiled() -> Callable[[dict[str, object]], tuple[Tensor, ...]]:
@@ -83,7 +76,7 @@ def _compiled() -> Callable[[dict[str, object]], tuple[Tensor, ...]]:
     return run
 
 
-BASELINES = {"published": _published, "torch.compile": _compiled}
+BASELINES = {"published": lambda: published, "torch.compile": _compiled}
 
 
 def bytes_moved(inputs: dict[str, object]) -> int:
