@@ -203,7 +203,7 @@ class DraftTile(NamedTuple):
 
 
 # mixture_draft: the scratch holds what may be in a nucleus, beyond it the row is read again.
-MIXTURE_DRAFT = DraftTile(4096, 2048, 8192, 16)
+MIXTURE_DRAFT = DraftTile(4096, 1024, 8192, 16)
 MIXTURE_DRAFT_INTERPRETER = DraftTile(1024, 1024, 64, 4)
 
 
@@ -222,7 +222,7 @@ class AcceptTile(NamedTuple):
 
 
 # mixture_accept: like vocab_stats; of the head so many rows and columns are read at a time.
-MIXTURE_ACCEPT = AcceptTile(4096, 16, 128, 4)
+MIXTURE_ACCEPT = AcceptTile(4096, 8, 128, 4)
 MIXTURE_ACCEPT_INTERPRETER = AcceptTile(1024, 32, 128, 4)
 
 # Rows that are joined at a time, num_warps.

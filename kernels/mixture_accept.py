@@ -1,7 +1,7 @@
 """Targets of a mixture and the leading run of drafts that they equal.
 
 A program takes a piece of a row, of the vocabulary or of a list of candidates, and leaves its best
-behind; then one program a sequence joins the pieces, row by row, and looks for the first mismatch.
+behind; ``_mixture_scan.py`` joins the pieces.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import triton
 import triton.language as tl
 
 from . import _tiles
+from ._mixture_scan import NO_ID, Pieces
 from ._primitives import id_gumbel, quad_gumbel
 from ._row_stats import cap, inverse_of, signed_word
 
-_NO_ID = tl.constexpr(2**31 - 1)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -41,7 +41,7 @@ def _store_best(score_ptr, id_ptr, offset, scores, ids, inside):
     scores = tl.where(inside, scores, float("-inf"))
     best = tl.max(scores, 0)
     poisoned = tl.max((inside & ((scores < float("inf")) == 0)).to(tl.int32), 0)
-    chosen = tl.min(tl.where(scores == best, ids, _NO_ID), 0)
+    chosen = tl.min(tl.where(scores == best, ids, NO_ID), 0)
     tl.store(score_ptr + offset, tl.where(poisoned != 0, float("nan"), best))
     tl.store(id_ptr + offset, chosen)
 
@@ -117,7 +117,7 @@ def _mixture_accept_tile_kernel(
         offset = row * tiles + tile
         if tl.max(inside.to(tl.int32), 0) == 0:
             tl.store(score_ptr + offset, float("-inf"))
-            tl.store(id_ptr + offset, _NO_ID)
+            tl.store(id_ptr + offset, NO_ID)
             if CRITICAL:
                 tl.store(critical_ptr + offset, 0.0)
         else:
@@ -203,7 +203,7 @@ def _mixture_accept_sparse_kernel(
         inside = offs_c < size
         if tile * BLOCK_C >= size:
             tl.store(score_ptr + offset, float("-inf"))
-            tl.store(id_ptr + offset, _NO_ID)
+            tl.store(id_ptr + offset, NO_ID)
             if CRITICAL:
                 tl.store(critical_ptr + offset, tl.where(size == 0, float("inf"), 0.0))
         else:
@@ -258,61 +258,6 @@ def _mixture_accept_sparse_kernel(
                 tl.store(critical_ptr + offset, least)
 
 
-@triton.jit(do_not_specialize=["rows", "tiles"])
-def _mixture_accept_scan_kernel(
-    # pointers
-    accepted_ptr,  # (B,) int32
-    correction_ptr,  # (B,) int64
-    target_ptr,  # (B * rows,) int64
-    least_ptr,  # (B * rows,) fp32
-    score_ptr,  # (B * rows, tiles)
-    id_ptr,  # (B * rows, tiles)
-    critical_ptr,  # (B * rows, tiles)
-    token_ptr,  # (B * rows,)
-    length_ptr,  # (B,)
-    # sizes
-    rows,
-    tiles,
-    # constexprs
-    FIRST_FREE: tl.constexpr,
-    CRITICAL: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-):
-    sequence = tl.program_id(0).to(tl.int64)
-    length = tl.minimum(tl.load(length_ptr + sequence), rows)
-    first_row = sequence * rows
-    offs_t = tl.arange(0, BLOCK_T)[None, :]
-    run = tl.maximum(length, 0)
-    correction = tl.full((), -1, tl.int64)
-    for start in range(0, rows, BLOCK_M):
-        offs_m = start + tl.arange(0, BLOCK_M)
-        used = offs_m < length
-        row = first_row + offs_m
-        # [BLOCK_M, BLOCK_T]
-        mask = used[:, None] & (offs_t < tiles)
-        pieces = row[:, None] * tiles + offs_t
-        scores = tl.load(score_ptr + pieces, mask=mask, other=float("-inf"))
-        ids = tl.load(id_ptr + pieces, mask=mask, other=_NO_ID)
-        best = tl.max(tl.where(scores == scores, scores, float("-inf")), 1)
-        chosen = tl.min(tl.where(scores == best[:, None], ids, _NO_ID), 1)
-        none = (best == float("-inf")) | (tl.max((scores != scores).to(tl.int32), 1) > 0)
-        target = tl.where(none, -1, chosen).to(tl.int64)
-        tl.store(target_ptr + row, target, mask=offs_m < rows)
-        same = (target == tl.load(token_ptr + row, mask=used, other=-1)) & (target >= 0)
-        if FIRST_FREE:
-            same = same | (offs_m == 0)
-        first = tl.min(tl.where(used & (same == 0), offs_m, _NO_ID), 0)
-        if first < run:
-            run = first
-            correction = tl.sum(tl.where(offs_m == first, target, 0), 0)
-        if CRITICAL:
-            least = tl.max(tl.load(critical_ptr + pieces, mask=mask, other=0.0), 1)
-            tl.store(least_ptr + row, least, mask=offs_m < rows)
-    tl.store(accepted_ptr + sequence, run)
-    tl.store(correction_ptr + sequence, correction)
-
-
 def supports(
     logits: torch.Tensor, verifier: torch.Tensor, *lists: torch.Tensor | None
 ) -> str | None:
@@ -352,7 +297,7 @@ def mixture_accept(
     if greedy:
         threshold = temperatures = counter = None
     sampled = counter is not None and (temperatures is not None or temperature > 0)
-    pieces = _Pieces(token, length, tiles, critical)
+    pieces = Pieces(token, length, tiles, critical)
     if token.shape[0]:
         _mixture_accept_tile_kernel[(token.shape[0] * tiles,)](
             **pieces.arguments(mixture, mixtures, temperature, temperatures, sampled),
@@ -403,7 +348,7 @@ def mixture_accept_sparse(
     tile = _tiles.mixture_accept_tile(hidden.device)
     capacity = ids.shape[1]
     tiles = triton.cdiv(capacity, tile.block_c)
-    pieces = _Pieces(token, length, tiles, critical)
+    pieces = Pieces(token, length, tiles, critical)
     if token.shape[0]:
         _mixture_accept_sparse_kernel[(token.shape[0] * tiles,)](
             **pieces.arguments(mixture, mixtures, temperature, temperatures, True),
@@ -428,71 +373,3 @@ def mixture_accept_sparse(
             enable_fp_fusion=False,
         )
     return pieces.scan(first_free)
-
-
-class _Pieces:
-    """What the pieces of all rows leave behind, and how it is joined."""
-
-    def __init__(
-        self, token: torch.Tensor, length: torch.Tensor, tiles: int, critical: bool
-    ) -> None:
-        self.token, self.length, self.tiles, self.critical = token, length, tiles, critical
-        self.rows = token.shape[0] // max(1, length.shape[0])
-        shape, device = (token.shape[0], tiles), token.device
-        self.scores = torch.empty(shape, dtype=torch.float32, device=device)
-        self.ids = torch.empty(shape, dtype=torch.int32, device=device)
-        self.least = torch.empty(shape if critical else 0, dtype=torch.float32, device=device)
-
-    def arguments(
-        self,
-        mixture: float,
-        mixtures: torch.Tensor | None,
-        temperature: float,
-        temperatures: torch.Tensor | None,
-        sampled: bool,
-    ) -> dict[str, object]:
-        """What both kernels of pieces take."""
-        return {
-            "score_ptr": self.scores,
-            "id_ptr": self.ids,
-            "critical_ptr": self.least if self.critical else self.scores,
-            "token_ptr": self.token,
-            "length_ptr": self.length,
-            "mixture_ptr": self.scores if mixtures is None else mixtures,
-            "temperature_ptr": self.scores if temperatures is None else temperatures,
-            "rows": self.rows,
-            "tiles": self.tiles,
-            "mixture": mixture,
-            "inverse_temperature": 1 / temperature if sampled and temperature else 1.0,
-            "HAS_MIXTURES": mixtures is not None,
-            "HAS_TEMPERATURES": temperatures is not None,
-            "CRITICAL": self.critical,
-        }
-
-    def scan(self, first_free: bool) -> tuple[torch.Tensor, ...]:
-        """Accepted rows, correction, target, and the critical weights if asked for."""
-        accepted, target = torch.empty_like(self.length), torch.empty_like(self.token)
-        correction = torch.empty(self.length.shape, dtype=torch.int64, device=self.length.device)
-        least = self.scores.new_empty(target.shape if self.critical else 0)
-        block_m, num_warps = _tiles.MIXTURE_ACCEPT_SCAN
-        if self.length.shape[0]:
-            _mixture_accept_scan_kernel[(self.length.shape[0],)](
-                accepted_ptr=accepted,
-                correction_ptr=correction,
-                target_ptr=target,
-                least_ptr=least if self.critical else self.scores,
-                score_ptr=self.scores,
-                id_ptr=self.ids,
-                critical_ptr=self.least if self.critical else self.scores,
-                token_ptr=self.token,
-                length_ptr=self.length,
-                rows=self.rows,
-                tiles=self.tiles,
-                FIRST_FREE=first_free,
-                CRITICAL=self.critical,
-                BLOCK_M=block_m,
-                BLOCK_T=triton.next_power_of_2(self.tiles),
-                num_warps=num_warps,
-                enable_fp_fusion=True,
-            )
-        return accepted, correction, target, least
