@@ -191,3 +191,11 @@ def attention_splits(
 
 # commit_branch: window rows of a program, num_warps.
 COMMIT_BRANCH = (8, 4)
+
+# multiblock_step: positions of the tile up to -> num_warps; a sequence is one program.
+MULTIBLOCK_STEP = ((512, 2), (2048, 8), (4096, 32))
+
+
+def multiblock_step_warps(positions: int) -> int:
+    """Warps of ``MULTIBLOCK_STEP`` for a tile."""
+    return next(warps for limit, warps in MULTIBLOCK_STEP if positions <= limit)

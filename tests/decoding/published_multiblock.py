@@ -83,7 +83,9 @@ def multiblock(
         start = units[-1].end
         end = min(start + size, len(x))
         full = units[-1].progress >= full_at
-        units.append(Unit(start, end, end - start, full) if not known else Unit(start, end, **known))
+        units.append(
+            Unit(start, end, end - start, full) if not known else Unit(start, end, **known)
+        )
 
     create()
     while True:
@@ -112,9 +114,9 @@ def multiblock(
                 break
         for before, unit in zip(units, units[1:], strict=False):
             unit.full |= before.progress >= full_at
-        if not has_eos and len(units) - 1 < blocks:
-            if units[-1].progress >= add_at or units[-1].count == 0:
-                create()
+        ready = units[-1].progress >= add_at or units[-1].count == 0
+        if ready and not has_eos and len(units) - 1 < blocks:
+            create()
 
         start = 0
         if cache is None:

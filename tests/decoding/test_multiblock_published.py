@@ -28,9 +28,7 @@ def tiny_model(folder, seed, shift, eos=(EOS,)):
 
 
 def restated(plain, prompt, shift, **options):
-    return multiblock(
-        plain_forward(plain), prompt, mask_id=MASK, eos=EOS, shifted=shift, **options
-    )
+    return multiblock(plain_forward(plain), prompt, mask_id=MASK, eos=EOS, shifted=shift, **options)
 
 
 @pytest.mark.parametrize("cache", CACHES, ids=str)
