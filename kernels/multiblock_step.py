@@ -300,14 +300,16 @@ def supports(
     eos: torch.Tensor | None,
     new: int,
     size: int,
+    compat: bool,
 ) -> str | None:
     """None if the kernel can run this call, otherwise why not."""
     if entropy.dtype == torch.float64:
         return f"the kernel takes fp32, fp16 and bf16 entropies, got {entropy.dtype}"
     block_k, block_n = _shape(new, size)
-    if block_k * block_n > _tiles.MULTIBLOCK_STEP[-1][0]:
+    most = _tiles.MULTIBLOCK_STEP[-2 if compat else -1][0]
+    if block_k * block_n > most:
         return (
-            f"the kernel takes up to {_tiles.MULTIBLOCK_STEP[-1][0]} positions (blocks times "
+            f"the kernel takes up to {most} positions (blocks times "
             f"positions, each rounded up to a power of two), got {block_k} times {block_n}"
         )
     tensors = {"x": x, "step_map": step_map, "numbers": numbers, "blocks": blocks}

@@ -97,10 +97,12 @@ def bytes_moved(inputs: dict) -> int:
 
 
 def launches() -> Iterator[tuple[str, Callable[[], object]]]:
-    """Every kind of decoder, at every tile."""
+    """Every kind of decoder, at every tile that it has."""
     from pydllm.kernels import multiblock_step as kernel
 
     for new, cached, shifted, compat in product((256, 2048, 4096), *[(False, True)] * 3):
+        if compat and new == 4096:
+            continue
         inputs = make(torch.float32, "meta", batch=4, new=new, cached=cached)
         arguments = _positional(inputs, shifted=shifted, compat=compat)
         kind = f"{'dream' if shifted else 'llada'}{' compat' * compat}{' cached' * cached}"

@@ -226,7 +226,7 @@ def multiblock_step(
     def triton() -> str | None:
         from pydllm.kernels import multiblock_step as kernel
 
-        shape = (max_new_tokens, block_length)
+        shape = (max_new_tokens, block_length, compat)
         return kernel.supports(x, step_map, *state, token, entropy, prompt_length, eos_ids, *shape)
 
     chosen = choose("multiblock_step", backend, x.device, triton=triton)

@@ -1,4 +1,4 @@
-"""``multiblock_step`` against the definition of its steps in plain Python, and Triton against it."""
+"""``multiblock_step`` against a plain loop over positions and blocks, and Triton against it."""
 
 from __future__ import annotations
 
@@ -203,7 +203,9 @@ def test_triton_equals_the_definition(cached, shifted, compat):
             ops.multiblock_step(x, steps, state, token, entropy.to(dtype), **options)
             given = (token, entropy.to(dtype))
             ops.multiblock_step(*other, *given, backend="triton", **options)
-            for name, want, got in zip("xsnbe", (x, steps, *state), (*other[:2], *other[2])):
+            for name, want, got in zip(
+                "xsnbe", (x, steps, *state), (*other[:2], *other[2]), strict=True
+            ):
                 assert torch.equal(want, got), (name, step)
             token, entropy = statistics(x, state, step)
             state.nfe[state.nfe > 5000] -= 9990  # the published limit of a rest that is not decoded
@@ -343,8 +345,9 @@ def test_what_the_kernel_does_not_take():
     x, steps, state, _ = start([1, 1], 5000, 1)
     empty = (x[:, :0], torch.empty(2, 0))
     long = options | {"max_new_tokens": 5000, "block_length": 1}
-    with pytest.raises(RuntimeError, match="up to 4096 positions .* got 8192 times 1"):
-        ops.multiblock_step(x, steps, state, *empty, **long, backend="triton")
+    for profile, most in (("fixed", 4096), ("compat", 2048)):
+        with pytest.raises(RuntimeError, match=f"up to {most} positions .* got 8192 times 1"):
+            ops.multiblock_step(x, steps, state, *empty, **long, profile=profile, backend="triton")
 
 
 @pytest.mark.gpu
