@@ -114,6 +114,15 @@ def test_behind_an_end_of_sequence_nothing_is_decoded(early_stop):
     assert run(again, published).nfe.tolist() == [2] and len(again.forwards) == 1
 
 
+@pytest.mark.parametrize("shifted", [False, True], ids=["llada", "dream"])
+def test_what_the_last_forward_leaves_behind_an_end_of_sequence(shifted):
+    for profile, clean in (("fixed", True), ("compat", False)):
+        model = Scripted(everything, shifted, tokens={70: EOS})
+        got = run(model, pydllm.MultiBlock(cache=False, profile=profile))
+        assert got.nfe.tolist() == [3]
+        assert got.sequences[0][3 + 71 :].eq(EOS).all() == clean
+
+
 def test_masks_before_an_end_of_sequence_are_decoded():
     def certain(ids, target, shift):
         return target == 3 + 20
