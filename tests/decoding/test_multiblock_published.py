@@ -74,11 +74,12 @@ def test_tokens_and_forwards_of_the_published_decoders(tmp_path, shift, cache):
 def test_ends_of_sequence_of_the_published_decoders(tmp_path):
     """Tokens that stay behind an end of sequence, and forwards that are counted and not run."""
     leftovers, counts = 0, 0
-    for seed in range(12):
-        shift = seed % 2 == 1
-        model, plain = tiny_model(tmp_path / str(seed), seed, shift)
+    # Few random models leave tokens behind an end of sequence; among these most do.
+    cases = [(0, True, 0.6), (0, True, 1.8), (5, True, 0.6), (8, True, 0.6), (12, False, 1.8)]
+    for seed, shift, threshold in [*cases, (1, False, 0.6), (2, False, 1.8)]:
+        model, plain = tiny_model(tmp_path / f"{seed} {threshold}", seed, shift)
         prompts = [_prompt(seed * 10 + row, 2 + row, VOCAB) for row in range(4)]
-        options = {"threshold": (1.6, 2.2)[seed // 2 % 2], "add_at": 0.1, "full_at": 0.95}
+        options = {"threshold": threshold, "add_at": 0.1, "full_at": 0.95}
         options["early_stop"] = True
         compat, fixed = (
             pydllm.generate(
@@ -97,7 +98,7 @@ def test_ends_of_sequence_of_the_published_decoders(tmp_path):
             answer = want[len(prompt) :]
             leftovers += bool(answer[(answer == EOS).cumsum(0) > 0].ne(EOS).any())
             counts += int(fixed.nfe[row] != nfe)
-    assert leftovers > 0 and counts > 0
+    assert leftovers >= 5 and counts > 0
 
 
 def test_keys_held_twice_decide_tokens(tmp_path, monkeypatch):
