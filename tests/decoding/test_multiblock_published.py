@@ -16,14 +16,14 @@ TINY = {"d_model": 16, "n_layers": 1, "mlp_hidden_size": 24}
 CACHES = [None, (0, None), (1, None), (2, None), (2, 3), (1, 1)]
 
 
-def tiny_model(folder, seed, shift, eos=(EOS,)):
-    """A random model that never predicts the mask; tokens depend on each other."""
+def tiny_model(folder, seed, shift, eos=(EOS,), end=0.9):
+    """A random model that never predicts the mask; a greater ``end`` ends sooner."""
     model, plain = _random_model(folder, seed, vocab=VOCAB, eos=eos, shift=shift, **TINY)
     for head in (model._head, plain.weights["model.transformer.ff_out.weight"]):
         head[MASK] = 0
         head *= 2
         if eos:
-            head[EOS] *= 1.6
+            head[EOS] *= end
     return model, plain
 
 
@@ -38,7 +38,8 @@ def test_tokens_and_forwards_of_the_published_decoders(tmp_path, shift, cache):
     runs, skipped, seen, twice, ended = 0, 0, set(), 0, 0
     grid = itertools.product((0.6, 1.6), (True, False), ((8, 0.1, 0.95), (10, 0.3, 0.5)))
     for seed, (threshold, early_stop, (size, add_at, full_at)) in enumerate(grid):
-        model, plain = tiny_model(tmp_path / str(seed), seed, shift)
+        end = 1.3 if early_stop else 0.9
+        model, plain = tiny_model(tmp_path / str(seed), seed, shift, end=end)
         options = {"threshold": threshold, "add_at": add_at, "full_at": full_at}
         options["early_stop"] = early_stop
         new = 4 * size
@@ -64,11 +65,12 @@ def test_tokens_and_forwards_of_the_published_decoders(tmp_path, shift, cache):
             assert torch.equal(got.sequences[row], want), (seed, row)
             assert got.nfe[row] == nfe, (seed, row)
             ended += early_stop and bool((want[len(prompt) :] == EOS).any())
-    assert runs == 48 and skipped < 5 and ended > 3
+    assert runs == 48 and skipped < 5 and ended >= 3
     modes = {"commit"} if cache else set()
     modes |= {"refresh"} if cache and cache != (0, None) else set()
     assert seen >= modes
-    assert shift or twice == 0
+    # Keys in two places need two blocks that wait at a time.
+    assert (twice > 0) == (shift and cache is not None and cache[0] > 0)
 
 
 def test_ends_of_sequence_of_the_published_decoders(tmp_path):
@@ -77,7 +79,7 @@ def test_ends_of_sequence_of_the_published_decoders(tmp_path):
     # Few random models leave tokens behind an end of sequence; among these most do.
     cases = [(0, True, 0.6), (0, True, 1.8), (5, True, 0.6), (8, True, 0.6), (12, False, 1.8)]
     for seed, shift, threshold in [*cases, (1, False, 0.6), (2, False, 1.8)]:
-        model, plain = tiny_model(tmp_path / f"{seed} {threshold}", seed, shift)
+        model, plain = tiny_model(tmp_path / f"{seed} {threshold}", seed, shift, end=1.6)
         prompts = [_prompt(seed * 10 + row, 2 + row, VOCAB) for row in range(4)]
         options = {"threshold": threshold, "add_at": 0.1, "full_at": 0.95}
         options["early_stop"] = True
