@@ -193,7 +193,7 @@ def attention_splits(
 COMMIT_BRANCH = (8, 4)
 
 
-class DraftTile(NamedTuple):
+class MixtureDraftTile(NamedTuple):
     """One program of ``mixture_draft``, a row: ids read at a time, drawn for at a time, noted."""
 
     block_v: int
@@ -203,16 +203,16 @@ class DraftTile(NamedTuple):
 
 
 # mixture_draft: the scratch holds what may be in a nucleus, beyond it the row is read again.
-MIXTURE_DRAFT = DraftTile(4096, 1024, 8192, 16)
-MIXTURE_DRAFT_INTERPRETER = DraftTile(1024, 1024, 64, 4)
+MIXTURE_DRAFT = MixtureDraftTile(4096, 1024, 8192, 16)
+MIXTURE_DRAFT_INTERPRETER = MixtureDraftTile(1024, 1024, 64, 4)
 
 
-def mixture_draft_tile(device: torch.device) -> DraftTile:
+def mixture_draft_tile(device: torch.device) -> MixtureDraftTile:
     """The tile of ``mixture_draft``."""
     return MIXTURE_DRAFT_INTERPRETER if arch(device) == INTERPRETER else MIXTURE_DRAFT
 
 
-class AcceptTile(NamedTuple):
+class MixtureAcceptTile(NamedTuple):
     """One program of ``mixture_accept``: ids, or candidates of a list and columns of the head."""
 
     block_v: int
@@ -222,14 +222,14 @@ class AcceptTile(NamedTuple):
 
 
 # mixture_accept: like vocab_stats; of the head so many rows and columns are read at a time.
-MIXTURE_ACCEPT = AcceptTile(4096, 8, 128, 4)
-MIXTURE_ACCEPT_INTERPRETER = AcceptTile(1024, 32, 128, 4)
+MIXTURE_ACCEPT = MixtureAcceptTile(4096, 8, 128, 4)
+MIXTURE_ACCEPT_INTERPRETER = MixtureAcceptTile(1024, 32, 128, 4)
 
 # Rows that are joined at a time, num_warps.
 MIXTURE_ACCEPT_SCAN = (16, 4)
 
 
-def mixture_accept_tile(device: torch.device) -> AcceptTile:
+def mixture_accept_tile(device: torch.device) -> MixtureAcceptTile:
     """The tile of ``mixture_accept``."""
     return MIXTURE_ACCEPT_INTERPRETER if arch(device) == INTERPRETER else MIXTURE_ACCEPT
 
@@ -242,3 +242,13 @@ CERTAINTY_LOSS_INTERPRETER = (16384, 4)
 def certainty_loss_tile(device: torch.device, direction: str) -> tuple[int, int]:
     """The tile of ``CERTAINTY_LOSS`` for ``"forward"`` or ``"backward"``."""
     return CERTAINTY_LOSS_INTERPRETER if arch(device) == INTERPRETER else CERTAINTY_LOSS[direction]
+
+
+# multiblock_step: positions of the tile up to -> num_warps; a sequence is one program. The compat
+# profile holds more at a time, and spills registers at the last row, which it therefore lacks.
+MULTIBLOCK_STEP = ((512, 2), (2048, 8), (4096, 16))
+
+
+def multiblock_step_warps(positions: int) -> int:
+    """Warps of ``MULTIBLOCK_STEP`` for a tile."""
+    return next(warps for limit, warps in MULTIBLOCK_STEP if positions <= limit)

@@ -226,14 +226,12 @@ def multiblock_step(
     def triton() -> str | None:
         from pydllm.kernels import multiblock_step as kernel
 
-        shape = (max_new_tokens, block_length)
+        shape = (max_new_tokens, block_length, compat)
         return kernel.supports(x, step_map, *state, token, entropy, prompt_length, eos_ids, *shape)
 
     chosen = choose("multiblock_step", backend, x.device, triton=triton)
-    if chosen == "torch":
-        reference.multiblock_step(*arguments)
-    else:
-        torch.ops.pydllm.multiblock_step(*arguments, chosen)
+    # One op in torch too: what it unrolls into would be hundreds of nodes of a graph.
+    torch.ops.pydllm.multiblock_step(*arguments, chosen)
 
 
 def _check_tensors(

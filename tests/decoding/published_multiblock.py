@@ -114,8 +114,8 @@ def multiblock(
                 break
         for before, unit in zip(units, units[1:], strict=False):
             unit.full |= before.progress >= full_at
-        opens = units[-1].progress >= add_at or units[-1].count == 0
-        if opens and not has_eos and len(units) - 1 < blocks:
+        ready = units[-1].progress >= add_at or units[-1].count == 0
+        if ready and not has_eos and len(units) - 1 < blocks:
             create()
 
         start = 0
