@@ -11,7 +11,27 @@ Each case module has
   compilation.
 """
 
-from cases import commit_branch, head_stats, rms_norm, swiglu, unmask, vocab_stats, window_attention
+from cases import (
+    commit_branch,
+    draft,
+    head_stats,
+    rms_norm,
+    swiglu,
+    unmask,
+    verify,
+    vocab_stats,
+    window_attention,
+)
 
-_MODULES = (commit_branch, head_stats, rms_norm, swiglu, unmask, vocab_stats, window_attention)
+_MODULES = (
+    commit_branch,
+    draft,
+    head_stats,
+    rms_norm,
+    swiglu,
+    unmask,
+    verify,
+    vocab_stats,
+    window_attention,
+)
 CASES = {module.__name__.rpartition(".")[2]: module for module in _MODULES}
