@@ -13,10 +13,10 @@ from . import draft as _draft
 from .draft import block_of, order_keys, write_candidates
 
 
-@triton.jit(do_not_specialize=["slots", "rows", "branches"])
+@triton.jit(do_not_specialize=["slots", "rows", "branches", "drafts"])
 def _verify_kernel(
     # pointers
-    following_ptr,  # (B, branches, L), written
+    following_ptr,  # (B, drafts, L), written
     branch_ptr,  # (B,), as the next three, written
     accepted_ptr,
     remaining_ptr,
@@ -33,6 +33,7 @@ def _verify_kernel(
     slots,
     rows,
     branches,
+    drafts,
     mask_id,
     # strides
     stride_x_row,
@@ -40,6 +41,7 @@ def _verify_kernel(
     # constexprs
     BLOCK_SIZE: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_F: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
@@ -111,12 +113,12 @@ def _verify_kernel(
     tl.store(remaining_ptr + batch, tl.sum(masked.to(tl.int32)))
     tl.store(complete_ptr + batch, tl.maximum(first, 0).to(tl.int32))
     write_candidates(
-        following_ptr + batch * branches * slots,
+        following_ptr + batch * drafts * slots,
         x_ptr,
         start,
         end,
         slots,
-        branches,
+        drafts,
         inside,
         new,
         token,
@@ -125,7 +127,7 @@ def _verify_kernel(
         key_col,
         masked_col,
         BLOCK_SIZE,
-        BLOCK_D,
+        BLOCK_F,
         BLOCK_T,
         BLOCK_L,
     )
@@ -161,11 +163,12 @@ def verify(
     mask_id: int,
     start: torch.Tensor,
     length: torch.Tensor,
+    drafts: int,
     block_size: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Launch the kernel; arguments as in ``pydllm.reference.verify``."""
     batch, branches, rows = token.shape
-    following = torch.empty_like(candidates)
+    following = candidates.new_empty(batch, drafts, x.shape[1])
     branch, accepted, remaining, complete = (torch.empty_like(nfe) for _ in range(4))
     if batch == 0:
         return following, branch, accepted, remaining, complete
@@ -187,11 +190,13 @@ def verify(
         slots=x.shape[1],
         rows=rows,
         branches=branches,
+        drafts=drafts,
         mask_id=mask_id,
         stride_x_row=x.stride(0),
         stride_step_map_row=step_map.stride(0),
         BLOCK_SIZE=block_size or 0,
         BLOCK_D=triton.next_power_of_2(branches),
+        BLOCK_F=triton.next_power_of_2(drafts),
         BLOCK_T=tile.block_t,
         BLOCK_L=_tiles.DRAFT_COPY,
         num_warps=tile.num_warps,

@@ -29,7 +29,9 @@ def make(dtype: torch.dtype, device: str, *, batch: int, branches: int, rows: in
         "nfe": torch.ones(batch, dtype=torch.int32, device=device),
         "candidates": candidates,
     }
-    return state | inputs
+    inputs["drafts"] = count
+    names = ("token", "score", "mask_id", "start", "length", "drafts", "block_size")
+    return state | {name: inputs[name] for name in names}
 
 
 def call(inputs: dict, backend: str) -> tuple[Tensor, ...]:

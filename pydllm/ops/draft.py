@@ -94,7 +94,7 @@ def check_window(
     branches: int,
     block_size: int | None,
 ) -> None:
-    """What ``draft`` and ``verify`` have in common; the last dimension of ``token`` is the window."""
+    """What ``draft`` and ``verify`` have in common; a window is the last dimension of ``token``."""
     check_shape("x", x, "B", "L")
     check_dtype("x", x, torch.int64)
     check_dtype("token", token, torch.int64)

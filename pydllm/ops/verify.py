@@ -17,7 +17,7 @@ from pydllm.ops.draft import check_window
 class Verified(NamedTuple):
     """What ``verify`` did, per sequence."""
 
-    candidates: Tensor  # (B, branches, L) int64: the next ones
+    candidates: Tensor  # (B, drafts, L) int64: the next ones
     branch: Tensor  # (B,) int32: the last accepted candidate
     accepted: Tensor  # (B,) int32: tokens written
     remaining: Tensor  # (B,) int32: masks left in the window
@@ -35,6 +35,7 @@ def verify(
     mask_id: int,
     start: Tensor,
     length: Tensor,
+    drafts: int,
     block_size: int | None = None,
     backend: str | None = None,
 ) -> Verified:
@@ -59,6 +60,7 @@ def verify(
             most 32.
         token: ``(B, branches, T)`` int64: what each candidate predicts in its window.
         score: ``(B, branches, T)`` fp32, fp16, bf16 or (torch backend) fp64, higher is better.
+        drafts: how many next candidates, 1 to 32.
         mask_id, start, length, block_size: as in ``draft``; the window has to hold all in which the
             candidates differ.
         backend: None (``PYDLLM_BACKEND``), ``"auto"``, ``"triton"`` or ``"torch"``.
@@ -86,7 +88,7 @@ def verify(
         >>> token = torch.tensor([[[1, 2, 3], [5, 2, 3], [5, 2, 3]]])
         >>> score = torch.tensor([[[0.2, 0.9, 0.8], [0.9, 0.1, 0.8], [0.5, 0.1, 0.1]]])
         >>> got = verify(x, steps, nfe, candidates, token, score, mask_id=0, start=at(1),
-        ...              length=at(3))
+        ...              length=at(3), drafts=2)
         >>> x, steps, got.branch, got.remaining
         (tensor([[7, 5, 2, 0]]), tensor([[-1,  4,  4, -1]], dtype=torch.int32), \
 tensor([1], dtype=torch.int32), tensor([1], dtype=torch.int32))
@@ -96,6 +98,8 @@ tensor([1], dtype=torch.int32), tensor([1], dtype=torch.int32))
     check_shape("token", token, *candidates.shape[:2], "T")
     check_window(x, token, score, mask_id, start, length, branches, block_size)
     check_dtype("candidates", candidates, torch.int64)
+    if not isinstance(drafts, int) or not 1 <= drafts <= 32:
+        raise ValueError(f"drafts: expected an int in [1, 32], got {drafts!r}")
     check_shape("step_map", step_map, *x.shape)
     check_shape("nfe", nfe, x.shape[0])
     for name, tensor in (("step_map", step_map), ("nfe", nfe)):
@@ -104,7 +108,7 @@ tensor([1], dtype=torch.int32), tensor([1], dtype=torch.int32))
         check_device(name, tensor, "x", x)
     check_no_grad("verify", score=score)
     state = (x, step_map, nfe, candidates, token, score)
-    arguments = (*state, mask_id, start, length, block_size)
+    arguments = (*state, mask_id, start, length, drafts, block_size)
 
     def triton() -> str | None:
         from pydllm.kernels import verify as kernel
@@ -126,15 +130,17 @@ def _run(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _fake(
-    x: Tensor, step_map: Tensor, nfe: Tensor, candidates: Tensor, *_: Any
+    x: Tensor, step_map: Tensor, nfe: Tensor, candidates: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    return candidates.new_empty(candidates.shape), *(nfe.new_empty(nfe.shape) for _ in range(4))
+    drafts = rest[5]
+    following = candidates.new_empty(x.shape[0], drafts, x.shape[1])
+    return following, *(nfe.new_empty(nfe.shape) for _ in range(4))
 
 
 register(
     "verify(Tensor(a!) x, Tensor(b!) step_map, Tensor(c!) nfe, Tensor candidates, Tensor token, "
-    "Tensor score, int mask_id, Tensor start, Tensor length, int? block_size, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor score, int mask_id, Tensor start, Tensor length, int drafts, int? block_size, "
+    "str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _run,
     _fake,
 )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_NONE = 1 << 30
+
 
 def draft(
     x: Tensor,
@@ -30,7 +32,7 @@ def ranks(
 ) -> tuple[Tensor, Tensor]:
     """Which of the masks to be filled each window row is, ``(B, T)``, and the slots of the rows.
 
-    Ordered by block, then score, best first, then position; a row that is no mask has rank T.
+    Ordered by block, then score, best first, then position; rows that are no masks rank above all.
     """
     row = torch.arange(score.shape[1], device=x.device)
     position = start[:, None] + row
@@ -43,4 +45,4 @@ def ranks(
     block = torch.zeros_like(position) if block_size is None else position // block_size
     block = block.masked_fill(~masked, torch.iinfo(block.dtype).max)
     order = order.gather(1, block.gather(1, order).sort(dim=1, stable=True).indices)
-    return order.argsort(1).masked_fill(~masked, len(row)), slot
+    return order.argsort(1).masked_fill(~masked, _NONE), slot

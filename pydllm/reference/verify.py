@@ -18,13 +18,14 @@ def verify(
     mask_id: int,
     start: Tensor,
     length: Tensor,
+    drafts: int,
     block_size: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Take one step from every candidate; accept those that steps lead to, one after the other."""
     branches, rows = token.shape[1:]
     flat = candidates.flatten(0, 1)
-    window = (t.repeat_interleave(branches) for t in (start, length))
-    rank, slot = ranks(flat, score.flatten(0, 1), mask_id, *window, block_size)
+    first_row, used = (t.repeat_interleave(branches) for t in (start, length))
+    rank, slot = ranks(flat, score.flatten(0, 1), mask_id, first_row, used, block_size)
     before = flat.gather(1, slot)
     after = torch.where(rank == 0, token.flatten(0, 1), before)
     stepped = flat.scatter(1, slot, after).view_as(candidates)
@@ -44,7 +45,7 @@ def verify(
     x.copy_(torch.where(changed, stepped[pick], x))
     nfe += takes_part
     token, score = token[pick], score[pick]
-    following = draft(x, token, score, mask_id, start, length, branches, block_size)
+    following = draft(x, token, score, mask_id, start, length, drafts, block_size)
     rank, _ = ranks(x, score, mask_id, start, length, block_size)
-    counts = (t.sum(1, dtype=torch.int32) for t in (changed, rank < rows))
-    return following, branch.to(torch.int32), *counts, complete
+    accepted, remaining = (t.sum(1, dtype=torch.int32) for t in (changed, rank < rows))
+    return following, branch.to(torch.int32), accepted, remaining, complete

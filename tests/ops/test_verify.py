@@ -27,7 +27,7 @@ def make_round(branches, rows, slots, block_size, seed=0, dtype=torch.float32, b
     return {name: case[name] for name in NAMES}
 
 
-def expected(case, block_size):
+def expected(case, block_size, drafts=3):
     """(x, step_map, nfe, candidates, branch, accepted, remaining, complete)."""
     results = [[] for _ in range(8)]
     for x, step_map, nfe, candidates, token, score, start, length in zip(
@@ -50,7 +50,7 @@ def expected(case, block_size):
         new = step(branch) if part else x
         changed = [p for p, (a, b) in enumerate(zip(new, x, strict=True)) if a != b]
         left = ranked(new, score[branch], start, length, block_size)
-        following = [list(new) for _ in candidates]
+        following = [list(new) for _ in range(drafts)]
         for number, candidate in enumerate(following):
             for position in left[:number]:
                 candidate[position] = token[branch][position - start]
@@ -68,7 +68,7 @@ def expected(case, block_size):
 def check(case, block_size, backend):
     want = expected(case, block_size)
     case = {name: tensor.clone() for name, tensor in case.items()}
-    got = ops.verify(**case, mask_id=MASK, block_size=block_size, backend=backend)
+    got = ops.verify(**case, mask_id=MASK, drafts=3, block_size=block_size, backend=backend)
     values = (case["x"], case["step_map"], case["nfe"], *got)
     for value, wanted in zip(values, want, strict=True):
         assert torch.equal(value.long(), wanted)
@@ -98,7 +98,7 @@ def test_it_does_what_steps_of_unmask_do(backend):
     one = torch.ones_like(nfe)
     window = {"mask_id": MASK, "start": case["start"], "length": case["length"]}
     ops.unmask(x, steps, nfe, token, score, rule="quota", quota=one, **window)
-    ops.verify(**case, mask_id=MASK, backend=backend)
+    ops.verify(**case, mask_id=MASK, drafts=3, backend=backend)
     for got, wanted in zip(
         (case["x"], case["step_map"], case["nfe"]), (x, steps, nfe), strict=True
     ):
@@ -108,7 +108,7 @@ def test_it_does_what_steps_of_unmask_do(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nothing_to_do(backend):
     case = {name: tensor[:0] for name, tensor in make_round(2, 4, 8, None).items()}
-    assert ops.verify(**case, mask_id=MASK, backend=backend).branch.shape == (0,)
+    assert ops.verify(**case, mask_id=MASK, drafts=3, backend=backend).branch.shape == (0,)
     case = make_round(2, 4, 8, None)
     case["x"].fill_(1)
     case["candidates"].fill_(1)
@@ -120,11 +120,11 @@ def test_nothing_to_do(backend):
 def test_opcheck_and_compile(backend):
     case = make_round(3, 6, 9, 4)
     first = [case[n] for n in NAMES[:6]]
-    arguments = (*first, MASK, case["start"], case["length"], 4, backend)
+    arguments = (*first, MASK, case["start"], case["length"], 3, 4, backend)
     torch.library.opcheck(torch.ops.pydllm.verify.default, arguments)
 
     def run(case):
-        return ops.verify(**case, mask_id=MASK, block_size=4, backend=backend)
+        return ops.verify(**case, mask_id=MASK, drafts=3, block_size=4, backend=backend)
 
     case = make_round(3, 6, 9, 4)
     want = expected(case, 4)
@@ -141,6 +141,7 @@ def test_opcheck_and_compile(backend):
         ({"token": torch.zeros(8, 2, 6).long()}, ValueError, r"token: expected shape \(8, 3, T\)"),
         ({"nfe": numbers(1)}, ValueError, r"nfe: expected shape \(8\), got \(1,\)"),
         ({"step_map": torch.zeros(8, 9)}, TypeError, "step_map: expected dtype torch.int32"),
+        ({"drafts": 0}, ValueError, r"drafts: expected an int in \[1, 32\], got 0"),
         ({"block_size": -1}, ValueError, "block_size: expected an int of at least 1 or None"),
     ],
 )
@@ -148,7 +149,7 @@ def test_bad_input_is_refused_before_anything_is_written(change, error, message)
     case = make_round(3, 6, 9, 4)
     before = case["x"].clone()
     with pytest.raises(error, match=message):
-        ops.verify(**({**case, "mask_id": MASK} | change))
+        ops.verify(**({**case, "mask_id": MASK, "drafts": 3} | change))
     assert torch.equal(case["x"], before)
 
 
@@ -157,12 +158,12 @@ def test_capture_and_replay():
     """Nothing is read on the host: a captured round gives what an eager one does."""
     case = {name: tensor.cuda() for name, tensor in make_round(8, 32, 64, 8, seed=3).items()}
     eager = {name: tensor.clone() for name, tensor in case.items()}
-    ops.verify(**eager, mask_id=MASK, block_size=8, backend="triton")
+    ops.verify(**eager, mask_id=MASK, drafts=3, block_size=8, backend="triton")
     state = {name: tensor.clone() for name, tensor in case.items()}
     stream = torch.cuda.Stream()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
-        got = ops.verify(**state, mask_id=MASK, block_size=8, backend="triton")
+        got = ops.verify(**state, mask_id=MASK, drafts=3, block_size=8, backend="triton")
     graph.replay()
     torch.cuda.synchronize()
     want = expected({name: tensor.cpu() for name, tensor in case.items()}, 8)
