@@ -179,9 +179,11 @@ class Fused:
     def pack(self, state: State, branches: int) -> State:
         """As ``Composed.pack``; only what a forward and its statistics need is repeated."""
         number = torch.arange(branches, dtype=torch.int32, device=state.x.device)
+        # One candidate of several is a view with gaps, which verify does not take.
+        x = self._candidates[:, :branches].flatten(0, 1).contiguous()
         return replace(
             state,
-            x=self._candidates[:, :branches].flatten(0, 1),
+            x=x,
             decoded=(state.decoded[:, None] + number).flatten(),
             request_id=state.request_id.repeat_interleave(branches),
         )

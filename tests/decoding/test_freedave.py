@@ -13,6 +13,7 @@ import torch
 import pydllm
 from pydllm import reference
 from pydllm.decoding import drafts
+from pydllm.models.native import NativeModel
 from tests.decoding.trajectories import (
     MASK,
     VOCAB,
@@ -262,6 +263,41 @@ def test_automatic_draft_length():
         decode(model, PROMPTS[:1] * 20, pydllm.FreeDave("auto", 16), 16)
         assert set(looked) == {1}
     assert widths[0] > widths[1] + 1
+
+
+def cast(model, *kind):
+    """The model with its weights on another device or in another dtype."""
+    weights = {"embedding": model._embedding, "norm": model._norm, "head": model._head}
+    layer = vars(model._layers[0])
+    weights |= {f"layers.0.{name}": value for name, value in layer.items() if value is not None}
+    weights = {name: value.to(*kind) for name, value in weights.items()}
+    return NativeModel(model.spec, model.sizes, weights)
+
+
+@pytest.mark.parametrize("mode", ["strict", "pipelined"])
+def test_the_backends_give_the_same_tokens(mode):
+    model = cast(random_pair(1, block=4, shift=True)[0], torch.float32)
+    algorithm = pydllm.FreeDave(3, 4, mode=mode)
+    expected, got = (
+        decode(model, PROMPTS[:3], algorithm, 6, backend=backend) for backend in ("torch", "triton")
+    )
+    assert same(got, expected)
+    assert torch.equal(got.nfe, expected.nfe)
+    assert torch.equal(got.step_map, expected.step_map)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["dual", "strict", "pipelined"])
+def test_bf16_is_equal_bit_by_bit_on_a_gpu(kind):
+    """The kernels' rows do not depend on what they are batched with, so tokens are equal."""
+    block = None if kind == "dual" else 8
+    model = cast(random_pair(2, block=block, eos=())[0], "cuda", torch.bfloat16)
+    baseline = pydllm.Static(8, cache="dual" if kind == "dual" else "none")
+    mode = "pipelined" if kind == "pipelined" else "strict"
+    expected = decode(model, PROMPTS, baseline, 64)
+    for number in (1, 4, 16, "auto"):
+        algorithm = pydllm.FreeDave(number, mode=mode, baseline=baseline)
+        assert same(decode(model, PROMPTS, algorithm, 64), expected)
 
 
 @pytest.mark.parametrize(
