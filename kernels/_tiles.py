@@ -201,7 +201,7 @@ class DraftTile(NamedTuple):
 
 
 # draft, verify: largest window (positions) -> tile. Pairs of positions are compared.
-DRAFT = ((32, DraftTile(32, 2)), (64, DraftTile(64, 4)), (128, DraftTile(128, 16)))
+DRAFT = ((32, DraftTile(32, 4)), (64, DraftTile(64, 8)), (128, DraftTile(128, 16)))
 
 # draft, verify: positions that are copied at a time.
 DRAFT_COPY = 256
