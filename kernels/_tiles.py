@@ -193,6 +193,25 @@ def attention_splits(
 COMMIT_BRANCH = (8, 4)
 
 
+class DraftTile(NamedTuple):
+    """One program of ``draft`` and ``verify``: the block that holds a window, and warps."""
+
+    block_t: int
+    num_warps: int
+
+
+# draft, verify: largest window (positions) -> tile. Pairs of positions are compared.
+DRAFT = ((32, DraftTile(32, 4)), (64, DraftTile(64, 8)), (128, DraftTile(128, 16)))
+
+# draft, verify: positions that are copied at a time.
+DRAFT_COPY = 256
+
+
+def draft_tile(rows: int) -> DraftTile:
+    """The tile of ``DRAFT`` for a window."""
+    return next(tile for limit, tile in DRAFT if rows <= limit)
+
+
 class MixtureDraftTile(NamedTuple):
     """One program of ``mixture_draft``, a row: ids read at a time, drawn for at a time, noted."""
 

@@ -14,6 +14,7 @@ Each case module has
 from cases import (
     certainty_loss,
     commit_branch,
+    draft,
     head_stats,
     mixture_accept,
     mixture_draft,
@@ -21,6 +22,7 @@ from cases import (
     rms_norm,
     swiglu,
     unmask,
+    verify,
     vocab_stats,
     window_attention,
 )
@@ -28,6 +30,7 @@ from cases import (
 _MODULES = (
     certainty_loss,
     commit_branch,
+    draft,
     head_stats,
     mixture_accept,
     mixture_draft,
@@ -35,6 +38,7 @@ _MODULES = (
     rms_norm,
     swiglu,
     unmask,
+    verify,
     vocab_stats,
     window_attention,
 )

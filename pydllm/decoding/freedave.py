@@ -6,9 +6,11 @@ One forward looks at all of them; where the rule, applied to a candidate's own s
 next candidate, that one is a state of the baseline as well. The longest such chain is accepted, and
 the statistics of its last candidate are the ones that the next round guesses from.
 
-The rule is applied by the op that the baseline uses (``ops.unmask``), to guesses and to judgements
-alike, so the accepted states are the baseline's by construction, whatever the model, the number of
-drafts or the cache: provided that a row's statistics do not depend on its batch.
+The same rule makes guesses and judgements, so the accepted states are the baseline's by
+construction, whatever the model, the number of drafts or the cache: provided that a row's
+statistics do not depend on its batch. Where a step is one token in an order by score, two ops do
+it, one launch each (``ops.draft``, ``ops.verify``); other baselines apply ``ops.unmask`` once a
+candidate.
 """
 
 from __future__ import annotations
@@ -16,16 +18,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from pydllm import ops
-from pydllm.decoding.drafts import MOST, Drafts, advance, candidate, longest_chain
+from pydllm.decoding.drafts import MOST, Composed, Drafts, Fused
 from pydllm.decoding.generation import Decoded, Request
-from pydllm.decoding.loop import Block, Blockwise, HostNumbers, State, force_first, write
+from pydllm.decoding.loop import Block, Blockwise, HostNumbers, force_first
 from pydllm.decoding.pipelined import Pipelined
 from pydllm.decoding.static import Baseline, Static, expect, expect_int
 from pydllm.models import Model
+
+# The ops rank 128 positions, and a pipelined window has a block more than its drafts.
+_FUSED_BLOCK = 64
 
 
 @dataclass(frozen=True)
@@ -82,8 +85,10 @@ class FreeDave:
         auto = isinstance(self.draft_steps, str)
         most = MOST if isinstance(self.draft_steps, str) else self.draft_steps
         drafts = Drafts(most, auto, self.lossless == "distribution")
+        baseline = self._baseline()
         mode = Pipelined if self.mode == "pipelined" else _Strict
-        return mode(**vars(self._baseline().plan()), drafts=drafts).run(request)
+        road = Fused if _is_fused(baseline) else Composed
+        return mode(**vars(baseline.plan()), drafts=drafts, road=road).run(request)
 
     def _baseline(self) -> Baseline:
         if self.baseline is None:
@@ -104,26 +109,27 @@ class FreeDave:
         return self.baseline
 
 
+def _is_fused(baseline: Baseline) -> bool:
+    """Whether a step is one token in an order by score, and a window small enough to rank."""
+    if not isinstance(baseline, Static) or baseline.score == "random":
+        return False
+    return baseline.tokens_per_step == 1 and baseline.block_length <= _FUSED_BLOCK
+
+
 @dataclass(frozen=True)
 class _Strict(Blockwise):
-    """Fills a block of the baseline, several of its steps a forward.
-
-    A candidate's state counts the baseline's steps in ``nfe``, because a random order is keyed by
-    them; the state that is decoded counts forwards there, and the steps in ``steps``.
-    """
+    """Fills a block of the baseline, several of its steps a forward."""
 
     drafts: Drafts
+    road: type[Composed] | type[Fused]
 
     def fill(self, block: Block) -> Iterator[Tensor | None]:
-        request, state, selection = block.request, block.state, block.block
+        state, selection = block.state, block.block
         number = HostNumbers(state.x.device, 1)
-        masks = block.masks_left(state)
-        draw = self.drafts.draw(state, 1)
-        stats = block.look(state, block.refresh, selection, draw=draw)
-        reached = candidate(state)
+        road = self.road(block.request, self.accept, self.drafts, None)
+        stats = block.look(state, block.refresh, selection, draw=self.drafts.draw(state, 1))
         accept = force_first if block.forced else self.accept
-        write(request, reached, stats, selection, accept)
-        advance(state, reached, masks)
+        road.begin(state, stats, selection, selection, accept)
         # As many as the baseline could need: with logits that are NaN a mask can stay a mask.
         for _ in range(block.size - 1):
             masks = block.masks_left(state)
@@ -131,19 +137,9 @@ class _Strict(Blockwise):
             yield masks
             rows = block.window.width * len(state.rows)
             branches = self.drafts.branches(number.read()[0], rows)
-            drafts = [candidate(state)]
-            for _ in range(branches - 1):
-                drafts.append(drafts[-1].copy())
-                write(request, drafts[-1], stats, selection, self.accept)
-            packed = State.interleave(drafts)
-            wide = selection.repeat(branches)
+            packed = road.pack(state, branches)
             draw = self.drafts.draw(state, branches)
+            wide = selection.repeat(branches)
             looked = block.look(packed, block.window, wide, branches=branches, draw=draw)
-            stepped = packed.copy()
-            write(request, stepped, looked, wide, self.accept)
-            branch = longest_chain(packed.x, stepped.x, branches)
-            chosen = torch.arange(len(branch), device=branch.device) * branches + branch
-            stats = ops.VocabStats(*(field[chosen] for field in looked))
-            reached = stepped.keep(chosen)
-            advance(state, reached, masks)
+            road.follow(state, packed, looked, selection, branches)
         yield block.masks_left(state)

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from pydllm.models import Model
 
@@ -75,6 +76,17 @@ class Request:
     seed: int
     backend: str | None
     on_step: Callable[[Step], None] | None
+
+    def whole_blocks(self) -> Tensor:
+        """``x``, copied; with a block-causal model masks fill up the last blocks."""
+        size = self.model.spec.block_size
+        if size is None:
+            return self.x.clone()
+        x = F.pad(self.x, (0, -self.x.shape[1] % size))
+        total = (self.prompt_length + self.max_new_tokens)[:, None]
+        position = torch.arange(x.shape[1], device=x.device)
+        behind = (position >= total) & (position // size <= (total - 1) // size)
+        return x.masked_fill_(behind, self.mask_id)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,6 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from pydllm import ops
 from pydllm.decoding.generation import Decoded, Request, Step
@@ -100,7 +99,7 @@ class State:
     def of(cls, request: Request) -> State:
         batch = request.x.shape[0]
         device = request.x.device
-        x = to_whole_blocks(request)
+        x = request.whole_blocks()
         return cls(
             rows=torch.arange(batch, device=device),
             x=x,
@@ -132,18 +131,6 @@ class State:
             return
         for name in ("x", "step_map", "nfe", "decoded"):
             getattr(target, name)[self.rows] = getattr(self, name)
-
-
-def to_whole_blocks(request: Request) -> Tensor:
-    """The request's tokens, copied; with a block-causal model masks fill up the last blocks."""
-    size = request.model.spec.block_size
-    if size is None:
-        return request.x.clone()
-    x = F.pad(request.x, (0, -request.x.shape[1] % size))
-    total = (request.prompt_length + request.max_new_tokens)[:, None]
-    position = torch.arange(x.shape[1], device=x.device)
-    behind = (position >= total) & (position // size <= (total - 1) // size)
-    return x.masked_fill_(behind, request.mask_id)
 
 
 class HostNumbers:

@@ -10,12 +10,12 @@ a finished block or on opening the next one, and each sequence goes its own pace
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from pydllm import ops
-from pydllm.decoding.drafts import Drafts, advance, candidate, longest_chain
+from pydllm.decoding.drafts import Composed, Drafts, Fused
 from pydllm.decoding.generation import Decoded, Request, Step
 from pydllm.decoding.loop import (
     Blockwise,
@@ -27,9 +27,10 @@ from pydllm.decoding.loop import (
     forward,
     select_rows,
     statistics,
-    write,
 )
 from pydllm.models.protocol import Fresh
+
+Count = TypeVar("Count", int, Tensor)
 
 
 @dataclass(frozen=True)
@@ -37,76 +38,56 @@ class Pipelined(Blockwise):
     """Fills the blocks of a block-causal model, several steps of the baseline a forward."""
 
     drafts: Drafts
+    road: type[Composed] | type[Fused]
 
     def run(self, request: Request) -> Decoded:
         whole = State.of(request)
-        spec, device = request.model.spec, whole.x.device
-        lead, size = int(spec.shift_logits), self.block_length
+        device, size = whole.x.device, self.block_length
         batch, slots = whole.x.shape
+        lead = int(request.model.spec.shift_logits)
         cache = request.model.new_cache(batch, slots)
         banned = torch.tensor([request.mask_id], dtype=torch.int32, device=device)
         numbers = HostNumbers(device, batch)
-        longest = (request.x.shape[1] - request.max_new_tokens) // size * size
-
-        state = whole
+        road = self.road(request, self.accept, self.drafts, size)
+        state, branches = whole, 1
         stored = state.prompt_length // size * size
-        total = state.prompt_length + request.max_new_tokens
-        end = (total + size - 1) // size * size
-        guess: tuple[ops.VocabStats, Selection] | None = None
-        branches = 1
+        end = _whole_blocks(state.prompt_length + request.max_new_tokens, size)
         # As many as the baseline could need: with logits that are NaN a mask can stay a mask.
         for forwards in range(1, request.max_new_tokens + size):
             # As many blocks of masks as drafts can fill, and one that is complete but not stored.
-            reach = min((1 + -(-self.drafts.ahead(branches) // size)) * size, slots)
+            reach = min(_whole_blocks(self.drafts.ahead(branches), size) + size, slots)
             view = Selection(stored, (end - stored).clamp(max=reach), reach)
-            if guess is None:
-                start, commit = torch.zeros_like(stored), stored
-                width = min(longest + reach, slots)
-            else:
-                start, commit = (stored - lead).clamp(min=0), None
-                width = min(reach + lead, slots)
-            stop = stored + view.length
-            window = Window.make(start, stop - start, stop, width=width, commit=commit)
-
-            drafted = [candidate(state)]
-            for _ in range(branches - 1):
-                drafted.append(drafted[-1].copy())
-                if guess is not None:
-                    self._step(request, drafted[-1], *guess)
-            packed = State.interleave(drafted)
+            first = forwards == 1
+            window = self._window(request, view, lead, slots, first)
+            packed = state if first else road.pack(state, branches)
             fresh: Fresh = []
             hidden = forward(request, packed, window, cache, branches=branches, fresh=fresh)
             wide = view.repeat(branches)
-            hidden = select_rows(request.model, hidden, start.repeat_interleave(branches), wide)
+            start = window.start.repeat_interleave(branches)
+            hidden = select_rows(request.model, hidden, start, wide)
             draw = self.drafts.draw(state, branches)
             looked = statistics(request, packed, hidden, wide, banned=banned, draw=draw)
-            stepped = packed.copy()
-            self._step(request, stepped, looked, wide)
-            branch = longest_chain(packed.x, stepped.x, branches)
-            chosen = torch.arange(len(branch), device=device) * branches + branch
-            done_blocks = self._complete(packed.x[chosen], stored, view.length, request.mask_id)
-            if guess is not None:
+            if first:
+                block = Selection(stored, torch.full_like(stored, size), size)
+                road.begin(state, looked, view, block, self.accept)
+            else:
+                branch, complete = road.follow(state, packed, looked, view, branches)
                 request.model.commit_branch(
                     fresh,
                     cache,
-                    branch=branch.int(),
-                    start=start,
-                    commit=stored - start + done_blocks,
+                    branch=branch,
+                    start=window.start,
+                    commit=stored - window.start + complete,
                     branches=branches,
                     backend=request.backend,
                 )
-            stats = ops.VocabStats(*(field[chosen] for field in looked))
-            reached = stepped.keep(chosen)
-            advance(state, reached, torch.ones_like(stored))
-            stored = stored + done_blocks
-
+                stored = stored + complete
+            state.write_back(whole)
             if request.on_step is not None:
-                state.write_back(whole)
                 request.on_step(Step(forwards, whole.x, whole.step_map, whole.prompt_length))
             done, left = self._finished(request, state, end)
             numbers.post(torch.where(done, 0, self.drafts.wish(state, left)))
             wishes = numbers.read()
-            state.write_back(whole)
             live = [row for row, wish in enumerate(wishes) if wish > 0]
             if not live:
                 break
@@ -114,37 +95,22 @@ class Pipelined(Blockwise):
                 rows = torch.tensor(live, device=device)
                 state, cache = state.keep(rows), cache.take(live)
                 stored, end = stored[rows], end[rows]
-                stats = ops.VocabStats(*(field[rows] for field in stats))
-                view = Selection(view.start[rows], view.length[rows], reach)
-            guess = stats, view
+                road.keep(rows)
             branches = self.drafts.branches(max(wishes), len(live) * (reach + lead))
         finish_block(whole, request, whole.prompt_length, request.max_new_tokens)
         return Decoded(whole.x, whole.step_map, whole.nfe)
 
-    def _step(
-        self, request: Request, state: State, stats: ops.VocabStats, known: Selection
-    ) -> None:
-        """One step of the baseline: in the first block with masks, if its statistics are known."""
-        size = self.block_length
-        offsets = torch.arange(known.width, device=state.x.device)
-        at = (known.start[:, None] + offsets).clamp(max=state.x.shape[1] - 1)
-        masked = state.x.gather(1, at.long()).eq(request.mask_id)
-        masked &= offsets < known.length[:, None]
-        first = masked.int().argmax(1) // size * size
-        index = first[:, None] + torch.arange(size, device=offsets.device)
-        index = index.clamp(max=known.width - 1)
-        block = ops.VocabStats(*(field.gather(1, index) for field in stats))
-        length = masked.any(1).int() * size
-        start = known.start + first.int()
-        write(request, state, block, Selection(start, length, size), self.accept)
-
-    def _complete(self, x: Tensor, stored: Tensor, length: Tensor, mask_id: int) -> Tensor:
-        """Positions ``(b,)`` of the blocks from ``stored`` on that hold no mask."""
-        position = torch.arange(x.shape[1], device=x.device)
-        masked = x.eq(mask_id) & (position >= stored[:, None])
-        first = torch.where(masked, position, x.shape[1]).amin(1)
-        first = first // self.block_length * self.block_length
-        return torch.minimum(first - stored, length).int()
+    def _window(
+        self, request: Request, view: Selection, lead: int, slots: int, first: bool
+    ) -> Window:
+        """The view, and before it the row that predicts its first position; first all prompts."""
+        stop = view.start + view.length
+        if first:
+            longest = (request.x.shape[1] - request.max_new_tokens) // self.block_length
+            width = min(longest * self.block_length + view.width, slots)
+            return Window.make(torch.zeros_like(stop), stop, stop, width=width, commit=view.start)
+        start = (view.start - lead).clamp(min=0)
+        return Window.make(start, stop - start, stop, width=min(view.width + lead, slots))
 
     def _finished(self, request: Request, state: State, end: Tensor) -> tuple[Tensor, Tensor]:
         """Which sequences are done ``(b,)``, and the masks left ``(b,)`` int32.
@@ -161,3 +127,8 @@ class Pipelined(Blockwise):
         ended = torch.isin(x, eos) & new & (position < front[:, None])
         left = masked.sum(1, dtype=torch.int32)
         return ended.any(1) | (left == 0), left
+
+
+def _whole_blocks(count: Count, size: int) -> Count:
+    """A number of positions, rounded up to blocks."""
+    return (count + size - 1) // size * size

@@ -67,7 +67,7 @@ def mixture_accept(
         length: ``(B,)`` int32, rows in use, 0 to M; the rows behind may hold anything.
         mixture: R of the paper, the weight of the draft model, in [0, 1]; or ``(B,)`` fp32. A
             sequence whose own is not in [0, 1] has no targets.
-        threshold: ``(R,)`` fp32 (fp64), ``Draft.threshold``. None: all ids count.
+        threshold: ``(R,)`` fp32 (fp64), ``MixtureDraft.threshold``. None: all ids count.
         temperature, seed, counter, banned: as ``mixture_draft`` was given them.
         shared_vocab: as there, at most V and V_A; needed where these differ.
         emit: ``"draft"`` or ``"draft_then_target"``: the first row is accepted whatever its target;

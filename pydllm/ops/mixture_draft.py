@@ -31,7 +31,7 @@ class Candidates(NamedTuple):
     overflow: Tensor  # (R,) bool: the row has no nucleus, or one of more than C ids
 
 
-class Draft(NamedTuple):
+class MixtureDraft(NamedTuple):
     """One entry a row of logits; floats are fp32 (fp64 of fp64 logits)."""
 
     token: Tensor  # (R,) int64
@@ -53,7 +53,7 @@ def mixture_draft(
     capacity: int = 0,
     rule: str = "paper",
     backend: str | None = None,
-) -> Draft:
+) -> MixtureDraft:
     """Draft a token in each row, and keep what ``mixture_accept`` has to know of it.
 
     The draft of adaptive parallel decoding (arXiv 2506.00413, Algorithm 1), as an arg-max under
@@ -88,7 +88,7 @@ def mixture_draft(
         backend: None (``PYDLLM_BACKEND``), ``"auto"``, ``"triton"`` or ``"torch"``.
 
     Returns:
-        ``Draft``. Logits that tie with the smallest in the nucleus are in it, too. A row that has
+        ``MixtureDraft``. Logits that tie with the smallest in the nucleus are in it, too. A row that has
         no nucleus (temperature 0, no top_p) has threshold -inf and, like one whose nucleus has more
         than ``capacity`` ids, no list: ``overflow``. A row whose ids are all -inf or banned has
         token 0 and log-sum-exp -inf; one with a NaN or +inf in an id that counts has token 0 and
@@ -147,7 +147,7 @@ def mixture_draft(
     # One op in torch too: the generator would be hundreds of nodes of a graph.
     results = torch.ops.pydllm.mixture_draft(logits, *arguments, chosen)
     token, logsumexp, threshold, *found = results
-    return Draft(token, logsumexp, threshold, Candidates(*found) if capacity else None)
+    return MixtureDraft(token, logsumexp, threshold, Candidates(*found) if capacity else None)
 
 
 def round_counter(start: Tensor, request: Tensor, rows: int, *, emit: str = "draft") -> Tensor:
@@ -232,7 +232,7 @@ def _draft_from_all(
     capacity: int,
     squared: bool,
     backend: str | None,
-) -> Draft:
+) -> MixtureDraft:
     """The draft where every id is in the nucleus."""
     tempered = isinstance(temperature, Tensor) or temperature > 0
     draw = partial(
@@ -245,7 +245,7 @@ def _draft_from_all(
     lse = stats.logsumexp
     threshold = lse.masked_fill(~lse.isnan(), -math.inf)
     if capacity == 0:
-        return Draft(token, lse, threshold, None)
+        return MixtureDraft(token, lse, threshold, None)
     shape = (len(lse), capacity)
     candidates = Candidates(
         token.new_zeros(shape, dtype=torch.int32),
@@ -254,7 +254,7 @@ def _draft_from_all(
         token.new_zeros(len(lse), dtype=torch.int32),
         token.new_ones(len(lse), dtype=torch.bool),
     )
-    return Draft(token, lse, threshold, candidates)
+    return MixtureDraft(token, lse, threshold, candidates)
 
 
 def _run(logits: Tensor, *arguments) -> tuple[Tensor, ...]:  # noqa: ANN002

@@ -2,6 +2,7 @@
 
 from pydllm.reference.certainty_loss import certainty_loss, certainty_loss_backward
 from pydllm.reference.commit_branch import commit_branch
+from pydllm.reference.draft import draft
 from pydllm.reference.head_stats import head_stats, head_stats_partial, merge_stats
 from pydllm.reference.mixture_accept import mixture_accept, mixture_accept_sparse
 from pydllm.reference.mixture_draft import mixture_draft
@@ -9,6 +10,7 @@ from pydllm.reference.multiblock_step import multiblock_step
 from pydllm.reference.rms_norm import rms_norm
 from pydllm.reference.swiglu import swiglu
 from pydllm.reference.unmask import unmask
+from pydllm.reference.verify import verify
 from pydllm.reference.vocab_stats import vocab_stats
 from pydllm.reference.window_attention import window_attention
 
@@ -16,6 +18,7 @@ __all__ = [
     "certainty_loss",
     "certainty_loss_backward",
     "commit_branch",
+    "draft",
     "head_stats",
     "head_stats_partial",
     "merge_stats",
@@ -26,6 +29,7 @@ __all__ = [
     "rms_norm",
     "swiglu",
     "unmask",
+    "verify",
     "vocab_stats",
     "window_attention",
 ]

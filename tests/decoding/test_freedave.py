@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import pydllm
-from pydllm.decoding import freedave, pipelined
+from pydllm import reference
+from pydllm.decoding import drafts
+from pydllm.models.native import NativeModel
 from tests.decoding.trajectories import (
     MASK,
     VOCAB,
@@ -19,6 +23,8 @@ from tests.decoding.trajectories import (
     static,
 )
 
+# The package's attribute of that name is the function.
+verify_op = importlib.import_module("pydllm.ops.verify")
 SCORES = ("confidence", "entropy", "margin", "left_to_right")
 PROMPTS = [random_prompt(seed, length) for seed, length in enumerate((4, 1, 9, 7, 20))]
 
@@ -46,7 +52,7 @@ def test_it_equals_static_decoding(kind, shift):
     causal = kind in ("strict", "pipelined")
     for seed in range(24):
         block, score = rng.choice((2, 4, 8, 16)), rng.choice(SCORES)
-        drafts, new = rng.choice((1, 2, 3, 4, 8, 16, "auto")), rng.randint(9, 17)
+        number, new = rng.choice((1, 2, 3, 4, 8, 16, "auto")), rng.randint(9, 17)
         cache = "none" if causal else kind
         prompts = [
             random_prompt(rng.randrange(10**6), rng.randint(1, 40)) for _ in range(1 + seed % 8)
@@ -59,18 +65,18 @@ def test_it_equals_static_decoding(kind, shift):
         )
         baseline = pydllm.Static(block, score=score, cache=cache)
         mode = "pipelined" if kind == "pipelined" else "strict"
-        algorithm = pydllm.FreeDave(drafts, mode=mode, baseline=baseline)
+        algorithm = pydllm.FreeDave(number, mode=mode, baseline=baseline)
         got = decode(model, prompts, algorithm, new)
         for row, prompt in enumerate(prompts):
             path = static(plain, prompt, new, block=block, score=score, cache=cache)
             assert got.sequences[row].tolist() == path.x, (algorithm, seed, row)
             nfe, most = got.nfe[row].item(), len(path.states)
-            if drafts == "auto":
+            if number == "auto":
                 assert nfe <= most
             else:
                 across = block if mode == "pipelined" else None
-                assert nfe == replay(path, drafts, block=across) <= most, (algorithm, seed, row)
-                assert drafts > 1 or nfe == most
+                assert nfe == replay(path, number, block=across) <= most, (algorithm, seed, row)
+                assert number > 1 or nfe == most
             written = got.step_map[row][got.step_map[row] >= 0]
             assert len(written) and written.max() < nfe
             steps = [state.pick[0] - len(prompt) for state in path.states]
@@ -134,8 +140,8 @@ def test_the_cache_holds_what_a_prefill_would(shift):
     model, plain = random_pair(2, block=4, shift=shift, eos=())
     caches, plain_new = [], model.new_cache
     model.new_cache = lambda *sizes: caches.append(plain_new(*sizes)) or caches[-1]
-    for drafts in (1, 5, 16):
-        got = decode(model, [random_prompt(0, 6)], pydllm.FreeDave(drafts, 4, mode="pipelined"), 14)
+    for number in (1, 5, 16):
+        got = decode(model, [random_prompt(0, 6)], pydllm.FreeDave(number, 4, mode="pipelined"), 14)
         _, keys, values = plain.logits(got.sequences[0])
         cache = caches.pop()
         for stored, exact in ((cache.k(0), keys), (cache.v(0), values)):
@@ -170,20 +176,28 @@ def test_a_branch_predicts_what_it_would_alone():
     assert torch.equal(changed[[0, 2, 3]], logits[[0, 2, 3]])
 
 
+def greedy_verify(x, step_map, nfe, candidates, token, score, mask_id, start, *rest):
+    """Whatever candidate 0 predicts becomes what candidate 1 assumes."""
+    for row in range(len(x) if candidates.shape[1] > 1 else 0):
+        for place in (candidates[row, 0] != candidates[row, 1]).nonzero().flatten().tolist():
+            token[row, 0, place - start[row]] = candidates[row, 1, place]
+            score[row, 0, place - start[row]] = 2.0
+    return reference.verify(x, step_map, nfe, candidates, token, score, mask_id, start, *rest)
+
+
 @pytest.mark.parametrize("mode", ["strict", "pipelined"])
-def test_a_wrong_acceptance_is_noticed(mode, monkeypatch):
+@pytest.mark.parametrize("baseline", [pydllm.Static(8), pydllm.Threshold(1.0, 8)], ids=str)
+def test_a_wrong_acceptance_is_noticed(mode, baseline, monkeypatch):
     """Negative control: accept one candidate too many, and the tokens differ."""
-    honest = freedave.longest_chain
-
-    def greedy(packed, stepped, branches):
-        return (honest(packed, stepped, branches) + 1).clamp(max=branches - 1)
-
-    model, _ = random_pair(2, block=8)
-    expected = decode(model, PROMPTS, pydllm.Static(8))
-    algorithm = pydllm.FreeDave(4, 8, mode=mode)
+    model, _ = random_pair(3, block=8)
+    expected = decode(model, PROMPTS, baseline)
+    algorithm = pydllm.FreeDave(4, mode=mode, baseline=baseline)
     assert same(decode(model, PROMPTS, algorithm), expected)
-    for module in (freedave, pipelined):
-        monkeypatch.setattr(module, "longest_chain", greedy)
+    honest = drafts.longest_chain
+    monkeypatch.setattr(verify_op, "reference", SimpleNamespace(verify=greedy_verify))
+    monkeypatch.setattr(
+        drafts, "longest_chain", lambda *args: (honest(*args) + 1).clamp(max=args[-1] - 1)
+    )
     assert not same(decode(model, PROMPTS, algorithm), expected)
 
 
@@ -249,6 +263,41 @@ def test_automatic_draft_length():
         decode(model, PROMPTS[:1] * 20, pydllm.FreeDave("auto", 16), 16)
         assert set(looked) == {1}
     assert widths[0] > widths[1] + 1
+
+
+def cast(model, *kind):
+    """The model with its weights on another device or in another dtype."""
+    weights = {"embedding": model._embedding, "norm": model._norm, "head": model._head}
+    layer = vars(model._layers[0])
+    weights |= {f"layers.0.{name}": value for name, value in layer.items() if value is not None}
+    weights = {name: value.to(*kind) for name, value in weights.items()}
+    return NativeModel(model.spec, model.sizes, weights)
+
+
+@pytest.mark.parametrize("mode", ["strict", "pipelined"])
+def test_the_backends_give_the_same_tokens(mode):
+    model = cast(random_pair(1, block=4, shift=True)[0], torch.float32)
+    algorithm = pydllm.FreeDave(3, 4, mode=mode)
+    expected, got = (
+        decode(model, PROMPTS[:3], algorithm, 6, backend=backend) for backend in ("torch", "triton")
+    )
+    assert same(got, expected)
+    assert torch.equal(got.nfe, expected.nfe)
+    assert torch.equal(got.step_map, expected.step_map)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["dual", "strict", "pipelined"])
+def test_bf16_is_equal_bit_by_bit_on_a_gpu(kind):
+    """The kernels' rows do not depend on what they are batched with, so tokens are equal."""
+    block = None if kind == "dual" else 8
+    model = cast(random_pair(2, block=block, eos=())[0], "cuda", torch.bfloat16)
+    baseline = pydllm.Static(8, cache="dual" if kind == "dual" else "none")
+    mode = "pipelined" if kind == "pipelined" else "strict"
+    expected = decode(model, PROMPTS, baseline, 64)
+    for number in (1, 4, 16, "auto"):
+        algorithm = pydllm.FreeDave(number, mode=mode, baseline=baseline)
+        assert same(decode(model, PROMPTS, algorithm, 64), expected)
 
 
 @pytest.mark.parametrize(

@@ -380,7 +380,7 @@ def test_a_captured_graph_replays_and_agrees_with_the_cpu(temperature):
     for _ in range(50):
         graph.replay()
         found = ops.Candidates(*(field.cpu() for field in draft.candidates))
-        moved = ops.Draft(*(field.cpu() for field in draft[:3]), found)
+        moved = ops.MixtureDraft(*(field.cpu() for field in draft[:3]), found)
         _assert_near(moved, expected)
 
 
