@@ -88,7 +88,7 @@ def mixture_draft(
         backend: None (``PYDLLM_BACKEND``), ``"auto"``, ``"triton"`` or ``"torch"``.
 
     Returns:
-        ``MixtureDraft``. Logits that tie with the smallest in the nucleus are in it, too. A row that has
+        ``MixtureDraft``. Logits that tie with the smallest in the nucleus are in it. A row that has
         no nucleus (temperature 0, no top_p) has threshold -inf and, like one whose nucleus has more
         than ``capacity`` ids, no list: ``overflow``. A row whose ids are all -inf or banned has
         token 0 and log-sum-exp -inf; one with a NaN or +inf in an id that counts has token 0 and
