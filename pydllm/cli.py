@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from rich.console import Console
 
 from pydllm._backend.errors import PydllmError
 from pydllm._options import BACKEND, JSON
-from pydllm.demo import WEIGHTS
+from pydllm.demo import VERIFIER, WEIGHTS
 from pydllm.demo.aup import aup
 from pydllm.demo.command import compare, demo
 from pydllm.distill.command import distill
@@ -38,6 +39,7 @@ def main() -> None:
 
 @main.command()
 @click.option("--model", "source", help="Checkpoint folder or hub id; default: the bundled model.")
+@click.option("--verifier", help="Checkpoint of APD's causal model; default: the bundled one.")
 @click.option("--prompt", "prompts", multiple=True, help="Text to continue; repeat for a batch.")
 @click.option("--algorithm", default="threshold", show_default=True, help="See --list-algorithms.")
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Its parameters.")
@@ -51,6 +53,7 @@ def main() -> None:
 @JSON
 def generate(
     source: str | None,
+    verifier: str | None,
     prompts: tuple[str, ...],
     algorithm: str,
     settings: tuple[str, ...],
@@ -71,18 +74,21 @@ def generate(
 
     if list_algorithms:
         for name, kind in _algorithms().items():
-            fields = ", ".join(f"{f.name}={f.default!r}" for f in _settable(kind))
+            defaults = {field.name: field.default for field in dataclasses.fields(kind)}
+            fields = ", ".join(f"{key}={defaults[key]!r}" for key in _settable(kind))
             click.echo(f"{name}: {fields}")
         return
-    chosen = _make_algorithm(algorithm, settings)
+    options: dict[str, Any] = {
+        "device": device,
+        "dtype": None if dtype is None else getattr(torch, dtype),
+    }
+    chosen = _make_algorithm(
+        algorithm, settings, lambda: load(VERIFIER if verifier is None else verifier, **options)
+    )
     texts = list(prompts) or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not texts:
         raise click.UsageError("expected --prompt or lines on standard input, got neither")
-    model = load(
-        WEIGHTS if source is None else source,
-        device=device,
-        dtype=None if dtype is None else getattr(torch, dtype),
-    )
+    model = load(WEIGHTS if source is None else source, **options)
     started = time.perf_counter()
     with Console(stderr=True).status("decoding") as status:
         result = decoding.generate(
@@ -127,17 +133,41 @@ def _algorithms() -> dict[str, type]:
         decoding.Factor,
         decoding.EntropyBound,
         decoding.FreeDave,
+        decoding.APD,
+        decoding.LeftToRight,
+        decoding.MultiBlock,
     )
     return {kind.__name__.lower(): kind for kind in kinds}
 
 
-def _settable(kind: type) -> list[dataclasses.Field]:
-    """The parameters that text can state."""
-    fields = dataclasses.fields(kind)
-    return [field for field in fields if str(field.type) in ("int", "float", "str")]
+def _settable(kind: type) -> dict[str, tuple[str, ...]]:
+    """The parameters that text can state, and the types that it may have."""
+    plain = ("None", "bool", "int", "float", "str")
+    found = {}
+    for field in dataclasses.fields(kind):
+        types = tuple(name for name in plain if re.search(rf"\b{name}\b", str(field.type)))
+        if field.init and types and not re.search("Model|Baseline", str(field.type)):
+            found[field.name] = types
+    return found
 
 
-def _make_algorithm(name: str, settings: tuple[str, ...]) -> Any:
+def _convert(text: str, types: tuple[str, ...]) -> Any:
+    """Text as the first of the types that it can be."""
+    words = {"none": None, "true": True, "false": False}
+    for name in types:
+        if name in ("None", "bool"):
+            value = words.get(text.lower(), text)
+            if type(value).__name__ in (name, f"{name}Type"):
+                return value
+            continue
+        try:
+            return {"int": int, "float": float, "str": str}[name](text)
+        except ValueError:
+            continue
+    raise ValueError(f"expected {' or '.join(types)}, got {text!r}")
+
+
+def _make_algorithm(name: str, settings: tuple[str, ...], verifier: Callable[[], Any]) -> Any:
     """Build the algorithm from ``NAME=VALUE`` strings, typed as its dataclass declares."""
     kinds = _algorithms()
     if name.lower() not in kinds:
@@ -145,24 +175,20 @@ def _make_algorithm(name: str, settings: tuple[str, ...]) -> Any:
             f"expected one of {', '.join(kinds)}, got {name}", param_hint="--algorithm"
         )
     kind = kinds[name.lower()]
-    convert: dict[str, Callable[[str], Any]] = {
-        field.name: {"int": int, "float": float}.get(str(field.type), str)
-        for field in _settable(kind)
-    }
+    known = _settable(kind)
     values = {}
     for setting in settings:
         key, _, value = setting.partition("=")
-        if key not in convert:
+        if key not in known:
             raise click.BadParameter(
-                f"{name} takes {', '.join(convert)}; got {key!r}", param_hint="--set"
+                f"{name} takes {', '.join(known)}; got {key!r}", param_hint="--set"
             )
         try:
-            values[key] = convert[key](value)
-        except ValueError:
-            kind_name = convert[key].__name__
-            raise click.BadParameter(
-                f"{key}: expected {kind_name}, got {value!r}", param_hint="--set"
-            ) from None
+            values[key] = _convert(value, known[key])
+        except ValueError as error:
+            raise click.BadParameter(f"{key}: {error}", param_hint="--set") from None
+    if any(field.name == "verifier" for field in dataclasses.fields(kind)):
+        values["verifier"] = verifier()
     return kind(**values)
 
 

@@ -76,10 +76,27 @@ def test_generate_reads_lines_and_parameters():
     assert "forwards" in result.output
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "settings"),
+    [
+        ("apd", ("mixture=0.5", "window=none")),
+        ("lefttoright", ("tokens_per_step=2",)),
+        ("multiblock", ("block_length=24", "cache=false", "tail=blocks")),
+        ("freedave", ("block_length=24", "draft_steps=auto")),
+    ],
+)
+def test_generate_takes_every_algorithm(algorithm, settings):
+    options = [part for setting in settings for part in ("--set", setting)]
+    result = _run("generate", "--prompt", PROMPT, "--algorithm", algorithm, *options, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["text"].split()[-2:] == ["answer", "21"]
+
+
 def test_list_algorithms():
     result = _run("generate", "--list-algorithms")
     assert result.exit_code == 0
     assert "threshold: threshold=0.9, block_length=32" in result.output
+    assert "apd: mixture=0.7, window=16, lookahead=64" in result.output
 
 
 def test_env_is_json():

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from pydllm import ops
 from pydllm.decoding.generation import Request
-from pydllm.decoding.loop import Accept, Selection, State, write
+from pydllm.decoding.state import Selection, State
+from pydllm.decoding.step import Accept, write
 
 MOST = 32
 # Rows of one forward up to which more rows cost little: below them a bf16 forward on current GPUs

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from pydllm.decoding.drafts import MOST, Composed, Drafts, Fused
 from pydllm.decoding.generation import Decoded, Request
-from pydllm.decoding.loop import Block, Blockwise, HostNumbers, force_first
+from pydllm.decoding.loop import Block, Blockwise, force_first
 from pydllm.decoding.pipelined import Pipelined
+from pydllm.decoding.state import HostNumbers
 from pydllm.decoding.static import Baseline, Static, expect, expect_int
 from pydllm.models import Model
 

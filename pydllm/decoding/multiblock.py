@@ -22,17 +22,9 @@ from torch import Tensor
 
 from pydllm import ops
 from pydllm.decoding.generation import Decoded, Request, Step
-from pydllm.decoding.loop import (
-    HostNumbers,
-    Selection,
-    State,
-    Window,
-    fill_holes,
-    forward,
-    select_rows,
-    statistics,
-)
+from pydllm.decoding.state import HostNumbers, Selection, State, Window, fill_holes
 from pydllm.decoding.static import expect, expect_int, expect_number
+from pydllm.decoding.step import forward, statistics
 from pydllm.models import Model, StaticCache
 from pydllm.ops.multiblock_step import MODES, MultiBlockState
 
@@ -191,10 +183,15 @@ class _Batch:
         hidden = forward(request, state, window, self.cache)
         if copies:
             _copy_twice(self.cache, step, total, request.max_new_tokens)
-        hidden = select_rows(request.model, hidden, step.start, selection)
         state.decoded = step.decoded
         stats = statistics(
-            request, state, hidden, selection, banned=self.banned, eligible=step.eligible
+            request,
+            state,
+            hidden,
+            step.start,
+            selection,
+            banned=self.banned,
+            eligible=step.eligible,
         )
         self._advance(stats.token, stats.entropy)
 

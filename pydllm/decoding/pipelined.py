@@ -17,17 +17,9 @@ from torch import Tensor
 
 from pydllm.decoding.drafts import Composed, Drafts, Fused
 from pydllm.decoding.generation import Decoded, Request, Step
-from pydllm.decoding.loop import (
-    Blockwise,
-    HostNumbers,
-    Selection,
-    State,
-    Window,
-    finish_block,
-    forward,
-    select_rows,
-    statistics,
-)
+from pydllm.decoding.loop import Blockwise
+from pydllm.decoding.state import HostNumbers, Selection, State, Window
+from pydllm.decoding.step import finish_block, forward, statistics
 from pydllm.models.protocol import Fresh
 
 Count = TypeVar("Count", int, Tensor)
@@ -64,9 +56,8 @@ class Pipelined(Blockwise):
             hidden = forward(request, packed, window, cache, branches=branches, fresh=fresh)
             wide = view.repeat(branches)
             start = window.start.repeat_interleave(branches)
-            hidden = select_rows(request.model, hidden, start, wide)
             draw = self.drafts.draw(state, branches)
-            looked = statistics(request, packed, hidden, wide, banned=banned, draw=draw)
+            looked = statistics(request, packed, hidden, start, wide, banned=banned, draw=draw)
             if first:
                 block = Selection(stored, torch.full_like(stored, size), size)
                 road.begin(state, looked, view, block, self.accept)

@@ -19,17 +19,8 @@ from torch import Tensor
 
 from pydllm import ops
 from pydllm.decoding.generation import Decoded, Request, Step
-from pydllm.decoding.loop import (
-    HostNumbers,
-    Selection,
-    State,
-    Window,
-    fill_holes,
-    finish_block,
-    forward,
-    row_temperatures,
-    select_rows,
-)
+from pydllm.decoding.state import HostNumbers, Selection, State, Window, fill_holes
+from pydllm.decoding.step import finish_block, forward, row_temperatures, select_rows
 from pydllm.models import Model, StaticCache
 
 

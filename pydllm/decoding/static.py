@@ -17,7 +17,8 @@ from torch import Tensor
 
 from pydllm import ops
 from pydllm.decoding.generation import Decoded, Request
-from pydllm.decoding.loop import CACHES, Accept, Blockwise
+from pydllm.decoding.loop import CACHES, Blockwise
+from pydllm.decoding.step import Accept
 from pydllm.models import Model
 from pydllm.ops.unmask import SEMANTICS
 

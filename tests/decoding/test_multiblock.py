@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 import pydllm
 from pydllm import ops
-from pydllm.decoding.loop import Selection, select_rows
+from pydllm.decoding.state import Selection
+from pydllm.decoding.step import select_rows
 from pydllm.models import StaticCache
 from pydllm.models.spec import ModelSpec
 from tests.decoding.test_multiblock_published import EOS, MASK, VOCAB, tiny_model
