@@ -81,7 +81,7 @@ def test_generate_reads_lines_and_parameters():
     [
         ("apd", ("mixture=0.5", "window=none")),
         ("lefttoright", ("tokens_per_step=2",)),
-        ("multiblock", ("block_length=24", "cache=false", "tail=blocks")),
+        ("multiblock", ("block_length=24", "cache=false", "tail=full")),
         ("freedave", ("block_length=24", "draft_steps=auto")),
     ],
 )
