@@ -184,6 +184,7 @@ class Fused:
         x = self._candidates[:, :branches].flatten(0, 1).contiguous()
         return replace(
             state,
+            rows=state.rows.repeat_interleave(branches),
             x=x,
             decoded=(state.decoded[:, None] + number).flatten(),
             request_id=state.request_id.repeat_interleave(branches),

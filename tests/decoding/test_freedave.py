@@ -121,6 +121,20 @@ def test_it_equals_any_baseline(baseline, attention, temperature):
             assert torch.equal(got.step_map, expected.step_map)
 
 
+@pytest.mark.parametrize("baseline", [None, pydllm.Threshold(0.4, 4)], ids=str)
+@pytest.mark.parametrize("mode", ["strict", "pipelined"])
+def test_each_prompt_has_its_temperature(mode, baseline):
+    model, _ = random_pair(3, block=4)
+    own = {"block_length": 4} if baseline is None else {"baseline": baseline}
+    drafted = pydllm.FreeDave(4, mode=mode, **own)
+    prompts, each = [[5, 6, 7], [8, 9], [4]], [0.0, 0.7, 1.3]
+    together = decode(model, prompts, drafted, temperature=each, seed=5)
+    for row, (prompt, temperature) in enumerate(zip(prompts, each, strict=True)):
+        options = {"temperature": temperature, "seed": 5, "request_ids": [row]}
+        alone = decode(model, [prompt], baseline or pydllm.Static(4), **options)
+        assert torch.equal(together.sequences[row], alone.sequences[0])
+
+
 @pytest.mark.parametrize("mode", ["strict", "pipelined"])
 def test_a_sequence_does_not_depend_on_its_batch(mode):
     model, _ = random_pair(1, block=4)
