@@ -128,7 +128,7 @@ def generate(
         model: what ``pydllm.load`` returned, or anything with the protocol ``pydllm.models.Model``.
         prompts: lists or 1-D tensors of token ids, or strings where the model has a tokenizer.
         algorithm: ``Static(...)``, ``Threshold(...)``, ``Factor(...)``, ``EntropyBound(...)``,
-            ``FreeDave(...)``, ``APD(...)``, ``LeftToRight(...)``.
+            ``FreeDave(...)``, ``APD(...)``, ``LeftToRight(...)`` or ``MultiBlock(...)``.
         max_new_tokens: length of every generation region, in tokens.
         temperature: 0 takes the arg-max; from 1e-6 on, tokens are drawn from
             softmax(logits / temperature). Or a list with one a prompt.
