@@ -11,7 +11,7 @@ STUDENT = WEIGHTS.parent / "llada-tiny-d3llm"
 def test_the_student_takes_less_than_half_the_forwards():
     problems, algorithm = held_out_problems(40), pydllm.EntropyBound(0.3, 24)
     teacher, student = (
-        evaluate(pydllm.load(folder, device="cpu"), "", algorithm, problems)[0]
+        evaluate(pydllm.load(folder, device="cpu"), ("", ""), algorithm, problems)[0]
         for folder in (WEIGHTS, STUDENT)
     )
     assert student.forwards * 2 < teacher.forwards
