@@ -76,13 +76,24 @@ def is_right(
     return True
 
 
+def shapes(case: ModuleType, grid: bool) -> dict[str, dict]:
+    """The named shapes of a case, with ``grid`` those of its large grid too, if it has one."""
+    return (getattr(case, "GRID", {}) if grid else {}) | case.SHAPES
+
+
 def measure(
-    op: str, backends: tuple[str, ...], dtype: str, device: str, shape: str | None, seconds: float
+    op: str,
+    backends: tuple[str, ...],
+    dtype: str,
+    device: str,
+    shape: str | None,
+    seconds: float,
+    grid: bool = False,
 ) -> Iterator[dict[str, object]]:
     """One row a shape and backend or baseline."""
     case = CASES[op]
     peak = copy_rate(device)
-    for name, sizes in case.SHAPES.items():
+    for name, sizes in shapes(case, grid).items():
         if shape is not None and shape not in name:
             continue
         inputs = case.make(DTYPES[dtype], device, **sizes)
@@ -184,6 +195,7 @@ def _run_base(reference: str, arguments: list[str]) -> dict[tuple, float]:
 )
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
 @click.option("--shape", help="Only shapes whose name contains this.")
+@click.option("--grid", is_flag=True, help="The op's large grid of shapes too, if it has one.")
 @click.option("--seconds", default=0.5, show_default=True, help="Time spent on each measurement.")
 @click.option(
     "--csv", "csv_file", type=click.Path(path_type=Path), help="Append rows to this file."
@@ -196,6 +208,7 @@ def main(
     dtype: str | None,
     device: str,
     shape: str | None,
+    grid: bool,
     seconds: float,
     csv_file: Path | None,
     base: str | None,
@@ -210,7 +223,7 @@ def main(
     on_gpu = device.startswith("cuda")
     backends = backends or (("cuda", "triton", "torch") if on_gpu else ("torch",))
     dtype = dtype or ("bf16" if on_gpu else "fp32")
-    rows = list(measure(op, backends, dtype, device, shape, seconds))
+    rows = list(measure(op, backends, dtype, device, shape, seconds, grid))
     if not rows:
         raise click.BadParameter(f"no shape of {op} contains {shape!r}", param_hint="--shape")
     before = None
@@ -218,6 +231,7 @@ def main(
         arguments = [op, "--dtype", dtype, "--device", device, "--seconds", str(seconds)]
         arguments += [part for name in backends for part in ("--backend", name)]
         arguments += [] if shape is None else ["--shape", shape]
+        arguments += ["--grid"] if grid else []
         before = _run_base(base, arguments)
     _print(rows, before)
     if csv_file is not None:

@@ -43,8 +43,11 @@ def test_compare_draws_a_frontier(tmp_path):
     sweeps = ("--sweep", "static", "--sweep", "threshold")
     result = _run("compare", *sweeps, "--problems", "6", "--out", str(tmp_path), "--json")
     assert result.exit_code == 0, result.output
-    scores = json.loads(result.stdout.splitlines()[-1])["scores"]
+    record = json.loads(result.stdout.splitlines()[-1])
+    scores = record["scores"]
     assert [score["algorithm"] for score in scores][:2] == ["1 a step", "2 a step"]
+    assert set(record["aup"]) == {"static", "threshold"}
+    assert all(area > 50 for area in record["aup"].values())
     assert len((tmp_path / "llada-tiny.csv").read_text().splitlines()) == len(scores) + 1
     assert (tmp_path / "llada-tiny.png").read_bytes().startswith(b"\x89PNG")
 

@@ -49,6 +49,19 @@ SHAPES = {
     for name, sizes in _SIZES.items()
     for batch, rows, slots in sizes
 }
+# Every window, cache and batch of a decoder that matters: an hour on a GPU, hopeless on a CPU.
+GRID = {
+    f"{name}-{batch}x{rows}-{slots}": {
+        "batch": batch,
+        "rows": rows,
+        "slots": slots,
+        **_MODELS[name],
+    }
+    for name in ("llada-8b", "dream-7b", "sdar-8b")
+    for slots in (512, 2048, 8192, 32768)
+    for batch in (1, 8, 32)
+    for rows in (4, 8, 32, 64, 128)
+}
 SHAPES |= {
     f"{name}-{batch}x8of{rows}-2048": {
         "batch": batch,

@@ -114,7 +114,7 @@ def compare(
 ) -> None:
     """Sweep algorithms from careful to fast: accuracy over tokens per forward, CSV and PNG."""
     from pydllm.demo import report
-    from pydllm.demo.sweep import settings
+    from pydllm.demo.sweep import areas, settings
     from pydllm.demo.task import held_out_problems
     from pydllm.models import load
 
@@ -128,19 +128,23 @@ def compare(
             model, name, settings(sweep, name, verifier), tasks, backend, console
         )
         console.print(report.score_table(found[sweep], f"{name}, {sweep}: {problems} problems"))
+    area = areas(found)
+    for sweep, value in area.items():
+        console.print(f"AUP of {sweep}: {value:.1f}")
     scores = [score for each in found.values() for score in each]
     written = [out / f"{name}.csv", out / f"{name}.png"]
     report.write_csv(scores, written[0])
     try:
         title = f"{name}, {problems} held-out problems"
-        report.plot_frontier(found, title, written[1])
+        report.plot_frontier(found, area, title, written[1])
     except ImportError:
         console.print("no picture: matplotlib is not installed (pip install 'pydllm[demo]')")
         written.pop()
     files = list(map(str, written))
     console.print(f"written: {', '.join(files)}")
     if as_json:
-        click.echo(json.dumps({"scores": [score.as_row() for score in scores], "files": files}))
+        rows = [score.as_row() for score in scores]
+        click.echo(json.dumps({"scores": rows, "aup": area, "files": files}))
 
 
 def _decode_all(

@@ -44,13 +44,19 @@ def sweep(
         score, _, _ = evaluate(model, ("", ""), algorithm, problems, backend=backend)
         points.append((score.tokens_per_forward, score.exact_percent))
         on_point()
+    kept = curve(points)
+    return kept, [point for point in points if point not in kept]
+
+
+def curve(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points that an area is taken under: the best at each speed, as far as accuracy lasts."""
     best: dict[float, float] = {}
     for rho, y in points:
         best[rho] = max(y, best.get(rho, 0.0))
     kept = sorted(best.items())
     while kept[-1][1] < kept[0][1] - _TOLERATED_LOSS:
         kept.pop()
-    return kept, [point for point in points if point not in kept]
+    return kept
 
 
 def parse_thresholds(text: str, kind: str) -> list[float]:

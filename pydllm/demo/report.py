@@ -91,7 +91,9 @@ def plot_decoding_order(generations: dict[str, Generation], problems: int, path:
     figure.savefig(path, dpi=130)
 
 
-def plot_frontier(sweeps: dict[str, list[Score]], title: str, path: Path) -> None:
+def plot_frontier(
+    sweeps: dict[str, list[Score]], areas: dict[str, float], title: str, path: Path
+) -> None:
     """Accuracy over tokens per forward, one colour a sweep; lines join what nothing beats."""
     from matplotlib.figure import Figure
 
@@ -101,7 +103,9 @@ def plot_frontier(sweeps: dict[str, list[Score]], title: str, path: Path) -> Non
     axis = figure.subplots()
     for name, scores in sweeps.items():
         best = frontier(scores)
-        dots = axis.scatter(_speeds(scores), _percents(scores), s=18, label=name)
+        dots = axis.scatter(
+            _speeds(scores), _percents(scores), s=18, label=f"{name}, AUP {areas[name]:.0f}"
+        )
         axis.plot(_speeds(best), _percents(best), color=dots.get_facecolor()[0], linewidth=1)
     axis.set_xlabel("tokens per forward")
     axis.set_ylabel("exact answers, %")

@@ -6,6 +6,8 @@ from pydllm.decoding import APD, EntropyBound, Factor, FreeDave, MultiBlock, Sta
 from pydllm.decoding.generation import Algorithm
 from pydllm.demo import SWEEPS
 from pydllm.demo.evaluate import BLOCKS, Score
+from pydllm.demo.points import curve
+from pydllm.metrics import aup
 from pydllm.models import Model
 
 _THRESHOLDS = (0.99, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
@@ -44,3 +46,13 @@ def frontier(scores: list[Score]) -> list[Score]:
         if not best or score.exact_percent > best[-1].exact_percent:
             best.append(score)
     return best[::-1]
+
+
+def areas(sweeps: dict[str, list[Score]]) -> dict[str, float]:
+    """AUP of each sweep, against the best accuracy of all of them."""
+    best = max(score.exact_percent for scores in sweeps.values() for score in scores)
+    points = {
+        name: curve([(score.tokens_per_forward, score.exact_percent) for score in scores])
+        for name, scores in sweeps.items()
+    }
+    return {name: aup(kept, y_max=best) if best else 0.0 for name, kept in points.items()}

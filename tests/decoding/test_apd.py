@@ -107,7 +107,7 @@ def test_it_equals_the_plain_loop(trio, kind, emit, temperature, top_p):
     assert (got.verifier_nfe <= got.nfe).all()
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("temperature", [0.0, 0.2, 0.7])
 @pytest.mark.parametrize("emit", ["draft", "target"])
 def test_the_reference_rule(trio, emit, temperature):
     """Drafts at T^2, greedy targets; the paper's rule at temperature 0."""
@@ -127,7 +127,7 @@ def test_the_reference_rule(trio, emit, temperature):
     paper = _decode(model, prompts, pydllm.APD(verifier, 0.9, 3, 5, emit=emit), **draws)
     if temperature == 0:
         _same(got, paper)
-    else:
+    elif temperature > 0.5:
         assert not torch.equal(torch.cat(got.sequences), torch.cat(paper.sequences))
 
 
