@@ -7,8 +7,8 @@
 The weights are random, of the named model's shape: nothing is downloaded, and what one forward
 costs does not depend on them. The loops of bench/published.py run in the same run on the same
 weights; "static" and "multiblock" decode as many tokens a forward as theirs. FreeDave's tokens are
-those of Static, which stands in for a published loop there. With random weights two models agree
-by chance alone, so that APD's rounds write about one token each.
+those of Static, which stands in for a published loop there. A random model predicts the same token
+for all masks: at a mixture of 0.7 APD accepts them all, at the default here one or two a round.
 
 Each row is compared with the last published-style loop (or Static) above it: speedup, and the share
 of tokens that are the same (empty where both draw tokens, with different noise).
@@ -160,6 +160,7 @@ class Job:
     block: int
     per_step: int
     temperature: float
+    mixture: float
     threshold: float | None
     backend: str | None
 
@@ -209,8 +210,9 @@ def freedave(job: Job) -> dict[str, Contender]:
 def apd(job: Job) -> dict[str, Contender]:
     contenders = {}
     for window in (16, None):
-        loop = PublishedAPD(job.model, job.verifier, window, temperature=job.temperature)
-        algorithm = pydllm.APD(job.verifier, window=window, lookahead=64, rule="reference")
+        settings = {"window": window, "lookahead": 64, "mixture": job.mixture}
+        loop = PublishedAPD(job.model, job.verifier, temperature=job.temperature, **settings)
+        algorithm = pydllm.APD(job.verifier, rule="reference", **settings)
         name = "no cache" if window is None else f"window {window}"
         published = f"published-style loop, {name}"
         contenders[published] = Contender(partial(loop.decode, job.prompts, job.new), published)
@@ -247,6 +249,7 @@ USED_BY = {
     "block": ("static", "freedave", "multiblock"),
     "per_step": ("static", "freedave"),
     "temperature": ("apd",),
+    "mixture": ("apd",),
     "threshold": ("multiblock",),
 }
 
@@ -276,6 +279,7 @@ def check_options(context: click.Context, algorithm: str, new: int, block: int, 
 @click.option("--block", default=32, show_default=True, type=click.IntRange(1))
 @click.option("--tokens-per-step", "per_step", default=1, show_default=True)
 @click.option("--temperature", default=0.2, show_default=True, type=click.FloatRange(0.0))
+@click.option("--mixture", default=0.1, show_default=True, type=click.FloatRange(0.0, 1.0))
 @click.option("--threshold", type=float, help="Nats. Default: found by a first forward.")
 @click.option("--repeat", default=1, show_default=True, help="Rounds; the median is printed.")
 @click.option("--backend", type=click.Choice(["auto", "cuda", "triton", "torch"]))
@@ -293,6 +297,7 @@ def main(
     block: int,
     per_step: int,
     temperature: float,
+    mixture: float,
     threshold: float | None,
     repeat: int,
     backend: str | None,
@@ -308,7 +313,9 @@ def main(
     prompts = torch.randint(3, model.spec.vocab_size, (batch, prompt_length), generator=generator)
     prompts = prompts.masked_fill(prompts == model.spec.mask_id, 3).to(device)
     verifier = make_verifier(name, device, DTYPES[dtype]) if algorithm == "apd" else None
-    job = Job(model, verifier, prompts, new, block, per_step, temperature, threshold, backend)
+    job = Job(
+        model, verifier, prompts, new, block, per_step, temperature, mixture, threshold, backend
+    )
     contenders = ALGORITHMS[algorithm](job)
     seconds: dict[str, list[float]] = {label: [] for label in contenders}
     results: dict[str, tuple[Tensor, int]] = {}
