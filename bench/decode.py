@@ -279,7 +279,7 @@ def check_options(context: click.Context, algorithm: str, new: int, block: int, 
 @click.option("--block", default=32, show_default=True, type=click.IntRange(1))
 @click.option("--tokens-per-step", "per_step", default=1, show_default=True)
 @click.option("--temperature", default=0.2, show_default=True, type=click.FloatRange(0.0))
-@click.option("--mixture", default=0.1, show_default=True, type=click.FloatRange(0.0, 1.0))
+@click.option("--mixture", default=0.1, show_default=True, type=click.FloatRange(0, 1), help="R.")
 @click.option("--threshold", type=float, help="Nats. Default: found by a first forward.")
 @click.option("--repeat", default=1, show_default=True, help="Rounds; the median is printed.")
 @click.option("--backend", type=click.Choice(["auto", "cuda", "triton", "torch"]))
