@@ -322,7 +322,8 @@ def main(
     for _ in range(repeat):
         for label, contender in contenders.items():
             started = time.perf_counter()
-            results[label] = contender.run()
+            sequences, forwards = contender.run()
+            results[label] = sequences.cpu(), forwards  # waits for the device
             seconds[label].append(time.perf_counter() - started)
     median = {label: statistics.median(times) for label, times in seconds.items()}
     drawn = algorithm == "apd" and temperature > 0
@@ -330,7 +331,7 @@ def main(
     for label, (sequences, forwards) in results.items():
         against = contenders[label].against
         expected, others = results[against]
-        same = (sequences.cpu() == expected.cpu())[:, prompt_length:].float().mean().item()
+        same = (sequences == expected)[:, prompt_length:].float().mean().item()
         per_forward = median[label] / forwards
         rows.append(
             {
