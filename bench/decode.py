@@ -1,12 +1,17 @@
-"""Time whole decodings against a loop that does what published code does at every step.
+"""Time whole decodings against loops that do what published code does at every step.
 
     python bench/decode.py --device cpu --model llada-100m
+    python bench/decode.py --device cpu --model llada-100m --algorithm apd --new 64
     python bench/decode.py --device cuda --model llada-8b --dtype bf16 --csv bench/results/h100.csv
 
-The weights are random, of the named model's shape: nothing is downloaded, and the time does not
-depend on them. The published-style loop runs a plain PyTorch forward over all positions, the LM
-head and an fp64 softmax on every row and a top-k per sequence, on the same weights in the same run.
-All write as many tokens a forward; the last column is the share of tokens equal to that loop's.
+The weights are random, of the named model's shape: nothing is downloaded, and what one forward
+costs does not depend on them. The loops of bench/published.py run in the same run on the same
+weights; "static" and "multiblock" decode as many tokens a forward as theirs. FreeDave's tokens are
+those of Static, which stands in for a published loop there. A random model predicts the same token
+for all masks: at a mixture of 0.7 APD accepts them all, at the default here one or two a round.
+
+Each row is compared with the last published-style loop (or Static) above it: speedup, and the share
+of tokens that are the same (empty where both draw tokens, with different noise).
 """
 
 from __future__ import annotations
@@ -16,20 +21,30 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import click
 import torch
+from click.core import ParameterSource
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from published import (
+    PlainForward,
+    PublishedAPD,
+    PublishedLoop,
+    PublishedMultiBlock,
+)
 from run import DTYPES, provenance
 
 import pydllm
-from pydllm.demo import WEIGHTS
+from pydllm.demo import VERIFIER, WEIGHTS
 from pydllm.models import NativeModel
 from pydllm.models.config import Config
 from pydllm.models.families import find_family, make_spec
@@ -75,11 +90,48 @@ CONFIGS = {
 }
 
 
+# Verifiers: Qwen2.5-0.5B's shape, and a small one for the small model.
+_QWEN = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": True,
+    "hidden_size": 896,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "intermediate_size": 4864,
+}
+_SMALL_QWEN = _QWEN | {
+    "hidden_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 1024,
+}
+# Part of the entropies of a first forward that lies below the threshold of "multiblock".
+PROBE = 0.1
+
+
 def make_model(name: str, device: str, dtype: torch.dtype) -> NativeModel:
     """The bundled model, or one of the named shape with random weights."""
     if name == "tiny":
         return pydllm.load(WEIGHTS, device=device, dtype=dtype)
-    config = Config(CONFIGS[name])
+    return random_model(CONFIGS[name], device, dtype)
+
+
+def make_verifier(name: str, device: str, dtype: torch.dtype) -> NativeModel:
+    if name == "tiny":
+        return pydllm.load(VERIFIER, device=device, dtype=dtype)
+    shape = _SMALL_QWEN if name == "llada-100m" else _QWEN
+    vocab = {"vocab_size": CONFIGS[name]["vocab_size"]}
+    return random_model(shape | vocab, device, dtype)
+
+
+def random_model(settings: dict[str, Any], device: str, dtype: torch.dtype) -> NativeModel:
+    config = Config(settings)
     family = find_family(config)
     sizes = family.sizes(config, family)
     generator = torch.Generator(device).manual_seed(0)
@@ -97,90 +149,127 @@ def make_model(name: str, device: str, dtype: torch.dtype) -> NativeModel:
     return NativeModel(spec, sizes, weights)
 
 
-class PublishedLoop:
-    """A low-confidence loop as published code has it, on a native model's weights.
+@dataclass(frozen=True)
+class Job:
+    """What all contenders decode."""
 
-    Every step: all positions through the layers, repeated KV heads, the LM head on every row, an
-    fp64 softmax over every row, and a top-k for each sequence. Logits are shifted by concatenation
-    for the models that need it. No cache, no early stop.
-    """
+    model: NativeModel
+    verifier: NativeModel | None
+    prompts: Tensor
+    new: int
+    block: int
+    per_step: int
+    temperature: float
+    mixture: float
+    threshold: float | None
+    backend: str | None
 
-    def __init__(self, model: NativeModel) -> None:
-        self.model = model
-
-    def _logits(self, x: Tensor) -> Tensor:
-        model, sizes = self.model, self.model.sizes
-        half = sizes.rotary // 2
-        cos, sin = (t[: x.shape[1]] for t in model._rope.tables(x.shape[1]))
-
-        def rotate(t: Tensor) -> Tensor:
-            wide = t.float()
-            first, second = wide[..., :half], wide[..., half : 2 * half]
-            turned = torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
-            return torch.cat((turned.to(t.dtype), t[..., 2 * half :]), -1)
-
-        def norm(t: Tensor, weight: Tensor) -> Tensor:
-            wide = t.float()
-            scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + sizes.eps)
-            return (wide * scale).to(t.dtype) * weight
-
-        hidden = F.embedding(x, model._embedding)
-        heads = (sizes.heads, sizes.kv_heads, sizes.kv_heads)
-        for layer in model._layers:
-            qkv = F.linear(norm(hidden, layer.attn_norm), layer.qkv, layer.qkv_bias)
-            q, k, v = qkv.unflatten(-1, (-1, sizes.head_dim)).transpose(1, 2).split(heads, 1)
-            q, k = rotate(q), rotate(k)
-            k, v = (t.repeat_interleave(sizes.heads // sizes.kv_heads, 1) for t in (k, v))
-            attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-            hidden = hidden + F.linear(attended, layer.out)
-            gate, up = F.linear(norm(hidden, layer.mlp_norm), layer.gate_up).chunk(2, -1)
-            hidden = hidden + F.linear(F.silu(gate) * up, layer.down)
-        logits = F.linear(norm(hidden, model._norm), model._head)
-        if model.spec.shift_logits:
-            logits = torch.cat((logits[:, :1], logits[:, :-1]), 1)
-        return logits
-
-    @torch.no_grad()
-    def decode(self, prompts: Tensor, new: int, block: int, per_step: int) -> Tensor:
-        mask_id = self.model.spec.mask_id
-        x = F.pad(prompts, (0, new), value=mask_id)
-        for stop in range(prompts.shape[1] + block, x.shape[1] + 1, block):
-            for _ in range(block // per_step):
-                logits = self._logits(x)
-                token = logits.argmax(-1)
-                confidence = F.softmax(logits.double(), -1).gather(-1, token[..., None])[..., 0]
-                masked = x == mask_id
-                confidence[:, stop:] = -torch.inf
-                confidence = torch.where(masked, confidence, -torch.inf)
-                for row in range(x.shape[0]):
-                    chosen = confidence[row].topk(per_step).indices
-                    x[row, chosen] = token[row, chosen]
-        return x
-
-
-def contenders(
-    model: NativeModel, prompts: Tensor, new: int, block: int, per_step: int, backend: str | None
-) -> dict[str, Callable[[], tuple[Tensor, int]]]:
-    """What is timed, by name: functions that return the sequences and the number of forwards."""
-
-    def published() -> tuple[Tensor, int]:
-        return PublishedLoop(model).decode(prompts, new, block, per_step), new // per_step
-
-    def ours(cache: str) -> tuple[Tensor, int]:
-        algorithm = pydllm.Static(block, per_step, cache=cache)
-        rows = list(prompts.cpu())
-        result = pydllm.generate(model, rows, algorithm, max_new_tokens=new, backend=backend)
+    def run(self, algorithm: Any, temperature: float = 0.0) -> tuple[Tensor, int]:
+        result = pydllm.generate(
+            self.model,
+            list(self.prompts.cpu()),
+            algorithm,
+            max_new_tokens=self.new,
+            temperature=temperature,
+            backend=self.backend,
+        )
         return torch.stack(result.sequences), int(result.nfe.max())
 
-    return {
-        "published-style loop": published,
-        "pydllm, no cache": lambda: ours("none"),
-        "pydllm, prefix cache": lambda: ours("prefix"),
-        "pydllm, dual cache": lambda: ours("dual"),
-    }
+
+class Contender(NamedTuple):
+    """A decoding that returns sequences and forwards, and the label of what it is compared with."""
+
+    run: Callable[[], tuple[Tensor, int]]
+    against: str
+
+
+def static(job: Job) -> dict[str, Contender]:
+    published = "published-style loop"
+    loop = PublishedLoop(job.model, job.block, job.per_step)
+    contenders = {published: Contender(lambda: loop.decode(job.prompts, job.new), published)}
+    for cache in ("none", "prefix", "dual"):
+        algorithm = pydllm.Static(job.block, job.per_step, cache=cache)
+        label = f"pydllm, {cache} cache".replace("none", "no")
+        contenders[label] = Contender(partial(job.run, algorithm), published)
+    return contenders
+
+
+def freedave(job: Job) -> dict[str, Contender]:
+    contenders = {}
+    for cache in ("none", "dual"):
+        baseline = pydllm.Static(job.block, job.per_step, cache=cache)
+        label = f"Static, {cache} cache".replace("none", "no")
+        contenders[label] = Contender(partial(job.run, baseline), label)
+        for drafts in (4, 8):
+            algorithm = pydllm.FreeDave(drafts, baseline=baseline)
+            name = label.replace("Static", f"FreeDave({drafts})")
+            contenders[name] = Contender(partial(job.run, algorithm), label)
+    return contenders
+
+
+def apd(job: Job) -> dict[str, Contender]:
+    contenders = {}
+    for window in (16, None):
+        settings = {"window": window, "lookahead": 64, "mixture": job.mixture}
+        loop = PublishedAPD(job.model, job.verifier, temperature=job.temperature, **settings)
+        algorithm = pydllm.APD(job.verifier, rule="reference", **settings)
+        name = "no cache" if window is None else f"window {window}"
+        published = f"published-style loop, {name}"
+        contenders[published] = Contender(partial(loop.decode, job.prompts, job.new), published)
+        contenders[f"pydllm, {name}"] = Contender(
+            partial(job.run, algorithm, job.temperature), published
+        )
+    return contenders
+
+
+def multiblock(job: Job) -> dict[str, Contender]:
+    if job.model.spec.shift_logits:
+        raise click.UsageError("expected a model of LLaDA's family with --algorithm multiblock")
+    threshold = job.threshold
+    if threshold is None:
+        # Entropies of random logits lie close together, near ln V: take those of the first forward.
+        x = F.pad(job.prompts, (0, job.new), value=job.model.spec.mask_id)
+        with torch.no_grad():
+            logits, _ = PlainForward(job.model)(x)
+        probability = logits[0, -job.new :].double().softmax(-1)
+        threshold = -(probability * probability.log()).sum(-1).quantile(PROBE).item()
+    published = "published-style loop"
+    loop = PublishedMultiBlock(job.model, threshold, job.block)
+    contenders = {published: Contender(lambda: loop.decode(job.prompts, job.new), published)}
+    for profile in ("compat", "fixed"):
+        algorithm = pydllm.MultiBlock(threshold, job.block, profile=profile)
+        contenders[f"pydllm, {profile}"] = Contender(partial(job.run, algorithm), published)
+    return contenders
+
+
+ALGORITHMS = {"static": static, "freedave": freedave, "apd": apd, "multiblock": multiblock}
+# The options that not all of them have.
+USED_BY = {
+    "batch": ("static", "freedave"),
+    "block": ("static", "freedave", "multiblock"),
+    "per_step": ("static", "freedave"),
+    "temperature": ("apd",),
+    "mixture": ("apd",),
+    "threshold": ("multiblock",),
+}
+
+
+def check_options(context: click.Context, algorithm: str, new: int, block: int, step: int) -> None:
+    for option, users in USED_BY.items():
+        given = context.get_parameter_source(option) is not ParameterSource.DEFAULT
+        if given and algorithm not in users:
+            raise click.UsageError(
+                f"{option}: expected with --algorithm {' or '.join(users)} alone, got {algorithm}"
+            )
+    if algorithm != "apd" and (new % block or block % step):
+        raise click.UsageError(
+            "expected --new to be a multiple of --block and --block of --tokens-per-step, "
+            f"got {new}, {block} and {step}"
+        )
 
 
 @click.command()
+@click.option("--algorithm", default="static", show_default=True, type=click.Choice([*ALGORITHMS]))
 @click.option("--model", "name", default="llada-100m", type=click.Choice(["tiny", *CONFIGS]))
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
 @click.option("--dtype", type=click.Choice(sorted(DTYPES)), help="Default: bf16 on cuda.")
@@ -189,10 +278,16 @@ def contenders(
 @click.option("--new", default=128, show_default=True, type=click.IntRange(1))
 @click.option("--block", default=32, show_default=True, type=click.IntRange(1))
 @click.option("--tokens-per-step", "per_step", default=1, show_default=True)
+@click.option("--temperature", default=0.2, show_default=True, type=click.FloatRange(0.0))
+@click.option("--mixture", default=0.1, show_default=True, type=click.FloatRange(0, 1), help="R.")
+@click.option("--threshold", type=float, help="Nats. Default: found by a first forward.")
 @click.option("--repeat", default=1, show_default=True, help="Rounds; the median is printed.")
 @click.option("--backend", type=click.Choice(["auto", "cuda", "triton", "torch"]))
 @click.option("--csv", "csv_file", type=click.Path(path_type=Path), help="Append rows to it.")
+@click.pass_context
 def main(
+    context: click.Context,
+    algorithm: str,
     name: str,
     device: str,
     dtype: str | None,
@@ -201,16 +296,15 @@ def main(
     new: int,
     block: int,
     per_step: int,
+    temperature: float,
+    mixture: float,
+    threshold: float | None,
     repeat: int,
     backend: str | None,
     csv_file: Path | None,
 ) -> None:
     """Time the decoders on one model's shape."""
-    if new % block or block % per_step:
-        raise click.UsageError(
-            "expected --new to be a multiple of --block and --block of --tokens-per-step, "
-            f"got {new}, {block} and {per_step}"
-        )
+    check_options(context, algorithm, new, block, per_step)
     dtype = dtype or ("bf16" if device.startswith("cuda") else "fp32")
     model = make_model(name, device, DTYPES[dtype])
     # Ends of sequence would let our decoders stop early: the work is to be the same.
@@ -218,37 +312,55 @@ def main(
     generator = torch.Generator().manual_seed(1)
     prompts = torch.randint(3, model.spec.vocab_size, (batch, prompt_length), generator=generator)
     prompts = prompts.masked_fill(prompts == model.spec.mask_id, 3).to(device)
-    functions = contenders(model, prompts, new, block, per_step, backend)
-    seconds: dict[str, list[float]] = {label: [] for label in functions}
+    verifier = make_verifier(name, device, DTYPES[dtype]) if algorithm == "apd" else None
+    job = Job(
+        model, verifier, prompts, new, block, per_step, temperature, mixture, threshold, backend
+    )
+    contenders = ALGORITHMS[algorithm](job)
+    seconds: dict[str, list[float]] = {label: [] for label in contenders}
     results: dict[str, tuple[Tensor, int]] = {}
     for _ in range(repeat):
-        for label, function in functions.items():
+        for label, contender in contenders.items():
             started = time.perf_counter()
-            results[label] = function()
+            sequences, forwards = contender.run()
+            results[label] = sequences.cpu(), forwards  # waits for the device
             seconds[label].append(time.perf_counter() - started)
-    expected = results["published-style loop"][0].cpu()
+    median = {label: statistics.median(times) for label, times in seconds.items()}
+    drawn = algorithm == "apd" and temperature > 0
     rows = []
     for label, (sequences, forwards) in results.items():
-        median = statistics.median(seconds[label])
-        same = (sequences.cpu() == expected)[:, prompt_length:].float().mean().item()
+        against = contenders[label].against
+        expected, others = results[against]
+        same = (sequences == expected)[:, prompt_length:].float().mean().item()
+        per_forward = median[label] / forwards
         rows.append(
             {
                 "decoder": label,
-                "seconds": round(median, 3),
+                "seconds": round(median[label], 3),
                 "forwards": forwards,
-                "ms_per_forward": round(1e3 * median / forwards, 3),
-                "tokens_per_s": round(batch * new / median, 2),
-                "speedup": round(statistics.median(seconds["published-style loop"]) / median, 2),
-                "same_tokens": round(same, 3),
+                "ms_per_forward": round(1e3 * per_forward, 3),
+                "tokens_per_s": round(batch * new / median[label], 2),
+                "speedup": round(median[against] / median[label], 2),
+                "speedup_per_forward": round(median[against] / others / per_forward, 2),
+                "same_tokens": "" if drawn else round(same, 3),
+                "against": against,
             }
         )
-    table = Table(*rows[0], title=f"{name}, {dtype}, batch {batch}, {prompt_length} + {new} tokens")
+    title = f"{algorithm}: {name}, {dtype}, batch {batch}, {prompt_length} + {new} tokens"
+    shown = [column for column in rows[0] if column != "against"]
+    table = Table(*shown, title=title)
     for row in rows:
-        table.add_row(*(str(value) for value in row.values()))
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+        table.add_row(*(str(row[column]) for column in shown))
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
     if csv_file is not None:
         csv_file.parent.mkdir(parents=True, exist_ok=True)
-        facts = {"model": name, "dtype": dtype, "batch": batch, "prompt": prompt_length}
+        facts = {
+            "algorithm": algorithm,
+            "model": name,
+            "dtype": dtype,
+            "batch": batch,
+            "prompt": prompt_length,
+        }
         facts |= {"new": new, "block": block, "tokens_per_step": per_step}
         provenances = provenance(device) | {
             "command": "python bench/decode.py " + " ".join(sys.argv[1:])
