@@ -27,6 +27,8 @@ _LOG_POLYNOMIAL = (
     -0.250008195638657,
     0.333333313465118,
 )
+# Words that a CPU makes at a time: what lies between stays in its caches, and is not worth threads.
+_CPU_WORDS = 2**15
 _LOG_2 = 0.693147182464599609375
 _SQRT_HALF = 0x3F3504F3  # the bits of sqrt(1/2) in fp32
 
@@ -77,10 +79,18 @@ def vocab_gumbel(
     Returns:
         ``(R, vocab)`` fp32.
     """
-    quads = torch.arange(first // 4, (first + vocab + 3) // 4, device=counter.device)
+    rows, device = counter.shape[0], counter.device
+    begin, end = first // 4, (first + vocab + 3) // 4
     position, request, draw = counter.unsqueeze(-1).unbind(1)
-    words = _words(quads, position, request, draw, seed)
-    noise = gumbel(torch.stack(words, -1).flatten(1)[:, :vocab])
+    noise = torch.empty(rows, vocab, device=device)
+    step = end - begin
+    if device.type == "cpu":
+        step = max(_CPU_WORDS // (4 * max(rows, 1)), 1)
+    for quad in range(begin, end, step):
+        quads = torch.arange(quad, min(quad + step, end), device=device)
+        words = torch.stack(_words(quads, position, request, draw, seed), -1).flatten(1)
+        part = noise[:, 4 * (quad - begin) : 4 * (quad - begin + step)]
+        part.copy_(gumbel(words[:, : part.shape[1]]))
     return noise if noisy is None else noise.masked_fill_(~noisy, 0)
 
 
