@@ -5,7 +5,7 @@
 
 PYTHON ?=
 PIP_ARGS ?=
-PYTEST_ARGS ?= -n 2
+PYTEST_ARGS ?= -n 2 --dist worksteal
 BENCH_ARGS ?=
 
 TORCH := torch==2.13.0
