@@ -79,18 +79,17 @@ def vocab_gumbel(
     Returns:
         ``(R, vocab)`` fp32.
     """
-    rows, device = counter.shape[0], counter.device
     begin, end = first // 4, (first + vocab + 3) // 4
     position, request, draw = counter.unsqueeze(-1).unbind(1)
-    noise = torch.empty(rows, vocab, device=device)
     step = end - begin
-    if device.type == "cpu":
-        step = max(_CPU_WORDS // (4 * max(rows, 1)), 1)
-    for quad in range(begin, end, step):
-        quads = torch.arange(quad, min(quad + step, end), device=device)
+    if counter.device.type == "cpu" and not torch.compiler.is_compiling():
+        step = max(_CPU_WORDS // (4 * max(counter.shape[0], 1)), 1)
+    parts = []
+    for quad in range(begin, end, max(step, 1)):
+        quads = torch.arange(quad, min(quad + step, end), device=counter.device)
         words = torch.stack(_words(quads, position, request, draw, seed), -1).flatten(1)
-        part = noise[:, 4 * (quad - begin) : 4 * (quad - begin + step)]
-        part.copy_(gumbel(words[:, : part.shape[1]]))
+        parts.append(gumbel(words))
+    noise = torch.cat(parts, 1)[:, :vocab] if parts else counter.new_zeros(len(counter), 0).float()
     return noise if noisy is None else noise.masked_fill_(~noisy, 0)
 
 
