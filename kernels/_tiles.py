@@ -132,7 +132,7 @@ WINDOW_ATTENTION = {
     (80, 4, 64): AttentionTile(32, 32, 8, 2),
     (80, 4, 128): AttentionTile(32, 16, 8, 2),
     (80, 4, 256): AttentionTile(16, 16, 8, 2),
-    (80, 4, 512): AttentionTile(16, 16, 8, 1),
+    (80, 4, 512): AttentionTile(16, 16, 8, 1, 255),
     (90, 2, 64): AttentionTile(64, 64, 8, 3),
     (90, 2, 128): AttentionTile(64, 64, 8, 2),
     (90, 2, 256): AttentionTile(32, 32, 8, 2),

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option("--problems", default=100, show_default=True, type=click.IntRange(1, 10000))
+@click.option("--problems", default=50, show_default=True, type=click.IntRange(1, 10000))
 @click.option("--seed", default=0, show_default=True, help="Which held-out problems.")
 @click.option(
     "--model", "names", multiple=True, type=click.Choice(sorted(MODELS)), help="Default: all."
@@ -96,7 +96,7 @@ def demo(
 @click.command()
 @click.option("--sweep", "sweeps", multiple=True, required=True, type=click.Choice(SWEEPS))
 @click.option("--model", "name", default="llada-tiny", type=click.Choice(sorted(MODELS)))
-@click.option("--problems", default=100, show_default=True, type=click.IntRange(1, 10000))
+@click.option("--problems", default=50, show_default=True, type=click.IntRange(1, 10000))
 @click.option("--seed", default=0, show_default=True, help="Which held-out problems.")
 @click.option("--device", help="Default: the GPU if there is one.")
 @click.option("--out", default="out/compare", show_default=True, type=click.Path(path_type=Path))
