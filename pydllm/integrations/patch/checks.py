@@ -26,9 +26,13 @@ class Check:
     def __call__(
         self, got: Tensor, original: Tensor, exact: Tensor, used: Tensor | None = None
     ) -> None:
-        """Raise unless ``got`` is as good as ``original``; ``used`` are the rows that count."""
-        if used is not None:
-            got, original, exact = (t.masked_fill(~used, 0) for t in (got, original, exact))
+        """Raise unless ``got`` is as good as ``original``.
+
+        ``used`` are the rows that count; what the original has no finite number for does not.
+        """
+        counts = torch.isfinite(original) if used is None else torch.isfinite(original) & used
+        if got.shape == original.shape:
+            got, original, exact = (t.masked_fill(~counts, 0) for t in (got, original, exact))
         self.done = True
         error, allowed = difference(got, exact), band(original, exact)
         if not error <= allowed:
@@ -55,6 +59,4 @@ def band(original: Tensor, exact: Tensor) -> float:
     """Twice the original's error against fp64 and a rounding of the largest value."""
     finite = exact[torch.isfinite(exact)]
     largest = finite.abs().max().item() if finite.numel() else 0.0
-    own = difference(original, exact)
-    own = own if own < float("inf") else 0.0
-    return 2 * (own + torch.finfo(original.dtype).eps * largest)
+    return 2 * (difference(original, exact) + torch.finfo(original.dtype).eps * largest)

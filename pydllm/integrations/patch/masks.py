@@ -29,7 +29,7 @@ class Form:
     window: int | None = None
 
 
-DENSE, CAUSAL = Form(), Form(causal=True)
+DENSE, CAUSAL, BLOCKS = Form(), Form(causal=True), Form(block_size=1)
 
 
 class Masks:
@@ -96,7 +96,8 @@ def read(
             no form.
         rows: T; the queries are those of the last T keys.
         keys: S.
-        block_size, window: those of the model, to be tried.
+        block_size: of the model, tried where T is below S; otherwise the mask tells.
+        window: of the model, tried.
 
     Rows that see nothing and rows of padding may differ from the mask: they give zeros.
     """
@@ -119,8 +120,9 @@ def read(
     query = key[keys - rows :, None]
     causal = key <= query
     tries: list[tuple[Form, Tensor]] = [(DENSE, torch.ones_like(causal)), (CAUSAL, causal)]
-    if block_size is not None:
-        tries.append((Form(block_size=block_size), key // block_size <= query // block_size))
+    # Row 0 of a block-causal mask sees one block.
+    block = seen[:1, 0].sum().clamp(min=1) if rows == keys else key.new_tensor(block_size or 1)
+    tries.append((BLOCKS, key // block <= query // block))
     if window is not None:
         tries.append((Form(causal=True, window=window), causal & (query - key < window)))
     if rows == keys:
@@ -134,5 +136,7 @@ def read(
         tries.append((Form(**ends), inside))
         tries.append((Form(causal=True, **ends), causal & run[:, None]))
         tries.append((Form(causal=True, **ends), causal & inside))
-    answers = torch.stack([sane & (seen == wanted).all() for _, wanted in tries]).tolist()
-    return next((form for (form, _), fits in zip(tries, answers, strict=True) if fits), None)
+    fits = [sane & (seen == wanted).all() for _, wanted in tries]
+    size, *answers = torch.stack([block, *(flag.to(block.dtype) for flag in fits)]).tolist()
+    form = next((form for (form, _), fit in zip(tries, answers, strict=True) if fit), None)
+    return Form(block_size=size) if form is BLOCKS else form
