@@ -114,7 +114,7 @@ class Attention:
             if k.shape[1] == q.shape[1]:
                 options.count("as before: no groups of heads")
                 return original()
-            options.count("grouped attention")
+            options.count("SDPA, grouped")
             got = grouped(q, k, v, mask, causal=causal, scale=scale)
             return self._checked(got, original, q, k, v, mask, causal, scale, None)
         if q.device.type == "cpu" and options.backend == "auto":
@@ -222,13 +222,7 @@ class Attention:
 def grouped(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool, scale: float | None
 ) -> Tensor:
-    """``scaled_dot_product_attention`` with each KV head read once for its group of query heads."""
-    batch, heads, rows, width = q.shape
-    kv_heads = k.shape[1]
-    if mask is not None or causal or kv_heads == heads:
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=kv_heads != heads
-        )
-    # Without a mask the heads of a group are so many more rows of one head.
-    folded = q.reshape(batch, kv_heads, heads // kv_heads * rows, width)
-    return F.scaled_dot_product_attention(folded, k, v, scale=scale).view(q.shape)
+    """``scaled_dot_product_attention``, each KV head read once for its group of query heads."""
+    return F.scaled_dot_product_attention(
+        q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=k.shape[1] != q.shape[1]
+    )

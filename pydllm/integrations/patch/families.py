@@ -29,7 +29,7 @@ _REPEATING = (
     "Fast_dLLM_QwenAttention",
 )
 _NO_FASTER = "on a CPU the torch backend is no faster"
-_SDPA = "grouped SDPA"
+_SDPA = "SDPA, grouped: keys and values are not repeated"
 Change = tuple[nn.Module, str, Any]
 
 
@@ -111,11 +111,13 @@ def _forward(
     reason = _no_groups(module, options)
     if reason is not None:
         return replace(found, reason=reason), []
+    repeats = found.kind.endswith(_REPEATING)
+    if options.backend is None and not repeats:
+        return replace(found, reason=f"{_NO_FASTER}: no repeated keys that are known of"), []
     attention = _attention(found, module, options)
     ours: types.MethodType | None = None
     if "forward" not in module.__dict__:
         table = functools.partial(_through, attention)
-        repeats = found.kind.endswith(_REPEATING)
         ours = hooks.rebound(module, attention, table, repeats=repeats)
     how = "its forward, with SDPA bound to the op"
     if ours is None:

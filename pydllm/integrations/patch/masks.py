@@ -125,18 +125,21 @@ def read(
     tries.append((BLOCKS, key // block <= query // block))
     if window is not None:
         tries.append((Form(causal=True, window=window), causal & (query - key < window)))
-    if rows == keys:
-        any_key = seen.any(1)
-        first = any_key.int().argmax(1)
-        end = keys - any_key.flip(1).int().argmax(1)
-        run = (key >= first[:, None]) & (key < end[:, None])  # (B, S)
+    any_key = seen.any(1)
+    first = any_key.int().argmax(1)
+    end = keys - any_key.flip(1).int().argmax(1)
+    run = (key >= first[:, None]) & (key < end[:, None])  # (B, S)
+    if rows < keys:  # the queries' own keys are seen: where the queries stand does not matter
+        fits = ((first <= keys - rows) & (end == keys)).all()
+        tries.append((Form(first=first.int()), run[:, None] & fits))
+    else:
         inside = run[:, None] & run[:, :, None]
         ends = {"first": first.int(), "end": end.int()}
         tries.append((Form(**ends), run[:, None].expand_as(seen)))
         tries.append((Form(**ends), inside))
         tries.append((Form(causal=True, **ends), causal & run[:, None]))
         tries.append((Form(causal=True, **ends), causal & inside))
-    fits = [sane & (seen == wanted).all() for _, wanted in tries]
-    size, *answers = torch.stack([block, *(flag.to(block.dtype) for flag in fits)]).tolist()
+    flags = [sane & (seen == wanted).all() for _, wanted in tries]
+    size, *answers = torch.stack([block, *(flag.to(block.dtype) for flag in flags)]).tolist()
     form = next((form for (form, _), fit in zip(tries, answers, strict=True) if fit), None)
     return Form(block_size=size) if form is BLOCKS else form
