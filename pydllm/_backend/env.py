@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 BACKENDS = ("auto", "cuda", "triton", "torch")
 LOG_LEVELS = ("off", "info", "debug")
@@ -18,3 +19,5 @@ def _choice(name: str, allowed: tuple[str, ...]) -> str:
 BACKEND = _choice("PYDLLM_BACKEND", BACKENDS)
 LOG = _choice("PYDLLM_LOG", LOG_LEVELS)
 TRITON_INTERPRET = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+# For tests alone: published modeling files to run them on.
+MODELING_DIR = Path(d) if (d := os.environ.get("PYDLLM_MODELING_DIR")) else None

@@ -40,7 +40,7 @@ def norm_reason(module: nn.Module, eps: float) -> str | None:
         return f"weight in {weight.dtype} on {weight.device}"
     x = _random(weight, _PROBE, len(weight))
     exact = reference.rms_norm(x.double(), weight.detach().double(), eps, None)
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         theirs = type(module).forward(module, x)
     if not isinstance(theirs, Tensor) or not difference(theirs, exact) <= _far(x, exact):
         return "computes something else on a random input"
@@ -60,7 +60,7 @@ def mlp_reason(module: nn.Module) -> str | None:
     if gate.weight.dtype not in _DTYPES or gate.weight.device.type == "meta":
         return f"weights in {gate.weight.dtype} on {gate.weight.device}"
     x = _random(gate.weight, _PROBE, gate.in_features)
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         act = getattr(module, "act_fn", None)
         if not callable(act) or not difference(act(x), F.silu(x.double())) <= _far(x, x):
             return "its activation is not SiLU"

@@ -46,6 +46,7 @@ class Masks:
         self._lock = threading.Lock()
         self._known: dict[tuple, tuple[StorageWeakRef, Form | None]] = {}
         self.calls = self.looks = 0
+        self._given_up = False
 
     def form(
         self, mask: Tensor, rows: int, keys: int, block_size: int | None, window: int | None
@@ -69,6 +70,8 @@ class Masks:
             if held is not None and not held[0].expired():
                 return held[1]
             if self.looks > _TRIES and 2 * self.looks > self.calls:
+                self._given_up = True
+            if self._given_up:
                 return None
             self.looks += 1
         form = read(mask, rows, keys, block_size, window)
