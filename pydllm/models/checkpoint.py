@@ -114,6 +114,11 @@ class Shards:
         with _opened(self._files[name]) as file:
             return file.get_tensor(name)
 
+    def rows(self, name: str, count: int) -> Tensor:
+        """The first rows of a tensor; the rest is not read."""
+        with _opened(self._files[name]) as file:
+            return file.get_slice(name)[:count]
+
     def load(
         self, wanted: Sequence[Slot], device: torch.device, dtype: torch.dtype
     ) -> dict[str, Tensor]:

@@ -12,6 +12,8 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from pydllm._backend.errors import CheckpointError
+from pydllm.models.agreement import check as check_module
+from pydllm.models.agreement import warn_of_damage
 from pydllm.models.checkpoint import Shards, read_config, read_tokenizer
 from pydllm.models.config import Config
 from pydllm.models.families import find_family, make_spec
@@ -29,6 +31,7 @@ def load(
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    check: bool = False,
 ) -> NativeModel:
     """Load a diffusion language model.
 
@@ -43,6 +46,7 @@ def load(
         dtype: of weights, cache and hidden states: fp32, fp16, bf16, or fp64 (torch backend alone).
             None: what config.json says, else what the embedding is stored in; on a CPU fp32 instead
             of fp16 and bf16, which are slow and less exact there. For a module as with ``device``.
+        check: compare with the module's own forward on some random tokens, ``pydllm.models.check``.
 
     Returns:
         The model: LLaDA, Dream, SDAR, A2D, Qwen2, Qwen3 or Llama, dense. ``model.tokenizer`` is set
@@ -52,10 +56,13 @@ def load(
 
     Raises:
         CheckpointError: the checkpoint is incomplete, damaged or of an unknown kind; names the key,
-            tensor or file, what was expected and what was found.
+            tensor or file, what was expected and what was found. With ``check``: the module's
+            forward is another; says by how much.
         TypeError: ``source`` or ``dtype`` is of no accepted type.
-        ValueError: another device or dtype than the module's.
+        ValueError: another device or dtype than the module's, or a check of something else.
 
+    A module that transformers 5 damaged in silence, its rotary buffers or, where
+    ``config._name_or_path`` is a directory, its weights, gets a RuntimeWarning that names them.
     No code of a checkpoint is run and no pickle is opened.
 
     Example:
@@ -66,7 +73,12 @@ def load(
     if dtype is not None and dtype not in FLOATS:
         raise TypeError(f"dtype: expected {', '.join(map(str, FLOATS))}, got {dtype}")
     if isinstance(source, nn.Module):
-        return _load_module(source, device, dtype)
+        model = _load_module(source, device, dtype)
+        if check:
+            check_module(model, source)
+        return model
+    if check:
+        raise ValueError("check: expected a module to compare with, got a checkpoint")
     if not isinstance(source, str | os.PathLike):
         raise TypeError(f"source: expected a path, a hub id or a module, got {type(source)}")
     return _load_folder(_find_folder(source), device, dtype)
@@ -147,6 +159,7 @@ def _load_module(
         raise ValueError(f"dtype: expected {like.dtype}, that of the shared module, got {dtype}")
     if device is not None and not _same_device(torch.device(device), like.device):
         raise ValueError(f"device: expected {like.device}, that of the shared module, got {device}")
+    warn_of_damage(module, getattr(module, "config", None), sizes, wanted, state)
     return NativeModel(spec, sizes, share(wanted, module), None)
 
 

@@ -10,7 +10,9 @@ from torch import nn
 WIDTH, HEADS, KV_HEADS, DIM, VOCAB = 32, 4, 2, 8, 41
 
 
-def scaled_dot_product_attention(q, k, v, mask=None, attn_mask=None, dropout_p=0.0, is_causal=False):
+def scaled_dot_product_attention(
+    q, k, v, mask=None, attn_mask=None, dropout_p=0.0, is_causal=False
+):
     """Fast-dLLM's own function of this name; there it is compiled."""
     return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal)
 

@@ -325,7 +325,7 @@ def test_on_a_cpu_attention_without_groups_stays():
     model = stand_ins.Model(lambda: stand_ins.LLaDALlamaBlock(stand_ins.HEADS))
     before = state(model)
     with pydllm.patch(model) as patched:
-        now = [d for d in state(model)]
+        now = state(model)
         now[0].pop("_pydllm_patched")
         assert all(a.keys() == b.keys() for a, b in zip(now, before, strict=True))
     assert patched.report.replaced == ()

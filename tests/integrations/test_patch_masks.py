@@ -9,10 +9,10 @@ from pydllm.integrations.patch.masks import Form, Masks, read
 
 T = 9
 KEY = torch.arange(T)
-CAUSAL = KEY <= KEY[:, None]
+CAUSAL = KEY[:, None] >= KEY
 FIRST, END = torch.tensor([0, 3, 2]), torch.tensor([9, 9, 7])
-RUN = (KEY >= FIRST[:, None]) & (KEY < END[:, None])  # (3, T)
-LEFT = KEY >= FIRST[:, None]
+RUN = (FIRST[:, None] <= KEY) & (END[:, None] > KEY)  # (3, T)
+LEFT = FIRST[:, None] <= KEY
 
 
 def blocks(size):
@@ -116,7 +116,7 @@ NO_FORM = {
     "integers": torch.ones(1, 1, T, T, dtype=torch.int64),
     "ones that are added": torch.ones(1, 1, T, T),
     "three dimensions": torch.ones(3, T, T, dtype=torch.bool),
-    "blocks that begin elsewhere": ((KEY + 1) // 4 <= (KEY[:, None] + 1) // 4)[None, None],
+    "blocks that begin elsewhere": ((KEY[:, None] + 1) // 4 >= (KEY + 1) // 4)[None, None],
 }
 
 
@@ -184,9 +184,9 @@ def test_inference_tensors_are_not_looked_at():
 
 
 LEFT_ALONE = {
-    "fewer rows, causal": (dict(rows=3), dict(causal=True), "causal, with fewer rows than keys"),
-    "more rows than keys": (dict(rows=9, keys=4), {}, "shapes of another kind"),
-    "no rows": (dict(rows=0), {}, "shapes of another kind"),
+    "fewer rows, causal": ({"rows": 3}, {"causal": True}, "causal, with fewer rows than keys"),
+    "more rows than keys": ({"rows": 9, "keys": 4}, {}, "shapes of another kind"),
+    "no rows": ({"rows": 0}, {}, "shapes of another kind"),
 }
 
 

@@ -1,7 +1,9 @@
 """patch on transformers' own models, and on published modeling files where there are some."""
 
 import dataclasses
-import importlib.util
+import importlib
+import sys
+import types
 
 import pytest
 import torch
@@ -271,10 +273,8 @@ def test_published_modeling_files(family):
     assert files, f"no modeling_{family}.py below {env.MODELING_DIR}"
     for number, file in enumerate(files):
         package = f"published_{family}_{number}"
-        spec = importlib.util.spec_from_file_location(
-            package, None, submodule_search_locations=[str(file.parent)]
-        )
-        importlib.import_module("sys").modules[package] = importlib.util.module_from_spec(spec)
+        sys.modules[package] = types.ModuleType(package)
+        sys.modules[package].__path__ = [str(file.parent)]
         configs = importlib.import_module(f"{package}.configuration_{family}")
         classes = importlib.import_module(f"{package}.modeling_{family}")
         made = getattr(configs, config_name)(**options)

@@ -175,9 +175,7 @@ class _Scope(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def scoped(
-    module: nn.Module, attention: Attention, missed: Callable[[], None]
-) -> types.MethodType:
+def scoped(module: nn.Module, attention: Attention, missed: Callable[[], None]) -> types.MethodType:
     """The module's ``forward`` inside which SDPA means the op, however deep it is called.
 
     For modules of which nothing is known. PyTorch keeps such scopes by thread: another thread,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -102,9 +101,7 @@ def renamed(config: Any, known: dict[int, Any]) -> Any:
             "__module__": kind.__module__,
             "__doc__": kind.__doc__,
         }
-        view = object.__new__(type(kind.__name__, (kind,), body))
+        view: Any = object.__new__(type(kind.__name__, (kind,), body))
         object.__setattr__(view, "__dict__", config.__dict__)
         known[id(config)] = view
     return known[id(config)]
-
-

@@ -103,7 +103,7 @@ def norm_forward(
     """The ``forward`` that replaces a norm's."""
     check = Check(name) if options.self_check else None
 
-    def forward(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         weight = self.weight
         plain = not args and not kwargs and isinstance(weight, Tensor)
         if not plain or not _free(options, x, weight, "rms_norm"):
@@ -121,7 +121,7 @@ def mlp_forward(name: str, options: Options, original: Callable[..., Any]) -> Ca
     """The ``forward`` that replaces a gated feed-forward layer's."""
     check = Check(name) if options.self_check else None
 
-    def forward(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         plain = not args and not kwargs
         parts = (self.gate_proj, self.up_proj)
         plain = plain and all(type(p) is nn.Linear and not _hooked(p) for p in parts)
@@ -155,7 +155,7 @@ def _hooked(module: nn.Module) -> bool:
 
 
 def _mlp(module: Any, x: Tensor, backend: str | None) -> Tensor:
-    """Both products write one tensor, side by side: the weights are not fused, nothing is copied."""
+    """Both products write one tensor, side by side: no weight is fused, nothing is copied."""
     gate, up = module.gate_proj, module.up_proj
     rows = x.reshape(-1, x.shape[-1])
     both = rows.new_empty(len(rows), 2 * gate.out_features)
@@ -170,9 +170,7 @@ def _mlp(module: Any, x: Tensor, backend: str | None) -> Tensor:
 
 def _wide_mlp(module: Any, x: Tensor) -> Tensor:
     def linear(part: nn.Linear, y: Tensor) -> Tensor:
-        return F.linear(
-            y, part.weight.double(), None if part.bias is None else part.bias.double()
-        )
+        return F.linear(y, part.weight.double(), None if part.bias is None else part.bias.double())
 
     wide = x.double()
     y = F.silu(linear(module.gate_proj, wide)) * linear(module.up_proj, wide)

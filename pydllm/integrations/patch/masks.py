@@ -137,11 +137,11 @@ def read(
         tries.append((Form(first=first.int()), run[:, None] & fits))
     else:
         inside = run[:, None] & run[:, :, None]
-        ends = {"first": first.int(), "end": end.int()}
-        tries.append((Form(**ends), run[:, None].expand_as(seen)))
-        tries.append((Form(**ends), inside))
-        tries.append((Form(causal=True, **ends), causal & run[:, None]))
-        tries.append((Form(causal=True, **ends), causal & inside))
+        padded, both = Form(first.int(), end.int()), Form(first.int(), end.int(), causal=True)
+        tries.append((padded, run[:, None].expand_as(seen)))
+        tries.append((padded, inside))
+        tries.append((both, causal & run[:, None]))
+        tries.append((both, causal & inside))
     flags = [sane & (seen == wanted).all() for _, wanted in tries]
     size, *answers = torch.stack([block, *(flag.to(block.dtype) for flag in flags)]).tolist()
     form = next((form for (form, _), fit in zip(tries, answers, strict=True) if fit), None)
