@@ -205,13 +205,14 @@ def test_idempotent():
     assert_state(model, inside)
     with pytest.raises(ValueError, match="expected backend 'torch' and self_check False"):
         pydllm.patch(model, self_check=True)
-    with pytest.raises(PydllmError, match=r"layers\.0: is patched by itself"):
-        first.restore()
-        inner = pydllm.patch(model.layers[0], backend="torch")
-        try:
-            pydllm.patch(model)
-        finally:
-            inner.restore()
+    with pytest.raises(PydllmError, match=r"self_attn: is patched already, with Model: restore"):
+        pydllm.patch(model.layers[0])
+    first.restore()
+    with (
+        pydllm.patch(model.layers[0], backend="torch"),
+        pytest.raises(PydllmError, match=r"layers\.0: is patched already, with Layer: restore"),
+    ):
+        pydllm.patch(model)
     with pydllm.patch(model), pydllm.patch(model) as nested:
         pass
     assert not nested.active
@@ -326,7 +327,7 @@ def test_on_a_cpu_attention_without_groups_stays():
     before = state(model)
     with pydllm.patch(model) as patched:
         now = state(model)
-        now[0].pop("_pydllm_patched")
+        assert now[0].pop("_pydllm_patched") is patched
         assert all(a.keys() == b.keys() for a, b in zip(now, before, strict=True))
     assert patched.report.replaced == ()
     assert "as many KV heads as query heads" in str(patched.report)
@@ -389,6 +390,21 @@ def test_bad_arguments():
         pydllm.patch("GSAI-ML/LLaDA-8B-Instruct")
     with pytest.raises(ValueError, match="backend: expected one of auto, .* got 'fast'"):
         pydllm.patch(model, backend="fast")
-    model.layers[0] = torch.compile(model.layers[0])
+    model.layers[0].compile()
     with pytest.raises(PydllmError, match=r"layers\.0: expected no compiled module"):
         pydllm.patch(model)
+
+
+@pytest.mark.parametrize("kind", ["DreamSdpaAttention", "LLaDALlamaBlock"])
+def test_compiled_afterwards(kind):
+    """The whole model is one graph, without a break."""
+    model = of(KINDS[kind])()
+    expected = run(model)
+    with pydllm.patch(model, backend="torch"), torch.no_grad():
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        close({"dense": compiled(IDS)}, {"dense": expected["dense"]})
+        mask = PADDED.bool()[:, None, None]  # its values cannot be known: to SDPA as it is
+        close(
+            {"keys of padding": compiled(IDS, mask) * PADDED[..., None]},
+            {"keys of padding": expected["keys of padding"]},
+        )

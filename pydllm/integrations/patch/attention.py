@@ -39,6 +39,8 @@ class Options:
     numbers: dict[tuple[torch.device, int], Tensor] = field(default_factory=dict)
 
     def count(self, what: str) -> None:
+        if torch.compiler.is_compiling():  # of the trace, not of the calls
+            return
         with self.lock:
             self.calls[what] += 1
 
@@ -52,7 +54,8 @@ class Options:
         Tables grow and are never freed, a captured graph may read them; under capture none is kept.
         """
         batch = like.shape[0]
-        if like.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        compiling = torch.compiler.is_compiling()
+        if compiling or (like.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
             return torch.full((batch,), value, dtype=torch.int32, device=like.device)
         with self.lock:
             table = self.numbers.get((like.device, batch))

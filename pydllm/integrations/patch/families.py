@@ -117,18 +117,13 @@ def _forward(
     attention = _attention(found, module, options)
     ours: types.MethodType | None = None
     if "forward" not in module.__dict__:
-        table = functools.partial(_through, attention)
+        table = functools.partial(interface.attend_with, attention)
         ours = hooks.rebound(module, attention, table, repeats=repeats)
     how = "its forward, with SDPA bound to the op"
     if ours is None:
         ours = hooks.scoped(module, attention, functools.partial(options.miss, found.name))
         how = "SDPA within its forward"
     return replace(found, op=_op(options), reason=how), [(module, "forward", ours)]
-
-
-def _through(attention: Attention, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """``ALL_ATTENTION_FUNCTIONS["sdpa"]`` of a module that asks for it by that name."""
-    return interface.attend_with(attention, module, *args, **kwargs)
 
 
 def _norm(

@@ -114,7 +114,8 @@ def rebound(
 
     Args:
         module: its class defines a plain ``forward``.
-        interface: takes the place of ``ALL_ATTENTION_FUNCTIONS["sdpa"]``.
+        interface: takes the place of ``ALL_ATTENTION_FUNCTIONS["sdpa"]``, which is its first
+            argument.
         repeats: take ``repeat_kv`` out as well: the op reads a KV head once for its group.
 
     Returns:
@@ -137,7 +138,8 @@ def rebound(
     if SDPA in forward.__globals__:
         changed[SDPA] = ours
     if TABLE in names and TABLE in forward.__globals__:
-        changed[TABLE] = _Table(forward.__globals__[TABLE], sdpa=interface)
+        table = forward.__globals__[TABLE]
+        changed[TABLE] = _Table(table, sdpa=functools.partial(interface, table["sdpa"]))
     if repeats and "matmul" not in names and "repeat_kv" in forward.__globals__:
         changed["repeat_kv"] = _as_it_is
     function = types.FunctionType(

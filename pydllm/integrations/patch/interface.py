@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,11 +24,15 @@ def uses_interface(module: nn.Module) -> bool:
 
 def attend(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
     """The registered function: that of "sdpa", with the op where the module was patched."""
-    return attend_with(getattr(module, ATTRIBUTE, None), module, *args, **kwargs)
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    attention = getattr(module, ATTRIBUTE, None)
+    return attend_with(attention, ALL_ATTENTION_FUNCTIONS["sdpa"], module, *args, **kwargs)
 
 
 def attend_with(
     attention: Attention | None,
+    sdpa: Callable[..., tuple[Tensor, Tensor | None]],
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -42,14 +47,15 @@ def attend_with(
 
     ``sliding_window`` is a hint: what is hidden, the mask hides. DiffusionGemma's decoder passes it
     although its keys are cut already and the canvas sees all of itself.
+
+    Args:
+        sdpa: what is called where the op is not.
     """
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     def original() -> tuple[Tensor, Tensor | None]:
         given = kwargs if is_causal is None else {**kwargs, "is_causal": is_causal}
-        return ALL_ATTENTION_FUNCTIONS["sdpa"](
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **given
-        )
+        states = (query, key, value, attention_mask)
+        return sdpa(module, *states, dropout=dropout, scaling=scaling, **given)
 
     mask, more = attention_mask, any(kwargs.get(name) is not None for name in _OTHER)
     known = mask is None or isinstance(mask, Tensor)

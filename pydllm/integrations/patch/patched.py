@@ -79,7 +79,6 @@ class Patched:
             if not self.active:
                 return
             self.active = False
-            self.model.__dict__.pop(_HANDLE, None)
             for module, name, before, ours in reversed(self._undo):
                 if module.__dict__.get(name) is not ours:
                     kind = type(module).__name__
@@ -111,18 +110,23 @@ class Patched:
         raise PydllmError("a patched model cannot be copied or pickled: restore it first")
 
     def _install(self) -> None:
+        self.active = True
         try:
             for found, wanted in changes(self.model, self._options):
                 self._found.append(found)
                 for module, name, ours in wanted:
-                    before = module.__dict__.get(name, _MISSING)
-                    module.__dict__[name] = ours
-                    self._undo.append((module, name, before, ours))
-            self.model.__dict__[_HANDLE] = self
-        finally:
-            self.active = True
-            if self.model.__dict__.get(_HANDLE) is not self:
-                self.restore()
+                    self._set(module, name, ours)
+                    self._set(module, _HANDLE, self)
+            self._set(self.model, _HANDLE, self)
+        except BaseException:
+            self.restore()
+            raise
+
+    def _set(self, module: nn.Module, name: str, ours: Any) -> None:
+        before = module.__dict__.get(name, _MISSING)
+        if before is not ours:
+            module.__dict__[name] = ours
+            self._undo.append((module, name, before, ours))
 
 
 def patch(model: nn.Module, *, self_check: bool = False, backend: str | None = None) -> Patched:
@@ -166,7 +170,7 @@ def patch(model: nn.Module, *, self_check: bool = False, backend: str | None = N
         raise ValueError(f"backend: expected one of {', '.join(env.BACKENDS)}, got {wanted!r}")
     with _LOCK:
         held = model.__dict__.get(_HANDLE)
-        if held is not None:
+        if held is not None and held.model is model:
             if (held._options.wanted, held._options.self_check) != (wanted, self_check):
                 raise ValueError(
                     f"model: expected backend {held._options.wanted!r} and self_check "
@@ -175,10 +179,14 @@ def patch(model: nn.Module, *, self_check: bool = False, backend: str | None = N
                 )
             return held
         for name, module in model.named_modules():
-            if isinstance(module, torch._dynamo.OptimizedModule):
+            if _compiled(module):
                 raise PydllmError(f"{name or 'model'}: expected no compiled module: patch first")
-            if _HANDLE in module.__dict__:
-                raise PydllmError(f"{name}: is patched by itself: restore it first")
+            other = module.__dict__.get(_HANDLE)
+            if other is not None:
+                raise PydllmError(
+                    f"{name or 'model'}: is patched already, with {type(other.model).__name__}: "
+                    "restore that first"
+                )
         patched = Patched(model, Options(_resolve(model, wanted), self_check, wanted))
         patched._install()
     if not patched._found:
@@ -188,6 +196,13 @@ def patch(model: nn.Module, *, self_check: bool = False, backend: str | None = N
         )
     _LOGGER.info("%r", patched)
     return patched
+
+
+def _compiled(module: nn.Module) -> bool:
+    """Whether ``torch.compile`` or ``Module.compile`` has been at it."""
+    return type(module).__name__ == "OptimizedModule" or bool(
+        getattr(module, "_compiled_call_impl", None)
+    )
 
 
 def _resolve(model: nn.Module, wanted: str) -> str | None:
