@@ -221,6 +221,38 @@ def test_diffusion_gemma(backend):
     assert all(torch.equal(run(mask), expected[name]) for name, mask in masks.items())
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu(dtype):
+    """`auto` takes the kernels; a captured forward replays on new tokens."""
+    module = causal_lm("Qwen3", head_dim=64).to("cuda", dtype)
+    ids = IDS.cuda()
+    mask = torch.zeros(1, 1, 11, 11, dtype=dtype, device="cuda")
+    with torch.no_grad():
+        expected = module(ids, attention_mask=mask).logits
+        with pydllm.patch(module, self_check=True) as patched:
+            got = module(ids, attention_mask=mask).logits  # also reads the mask
+            error = (got - expected).abs().max() / expected.abs().max()
+            assert error <= 64 * torch.finfo(dtype).eps
+            assert {"window_attention", "rms_norm", "swiglu"} <= set(patched.report.calls)
+            assert not [what for what in patched.report.calls if what.startswith("as before")]
+        with pydllm.patch(module):
+            static = ids.clone()
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                hidden = module.model.embed_tokens(static)
+                layer = module.model.layers[0].mlp
+                layer(hidden)
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                replayed = layer(module.model.embed_tokens(static))
+            static.copy_(ids.flip(1))
+            graph.replay()
+            assert torch.equal(replayed, layer(module.model.embed_tokens(ids.flip(1))))
+
+
 # Tiny configurations of published classes, for whoever has their modeling files.
 LLADA = {
     "d_model": 64,

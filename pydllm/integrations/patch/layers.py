@@ -122,7 +122,8 @@ def mlp_forward(name: str, options: Options, original: Callable[..., Any]) -> Ca
     check = Check(name) if options.self_check else None
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        plain = not args and not kwargs
+        # A compiler fuses the gate itself, and knows no product written into part of a tensor.
+        plain = not args and not kwargs and not torch.compiler.is_compiling()
         parts = (self.gate_proj, self.up_proj)
         plain = plain and all(type(p) is nn.Linear and not _hooked(p) for p in parts)
         if not plain or not _free(options, x, parts[0].weight, "swiglu"):
