@@ -142,14 +142,17 @@ def rebound(
         changed[TABLE] = _Table(table, sdpa=functools.partial(interface, table["sdpa"]))
     if repeats and "matmul" not in names and "repeat_kv" in forward.__globals__:
         changed["repeat_kv"] = _as_it_is
+    # Without a name: the compiler takes the names of a named scope from the module of that name.
+    scope = {**forward.__globals__, **changed}
+    scope.pop("__name__", None)
     function = types.FunctionType(
         forward.__code__,
-        {**forward.__globals__, **changed},
+        scope,
         forward.__name__,
         forward.__defaults__,
         forward.__closure__,
     )
-    function.__kwdefaults__ = forward.__kwdefaults__
+    function.__kwdefaults__, function.__module__ = forward.__kwdefaults__, forward.__module__
     return types.MethodType(function, module)
 
 
