@@ -89,6 +89,10 @@ class LLaDALlamaBlock(nn.Module):
         k, v = (repeat_kv(t, HEADS // self.kv_heads) for t in (k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout_p)
 
+    @classmethod
+    def _cast_attn_bias(cls, bias, input_dtype):
+        return bias.to(input_dtype)
+
     def forward(self, x, attention_mask, cache):
         normed = self.attn_norm(x)
         q, k, v = (
@@ -105,7 +109,8 @@ class LLaDALlamaBlock(nn.Module):
         if bias is not None and bias.ndim == 2:  # a new view in every layer, as theirs
             bias = bias[:, None, None, :].expand(-1, 1, q.shape[2], -1)
             bias = torch.zeros(bias.shape).masked_fill(bias == 0, torch.finfo(q.dtype).min)
-            bias = bias[:, :, : q.shape[2]]
+        if bias is not None and bias.ndim == 4 and bias.is_floating_point():
+            bias = self._cast_attn_bias(bias[:, :, : q.shape[2]], k.dtype)
         y = self._scaled_dot_product_attention(q, turn(k), v, attn_mask=bias, dropout_p=0.0)
         return x + self.attn_out(self.ff_norm(y.transpose(1, 2).contiguous().flatten(2)))
 

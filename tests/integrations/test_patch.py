@@ -111,6 +111,25 @@ def test_the_interpreted_kernels():
     assert patched.report.calls["rms_norm"] == patched.report.calls["swiglu"] * 2 == 24
 
 
+def test_a_bias_that_every_block_casts_is_cast_and_read_once():
+    """LLaDA in bf16 with padding: the bias stays fp32, and each block would make its own."""
+    model = of(stand_ins.LLaDALlamaBlock)().double()
+    lowest = torch.finfo(torch.float32).min
+    bias = torch.zeros(2, 1, 12, 12).masked_fill(~PADDED.bool()[:, None, None], lowest)
+    with torch.no_grad():
+        expected = model(IDS, bias)
+        with pydllm.patch(model, backend="torch", self_check=True) as patched:
+            for _ in range(10):
+                got = model(IDS, bias)
+            masks = patched._options.masks
+            assert (masks.calls, masks.looks) == (20, 1)
+            bias[0, :, :, :3] = lowest  # written in place: another mask
+            model(IDS, bias)
+            assert masks.looks == 2
+    assert ((got - expected) * PADDED[..., None]).abs().max() < 1e-12
+    assert patched.report.calls["window_attention"] == 22
+
+
 def test_keys_are_not_repeated_where_the_forward_repeats_them():
     """What makes a CPU faster: SDPA gets the KV heads as they are."""
     model = of(stand_ins.DreamSdpaAttention)()
@@ -395,7 +414,7 @@ def test_bad_arguments():
         pydllm.patch(model)
 
 
-@pytest.mark.parametrize("kind", ["DreamSdpaAttention", "LLaDALlamaBlock"])
+@pytest.mark.parametrize("kind", ["DreamSdpaAttention", "LLaDALlamaBlock", "UnheardOfAttention"])
 def test_compiled_afterwards(kind):
     """The whole model is one graph, without a break."""
     model = of(KINDS[kind])()

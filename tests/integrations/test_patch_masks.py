@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from pydllm import BackendError
 from pydllm.integrations.patch.attention import Attention, Options
 from pydllm.integrations.patch.masks import Form, Masks, read
 
@@ -185,8 +186,8 @@ def test_inference_tensors_are_not_looked_at():
 
 LEFT_ALONE = {
     "fewer rows, causal": ({"rows": 3}, {"causal": True}, "causal, with fewer rows than keys"),
-    "more rows than keys": ({"rows": 9, "keys": 4}, {}, "shapes of another kind"),
-    "no rows": ({"rows": 0}, {}, "shapes of another kind"),
+    "more rows than keys": ({"rows": 9, "keys": 4}, {}, "no rows, or more rows than keys"),
+    "no rows": ({"rows": 0}, {}, "no rows, or more rows than keys"),
 }
 
 
@@ -199,15 +200,36 @@ def test_what_the_op_cannot_say(name):
     assert got.shape == (3, 4, shape["rows"], 8)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_limits_of_the_kernel(dtype):
-    options = Options("triton", False, "triton")
-    q, k, v = (t.to(dtype) for t in states())
-    strided = [t.repeat_interleave(2, -1)[..., ::2] for t in (q, k, v)]
-    _, called = attend(None, *(strided if dtype == torch.float32 else (q, k, v)), options)
-    assert called == [1]
-    (reason,) = options.calls
-    assert reason in ("as before: heads that are not contiguous", "as before: torch.float64")
+LIMITS = {
+    "torch.float64": lambda t: t.double(),
+    "heads that are not contiguous": lambda t: t.repeat_interleave(2, -1)[..., ::2],
+    "head size 7": lambda t: t[..., :7].contiguous(),
+    "head size 514": lambda t: t.repeat(1, 1, 1, 65)[..., :514].contiguous(),
+}
+
+
+@pytest.mark.parametrize("reason", LIMITS)
+def test_limits_of_the_kernel(reason):
+    """`auto` leaves such calls; a backend by name raises."""
+    q, k, v = (LIMITS[reason](t) for t in states())
+    auto = Attention("this", Options("auto", False, "auto"))
+    assert auto._form(q, k, v, None, False, None) == (None, reason)
+    with pytest.raises(BackendError, match="window_attention: backend 'triton' cannot run"):
+        attend(None, q, k, v, Options("triton", False, "triton"))
+
+
+ODD = {
+    "expanded keys": lambda q, k, v: (q, k[:, :, :1].expand_as(k), v),
+    "shapes of another kind": lambda q, k, v: (q, k[:1], v[:1]),
+    "mixed devices or dtypes": lambda q, k, v: (q, k.double(), v),
+}
+
+
+@pytest.mark.parametrize("reason", ODD)
+def test_odd_calls_are_the_originals(reason):
+    options = Options("torch", False, "torch")
+    called = Attention("this", options)(lambda: "its own", *ODD[reason](*states()))
+    assert called == "its own" and options.calls == {f"as before: {reason}": 1}
 
 
 def test_scale():

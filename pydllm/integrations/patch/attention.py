@@ -110,6 +110,9 @@ class Attention:
         if not (q.device == k.device == v.device and q.dtype == k.dtype == v.dtype):
             options.count("as before: mixed devices or dtypes")
             return original()
+        if q.shape[0] != k.shape[0] or k.shape != v.shape or q.shape[1] % k.shape[1]:
+            options.count("as before: shapes of another kind")
+            return original()
         if options.backend is None:
             if q.device.type != "cpu":
                 options.count("as before: patched on a CPU, called elsewhere")
@@ -142,18 +145,16 @@ class Attention:
     ) -> tuple[Form | None, str]:
         """How the op says it, or None and why it cannot; metadata first."""
         rows, keys = q.shape[2], k.shape[2]
-        if v.shape != k.shape or q.shape[0] != k.shape[0] or not 0 < rows <= keys:
-            return None, "shapes of another kind"
-        if q.shape[1] % k.shape[1]:
-            return None, "heads that do not divide into groups"
-        if self._options.backend != "torch":
+        if not 0 < rows <= keys:
+            return None, "no rows, or more rows than keys"
+        if self._options.backend == "auto":  # a backend by name never falls back: the op raises
             if q.dtype not in _DTYPES:
                 return None, f"{q.dtype}"
             if q.shape[3] > _MAX_HEAD_DIM or q.shape[3] % 2:
                 return None, f"head size {q.shape[3]}"
             if any(t.stride(3) != 1 for t in (q, k, v)):
                 return None, "heads that are not contiguous"
-        elif any(0 in t.stride() and t.numel() > 1 for t in (k, v)):
+        elif self._options.backend == "torch" and any(_shared(t) for t in (k, v)):
             return None, "expanded keys"  # the reference puts the window into its cache
         if mask is None:
             if not causal:
@@ -220,6 +221,11 @@ class Attention:
 
         self._check(got, original(), exact(), used)
         return got
+
+
+def _shared(states: Tensor) -> bool:
+    """Whether two elements are one in memory."""
+    return any(s == 0 and n > 1 for s, n in zip(states.stride(), states.shape, strict=True))
 
 
 def grouped(

@@ -28,6 +28,7 @@ _REPEATING = (
     "LLaDAMoESdpaAttention",
     "Fast_dLLM_QwenAttention",
 )
+_CAST = "_cast_attn_bias"  # of a block: the mask in the dtype of its keys
 _NO_FASTER = "on a CPU the torch backend is no faster"
 _SDPA = "SDPA, grouped: keys and values are not repeated"
 Change = tuple[nn.Module, str, Any]
@@ -78,8 +79,10 @@ def _block(found: Found, module: nn.Module, options: Options) -> tuple[Found, li
     if reason is not None:
         return replace(found, reason=reason), []
     ours = hooks.method_of_block(module, _attention(found, module, options))
-    done = replace(found, op=_op(options), reason="its method")
-    return done, [(module, f"_{hooks.SDPA}", ours)]
+    wanted: list[Change] = [(module, f"_{hooks.SDPA}", ours)]
+    if hasattr(module, _CAST):
+        wanted.append((module, _CAST, options.masks.cast_once(getattr(module, _CAST))))
+    return replace(found, op=_op(options), reason="its method"), wanted
 
 
 def _interface(

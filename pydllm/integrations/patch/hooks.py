@@ -192,6 +192,8 @@ def scoped(module: nn.Module, attention: Attention, missed: Callable[[], None]) 
     original, ours = module.forward, sdpa_like(attention)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # which cannot trace such a scope
+            return original(*args, **kwargs)
         with _Scope(ours, F.scaled_dot_product_attention) as scope:
             result = original(*args, **kwargs)
         if not scope.reached:

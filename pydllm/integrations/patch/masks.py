@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 _KEPT = 8  # masks remembered; a forward has one or two
+_HIDDEN = -1e30  # no score is near it: fp32's lowest number hides in fp64 too
 _TRIES = 4  # analyses before their share of the calls counts
 
 
@@ -44,6 +46,7 @@ class Masks:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._cast: tuple[tuple, StorageWeakRef, Tensor] | None = None
         self._known: dict[tuple, tuple[StorageWeakRef, Form | None]] = {}
         self.calls = self.looks = 0
         self._given_up = False
@@ -55,15 +58,7 @@ class Masks:
         if torch.compiler.is_compiling() or mask.is_inference() or _capturing(mask):
             return None
         storage = mask.untyped_storage()
-        key = (
-            storage._cdata,
-            mask.storage_offset(),
-            tuple(mask.shape),
-            mask.stride(),
-            mask.dtype,
-            mask._version,
-            (rows, keys, block_size, window),
-        )
+        key = (*_identity(mask), rows, keys, block_size, window)
         with self._lock:
             self.calls += 1
             held = self._known.get(key)
@@ -83,6 +78,35 @@ class Masks:
             self._known[key] = (StorageWeakRef(storage), form)
         return form
 
+    def cast_once(self, cast: Callable[..., Tensor]) -> Callable[[Tensor, torch.dtype], Tensor]:
+        """A function that casts a mask for every layer, made to do it for the first one alone.
+
+        LLaDA's blocks cast their bias each, so that each would have a mask of its own.
+        """
+
+        def once(mask: Tensor, dtype: torch.dtype) -> Tensor:
+            unknown = torch.compiler.is_compiling() or mask.is_inference()
+            if unknown or mask.dtype == dtype or torch.is_autocast_enabled(mask.device.type):
+                return cast(mask, dtype)
+            key = (*_identity(mask), dtype)
+            with self._lock:
+                held = self._cast
+            if held is not None and held[0] == key and not held[1].expired():
+                return held[2]
+            result = cast(mask, dtype)
+            if not _capturing(mask):
+                with self._lock:
+                    self._cast = key, StorageWeakRef(mask.untyped_storage()), result
+            return result
+
+        return once
+
+
+def _identity(mask: Tensor) -> tuple:
+    """What tells a mask from another while its storage lives; a write changes it."""
+    place = mask.untyped_storage()._cdata, mask.storage_offset(), mask._version
+    return (*place, tuple(mask.shape), mask.stride(), mask.dtype)
+
 
 def _capturing(mask: Tensor) -> bool:
     return mask.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
@@ -95,7 +119,7 @@ def read(
 
     Args:
         mask: ``(B or 1, 1, T or 1, S)`` or ``(T, S)``; bool, True is visible, or additive: 0 is
-            visible, the dtype's lowest number or -inf hidden. A mask that adds anything else has
+            visible, half the dtype's lowest number, -1e30 and less hidden. A mask that adds anything else has
             no form.
         rows: T; the queries are those of the last T keys.
         keys: S.
@@ -115,7 +139,7 @@ def read(
         seen = mask[:, 0]
     elif mask.is_floating_point():
         seen = mask[:, 0] == 0
-        sane = (seen | (mask[:, 0] <= torch.finfo(mask.dtype).min / 2)).all()
+        sane = (seen | (mask[:, 0] <= max(torch.finfo(mask.dtype).min / 2, _HIDDEN))).all()
     else:
         return None
     seen = seen.expand(-1, rows, -1)  # (B, T, S)

@@ -144,7 +144,8 @@ def patch(model: nn.Module, *, self_check: bool = False, backend: str | None = N
             fp64, and raise where the replacement is off by more than twice the original's error.
         backend: of the ops; None takes ``PYDLLM_BACKEND`` (default ``auto``). With ``auto`` a model
             on a CPU keeps what the torch backend does no faster: all but attention with fewer KV
-            heads than query heads. A backend by name replaces everything.
+            heads than query heads. A backend by name replaces everything, and a call that it cannot
+            run raises BackendError.
 
     Returns:
         The handle: ``restore()``, a context manager, ``report``. Patching a patched model returns
