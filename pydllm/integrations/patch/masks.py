@@ -119,8 +119,8 @@ def read(
 
     Args:
         mask: ``(B or 1, 1, T or 1, S)`` or ``(T, S)``; bool, True is visible, or additive: 0 is
-            visible, half the dtype's lowest number, -1e30 and less hidden. A mask that adds anything else has
-            no form.
+            visible; half the dtype's lowest number, -1e30 and less are hidden. A mask that adds
+            anything else has no form.
         rows: T; the queries are those of the last T keys.
         keys: S.
         block_size: of the model, tried where T is below S; otherwise the mask tells.
