@@ -323,6 +323,33 @@ def test_a_gradient_is_still_there():
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
+@pytest.mark.parametrize("kind", ["LLaDALlamaBlock", "UnheardOfAttention"])
+def test_dropout_stays(kind, monkeypatch):
+    model = of(KINDS[kind])()
+    calls = []
+    real = F.scaled_dot_product_attention
+
+    def dropping(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False):
+        calls.append(dropout_p)
+        return real(q, k, v, attn_mask)
+
+    function = "_scaled_dot_product_attention"
+    with pydllm.patch(model, backend="torch") as patched, torch.no_grad():
+        if kind == "LLaDALlamaBlock":
+            monkeypatch.setattr(stand_ins.F, "scaled_dot_product_attention", dropping)
+            q = torch.ones(1, stand_ins.HEADS, 2, stand_ins.DIM)
+            k = q[:, : stand_ins.KV_HEADS]
+            getattr(model.layers[0], function)(q, k, k, dropout_p=0.5)
+            assert calls == [0.5]
+        else:
+            monkeypatch.setattr(
+                stand_ins, "deep", lambda q, k, v, _: real(q, k, v, dropout_p=0.999)
+            )
+            model(IDS)
+    assert patched.report.calls["as before: dropout"] >= 1
+    assert "window_attention" not in patched.report.calls
+
+
 def test_autocast_stays_as_it_was():
     model = of(stand_ins.DreamSdpaAttention)()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):

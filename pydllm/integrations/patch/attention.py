@@ -134,6 +134,10 @@ class Attention:
         got = self._run(form, q, k, v, scale)
         return self._checked(got, original, q, k, v, mask, causal, scale, form)
 
+    def leave(self, reason: str) -> None:
+        """Count a call that was not even tried."""
+        self._options.count(f"as before: {reason}")
+
     def _form(
         self,
         q: Tensor,

@@ -57,6 +57,7 @@ def sdpa_like(attention: Attention) -> Callable[..., Tensor]:
             )
 
         if dropout_p or query.ndim != 4 or key.ndim != 4:
+            attention.leave("dropout" if dropout_p else "not four dimensions")
             return original()
         return attention(
             original, query, key, value, attn_mask, causal=bool(is_causal), scale=scale
@@ -79,6 +80,7 @@ def method_of_block(module: nn.Module, attention: Attention) -> types.MethodType
         named = dict(zip(names, args, strict=False)) | kwargs
         plainly = functools.partial(original, q, k, v, *args, **kwargs)
         if named.get("dropout_p") or named.get("mask") is not None or named.get("is_causal"):
+            attention.leave("dropout" if named.get("dropout_p") else "arguments of its own")
             return plainly()
         return attention(plainly, q, k, v, named.get("attn_mask"))
 

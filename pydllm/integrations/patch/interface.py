@@ -59,7 +59,10 @@ def attend_with(
 
     mask, more = attention_mask, any(kwargs.get(name) is not None for name in _OTHER)
     known = mask is None or isinstance(mask, Tensor)
-    if attention is None or dropout or more or not known or key.ndim != 4:
+    if attention is None:
+        return original()
+    if dropout or more or not known or key.ndim != 4:
+        attention.leave("dropout" if dropout else "arguments of its own")
         return original()
     if mask is not None and mask.ndim == 4 and mask.shape[3] > key.shape[2]:
         mask = mask[..., : key.shape[2]]
