@@ -66,7 +66,10 @@ def generate(
     backend: str | None,
     as_json: bool,
 ) -> None:
-    """Continue prompts (or the lines of standard input) with a model."""
+    """Continue prompts (or the lines of standard input) with a model.
+
+    Under torchrun the model is spread over the processes (tensor parallel); the first one prints.
+    """
     import torch
 
     from pydllm import decoding
@@ -81,6 +84,7 @@ def generate(
     options: dict[str, Any] = {
         "device": device,
         "dtype": None if dtype is None else getattr(torch, dtype),
+        "tp": None,
     }
     chosen = _make_algorithm(
         algorithm, settings, lambda: load(VERIFIER if verifier is None else verifier, **options)
@@ -102,6 +106,11 @@ def generate(
             on_step=lambda step: status.update(f"decoding, forward {step.index}"),
         )
     seconds = time.perf_counter() - started
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        first = torch.distributed.get_rank() == 0
+        torch.distributed.destroy_process_group()
+        if not first:
+            return
     for row, prompt in enumerate(texts):
         answer = None if result.text is None else result.text[row]
         if as_json:

@@ -16,6 +16,8 @@ from pydllm.models.checkpoint import Shards, read_config, read_tokenizer
 from pydllm.models.config import Config
 from pydllm.models.families import find_family, make_spec
 from pydllm.models.native import NativeModel
+from pydllm.models.parallel import ParallelModel, join_processes
+from pydllm.models.partition import Partition
 from pydllm.models.weights import FLOATS, Found, check_tensors, share, slots
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -29,6 +31,7 @@ def load(
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    tp: int | None = 1,
 ) -> NativeModel:
     """Load a diffusion language model.
 
@@ -43,6 +46,10 @@ def load(
         dtype: of weights, cache and hidden states: fp32, fp16, bf16, or fp64 (torch backend alone).
             None: what config.json says, else what the embedding is stored in; on a CPU fp32 instead
             of fp16 and bf16, which are slow and less exact there. For a module as with ``device``.
+        tp: over how many processes the model is spread (tensor parallel); None: over all of the
+            default process group, or that ``torchrun`` started, one where there are none. Each
+            process reads and holds its part alone, on the CUDA device of its rank if there is one,
+            and makes the same calls with the same arguments. For checkpoints only.
 
     Returns:
         The model: LLaDA, Dream, SDAR, A2D, Qwen2, Qwen3 or Llama, dense. ``model.tokenizer`` is set
@@ -54,7 +61,9 @@ def load(
         CheckpointError: the checkpoint is incomplete, damaged or of an unknown kind; names the key,
             tensor or file, what was expected and what was found.
         TypeError: ``source`` or ``dtype`` is of no accepted type.
-        ValueError: another device or dtype than the module's.
+        ValueError: another device or dtype than the module's; a model that ``tp`` processes cannot
+            share.
+        PydllmError: there are not ``tp`` processes; says how to start them.
 
     No code of a checkpoint is run and no pickle is opened.
 
@@ -65,11 +74,19 @@ def load(
     """
     if dtype is not None and dtype not in FLOATS:
         raise TypeError(f"dtype: expected {', '.join(map(str, FLOATS))}, got {dtype}")
+    if tp is not None and tp < 1:
+        raise ValueError(f"tp: expected at least 1, got {tp}")
     if isinstance(source, nn.Module):
+        if tp not in (None, 1):
+            raise ValueError(f"tp: expected 1 for a loaded module, which is whole, got {tp}")
         return _load_module(source, device, dtype)
     if not isinstance(source, str | os.PathLike):
         raise TypeError(f"source: expected a path, a hub id or a module, got {type(source)}")
-    return _load_folder(_find_folder(source), device, dtype)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    processes = 1 if tp == 1 else join_processes(tp, device)
+    return _load_folder(_find_folder(source), device, dtype, processes)
 
 
 def _find_folder(source: str | os.PathLike[str]) -> Path:
@@ -96,11 +113,8 @@ def _find_folder(source: str | os.PathLike[str]) -> Path:
 
 
 def _load_folder(
-    folder: Path, device: torch.device | str | None, dtype: torch.dtype | None
+    folder: Path, device: torch.device, dtype: torch.dtype | None, processes: int
 ) -> NativeModel:
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
     config = read_config(folder)
     family = find_family(config)
     sizes = family.sizes(config, family)
@@ -114,6 +128,13 @@ def _load_folder(
         dtype = _stored_dtype(config, shards.found[embedding])
         if device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
             dtype = torch.float32
+    if processes > 1:
+        rank = torch.distributed.get_rank()
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", rank % torch.cuda.device_count())
+        partition = Partition(rank, processes, sizes, spec.vocab_size)
+        weights = shards.load(wanted, device, dtype, partition)
+        return ParallelModel(spec, partition, weights, tokenizer)
     weights = shards.load(wanted, device, dtype)
     if sizes.tied and head in shards.found:
         _check_tied(config, head, weights["embedding"], shards.tensor(head))

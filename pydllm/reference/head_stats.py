@@ -78,7 +78,7 @@ def head_stats_partial(
             known = _piece_stats(logits, scores, first)
             if folded:
                 values_and_ids = zip(folded, known, strict=True)
-                known = _fold(*(torch.cat(pair, -1) for pair in values_and_ids))
+                known = fold_stats(*(torch.cat(pair, -1) for pair in values_and_ids))
             folded = list(known)
         values[:, block], ids[:, block] = folded
     return values, ids
@@ -102,7 +102,7 @@ def _piece_stats(x: Tensor, scores: Tensor | None, first: int) -> tuple[Tensor, 
     return values, (torch.stack(tokens) + first).int()
 
 
-def _fold(values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+def fold_stats(values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     """One piece of all: ``(n, R, S)`` to ``(n, R, 1)``; the lowest id wins a tie."""
     best = values[0].amax(-1, keepdim=True)
     token = ids[0].where(values[0] == best, _NO_ID).amin(-1, keepdim=True)
@@ -122,7 +122,7 @@ def _fold(values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
 def merge_stats(values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Token, probability, entropy, margin and log-sum-exp of pieces ``(n, R, S)``."""
     if values.shape[-1] > 1:
-        values, ids = _fold(values, ids)
+        values, ids = fold_stats(values, ids)
     values, ids = values.squeeze(-1), ids.squeeze(-1)
     best, second, total, weighted = values[:4]
     poisoned, none = total.isnan(), best == -torch.inf
