@@ -111,9 +111,9 @@ class Shards:
                 self._files[name] = path
         return names
 
-    def tensor(self, name: str) -> Tensor:
+    def tensor(self, name: str, rows: slice = slice(None)) -> Tensor:
         with _opened(self._files[name]) as file:
-            return file.get_tensor(name)
+            return file.get_slice(name)[rows]
 
     def load(
         self,

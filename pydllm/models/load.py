@@ -130,14 +130,17 @@ def _load_folder(
             dtype = torch.float32
     if processes > 1:
         rank = torch.distributed.get_rank()
-        if device.type == "cuda" and device.index is None:
+        if device == torch.device("cuda"):
             device = torch.device("cuda", rank % torch.cuda.device_count())
         partition = Partition(rank, processes, sizes, spec.vocab_size)
-        weights = shards.load(wanted, device, dtype, partition)
-        return ParallelModel(spec, partition, weights, tokenizer)
-    weights = shards.load(wanted, device, dtype)
+    else:
+        partition = None
+    weights = shards.load(wanted, device, dtype, partition)
     if sizes.tied and head in shards.found:
-        _check_tied(config, head, weights["embedding"], shards.tensor(head))
+        rows = slice(None) if partition is None else partition.vocab_rows
+        _check_tied(config, head, weights["embedding"], shards.tensor(head, rows))
+    if partition is not None:
+        return ParallelModel(spec, partition, weights, tokenizer)
     return NativeModel(spec, sizes, weights, tokenizer)
 
 

@@ -20,8 +20,9 @@ _ID_STEP = 4
 class Partition:
     """The part that process ``rank`` of ``size`` has of a model of these sizes.
 
-    Where there are more processes than heads, several compute the same head and each takes its share
-    of the head's values to the output; where there are more than K/V heads, several store the same.
+    Where there are more processes than heads, several compute the same head and each takes its
+    share of the head's values to the output; where there are more than K/V heads, several store
+    the same.
     """
 
     rank: int
@@ -35,8 +36,8 @@ class Partition:
             raise ValueError(f"rank: expected one of {size} processes, got {self.rank}")
         if sizes.heads % size and (size % sizes.heads or sizes.head_dim % (size // sizes.heads)):
             raise ValueError(
-                f"tp: expected a number that divides the {sizes.heads} heads or splits each of them "
-                f"({sizes.head_dim} values) evenly, got {size}"
+                f"tp: expected a number that divides the {sizes.heads} heads or splits each of "
+                f"them ({sizes.head_dim} values) evenly, got {size}"
             )
         if sizes.kv_heads % size and size % sizes.kv_heads:
             raise ValueError(
