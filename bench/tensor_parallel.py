@@ -12,7 +12,6 @@ nothing of several GPUs.
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import tempfile
 import time
@@ -55,7 +54,9 @@ def write_checkpoint(name: str, folder: Path) -> Path:
 
 
 def _peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """The most memory this process has had; getrusage would count its parent's at the fork."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def decode(rank: int, size: int, folder: str, source: str, dtype: str, new: int) -> None:

@@ -8,6 +8,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -19,6 +20,8 @@ from pydllm.demo import VERIFIER, WEIGHTS
 from pydllm.demo.aup import aup
 from pydllm.demo.command import compare, demo
 from pydllm.distill.command import distill
+
+PATH = click.Path(path_type=Path)
 
 
 class _Group(click.Group):
@@ -49,6 +52,11 @@ def main() -> None:
 @click.option("--seed", default=0, show_default=True)
 @click.option("--device", help="Default: the GPU if there is one.")
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16", "float64"]))
+@click.option("--data", type=PATH, help="Prompts, a JSON object a line; with --out.")
+@click.option("--out", type=PATH, help="Folder of the answers to --data; a cut off job goes on.")
+@click.option("--engine", type=click.Choice(["process", "ray"]), help="Of a job. Default: process.")
+@click.option("--batch-size", default=16, show_default=True, help="Sequences at a time, in a job.")
+@click.option("--workers", type=int, help="Ray's actors. Default: one a GPU, or a CPU.")
 @BACKEND
 @JSON
 def generate(
@@ -63,10 +71,15 @@ def generate(
     seed: int,
     device: str | None,
     dtype: str | None,
+    data: Path | None,
+    out: Path | None,
+    engine: str | None,
+    batch_size: int,
+    workers: int | None,
     backend: str | None,
     as_json: bool,
 ) -> None:
-    """Continue prompts (or the lines of standard input) with a model.
+    """Continue prompts (or the lines of standard input, or of a file) with a model.
 
     Under torchrun the model is spread over the processes (tensor parallel); the first one prints.
     """
@@ -80,6 +93,24 @@ def generate(
             defaults = {field.name: field.default for field in dataclasses.fields(kind)}
             fields = ", ".join(f"{key}={defaults[key]!r}" for key in _settable(kind))
             click.echo(f"{name}: {fields}")
+        return
+    if (data is None) != (out is None) or (data is None and (engine or workers)):
+        raise click.UsageError("expected --data and --out together, and --engine with them")
+    if data is not None and out is not None:
+        pairs = (setting.partition("=") for setting in settings)
+        recipe = {
+            "model": str(WEIGHTS if source is None else source),
+            "algorithm": algorithm,
+            "settings": tuple((key, value) for key, _, value in pairs),
+            "verifier": str(VERIFIER if verifier is None else verifier),
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "seed": seed,
+            "dtype": dtype,
+            "backend": backend,
+        }
+        plan = {"engine": engine or "process", "batch_size": batch_size, "workers": workers}
+        _run_job(data, out, recipe, device, plan, as_json)
         return
     options: dict[str, Any] = {
         "device": device,
@@ -131,6 +162,35 @@ def generate(
                 f"{result.tokens_per_forward[row]:.2f} tokens per forward]",
                 err=True,
             )
+
+
+def _run_job(
+    data: Path,
+    out: Path,
+    recipe: dict[str, Any],
+    device: str | None,
+    plan: dict[str, Any],
+    as_json: bool,
+) -> None:
+    """Run a job with a progress bar and print what came of it."""
+    from rich.progress import Progress
+
+    from pydllm.integrations.jobs import Recipe, run_job
+
+    started = time.perf_counter()
+    with Progress(console=Console(stderr=True)) as bar:
+        total = sum(1 for _ in data.open("rb")) if data.is_file() else None
+        task = bar.add_task("rows", total=total)
+
+        def progress(done: int, failed: int) -> None:
+            bar.update(task, completed=done, description=f"rows, {failed} failed")
+
+        summary = run_job(data, out, Recipe(**recipe), device=device, progress=progress, **plan)
+    record = dataclasses.asdict(summary) | {"seconds": round(time.perf_counter() - started, 3)}
+    if as_json:
+        click.echo(json.dumps(record))
+    else:
+        click.echo(f"{out / 'results.jsonl'}: {', '.join(f'{k} {v}' for k, v in record.items())}")
 
 
 def _algorithms() -> dict[str, type]:
