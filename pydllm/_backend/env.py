@@ -17,4 +17,5 @@ def _choice(name: str, allowed: tuple[str, ...]) -> str:
 
 BACKEND = _choice("PYDLLM_BACKEND", BACKENDS)
 LOG = _choice("PYDLLM_LOG", LOG_LEVELS)
+REPLACE = _choice("PYDLLM_REPLACE", ("0", "1")) == "1"
 TRITON_INTERPRET = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
