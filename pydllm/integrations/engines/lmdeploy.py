@@ -30,7 +30,7 @@ def install() -> Callable[[], None]:
         PydllmError: LMDeploy is missing, or its processor has another interface.
     """
     try:
-        user = importlib.import_module(_USER)
+        user: Any = importlib.import_module(_USER)
         consts = importlib.import_module("lmdeploy.pytorch.consts")
     except ImportError as error:
         raise PydllmError(f"LMDeploy with dLLM strategies is not here: {error}") from error

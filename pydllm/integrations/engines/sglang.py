@@ -113,8 +113,9 @@ class _Threshold(_Rule):
 
     def advance(self, x: Tensor, logits: Tensor, states: list[Any]) -> list[bool]:
         done = (x != self.mask_id).all(1)
-        limit = {self.argument: self.limit}
-        decide(logits, x, mask_id=self.mask_id, rule=self.rule, semantics=self.semantics, **limit)
+        options: dict[str, Any] = {self.argument: self.limit}
+        options |= {"rule": self.rule, "semantics": self.semantics}
+        decide(logits, x, mask_id=self.mask_id, **options)
         return done.tolist()
 
 

@@ -27,7 +27,7 @@ def register() -> None:
     if not env.REPLACE:
         return
     try:
-        module = importlib.import_module(_MODULE)
+        module: Any = importlib.import_module(_MODULE)
     except ImportError as error:
         _LOG.info("vLLM has no dllm-plugin here (%s): nothing is replaced", error)
         return
