@@ -36,7 +36,9 @@ def spread(folder, size, function, *arguments):
     """What ``function(size, *arguments)`` returns in each of ``size`` processes."""
     folder.mkdir()
     settings = (size, folder, function, arguments)
-    multiprocessing.start_processes(_enter, settings, nprocs=size, start_method="fork")
+    # Forked from a process that has imported all of this and has no threads, unlike this one.
+    multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
+    multiprocessing.start_processes(_enter, settings, nprocs=size, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(size)]
 
 
@@ -144,7 +146,7 @@ def decode(tp, verifier_tp):
             algorithms.append((pydllm.Threshold(0.9, 12), 0.8))
         for algorithm, temperature in algorithms:
             made = pydllm.generate(
-                model, prompts, algorithm, max_new_tokens=24, temperature=temperature, seed=3
+                model, prompts, algorithm, max_new_tokens=16, temperature=temperature, seed=3
             )
             key = f"{name} {type(algorithm).__name__} {temperature}"
             results[key] = [ids.tolist() for ids in made.sequences], made.nfe.tolist()
