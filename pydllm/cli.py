@@ -1,10 +1,9 @@
-"""The command line: ``pydllm demo | compare | generate | distill | aup | env``."""
+"""The command line: ``pydllm demo | compare | generate | distill | aup | lm-eval | env``."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -70,12 +69,13 @@ def generate(
     import torch
 
     from pydllm import decoding
+    from pydllm.decoding.settings import ALGORITHMS, parameters
     from pydllm.models import load
 
     if list_algorithms:
-        for name, kind in _algorithms().items():
+        for name, kind in ALGORITHMS.items():
             defaults = {field.name: field.default for field in dataclasses.fields(kind)}
-            fields = ", ".join(f"{key}={defaults[key]!r}" for key in _settable(kind))
+            fields = ", ".join(f"{key}={defaults[key]!r}" for key in parameters(kind))
             click.echo(f"{name}: {fields}")
         return
     options: dict[str, Any] = {
@@ -124,72 +124,15 @@ def generate(
             )
 
 
-def _algorithms() -> dict[str, type]:
-    from pydllm import decoding
-
-    kinds = (
-        decoding.Static,
-        decoding.Threshold,
-        decoding.Factor,
-        decoding.EntropyBound,
-        decoding.FreeDave,
-        decoding.APD,
-        decoding.LeftToRight,
-        decoding.MultiBlock,
-    )
-    return {kind.__name__.lower(): kind for kind in kinds}
-
-
-def _settable(kind: type) -> dict[str, tuple[str, ...]]:
-    """The parameters that text can state, and the types that it may have."""
-    plain = ("None", "bool", "int", "float", "str")
-    found = {}
-    for field in dataclasses.fields(kind):
-        types = tuple(name for name in plain if re.search(rf"\b{name}\b", str(field.type)))
-        if field.init and types and not re.search("Model|Baseline", str(field.type)):
-            found[field.name] = types
-    return found
-
-
-def _convert(text: str, types: tuple[str, ...]) -> Any:
-    """Text as the first of the types that it can be."""
-    words = {"none": None, "true": True, "false": False}
-    for name in types:
-        if name in ("None", "bool"):
-            value = words.get(text.lower(), text)
-            if type(value).__name__ in (name, f"{name}Type"):
-                return value
-            continue
-        try:
-            return {"int": int, "float": float, "str": str}[name](text)
-        except ValueError:
-            continue
-    raise ValueError(f"expected {' or '.join(types)}, got {text!r}")
-
-
 def _make_algorithm(name: str, settings: tuple[str, ...], verifier: Callable[[], Any]) -> Any:
-    """Build the algorithm from ``NAME=VALUE`` strings, typed as its dataclass declares."""
-    kinds = _algorithms()
-    if name.lower() not in kinds:
-        raise click.BadParameter(
-            f"expected one of {', '.join(kinds)}, got {name}", param_hint="--algorithm"
-        )
-    kind = kinds[name.lower()]
-    known = _settable(kind)
-    values = {}
-    for setting in settings:
-        key, _, value = setting.partition("=")
-        if key not in known:
-            raise click.BadParameter(
-                f"{name} takes {', '.join(known)}; got {key!r}", param_hint="--set"
-            )
-        try:
-            values[key] = _convert(value, known[key])
-        except ValueError as error:
-            raise click.BadParameter(f"{key}: {error}", param_hint="--set") from None
-    if any(field.name == "verifier" for field in dataclasses.fields(kind)):
-        values["verifier"] = verifier()
-    return kind(**values)
+    """Build the algorithm from ``NAME=VALUE`` strings."""
+    from pydllm.decoding.settings import SettingError, make_algorithm
+
+    pairs = (setting.partition("=") for setting in settings)
+    try:
+        return make_algorithm(name, {key: value for key, _, value in pairs}, verifier)
+    except SettingError as error:
+        raise click.BadParameter(str(error), param_hint="--algorithm, --set") from None
 
 
 @main.command()
@@ -202,6 +145,19 @@ def env(as_json: bool) -> None:
         click.echo(json.dumps(environment.report()))
     else:
         environment.main()
+
+
+@main.command("lm-eval", context_settings={"ignore_unknown_options": True, "help_option_names": []})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def lm_eval(arguments: tuple[str, ...]) -> None:
+    """lm-evaluation-harness with this package's models: its arguments, less --model."""
+    try:
+        from pydllm.integrations.harness import main as run
+    except ImportError as error:
+        raise PydllmError(
+            f"lm-evaluation-harness cannot be imported ({error}): pip install 'pydllm[eval]'"
+        ) from error
+    run(arguments)
 
 
 for command in (demo, compare, aup, distill):

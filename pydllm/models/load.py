@@ -69,10 +69,11 @@ def load(
         return _load_module(source, device, dtype)
     if not isinstance(source, str | os.PathLike):
         raise TypeError(f"source: expected a path, a hub id or a module, got {type(source)}")
-    return _load_folder(_find_folder(source), device, dtype)
+    return _load_folder(find_folder(source), device, dtype)
 
 
-def _find_folder(source: str | os.PathLike[str]) -> Path:
+def find_folder(source: str | os.PathLike[str]) -> Path:
+    """The directory of a checkpoint: itself, or where the hub's files were put."""
     folder = Path(source)
     if folder.is_dir():
         return folder
