@@ -48,8 +48,9 @@ def log_likelihood(
     ``L / l * sum(log p(token | context, the rest of the target))`` over the masked tokens. The
     numbers of masks are spread evenly over the samples from a random start, as in LLaDA's
     evaluation; equal maskings are computed once. A target of one token needs one forward and is
-    exact. With a block-causal model the target's blocks are scored one after the other, each given
-    those before it, so the bound is a sum over blocks.
+    exact. The mask id counts as impossible, as everywhere here (that evaluation leaves it in, where
+    a trained model gives it next to nothing). With a block-causal model the target's blocks are
+    scored one after the other, each given those before it, so the bound is a sum over blocks.
 
     Args:
         model: a masked diffusion model with full or block-causal attention.
@@ -90,6 +91,7 @@ def log_likelihood(
         for part, tokens in zip(hidden.split(_HEAD_ROWS), target.split(_HEAD_ROWS), strict=True):
             logits = model.head(part)
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            logits[:, _mask(model)] = -torch.inf
             losses.append(F.cross_entropy(logits, tokens, reduction="none"))
         loss = torch.cat(losses).to("cpu", torch.float64)
         weight = torch.tensor([row.weight for row in batch], dtype=torch.float64)
@@ -252,6 +254,8 @@ def check_pairs(model: Model, pairs: Sequence[Pair]) -> None:
                 raise ValueError(
                     f"pairs[{row}]: expected token ids in [0, {spec.vocab_size}), got {token}"
                 )
+            if token == spec.mask_id:
+                raise ValueError(f"pairs[{row}]: expected no mask, got the mask id {token}")
         if spec.shift_logits and not context:
             raise ValueError(
                 f"pairs[{row}]: expected a context of at least one token (position i is predicted "
