@@ -232,8 +232,8 @@ def _masked_rows(
     positions = [row.position for row in rows]
     counts = torch.tensor([len(position) for position in positions])
     index = torch.arange(batch).repeat_interleave(counts)
-    row = torch.cat(positions) - int(model.spec.shift_logits)
-    return hidden[index.to(device), row.to(device)], index
+    predicted_by = torch.cat(positions) - int(model.spec.shift_logits)
+    return hidden[index.to(device), predicted_by.to(device)], index
 
 
 def _mask(model: Model) -> int:
