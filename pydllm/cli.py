@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -14,9 +15,9 @@ from rich.console import Console
 
 from pydllm._backend.errors import PydllmError
 from pydllm._options import BACKEND, JSON
-from pydllm.demo import VERIFIER, WEIGHTS
+from pydllm.demo import MODELS, SWEEPS, VERIFIER, WEIGHTS
 from pydllm.demo.aup import aup
-from pydllm.demo.command import compare, demo
+from pydllm.demo.command import demo
 from pydllm.distill.command import distill
 
 
@@ -136,6 +137,67 @@ def _make_algorithm(name: str, settings: tuple[str, ...], verifier: Callable[[],
 
 
 @main.command()
+@click.option("--sweep", "sweeps", multiple=True, type=click.Choice(SWEEPS))
+@click.option("--original", metavar="MODULE:FUNCTION", help="A decoding function, and ...")
+@click.option("--patched", metavar="MODULE:FUNCTION", help="... the one to compare it with.")
+@click.option("--model", "source", default="llada-tiny", show_default=True, help="Bundled, or DIR.")
+@click.option(
+    "--loader", metavar="MODULE:FUNCTION", help="Makes the model of DIR; it is called so."
+)
+@click.option("--prepare", metavar="MODULE:FUNCTION", help="Called with the model for --patched.")
+@click.option("--prompts", type=click.Path(path_type=Path), help="A line each: text, or JSON.")
+@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="For both functions.")
+@click.option("--set-original", "first", multiple=True, metavar="NAME=VALUE")
+@click.option("--set-patched", "second", multiple=True, metavar="NAME=VALUE")
+@click.option("--batch", default=1, show_default=True, help="Prompts of one length a call.")
+@click.option("--repeat", default=3, show_default=True, help="Timed rounds; the median counts.")
+@click.option("--strict", is_flag=True, help="Exit code 1 unless all tokens are equal.")
+@click.option("--problems", default=50, show_default=True, type=click.IntRange(1, 10000))
+@click.option("--seed", default=0, show_default=True, help="Which held-out problems.")
+@click.option("--device", help="Default: the GPU if there is one.")
+@click.option("--out", default="out/compare", show_default=True, type=click.Path(path_type=Path))
+@BACKEND
+@JSON
+def compare(
+    sweeps: tuple[str, ...],
+    original: str | None,
+    patched: str | None,
+    source: str,
+    problems: int,
+    seed: int,
+    device: str | None,
+    out: Path,
+    backend: str | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Sweep algorithms from careful to fast: accuracy over tokens per forward, CSV and PNG. Or run
+    two decoding functions on the same prompts: tokens, forwards, time, CSV.
+    """
+    if sweeps and not (original or patched):
+        from pydllm.demo.command import sweep
+
+        if source not in MODELS:
+            raise click.BadParameter(
+                f"expected one of {', '.join(MODELS)} with --sweep, got {source}",
+                param_hint="--model",
+            )
+        return sweep(sweeps, source, problems, seed, device, out, backend, as_json)
+    if sweeps or not (original and patched):
+        raise click.UsageError("expected --sweep, or --original and --patched")
+    from pydllm.demo.task import held_out_problems
+    from pydllm.integrations.command import side_by_side
+
+    texts = [problem.prompt for problem in held_out_problems(problems, seed)]
+    if source not in MODELS and options["prompts"] is None:
+        raise click.UsageError(f"expected --prompts with --model {source}, got none")
+    folder = str(MODELS.get(source, source))
+    rows = side_by_side((original, patched), folder, texts, device, out, as_json=as_json, **options)
+    if as_json:
+        click.echo(json.dumps(rows))
+
+
+@main.command()
 @JSON
 def env(as_json: bool) -> None:
     """What is installed, which backends work, and why not."""
@@ -160,7 +222,7 @@ def lm_eval(arguments: tuple[str, ...]) -> None:
     run(arguments)
 
 
-for command in (demo, compare, aup, distill):
+for command in (demo, aup, distill):
     main.add_command(command)
 
 if __name__ == "__main__":
