@@ -1,10 +1,9 @@
-"""The command line: ``pydllm demo | compare | generate | distill | aup | env``."""
+"""The command line: ``pydllm demo | compare | generate | distill | aup | lm-eval | env``."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -16,9 +15,9 @@ from rich.console import Console
 
 from pydllm._backend.errors import PydllmError
 from pydllm._options import BACKEND, JSON
-from pydllm.demo import VERIFIER, WEIGHTS
+from pydllm.demo import MODELS, SWEEPS, VERIFIER, WEIGHTS
 from pydllm.demo.aup import aup
-from pydllm.demo.command import compare, demo
+from pydllm.demo.command import demo
 from pydllm.distill.command import distill
 
 PATH = click.Path(path_type=Path)
@@ -86,12 +85,13 @@ def generate(
     import torch
 
     from pydllm import decoding
+    from pydllm.decoding.settings import ALGORITHMS, parameters
     from pydllm.models import load
 
     if list_algorithms:
-        for name, kind in _algorithms().items():
+        for name, kind in ALGORITHMS.items():
             defaults = {field.name: field.default for field in dataclasses.fields(kind)}
-            fields = ", ".join(f"{key}={defaults[key]!r}" for key in _settable(kind))
+            fields = ", ".join(f"{key}={defaults[key]!r}" for key in parameters(kind))
             click.echo(f"{name}: {fields}")
         return
     if (data is None) != (out is None) or (data is None and (engine or workers)):
@@ -193,72 +193,76 @@ def _run_job(
         click.echo(f"{out / 'results.jsonl'}: {', '.join(f'{k} {v}' for k, v in record.items())}")
 
 
-def _algorithms() -> dict[str, type]:
-    from pydllm import decoding
-
-    kinds = (
-        decoding.Static,
-        decoding.Threshold,
-        decoding.Factor,
-        decoding.EntropyBound,
-        decoding.FreeDave,
-        decoding.APD,
-        decoding.LeftToRight,
-        decoding.MultiBlock,
-    )
-    return {kind.__name__.lower(): kind for kind in kinds}
-
-
-def _settable(kind: type) -> dict[str, tuple[str, ...]]:
-    """The parameters that text can state, and the types that it may have."""
-    plain = ("None", "bool", "int", "float", "str")
-    found = {}
-    for field in dataclasses.fields(kind):
-        types = tuple(name for name in plain if re.search(rf"\b{name}\b", str(field.type)))
-        if field.init and types and not re.search("Model|Baseline", str(field.type)):
-            found[field.name] = types
-    return found
-
-
-def _convert(text: str, types: tuple[str, ...]) -> Any:
-    """Text as the first of the types that it can be."""
-    words = {"none": None, "true": True, "false": False}
-    for name in types:
-        if name in ("None", "bool"):
-            value = words.get(text.lower(), text)
-            if type(value).__name__ in (name, f"{name}Type"):
-                return value
-            continue
-        try:
-            return {"int": int, "float": float, "str": str}[name](text)
-        except ValueError:
-            continue
-    raise ValueError(f"expected {' or '.join(types)}, got {text!r}")
-
-
 def _make_algorithm(name: str, settings: tuple[str, ...], verifier: Callable[[], Any]) -> Any:
-    """Build the algorithm from ``NAME=VALUE`` strings, typed as its dataclass declares."""
-    kinds = _algorithms()
-    if name.lower() not in kinds:
-        raise click.BadParameter(
-            f"expected one of {', '.join(kinds)}, got {name}", param_hint="--algorithm"
-        )
-    kind = kinds[name.lower()]
-    known = _settable(kind)
-    values = {}
-    for setting in settings:
-        key, _, value = setting.partition("=")
-        if key not in known:
+    """Build the algorithm from ``NAME=VALUE`` strings."""
+    from pydllm.decoding.settings import SettingError, make_algorithm
+
+    pairs = (setting.partition("=") for setting in settings)
+    try:
+        return make_algorithm(name, {key: value for key, _, value in pairs}, verifier)
+    except SettingError as error:
+        raise click.BadParameter(str(error), param_hint="--algorithm, --set") from None
+
+
+@main.command()
+@click.option("--sweep", "sweeps", multiple=True, type=click.Choice(SWEEPS))
+@click.option("--original", metavar="MODULE:FUNCTION", help="A decoding function, and ...")
+@click.option("--patched", metavar="MODULE:FUNCTION", help="... the one to compare it with.")
+@click.option("--model", "source", default="llada-tiny", show_default=True, help="Bundled, or DIR.")
+@click.option(
+    "--loader", metavar="MODULE:FUNCTION", help="Makes the model of DIR; it is called so."
+)
+@click.option("--prepare", metavar="MODULE:FUNCTION", help="Called with the model for --patched.")
+@click.option("--prompts", type=click.Path(path_type=Path), help="A line each: text, or JSON.")
+@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="For both functions.")
+@click.option("--set-original", "first", multiple=True, metavar="NAME=VALUE")
+@click.option("--set-patched", "second", multiple=True, metavar="NAME=VALUE")
+@click.option("--batch", default=1, show_default=True, help="Prompts of one length a call.")
+@click.option("--repeat", default=3, show_default=True, help="Timed rounds; the median counts.")
+@click.option("--strict", is_flag=True, help="Exit code 1 unless all tokens are equal.")
+@click.option("--problems", default=50, show_default=True, type=click.IntRange(1, 10000))
+@click.option("--seed", default=0, show_default=True, help="Which held-out problems.")
+@click.option("--device", help="Default: the GPU if there is one.")
+@click.option("--out", default="out/compare", show_default=True, type=click.Path(path_type=Path))
+@BACKEND
+@JSON
+def compare(
+    sweeps: tuple[str, ...],
+    original: str | None,
+    patched: str | None,
+    source: str,
+    problems: int,
+    seed: int,
+    device: str | None,
+    out: Path,
+    backend: str | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Sweep algorithms from careful to fast: accuracy over tokens per forward, CSV and PNG. Or run
+    two decoding functions on the same prompts: tokens, forwards, time, CSV.
+    """
+    if sweeps and not (original or patched):
+        from pydllm.demo.command import sweep
+
+        if source not in MODELS:
             raise click.BadParameter(
-                f"{name} takes {', '.join(known)}; got {key!r}", param_hint="--set"
+                f"expected one of {', '.join(MODELS)} with --sweep, got {source}",
+                param_hint="--model",
             )
-        try:
-            values[key] = _convert(value, known[key])
-        except ValueError as error:
-            raise click.BadParameter(f"{key}: {error}", param_hint="--set") from None
-    if any(field.name == "verifier" for field in dataclasses.fields(kind)):
-        values["verifier"] = verifier()
-    return kind(**values)
+        return sweep(sweeps, source, problems, seed, device, out, backend, as_json)
+    if sweeps or not (original and patched):
+        raise click.UsageError("expected --sweep, or --original and --patched")
+    from pydllm.demo.task import held_out_problems
+    from pydllm.integrations.command import side_by_side
+
+    texts = [problem.prompt for problem in held_out_problems(problems, seed)]
+    if source not in MODELS and options["prompts"] is None:
+        raise click.UsageError(f"expected --prompts with --model {source}, got none")
+    folder = str(MODELS.get(source, source))
+    rows = side_by_side((original, patched), folder, texts, device, out, as_json=as_json, **options)
+    if as_json:
+        click.echo(json.dumps(rows))
 
 
 @main.command()
@@ -273,7 +277,20 @@ def env(as_json: bool) -> None:
         environment.main()
 
 
-for command in (demo, compare, aup, distill):
+@main.command("lm-eval", context_settings={"ignore_unknown_options": True, "help_option_names": []})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def lm_eval(arguments: tuple[str, ...]) -> None:
+    """lm-evaluation-harness with this package's models: its arguments, less --model."""
+    try:
+        from pydllm.integrations.harness import main as run
+    except ImportError as error:
+        raise PydllmError(
+            f"lm-evaluation-harness cannot be imported ({error}): pip install 'pydllm[eval]'"
+        ) from error
+    run(arguments)
+
+
+for command in (demo, aup, distill):
     main.add_command(command)
 
 if __name__ == "__main__":

@@ -86,10 +86,11 @@ def load(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(device)
     processes = 1 if tp == 1 else join_processes(tp, device)
-    return _load_folder(_find_folder(source), device, dtype, processes)
+    return _load_folder(find_folder(source), device, dtype, processes)
 
 
-def _find_folder(source: str | os.PathLike[str]) -> Path:
+def find_folder(source: str | os.PathLike[str]) -> Path:
+    """The directory of a checkpoint: itself, or where the hub's files were put."""
     folder = Path(source)
     if folder.is_dir():
         return folder

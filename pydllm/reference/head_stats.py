@@ -18,6 +18,8 @@ _NO_ID = 2**31 - 1
 # Bound what is alive at a time to a few MB: rows, logits of a piece (the noise takes more room for
 # each), and elements of an operand that is not in the dtype of the sums and has to be converted.
 _ROWS, _LOGITS, _SAMPLED_LOGITS, _CONVERTED = 1024, 2**18, 2**16, 2**20
+# Rows whose logits are made as weight times rows.
+_FEW = range(5, 33)
 
 
 def head_stats(hidden: Tensor, weight: Tensor, *options) -> tuple[Tensor, ...]:  # noqa: ANN002
@@ -65,7 +67,7 @@ def head_stats_partial(
             part = slice(low, min(low + piece, vocab))
             added = None if bias is None else bias[part].to(dtype)
             first = vocab_offset + low
-            logits = ban(F.linear(x, weight[part].to(dtype), added), banned, first)
+            logits = ban(_product(x, weight[part].to(dtype), added), banned, first)
             logits = cap(logits, softcap)
             if outside is not None:
                 logits.masked_fill_(outside, -torch.inf)
@@ -82,6 +84,15 @@ def head_stats_partial(
             folded = list(known)
         values[:, block], ids[:, block] = folded
     return values, ids
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x @ weight.T + bias``."""
+    if x.shape[0] not in _FEW:
+        return F.linear(x, weight, bias)
+    # A CPU's library copies the right operand first: better these rows than the weights.
+    logits = (weight @ x.T.contiguous()).T.contiguous()
+    return logits if bias is None else logits + bias
 
 
 def _piece_stats(x: Tensor, scores: Tensor | None, first: int) -> tuple[Tensor, Tensor]:
