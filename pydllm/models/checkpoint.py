@@ -115,6 +115,11 @@ class Shards:
         with _opened(self._files[name]) as file:
             return file.get_slice(name)[rows]
 
+    def rows(self, name: str, count: int) -> Tensor:
+        """The first rows of a tensor; the rest is not read."""
+        with _opened(self._files[name]) as file:
+            return file.get_slice(name)[:count]
+
     def load(
         self,
         wanted: Sequence[Slot],

@@ -12,6 +12,8 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from pydllm._backend.errors import CheckpointError
+from pydllm.models.agreement import check as check_module
+from pydllm.models.agreement import warn_of_damage
 from pydllm.models.checkpoint import Shards, read_config, read_tokenizer
 from pydllm.models.config import Config
 from pydllm.models.families import find_family, make_spec
@@ -32,6 +34,7 @@ def load(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     tp: int | None = 1,
+    check: bool = False,
 ) -> NativeModel:
     """Load a diffusion language model.
 
@@ -50,6 +53,7 @@ def load(
             default process group, or that ``torchrun`` started, one where there are none. Each
             process reads and holds its part alone, on the CUDA device of its rank if there is one,
             and makes the same calls with the same arguments. For checkpoints only.
+        check: compare with the module's own forward on some random tokens, ``pydllm.models.check``.
 
     Returns:
         The model: LLaDA, Dream, SDAR, A2D, Qwen2, Qwen3 or Llama, dense. ``model.tokenizer`` is set
@@ -59,12 +63,15 @@ def load(
 
     Raises:
         CheckpointError: the checkpoint is incomplete, damaged or of an unknown kind; names the key,
-            tensor or file, what was expected and what was found.
+            tensor or file, what was expected and what was found. With ``check``: the module's
+            forward is another; says by how much.
         TypeError: ``source`` or ``dtype`` is of no accepted type.
-        ValueError: another device or dtype than the module's; a model that ``tp`` processes cannot
-            share.
+        ValueError: another device or dtype than the module's, a check of something else, or a model
+            that ``tp`` processes cannot share.
         PydllmError: there are not ``tp`` processes; says how to start them.
 
+    A module that transformers 5 damaged in silence, its rotary buffers or, where
+    ``config._name_or_path`` is a directory, its weights, gets a RuntimeWarning that names them.
     No code of a checkpoint is run and no pickle is opened.
 
     Example:
@@ -79,7 +86,12 @@ def load(
     if isinstance(source, nn.Module):
         if tp not in (None, 1):
             raise ValueError(f"tp: expected 1 for a loaded module, which is whole, got {tp}")
-        return _load_module(source, device, dtype)
+        model = _load_module(source, device, dtype)
+        if check:
+            check_module(model, source)
+        return model
+    if check:
+        raise ValueError("check: expected a module to compare with, got a checkpoint")
     if not isinstance(source, str | os.PathLike):
         raise TypeError(f"source: expected a path, a hub id or a module, got {type(source)}")
     if device is None:
@@ -172,6 +184,7 @@ def _load_module(
         raise ValueError(f"dtype: expected {like.dtype}, that of the shared module, got {dtype}")
     if device is not None and not _same_device(torch.device(device), like.device):
         raise ValueError(f"device: expected {like.device}, that of the shared module, got {device}")
+    warn_of_damage(module, getattr(module, "config", None), sizes, wanted, state)
     return NativeModel(spec, sizes, share(wanted, module), None)
 
 
