@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from math import lcm
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pydllm.decoding.graph import Eager, Runner, bucket, freeze, graphs_of, power_of_two
 from pydllm.models import Model
 
 
@@ -64,6 +66,11 @@ class Request:
         x: ``(B, L)`` int64 on the model's device: prompt, masks, and end of sequence behind them.
         prompt_length: ``(B,)`` int32 on the device.
         request_id: ``(B,)`` int32 on the device, what the noise is keyed by.
+        eos: ``(E,)`` int64 on the device, ids that end a sequence; None where there are none.
+        runner: how steps are run. Where it is static, rows are added up to a power of two, copies
+            of the first, and slots up to a bucket.
+        rows: sequences without those.
+        longest: positions of the longest sequence.
     """
 
     model: Model
@@ -76,6 +83,24 @@ class Request:
     seed: int
     backend: str | None
     on_step: Callable[[Step], None] | None
+    eos: Tensor | None = None
+    runner: Runner = field(default_factory=Eager)
+    rows: int = 0
+    longest: int = 0
+
+    def report(self, step: Step) -> None:
+        """Hand a step to who wants it, without the rows and slots that were added."""
+        if self.on_step is None:
+            return
+        rows, size = self.rows or len(step.x), self.model.spec.block_size or 1
+        longest = -(-(self.longest or step.x.shape[1]) // size) * size
+        x, step_map = (t[:rows, :longest] for t in (step.x, step.step_map))
+        self.on_step(Step(step.index, x, step_map, step.prompt_length[:rows]))
+
+    @property
+    def longest_prompt(self) -> int:
+        """In tokens."""
+        return (self.longest or self.x.shape[1]) - self.max_new_tokens
 
     def whole_blocks(self) -> Tensor:
         """``x``, copied; with a block-causal model masks fill up the last blocks."""
@@ -120,6 +145,7 @@ def generate(
     seed: int = 0,
     request_ids: Sequence[int] | None = None,
     backend: str | None = None,
+    graph: bool | str = "auto",
     on_step: Callable[[Step], None] | None = None,
 ) -> Generation:
     """Decode a continuation of every prompt, ragged prompts in one batch.
@@ -136,6 +162,10 @@ def generate(
             position and the number of tokens decoded before, and on nothing else in the batch.
         request_ids: the prompts' ids in the noise key, int32; default 0, 1, 2, ...
         backend: ``"auto"``, ``"cuda"``, ``"triton"`` or ``"torch"``, for every op.
+        graph: replay the steps as CUDA graphs (docs/cuda-graphs.md): True; False; or ``"auto"``, on
+            a GPU with a model of ``pydllm.load``, once a step has run a few times. The tokens are
+            the same. ``pydllm.warmup`` captures beforehand. Without a GPU True replays the steps'
+            operators, to test with.
         on_step: called after every forward with a ``Step``; reading its tensors waits for the
             device.
 
@@ -175,6 +205,13 @@ def generate(
             f"prompts: expected at most {limit} positions with max_new_tokens={max_new_tokens}, "
             f"got {longest}"
         )
+    if graph not in (True, False, "auto"):
+        raise ValueError(f"graph: expected True, False or 'auto', got {graph!r}")
+    can = hasattr(model, "graphs")
+    if graph is True and not can:
+        raise ValueError(
+            f"graph: expected a model of pydllm.load for True, got a {type(model).__name__}"
+        )
     algorithm.check(model, max_new_tokens)
 
     device, spec = model.device, model.spec
@@ -198,7 +235,48 @@ def generate(
         backend=backend,
         on_step=on_step,
     )
+    if spec.eos_ids:
+        request = replace(request, eos=torch.tensor(spec.eos_ids, device=device))
+    if graph is True or (graph == "auto" and device.type == "cuda" and can):
+        request = _static(request, algorithm, auto=graph == "auto", sampled=max(each) > 0)
     return _collect(model, algorithm.run(request), lengths, max_new_tokens)
+
+
+def _static(request: Request, algorithm: Algorithm, *, auto: bool, sampled: bool) -> Request:
+    """The request over static buffers: rows and slots rounded up, so that calls share them."""
+    model, (rows, longest) = request.model, request.x.shape
+    batch, slots = power_of_two(rows), bucket(longest)
+    size = lcm(16, model.spec.block_size or 1)
+    slots = -(-slots // size) * size
+    limit = model.spec.max_positions
+    if limit is not None:
+        slots = max(longest, min(slots, limit))
+    temperature = request.temperature
+    known = temperature if isinstance(temperature, float) else "each"
+    # What noise is drawn with is captured, where there is any.
+    noise = (known, request.seed if sampled or _is_random(algorithm) else None)
+    which = (freeze(algorithm), model.spec, batch, slots, noise, request.backend)
+    copies = torch.arange(batch, device=request.x.device)
+    copies = torch.where(copies < rows, copies, 0)
+    spare = model.spec.eos_ids[0] if model.spec.eos_ids else 0
+    x = F.pad(request.x, (0, slots - longest), value=spare)
+    request = replace(
+        request,
+        x=x[copies],
+        prompt_length=request.prompt_length[copies],
+        request_id=request.request_id[copies],
+        temperature=temperature[copies] if isinstance(temperature, Tensor) else temperature,
+        runner=graphs_of(model, which, auto=auto),
+        rows=rows,
+        longest=longest,
+    )
+    return request.runner.hold("request", request)
+
+
+def _is_random(algorithm: object) -> bool:
+    """Whether an order is drawn from the seed."""
+    baseline = getattr(algorithm, "baseline", None) or algorithm
+    return getattr(baseline, "score", None) == "random"
 
 
 def encode_prompts(
@@ -254,7 +332,8 @@ def _collect(
     model: Model, decoded: Decoded, prompt_lengths: list[int], max_new_tokens: int
 ) -> Generation:
     results = (decoded.x, decoded.step_map, decoded.nfe)
-    x, step_map, nfe = (result.to("cpu", torch.int64) for result in results)
+    rows = len(prompt_lengths)
+    x, step_map, nfe = (result[:rows].to("cpu", torch.int64) for result in results)
     verifier_nfe = decoded.verifier_nfe
     new = [slice(n, n + max_new_tokens) for n in prompt_lengths]
     answers = torch.stack([x[row, part] for row, part in enumerate(new)])
@@ -271,5 +350,5 @@ def _collect(
         tokens_per_forward=counted / nfe.clamp(min=1),
         step_map=torch.stack([step_map[row, part] for row, part in enumerate(new)]),
         text=text,
-        verifier_nfe=None if verifier_nfe is None else verifier_nfe.to("cpu", torch.int64),
+        verifier_nfe=None if verifier_nfe is None else verifier_nfe[:rows].to("cpu", torch.int64),
     )

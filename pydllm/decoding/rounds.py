@@ -7,6 +7,9 @@ three numbers a sequence, once a round: how many rows each forward needs. They d
 the last round accepted; padding to their bounds instead would about double the rows of a forward.
 A sequence that needs none is finished and leaves the batch.
 
+Replayed as a CUDA graph, a round has the rows that its window and its drafts can need at most: a
+forward of so few mostly reads weights. The host then looks only now and then at who is finished.
+
 On a CPU the drafts are made and verified a piece at a time, and a sequence whose run has ended
 leaves the rest undone: no draft depends on those behind it, and two LM heads and the noise are most
 of a round there. On a GPU a few rows cost what many do, and a piece would be a wait.
@@ -17,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Any, NamedTuple
 
 import torch
@@ -24,8 +28,9 @@ from torch import Tensor
 
 from pydllm import ops
 from pydllm.decoding.generation import Decoded, Request, Step
+from pydllm.decoding.graph import POLL
 from pydllm.decoding.state import HostNumbers, Selection, State, Window, fill_holes
-from pydllm.decoding.step import finish_block, forward, row_temperatures, select_rows
+from pydllm.decoding.step import forward, row_temperatures, select_rows
 from pydllm.models import Model, StaticCache
 
 _FIRST_GUESS = 8  # drafts of the first piece of a call
@@ -40,7 +45,6 @@ class Progress(State):
     previous: Tensor  # (b,) int32: the cursor one round earlier, at first 0
     verified: Tensor  # (b,) int32: leading slots of the verifier's cache that are right
     verifier_nfe: Tensor  # (b,) int32
-    end: Tensor  # (b,) int32
     window: Tensor  # (b,) int32
     lookahead: Tensor  # (b,) int32
     mixture: Tensor  # (b,) fp32
@@ -83,15 +87,19 @@ class Rounds:
     shared_vocab: int | None
 
     def run(self, request: Request) -> Decoded:
-        whole = state = self._start(request)
+        runner = request.runner
+        whole = state = runner.hold("state", self._start(request))
         batch, slots = request.x.shape
         cached = any(window is not None for window in self.window)
         verifier = None
         if self.verifier is not None:
-            verifier = _Verifier(self.verifier, self.verifier.new_cache(batch, slots))
-        cache = request.model.new_cache(batch, slots if cached else 0)
+            seen = runner.cache("verifier", self.verifier, batch, slots)
+            verifier = _Verifier(self.verifier, seen)
+        cache = runner.cache("cache", request.model, batch, slots if cached else 0)
         banned = torch.tensor([request.mask_id], dtype=torch.int32, device=request.x.device)
-        call = _Call(request, cache, verifier, banned)
+        call = _Call(request, cache, verifier, runner.hold("banned", banned))
+        if runner.static:
+            return self._run_static(call, whole)
         numbers = HostNumbers(request.x.device, 3 * batch)
         forwards = 0
         while True:
@@ -114,7 +122,60 @@ class Rounds:
             forwards += 1
             if request.on_step is not None:
                 state.write_back(whole)
-                request.on_step(Step(forwards, whole.x, whole.step_map, whole.prompt_length))
+                request.report(Step(forwards, whole.x, whole.step_map, whole.prompt_length))
+        return self._decoded(state, whole)
+
+    def _run_static(self, call: _Call, whole: Progress) -> Decoded:
+        """The rounds as steps of fixed shapes."""
+        request, state = call.request, whole
+        runner = request.runner
+        (batch, slots), first = whole.x.shape, True
+        numbers = HostNumbers(whole.x.device, batch)
+        for forwards in count(1):
+            widths = self._most(slots, first)
+            key = (first, len(state.rows), *widths)
+
+            def step(state: Progress = state, widths: list[int] = widths) -> Tensor:
+                self._round(call, state, self._spans(state), widths)
+                return (state.cursor < state.end).int()
+
+            left, first = runner.run(key, step), False
+            if request.on_step is not None:
+                state.write_back(whole)
+                request.report(Step(forwards, whole.x, whole.step_map, whole.prompt_length))
+            if forwards % POLL:
+                continue
+            numbers.post(left)
+            live = [row for row, going in enumerate(numbers.read()) if going]
+            if not live:
+                break
+            stay = runner.stay(live, len(state.rows))
+            if stay is not None:
+                state.write_back(whole)
+                order = fill_holes(stay)
+                kept = state.keep(torch.tensor(order, device=whole.x.device))
+                state = runner.hold("state", kept)
+                call.cache = call.cache.take(order)
+                if call.verifier is not None:
+                    call.verifier.cache = call.verifier.cache.take(order)
+        return self._decoded(state, whole)
+
+    def _most(self, slots: int, first: bool) -> list[int]:
+        """What a round needs at most: rows of the window, drafts, rows of the verifier.
+
+        A round's window reaches back over the run of the last one, and the verifier over it and the
+        token before; the first has the prompt in both.
+        """
+        masks, window = (
+            max(slots if value is None else min(value, slots) for value in values)
+            for values in (self.lookahead, self.window)
+        )
+        drafts = masks if self.limit is None else min(masks, self.limit)
+        if first:
+            return [slots, drafts, slots]
+        return [min(window - 1 + drafts + masks, slots), drafts, min(2 * drafts, slots)]
+
+    def _decoded(self, state: Progress, whole: Progress) -> Decoded:
         state.write_back(whole)
         verifier_nfe = None if self.verifier is None else whole.verifier_nfe
         return Decoded(whole.x, whole.step_map, whole.nfe, verifier_nfe)
@@ -131,10 +192,9 @@ class Rounds:
         return Progress(
             **vars(State.of(request)),
             cursor=request.prompt_length.clone(),
-            previous=zero,
+            previous=zero.clone(),
             verified=zero.clone(),
             verifier_nfe=zero.clone(),
-            end=request.prompt_length + request.max_new_tokens,
             window=numbers(self.window),
             lookahead=numbers(self.lookahead),
             mixture=torch.tensor(self.mixture, dtype=torch.float32, device=zero.device),
@@ -159,9 +219,11 @@ class Rounds:
         """One round of every sequence; ``widths`` are the largest numbers of rows."""
         rows, width, verifier_rows = widths
         request, cursor = call.request, state.cursor
-        right = cursor + spans.masks
+        # A sequence that is done may stay, and has no window any more.
+        behind = torch.where(spans.masks > 0, cursor, spans.left)
+        right = behind + spans.masks
         # Keys of masks are never seen again.
-        kept = cursor - spans.left if call.cache.max_len else None
+        kept = behind - spans.left if call.cache.max_len else None
         window = Window.make(spans.left, right - spans.left, right, width=rows, commit=kept)
         hidden = forward(request, state, window, call.cache)
         selection = Selection(cursor, spans.drafts, width)
@@ -175,16 +237,17 @@ class Rounds:
             torch.zeros_like(token, dtype=torch.float32),
             mask_id=request.mask_id,
             start=cursor,
-            length=spans.drafts,
+            length=length,  # all masks of this window are filled: a complete one ends a sequence
             rule="left_to_right",
             quota=length,
+            ending=ops.Ending(state.done, state.end, request.eos),
             backend=request.backend,
         )
-        done = finish_block(state, request, cursor, spans.drafts[:, None])
-        state.previous = cursor
-        state.cursor = torch.where(done, state.end, cursor + length)
+        # A sequence without masks stays as it is.
+        state.previous.copy_(torch.where(spans.masks > 0, cursor, state.previous))
+        state.cursor.copy_(torch.where(state.done, state.end, cursor + length))
         # The slot of the last token is computed anew: that row predicts the next round's first.
-        state.verified = torch.where(spans.verify > 0, state.cursor - 1, state.verified)
+        state.verified.copy_(torch.where(spans.verify > 0, state.cursor - 1, state.verified))
 
     def _decide(
         self, call: _Call, state: Progress, spans: Spans, hidden: Tensor, verifier_rows: int
@@ -197,6 +260,7 @@ class Rounds:
         length = torch.zeros_like(spans.drafts)
         verifier = call.verifier if verifier_rows else None
         in_pieces = verifier is not None and hidden.device.type == "cpu"
+        in_pieces &= not request.runner.static
         piece = Piece(slice(None), 0, min(call.guess, width) if in_pieces else width)
         while True:
             noise: dict[str, Any] = {
@@ -212,15 +276,15 @@ class Rounds:
             draft = ops.mixture_draft(logits, top_p=self.top_p, **noise)
             drafts = draft.token.view(-1, piece.stop - piece.first)
             token[piece.rows, piece.first : piece.stop] = drafts
-            count = (spans.drafts[piece.rows] - piece.first).clamp(max=drafts.shape[1])
+            number = (spans.drafts[piece.rows] - piece.first).clamp(max=drafts.shape[1])
             if verifier is None:
-                return token, count
+                return token, number
             expert = verifier.logits(request, state, spans, token, piece, verifier_rows)
             verdict = ops.mixture_accept(
                 logits,
                 expert.flatten(0, 1),
                 draft.token,
-                length=count,
+                length=number,
                 mixture=state.mixture[piece.rows],
                 threshold=draft.threshold,
                 emit=self.emit if piece.first == 0 else "target",  # one draft a round is free
@@ -228,11 +292,11 @@ class Rounds:
             )
             written = verdict.accepted
             if self.emit != "draft":
-                drafts, written = _correct(drafts, verdict, count)
+                drafts, written = _correct(drafts, verdict, number)
                 token[piece.rows, piece.first : piece.stop] = drafts
             length[piece.rows] += written
             if in_pieces:
-                going = (verdict.accepted == count) & (spans.drafts[piece.rows] > piece.stop)
+                going = (verdict.accepted == number) & (spans.drafts[piece.rows] > piece.stop)
                 piece = piece.following(going, width)
             if not in_pieces or piece.empty:
                 break

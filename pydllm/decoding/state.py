@@ -74,6 +74,8 @@ class State:
     request_id: Tensor  # (b,) int32
     steps: Tensor  # (b,) int32: steps of the baseline, where a forward may take several
     run: Tensor  # (b,) fp32: of late, so many steps a forward
+    end: Tensor  # (b,) int32: the first position behind the sequence
+    done: Tensor  # (b,) bool: nothing is left to decode
 
     @classmethod
     def of(cls, request: Request) -> State:
@@ -90,6 +92,8 @@ class State:
             request_id=request.request_id,
             steps=torch.zeros(batch, dtype=torch.int32, device=device),
             run=torch.full((batch,), 2.0, device=device),
+            end=request.prompt_length + request.max_new_tokens,
+            done=torch.zeros(batch, dtype=torch.bool, device=device),
         )
 
     @classmethod
