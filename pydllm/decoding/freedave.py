@@ -139,9 +139,11 @@ class _Strict(Blockwise):
         carried, wish = block.run("begin", block.refresh, begin)
         yield
         # As many as the baseline could need: with logits that are NaN a mask can stay a mask.
-        for _ in range(block.size - 1):
+        for index in range(block.size - 1):
             numbers.post(wish)
             most = numbers.read()[0]
+            if block.request.warm:
+                most = 1 + index % self.drafts.most
             if most == 0:
                 break
             rows = block.window.width * len(state.rows)

@@ -1,7 +1,7 @@
 """Steps as CUDA graphs over static buffers.
 
 A step is a function without arguments that reads and writes tensors at fixed addresses. ``run``
-calls it the first time, which compiles and does the work, captures it, and replays it from then on.
+calls it once or a few times, then captures it and replays it from then on.
 What a step reads lies in buffers that ``hold`` fills; what it is captured with beside them, Python
 numbers and shapes, is in its key. Sequences and window rows are rounded up to buckets, so there are
 few keys: rows behind a window's length mean nothing, and sequences that are finished are not
@@ -83,16 +83,22 @@ class Eager:
 class Graphs:
     """Captured steps of one kind of call, and the buffers they work on.
 
+    Attributes:
+        batch, slots: sequences and slots that its buffers are for; calls may have fewer.
+
     Args:
         device: where the model is; without CUDA steps are recorded instead of captured.
-        after: so many runs of a step before it is captured.
+        after: so many runs of a step before it is captured, at least one.
         strict: raise if a step cannot be captured; otherwise say so once and go on without.
     """
 
     static = True
 
-    def __init__(self, device: torch.device, *, after: int, strict: bool) -> None:
+    def __init__(
+        self, device: torch.device, batch: int, slots: int, *, after: int, strict: bool
+    ) -> None:
         self._device, self.after, self.strict = device, after, strict
+        self.batch, self.slots = batch, slots
         self._buffers: dict[Hashable, Tensor] = {}
         self._caches: dict[Hashable, StaticCache] = {}
         self._seen: dict[Hashable, int] = {}
@@ -120,32 +126,33 @@ class Graphs:
         return map_tensors(place, tree, name)
 
     def cache(self, name: str, model: Model, batch: int, max_len: int) -> StaticCache:
-        key = (name, batch, max_len)
-        if key not in self._caches:
-            self._caches[key] = model.new_cache(batch, max_len)
-        return self._caches[key]
+        if (name, max_len) not in self._caches:
+            self._caches[name, max_len] = model.new_cache(self.batch, max_len)
+        return self._caches[name, max_len].first(batch)
 
     def run(self, key: Hashable, step: Callable[[], Tree]) -> Tree:
         known = self._steps.get(key)
         if known is not None:
             return known.replay()
+        # The first run compiles kernels and makes the buffers.
         self._seen[key] = self._seen.get(key, 0) + 1
         if self._broken or self._seen[key] <= self.after:
             return step()
         if self._device.type != "cuda":
             self._steps[key] = recording = Recording(step)
             return recording.result
-        result = step()
         try:
             self._pool = self._pool or torch.cuda.graph_pool_handle()
-            self._steps[key] = _Captured(step, self._pool)
+            captured = _Captured(step, self._pool)
         except RuntimeError as error:
             message = f"graph: the step {key} cannot be captured: {error}"
             if self.strict:
                 raise PydllmError(message) from error
             self._broken = True
             _LOG.warning("%s; decoding goes on without graphs", message)
-        return result
+            return step()
+        self._steps[key] = captured
+        return captured.replay()
 
     def width(self, rows: int, most: int) -> int:
         return min(bucket(rows), most)
@@ -210,14 +217,16 @@ def freeze(value: Any) -> Hashable:
     return value
 
 
-def graphs_of(model: Model, kind: Hashable, *, auto: bool) -> Graphs:
-    """The graphs of a kind of call over a model, which keeps those used last."""
-    kept: OrderedDict[Hashable, Graphs] = model.graphs  # type: ignore[attr-defined]
-    if kind not in kept:
+def graphs_of(model: Model, kind: Hashable, batch: int, slots: int, *, auto: bool) -> Graphs:
+    """The graphs of a kind of call over a model, large enough; it keeps those used last."""
+    kept: OrderedDict[tuple[Hashable, int, int], Graphs] = model.graphs  # type: ignore[attr-defined]
+    large = [key for key in kept if key[0] == kind and key[1] >= batch and key[2] >= slots]
+    key = min(large, key=lambda key: key[1:], default=(kind, batch, slots))
+    if key not in kept:
         while len(kept) >= KINDS:
             kept.popitem(last=False)
-        kept[kind] = Graphs(model.device, after=WORTH_IT, strict=False)
-    kept.move_to_end(kind)
-    graphs = kept[kind]
-    graphs.after, graphs.strict = (WORTH_IT, False) if auto else (0, True)
+        kept[key] = Graphs(model.device, batch, slots, after=1, strict=False)
+    kept.move_to_end(key)
+    graphs = kept[key]
+    graphs.after, graphs.strict = (WORTH_IT, False) if auto else (1, True)
     return graphs

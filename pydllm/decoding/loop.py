@@ -104,7 +104,7 @@ class Blockwise:
             yield
             if known is None and index < steps - 1:
                 numbers.post(left)
-                if not numbers.read()[0]:
+                if not numbers.read()[0] and not block.request.warm:
                     return
 
 
@@ -112,12 +112,23 @@ class Block:
     """One block of every live sequence: its windows, made once, and its steps.
 
     Attributes:
-        start: ``(b,)`` int32, the block's first position.
-        size: its positions; ``width`` rows are looked at, more where shapes are static.
+        size: its positions.
         is_all_masks: whether all of them are masks in all sequences when the block begins.
         refresh: the window of the first forward.
         window: of the others.
+        block: its positions, with more rows where shapes are static; ``first_selection`` and
+            ``selection`` are the positions that the first step and the others decide.
+        ends_from: ``(b,)`` int32, where an end of sequence may be.
     """
+
+    size: int
+    is_all_masks: bool
+    refresh: Window
+    window: Window
+    block: Selection
+    selection: Selection
+    first_selection: Selection
+    ends_from: Tensor
 
     def __init__(
         self,
@@ -159,7 +170,8 @@ class Block:
         self.block = self.selection = self.first_selection = block
         commit = None if plan.cache == "none" else total
         zero = torch.zeros_like(total)
-        self.refresh = Window.make(zero, total, total, width=slots, commit=commit)
+        width = self.request.width
+        self.refresh = Window.make(zero, total, total, width=width, commit=commit)
         if plan.carry_masks:
             width = offset + self.size
             length = torch.full_like(total, width)
@@ -183,7 +195,9 @@ class Block:
         self.size, self.is_all_masks = size, index > 0
         # A sequence that is done may stay, and has no block any more.
         self.start = (prompt // size * size + index * size).clamp(max=slots - size)
-        end, length = self.start + size, torch.full_like(prompt, size)
+        end = self.start + size
+        # Masks behind the end of a sequence that is done stay masks.
+        length = torch.full_like(prompt, size).masked_fill(self.state.done, 0)
         self.block = self.selection = self.first_selection = Selection(self.start, length, size)
         # The first forward also stores the block before, or all that the prompt fills.
         width = 2 * size

@@ -139,9 +139,7 @@ class _Batch:
                 n: getattr(algorithm, n) for n in ("block_length", "threshold", "add_at", "full_at")
             },
             **{n: getattr(algorithm, n) for n in ("early_stop", "delay", "refresh", "profile")},
-            "eos_ids": request.runner.hold("eos", torch.tensor(eos_ids, device=device))
-            if eos_ids
-            else None,
+            "eos_ids": request.eos[: len(eos_ids)] if request.eos is not None else None,
             "cached": algorithm.cache,
             "tail": None if tail >= new else tail,
             "shifted": spec.shift_logits,

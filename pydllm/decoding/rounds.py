@@ -129,10 +129,9 @@ class Rounds:
         """The rounds as steps of fixed shapes."""
         request, state = call.request, whole
         runner = request.runner
-        (batch, slots), first = whole.x.shape, True
-        numbers = HostNumbers(whole.x.device, batch)
+        numbers, first = HostNumbers(whole.x.device, len(whole.x)), True
         for forwards in count(1):
-            widths = self._most(slots, first)
+            widths = self._most(request.width, first)
             key = (first, len(state.rows), *widths)
 
             def step(state: Progress = state, widths: list[int] = widths) -> Tensor:
@@ -160,20 +159,20 @@ class Rounds:
                     call.verifier.cache = call.verifier.cache.take(order)
         return self._decoded(state, whole)
 
-    def _most(self, slots: int, first: bool) -> list[int]:
+    def _most(self, whole: int, first: bool) -> list[int]:
         """What a round needs at most: rows of the window, drafts, rows of the verifier.
 
         A round's window reaches back over the run of the last one, and the verifier over it and the
         token before; the first has the prompt in both.
         """
         masks, window = (
-            max(slots if value is None else min(value, slots) for value in values)
+            max(whole if value is None else min(value, whole) for value in values)
             for values in (self.lookahead, self.window)
         )
         drafts = masks if self.limit is None else min(masks, self.limit)
         if first:
-            return [slots, drafts, slots]
-        return [min(window - 1 + drafts + masks, slots), drafts, min(2 * drafts, slots)]
+            return [whole, drafts, whole]
+        return [min(window - 1 + drafts + masks, whole), drafts, min(2 * drafts, whole)]
 
     def _decoded(self, state: Progress, whole: Progress) -> Decoded:
         state.write_back(whole)

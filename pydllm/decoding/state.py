@@ -140,19 +140,6 @@ class HostNumbers:
         return self._values[: self._posted].tolist()
 
 
-class HostFlag:
-    """One boolean that travels as ``HostNumbers`` do."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._number = HostNumbers(device, 1)
-
-    def post(self, value: Tensor) -> None:
-        self._number.post(value.int().view(1))
-
-    def read(self) -> bool:
-        return bool(self._number.read()[0])
-
-
 def fill_holes(live: list[int]) -> list[int]:
     """The live rows in an order that leaves those before ``len(live)`` where they are."""
     last = iter(row for row in live if row >= len(live))
