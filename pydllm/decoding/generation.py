@@ -260,7 +260,7 @@ def warmup(
             warm=True,
         )
     graphs = next(reversed(model.graphs.values()))  # type: ignore[attr-defined]
-    return len(graphs.captured)
+    return len(graphs.steps)
 
 
 @torch.no_grad()

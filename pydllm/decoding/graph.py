@@ -85,6 +85,7 @@ class Graphs:
 
     Attributes:
         batch, slots: sequences and slots that its buffers are for; calls may have fewer.
+        steps: the captured steps by their keys.
 
     Args:
         device: where the model is; without CUDA steps are recorded instead of captured.
@@ -102,14 +103,9 @@ class Graphs:
         self._buffers: dict[Hashable, Tensor] = {}
         self._caches: dict[Hashable, StaticCache] = {}
         self._seen: dict[Hashable, int] = {}
-        self._steps: dict[Hashable, Recording | _Captured] = {}
+        self.steps: dict[Hashable, Recording | _Captured] = {}
         self._pool: Any = None
         self._broken = False
-
-    @property
-    def captured(self) -> tuple[Hashable, ...]:
-        """The keys of the captured steps."""
-        return tuple(self._steps)
 
     def hold(self, name: str, tree: Tree) -> Tree:
         def place(path: str, tensor: Tensor) -> Tensor:
@@ -131,7 +127,7 @@ class Graphs:
         return self._caches[name, max_len].first(batch)
 
     def run(self, key: Hashable, step: Callable[[], Tree]) -> Tree:
-        known = self._steps.get(key)
+        known = self.steps.get(key)
         if known is not None:
             return known.replay()
         # The first run compiles kernels and makes the buffers.
@@ -139,7 +135,7 @@ class Graphs:
         if self._broken or self._seen[key] <= self.after:
             return step()
         if self._device.type != "cuda":
-            self._steps[key] = recording = Recording(step)
+            self.steps[key] = recording = Recording(step)
             return recording.result
         try:
             self._pool = self._pool or torch.cuda.graph_pool_handle()
@@ -151,7 +147,7 @@ class Graphs:
             self._broken = True
             _LOG.warning("%s; decoding goes on without graphs", message)
             return step()
-        self._steps[key] = captured
+        self.steps[key] = captured
         return captured.replay()
 
     def width(self, rows: int, most: int) -> int:

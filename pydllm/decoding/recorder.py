@@ -66,6 +66,11 @@ class Recording:
         self._results = [(t, self._numbers[id(t)]) for t in leaves if id(t) in self._numbers]
         self._numbers, self._kept = {}, []
 
+    @property
+    def launches(self) -> int:
+        """Operators that a replay runs."""
+        return len(self._calls)
+
     def note(self, function: Any, args: Any, kwargs: Any, result: Any) -> None:
         """Add a call that has just been made."""
 

@@ -111,7 +111,7 @@ def test_replays_equal_runs(kind, shift, name, algorithm):
         else:
             assert_same(one, other)
     (kept,) = model.graphs.values()
-    assert kept.captured
+    assert kept.steps
 
 
 def test_the_batches_of_these_tests_have_early_ends():
@@ -142,7 +142,7 @@ def test_a_call_of_the_same_kind_captures_nothing_new():
         assert_same(decode(model, lengths, algorithm, graph=True), expected)
     assert [*model.graphs.values()] == [kept]
     # Batches of eight and fewer: a first, a middle and a last step each.
-    assert 2 <= len(kept.captured) <= 12
+    assert 2 <= len(kept.steps) <= 12
 
 
 def test_few_kinds_are_kept():
@@ -163,7 +163,7 @@ def test_finished_sequences_leave_by_halves():
     expected = decode(model, lengths, algorithm, max_new_tokens=24)
     assert_same(decode(model, lengths, algorithm, max_new_tokens=24, graph=True), expected)
     (kept,) = model.graphs.values()
-    sizes = {key[1] for key in kept.captured}
+    sizes = {key[1] for key in kept.steps}
     assert len(sizes) > 1 and sizes <= {1, 2, 4, 8}
 
 
@@ -267,7 +267,7 @@ def test_warmup_makes_buffers_that_smaller_calls_use():
     algorithm = FULL["threshold"]
     captured = pydllm.warmup(model, algorithm, 8, 64, max_new_tokens=NEW)
     (kept,) = model.graphs.values()
-    assert captured == len(kept.captured) >= 2
+    assert captured == len(kept.steps) >= 2
     assert (kept.batch, kept.slots) == (8, 64)
     for lengths in (LENGTHS, OTHERS, (40,)):
         expected = decode(model, lengths, algorithm)
@@ -283,7 +283,7 @@ def test_warmup_decodes_to_the_end_whatever_the_model_says():
     pydllm.warmup(model, pydllm.Static(4), 2, 32, max_new_tokens=8)
     (kept,) = model.graphs.values()
     # Both blocks have all their steps: a first, others and a last one.
-    assert {key[0] for key in kept.captured} == {
+    assert {key[0] for key in kept.steps} == {
         (True, False, 4),
         (False, False, 4),
         (False, True, 4),

@@ -184,4 +184,4 @@ def test_captured_steps_equal_runs(name):
         assert torch.equal(torch.cat(got.sequences), torch.cat(expected.sequences))
         assert torch.equal(got.step_map, expected.step_map)
     (kept,) = model.graphs.values()
-    assert kept.captured
+    assert kept.steps
