@@ -20,6 +20,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -203,8 +204,23 @@ def dry(parts: tuple[str, ...], out: Path) -> int:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         click.echo((done.stdout.strip().splitlines() or [done.stderr.strip()])[-1])
         bad |= done.returncode != 0
-    click.echo(f"nvcc: {shutil.which('nvcc') or _toolkit('nvcc') or 'none'}")
+    if "build" in parts:
+        if shutil.which("nvcc") is None and not _toolkit("nvcc"):
+            click.echo("csrc is not compiled: no nvcc here")
+        else:
+            bad |= not compiles("90a")
     return int(bad)
+
+
+def compiles(arch: str) -> bool:
+    """Whether csrc/ compiles for an architecture; nothing is left behind."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = python("setup.py", "build_ext", "--build-lib", folder, "--build-temp", folder)
+        environment = dict(os.environ) | {"PYDLLM_BUILD_CUDA": "1", "PYDLLM_CUDA_ARCHS": arch}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        built = [path.name for path in Path(folder).rglob("_C*")]
+    click.echo(f"csrc for sm_{arch}: {', '.join(built) or done.stderr.strip()[-500:]}")
+    return done.returncode == 0 and bool(built)
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:

@@ -17,7 +17,8 @@ ROOT = gpu.ROOT
 
 
 def test_every_part_lists_commands_whose_files_exist(tmp_path):
-    parts = [part for part in gpu.PARTS if part != "tests"]  # collecting them all takes a while
+    # Collecting all tests takes a while, and test_csrc.py compiles.
+    parts = [part for part in gpu.PARTS if part not in ("build", "tests")]
     result = CliRunner().invoke(gpu.main, ["--dry", *parts])
     assert result.exit_code == 0, result.output
     assert "no such file" not in result.output

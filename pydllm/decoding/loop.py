@@ -79,7 +79,7 @@ class Blockwise:
                     state.write_back(whole)
                     request.report(Step(forwards, whole.x, whole.step_map, whole.prompt_length))
             state.write_back(whole)
-            numbers.post(state.done)
+            numbers.post(state.done.int())
             live = [row for row, ended in enumerate(numbers.read()) if not ended]
             if not live:
                 break

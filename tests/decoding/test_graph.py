@@ -10,6 +10,7 @@ import torch
 import pydllm
 from pydllm.decoding import graph as graphs
 from pydllm.decoding.recorder import Recording
+from tests.decoding.test_freedave import cast
 from tests.decoding.trajectories import random_pair, random_prompt
 
 LENGTHS = (4, 1, 9, 7, 20)
@@ -304,3 +305,69 @@ def test_bad_warmup(arguments, message):
     options = dict(zip(("max_new_tokens",), arguments[2:], strict=False))
     with pytest.raises(ValueError, match=message):
         pydllm.warmup(model, pydllm.Static(4), *arguments[:2], **options)
+
+
+# The choice between capturing and going on without, as on a GPU.
+
+
+class Refused:
+    def __init__(self, step, pool):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+
+class Software(Recording):
+    """A capture runs no kernels: here the recording's effects are undone."""
+
+    def __init__(self, step, pool):
+        self.counter, before = step.__self__, step.__self__.total.clone()
+        super().__init__(step)
+        self.counter.total.copy_(before)
+
+
+class Counter:
+    def __init__(self):
+        self.total, self.calls = torch.zeros(()), 0
+
+    def step(self):
+        self.calls += 1
+        return self.total.add_(1)
+
+
+def as_on_gpu(monkeypatch, captured, **options):
+    monkeypatch.setattr(graphs, "_Captured", captured)
+    monkeypatch.setattr(graphs.torch.cuda, "graph_pool_handle", lambda: "pool")
+    return graphs.Graphs(torch.device("cuda"), 1, 16, **options)
+
+
+@pytest.mark.parametrize("after", [1, graphs.WORTH_IT])
+def test_a_step_is_captured_once_it_has_run(after, monkeypatch):
+    runner, counter = as_on_gpu(monkeypatch, Software, after=after, strict=True), Counter()
+    for count in range(1, 8):
+        assert runner.run("key", counter.step) == count
+        assert ("key" in runner.steps) == (count > after)
+    assert counter.calls == after + 1
+
+
+def test_a_step_that_cannot_be_captured(monkeypatch, caplog):
+    counter = Counter()
+    runner = as_on_gpu(monkeypatch, Refused, after=1, strict=True)
+    runner.run("key", counter.step)
+    with pytest.raises(pydllm.PydllmError, match="the step key cannot be captured: operation not"):
+        runner.run("key", counter.step)
+    runner, counter = as_on_gpu(monkeypatch, Refused, after=1, strict=False), Counter()
+    with caplog.at_level("WARNING", logger="pydllm"):
+        for count in range(1, 5):
+            assert runner.run("key", counter.step) == count
+    assert caplog.text.count("cannot be captured") == 1 and not runner.steps
+
+
+@pytest.mark.parametrize("name", ["threshold", "freedave", "multiblock"])
+def test_kernels_are_recorded_as_one_operator_each(name):
+    model, _ = random_pair(8)
+    model = cast(model, torch.float32)
+    expected = decode(model, (3, 1), FULL[name], max_new_tokens=6)
+    for _ in range(2):
+        got = decode(model, (3, 1), FULL[name], max_new_tokens=6, graph=True, backend="triton")
+        assert_same(got, expected)
+    (kept,) = model.graphs.values()
+    assert kept.steps
