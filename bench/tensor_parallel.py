@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import distributed, multiprocessing
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from decode import CONFIGS
+from shapes import CONFIGS
 
 import pydllm
 from pydllm.demo import WEIGHTS
