@@ -44,6 +44,7 @@ __all__ = [
     "metrics",
     "ops",
     "warmup",
+    "patch",
 ]
 
 
@@ -52,4 +53,8 @@ def __getattr__(name: str) -> Any:
         import importlib
 
         return importlib.import_module("pydllm.env")
+    if name == "patch":
+        from pydllm.integrations.patch import patch
+
+        return patch
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
