@@ -2,7 +2,7 @@
 
     python bench/decode.py --device cpu --model llada-100m
     python bench/decode.py --device cpu --model llada-100m --algorithm apd --new 64
-    python bench/decode.py --device cuda --model llada-8b --dtype bf16 --csv bench/results/h100.csv
+    python bench/decode.py --device cuda --model llada-8b --compiled inductor --csv results.csv
 
 The weights are random, of the named model's shape: nothing is downloaded, and what one forward
 costs does not depend on them. The loops of bench/published.py run in the same run on the same
@@ -65,6 +65,7 @@ class Job:
     mixture: float
     threshold: float | None
     backend: str | None
+    compiled: str | None
 
     def run(self, algorithm: Any, temperature: float = 0.0) -> tuple[Tensor, int]:
         result = pydllm.generate(
@@ -89,6 +90,15 @@ def static(job: Job) -> dict[str, Contender]:
     published = "published-style loop"
     loop = PublishedLoop(job.model, job.block, job.per_step)
     contenders = {published: Contender(lambda: loop.decode(job.prompts, job.new), published)}
+    if job.compiled is not None:
+        options = {"mode": "reduce-overhead"} if job.compiled == "inductor" else {}
+        forward = torch.compile(
+            PlainForward(job.model), backend=job.compiled, dynamic=False, **options
+        )
+        faster = PublishedLoop(job.model, job.block, job.per_step, forward)
+        contenders[f"{published}, compiled"] = Contender(
+            lambda: faster.decode(job.prompts, job.new), published
+        )
     for cache in ("none", "prefix", "dual"):
         algorithm = pydllm.Static(job.block, job.per_step, cache=cache)
         label = f"pydllm, {cache} cache".replace("none", "no")
@@ -185,6 +195,9 @@ def check_options(context: click.Context, algorithm: str, new: int, block: int, 
 @click.option("--threshold", type=float, help="Nats. Default: found by a first forward.")
 @click.option("--repeat", default=1, show_default=True, help="Rounds; the median is printed.")
 @click.option("--backend", type=click.Choice(["auto", "cuda", "triton", "torch"]))
+@click.option(
+    "--compiled", type=click.Choice(["inductor", "aot_eager"]), help="The static loop too."
+)
 @click.option("--csv", "csv_file", type=click.Path(path_type=Path), help="Append rows to it.")
 @click.pass_context
 def main(
@@ -203,6 +216,7 @@ def main(
     threshold: float | None,
     repeat: int,
     backend: str | None,
+    compiled: str | None,
     csv_file: Path | None,
 ) -> None:
     """Time the decoders on one model's shape."""
@@ -215,12 +229,14 @@ def main(
     prompts = torch.randint(3, model.spec.vocab_size, (batch, prompt_length), generator=generator)
     prompts = prompts.masked_fill(prompts == model.spec.mask_id, 3).to(device)
     verifier = make_verifier(name, device, DTYPES[dtype]) if algorithm == "apd" else None
-    job = Job(
-        model, verifier, prompts, new, block, per_step, temperature, mixture, threshold, backend
-    )
+    settings = (new, block, per_step, temperature, mixture, threshold, backend, compiled)
+    job = Job(model, verifier, prompts, *settings)
     contenders = ALGORITHMS[algorithm](job)
     seconds: dict[str, list[float]] = {label: [] for label in contenders}
     results: dict[str, tuple[Tensor, int]] = {}
+    if device.startswith("cuda") or compiled is not None:  # compile and capture first
+        for contender in [*contenders.values()] * 2:
+            contender.run()
     for _ in range(repeat):
         for label, contender in contenders.items():
             started = time.perf_counter()

@@ -109,6 +109,7 @@ def jobs(part: str, out: Path, arch: str) -> list[Job]:
     for algorithm in ("static", "freedave", "apd", "multiblock"):
         command = python("bench/decode.py", "--device", "cuda", "--model", "llada-8b")
         command += ("--algorithm", algorithm, "--csv", str(out / f"decode-{algorithm}.csv"))
+        command += ("--compiled", "inductor") if algorithm == "static" else ()
         found.append(Job(f"e2e decode {algorithm}", command, 400))
     return found
 

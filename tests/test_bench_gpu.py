@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
 import gpu
 import run
 import steps
+import watch
 
 ROOT = gpu.ROOT
 
@@ -156,14 +157,14 @@ def test_steps(tmp_path):
 
 def test_the_floor_counts_weights_keys_and_products():
     model = steps.make_model("tiny", "cpu", run.DTYPES["fp32"])
-    layers, head = steps.parameters(model)
+    layers, head = watch.parameters(model)
     sizes = model.sizes
-    kind = steps.Kind(work=[steps.Work(model, 2, 8, 100)], heads=[(model, 8)])
+    kind = watch.Kind(work=[watch.Work(model, 2, 8, 100)], heads=[(model, 8)])
     slot = 2 * sizes.layers * sizes.kv_heads * sizes.head_dim
     moved = 4 * (layers + head + slot * 108)
-    slow_copy = steps.Rates(copy=1e6, matmul=1e15)
+    slow_copy = watch.Rates(copy=1e6, matmul=1e15)
     milliseconds, bound = kind.floor(slow_copy)
     assert bound == "bytes" and milliseconds == pytest.approx(1e3 * moved / 1e6)
     operations = 2 * 8 * (layers + head) + 4 * sizes.layers * sizes.heads * sizes.head_dim * 8 * 54
-    milliseconds, bound = kind.floor(steps.Rates(copy=1e15, matmul=1e6))
+    milliseconds, bound = kind.floor(watch.Rates(copy=1e15, matmul=1e6))
     assert bound == "flops" and milliseconds == pytest.approx(1e3 * operations / 1e6)
