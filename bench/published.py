@@ -7,6 +7,7 @@ read by the host. No early stop. Written from the papers and from what their cod
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -77,16 +78,21 @@ class PlainForward:
 
 @dataclass
 class PublishedLoop:
-    """The low-confidence loop (arXiv 2502.09992): a top-k for each sequence, no cache."""
+    """The low-confidence loop (arXiv 2502.09992): a top-k for each sequence, no cache.
+
+    ``forward`` may be ``PlainForward`` of the model in another form, a compiled one for instance.
+    """
 
     model: NativeModel
     block: int
     per_step: int
+    forward: Callable[[Tensor], tuple[Tensor, Past]] | None = None
 
     @torch.no_grad()
     def decode(self, prompts: Tensor, new: int) -> tuple[Tensor, int]:
         """``(B, P + new)`` tokens after ``prompts`` ``(B, P)``, and forwards."""
-        forward, mask_id = PlainForward(self.model), self.model.spec.mask_id
+        forward = self.forward or PlainForward(self.model)
+        mask_id = self.model.spec.mask_id
         x = F.pad(prompts, (0, new), value=mask_id)
         for stop in range(prompts.shape[1] + self.block, x.shape[1] + 1, self.block):
             for _ in range(self.block // self.per_step):

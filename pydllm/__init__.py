@@ -18,6 +18,7 @@ from pydllm.decoding import (
     Step,
     Threshold,
     generate,
+    warmup,
 )
 from pydllm.models import load
 
@@ -43,6 +44,7 @@ __all__ = [
     "metrics",
     "ops",
     "patch",
+    "warmup",
 ]
 
 

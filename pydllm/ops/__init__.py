@@ -3,13 +3,19 @@
 from pydllm.ops.certainty_loss import certainty_loss
 from pydllm.ops.commit_branch import commit_branch
 from pydllm.ops.draft import draft
-from pydllm.ops.head_stats import StatsPartial, head_stats, head_stats_partial, merge_stats
+from pydllm.ops.head_stats import (
+    StatsPartial,
+    fold_stats,
+    head_stats,
+    head_stats_partial,
+    merge_stats,
+)
 from pydllm.ops.mixture_accept import Accepted, mixture_accept, mixture_accept_sparse
 from pydllm.ops.mixture_draft import Candidates, MixtureDraft, mixture_draft, round_counter
 from pydllm.ops.multiblock_step import MultiBlockState, multiblock_step
 from pydllm.ops.rms_norm import rms_norm
 from pydllm.ops.swiglu import swiglu
-from pydllm.ops.unmask import Unmasked, unmask
+from pydllm.ops.unmask import Ending, Unmasked, unmask
 from pydllm.ops.verify import Verified, verify
 from pydllm.ops.vocab_stats import VocabStats, vocab_stats
 from pydllm.ops.window_attention import window_attention
@@ -17,6 +23,7 @@ from pydllm.ops.window_attention import window_attention
 __all__ = [
     "Accepted",
     "Candidates",
+    "Ending",
     "MixtureDraft",
     "MultiBlockState",
     "StatsPartial",
@@ -26,6 +33,7 @@ __all__ = [
     "certainty_loss",
     "commit_branch",
     "draft",
+    "fold_stats",
     "head_stats",
     "head_stats_partial",
     "merge_stats",

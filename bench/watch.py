@@ -1,0 +1,161 @@
+"""What a kind of step computes, how long its replays take, and the least that they could take."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from timing import copy_rate, time_calls
+
+from pydllm.decoding.graph import Graphs
+from pydllm.models import NativeModel
+
+
+@dataclass
+class Rates:
+    """What the machine does: bytes and operations a second, both measured."""
+
+    copy: float
+    matmul: float
+
+    @classmethod
+    def measure(cls, device: str, dtype: torch.dtype) -> Rates:
+        size = 8192 if device.startswith("cuda") else 512
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        timing = time_calls(lambda _: a @ b, dict, device, seconds=0.3)
+        return cls(copy_rate(device), 2 * size**3 / (timing.p50 * 1e-3))
+
+
+@dataclass
+class Work:
+    """One forward of a step."""
+
+    model: NativeModel
+    batch: int
+    rows: int  # whole batch
+    seen: int  # slots of the cache that they see, whole batch
+
+
+@dataclass
+class Kind:
+    """Steps of one kind: what they compute, and how long their replays took."""
+
+    work: list[Work] = field(default_factory=list)
+    heads: list[tuple[NativeModel, int]] = field(default_factory=list)  # rows of the LM head
+    ms: list[float] = field(default_factory=list)
+    host: list[float] = field(default_factory=list)
+    launches: int = 0
+
+    def floor(self, rates: Rates) -> tuple[float, str]:
+        """Milliseconds, and what takes them."""
+        moved = operations = 0
+        for work in self.work:
+            sizes, layers = work.model.sizes, parameters(work.model)[0]
+            slot = 2 * sizes.layers * sizes.kv_heads * sizes.head_dim
+            moved += work.model.dtype.itemsize * (layers + slot * (work.seen + work.rows))
+            pairs = work.rows * (work.seen + work.rows) // work.batch
+            operations += 2 * layers * work.rows
+            operations += 4 * sizes.layers * sizes.heads * sizes.head_dim * pairs
+        for model, rows in self.heads:
+            head = parameters(model)[1]
+            moved += model.dtype.itemsize * head
+            operations += 2 * head * rows
+        moving, computing = moved / rates.copy, operations / rates.matmul
+        return 1e3 * max(moving, computing), "bytes" if moving > computing else "flops"
+
+
+def parameters(model: NativeModel) -> tuple[int, int]:
+    """Of the layers, and of the head; the embedding is looked up."""
+    tensors = (value for layer in model._layers for value in vars(layer).values())
+    return sum(t.numel() for t in tensors if t is not None), model._head.numel()
+
+
+class Watch:
+    """Notes what the steps of one kind of call compute, and times their replays one by one."""
+
+    def __init__(self, graphs: Graphs, context: int, *models: NativeModel | None) -> None:
+        self.kinds: dict[Hashable, Kind] = {}
+        self._graphs, self._plain, self._context = graphs, graphs.run, context
+        self._models = [model for model in models if model is not None]
+        self._now: Kind | None = None
+
+    def __enter__(self) -> Watch:
+        # On these instances alone; captured anew, so that the steps' Python runs once more.
+        self._graphs.steps.clear()
+        self._graphs.run = self._run  # type: ignore[method-assign]
+        for model in self._models:
+            for name, noted in (("forward", self._forward), ("head_stats", self._head)):
+                setattr(model, name, partial(noted, model, getattr(model, name)))
+            model.head = partial(self._head, model, model.head)  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        del self._graphs.run
+        for model in self._models:
+            del model.forward, model.head_stats, model.head
+
+    def _run(self, key: Hashable, step: Callable[[], Any]) -> Any:
+        kind, replays = self.kinds.setdefault(key, Kind()), key in self._graphs.steps
+        self._now = None if replays else kind
+        result, milliseconds, host = self._timed(lambda: self._plain(key, step))
+        self._now = None
+        if replays:
+            kind.ms.append(milliseconds)
+            kind.host.append(host)
+        return result
+
+    def _timed(self, call: Callable[[], Any]) -> tuple[Any, float, float]:
+        on_gpu = self._models[0].device.type == "cuda"
+        if not on_gpu:
+            started = time.perf_counter()
+            result = call()
+            took = time.perf_counter() - started
+            return result, 1e3 * took, 1e6 * took
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        begin.record()
+        result = call()
+        end.record()
+        host = 1e6 * (time.perf_counter() - started)
+        end.synchronize()
+        return result, begin.elapsed_time(end), host
+
+    def _forward(
+        self, model: NativeModel, plain: Callable, ids: Tensor, start: Tensor, cache: Any, **kw: Any
+    ) -> Any:
+        if self._now is not None:
+            branches = kw.get("branches", 1)
+            rows, batch = ids.numel(), len(ids)
+            seen = max(0, self._context - rows // batch // branches) * batch
+            self._now.work.append(Work(model, batch, rows, seen if cache.max_len else 0))
+        return plain(ids, start, cache, **kw)
+
+    def _head(
+        self, model: NativeModel, plain: Callable, hidden: Tensor, rows: Any = None, **kw: Any
+    ) -> Any:
+        if self._now is not None:
+            count = hidden[..., 0].numel() if rows is None else len(rows)
+            self._now.heads.append((model, count))
+        return plain(hidden) if rows is None and not kw else plain(hidden, rows, **kw)
+
+
+def count_launches(step: Any) -> int:
+    """Kernels of a replay; on a CPU operators."""
+    if not torch.cuda.is_available():
+        return step.launches
+    activity = torch.profiler.ProfilerActivity.CUDA
+    with torch.profiler.profile(activities=[activity]) as profile:
+        step.replay()
+        torch.cuda.synchronize()
+    kernels = (e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA)
+    return sum(1 for _ in kernels)
