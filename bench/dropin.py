@@ -10,6 +10,8 @@ gives its tokens, and the function of the same signature where this package has 
 `--repeat` rounds; times are medians. `fewer_mults` is what the model's matrix products alone would
 give, from counting the rows that go through the layers and through the LM head: on a CPU, where
 these products are nearly all of a forward, no exact method can be much faster than that.
+`cpu_seconds` is the time that the process worked, on all its threads: on a CPU that others use too,
+`cpu_speedup` is the fairer ratio.
 
 Weights are random, wider than at initialisation (standard deviation 0.08), so that positions
 predict different tokens and equal tokens mean something.
@@ -285,13 +287,15 @@ def fewer(model_rows: tuple[float, float], others: tuple[float, float], job: Job
 def measure(name: str, job: Job, repeat: int) -> list[dict[str, Any]]:
     contenders = CASES[name](job)
     seconds: dict[str, list[float]] = {contender.label: [] for contender in contenders}
+    worked: dict[str, list[float]] = {contender.label: [] for contender in contenders}
     results: dict[str, tuple[Tensor, int]] = {}
     for _ in range(repeat):
         for contender in contenders:
-            started = time.perf_counter()
+            started, before = time.perf_counter(), time.process_time()
             tokens, forwards = contender.run()
             results[contender.label] = tokens.cpu(), int(forwards)  # waits for the device
             seconds[contender.label].append(time.perf_counter() - started)
+            worked[contender.label].append(time.process_time() - before)
     first = contenders[0]
     expected, base = results[first.label][0], statistics.median(seconds[first.label])
     rows = []
@@ -311,6 +315,12 @@ def measure(name: str, job: Job, repeat: int) -> list[dict[str, Any]]:
                 "ms_per_forward": round(1e3 * median / forwards, 2),
                 "tokens_per_s": round(job.new / median, 2),
                 "speedup": round(base / median, 2),
+                "cpu_seconds": round(statistics.median(worked[contender.label]), 3),
+                "cpu_speedup": round(
+                    statistics.median(worked[first.label])
+                    / statistics.median(worked[contender.label]),
+                    2,
+                ),
                 "fewer_mults": counted,
                 "same_tokens": round(same, 4),
             }
