@@ -38,6 +38,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+import gemma
 import upstream
 from decode import CONFIGS, PROBE, make_model, random_model
 from published import PlainForward, PublishedLoop, PublishedMultiBlock
@@ -271,7 +272,31 @@ def d3llm(job: Job) -> list[Contender]:
     ]
 
 
-CASES = {"llada": llada, "fast_dllm_dual": fast_dllm_dual, "dream": dream, "d3llm": d3llm}
+def diffusion_gemma(job: Job) -> list[Contender]:
+    """transformers' DiffusionGemma and its step on kernels; the model is bench/gemma.py's."""
+    if importlib.util.find_spec("pydllm.integrations.diffusion_gemma") is None:
+        raise PydllmError("expected pydllm.integrations.diffusion_gemma, found none")
+    place = importlib.import_module("pydllm.integrations.diffusion_gemma")
+    model = gemma.make(job.device, job.dtype, 512 if job.name == "tiny" else gemma.VOCAB)
+    ids = torch.randint(5, 500, (1, job.prompt_length), device=job.device)
+
+    def ours() -> tuple[Tensor, int]:
+        with place.accelerate(model, backend=job.backend):
+            return gemma.generate(model, ids, job.new)
+
+    return [
+        Contender("transformers", lambda: gemma.generate(model, ids, job.new)),
+        Contender("pydllm.integrations.diffusion_gemma.accelerate", ours),
+    ]
+
+
+CASES = {
+    "llada": llada,
+    "fast_dllm_dual": fast_dllm_dual,
+    "dream": dream,
+    "d3llm": d3llm,
+    "diffusion_gemma": diffusion_gemma,
+}
 
 
 def fewer(model_rows: tuple[float, float], others: tuple[float, float], job: Job) -> float:
