@@ -209,7 +209,11 @@ def fast_dllm_dual(job: Job) -> list[Contender]:
 
 
 def dream(job: Job) -> list[Contender]:
-    """Dream's diffusion_generate, maskgit_plus: shifted logits, everything one block."""
+    """Dream's diffusion_generate, maskgit_plus: shifted logits, everything one block.
+
+    Its times spread the tokens a little unevenly over the steps, ``Static`` evenly: the tokens of
+    the function with Dream's arguments are the ones to compare.
+    """
     name = job.name if job.name.startswith("dream") else "dream-100m"
     settings = CONFIGS.get(name, DREAM_100M)
     model = without_ends(random_model(settings, job.device, job.dtype))
