@@ -10,6 +10,8 @@ gives its tokens, and the function of the same signature where this package has 
 `--repeat` rounds; times are medians. `fewer_mults` is what the model's matrix products alone would
 give, from counting the rows that go through the layers and through the LM head: on a CPU, where
 these products are nearly all of a forward, no exact method can be much faster than that.
+`cpu_seconds` is the time that the process worked, on all its threads: on a CPU that others use too,
+`cpu_speedup` is the fairer ratio.
 
 Weights are random, wider than at initialisation (standard deviation 0.08), so that positions
 predict different tokens and equal tokens mean something.
@@ -36,6 +38,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+import gemma
 import upstream
 from decode import CONFIGS, PROBE, make_model, random_model
 from published import PlainForward, PublishedLoop, PublishedMultiBlock
@@ -206,7 +209,11 @@ def fast_dllm_dual(job: Job) -> list[Contender]:
 
 
 def dream(job: Job) -> list[Contender]:
-    """Dream's diffusion_generate, maskgit_plus: shifted logits, everything one block."""
+    """Dream's diffusion_generate, maskgit_plus: shifted logits, everything one block.
+
+    Its times spread the tokens a little unevenly over the steps, ``Static`` evenly: the tokens of
+    the function with Dream's arguments are the ones to compare.
+    """
     name = job.name if job.name.startswith("dream") else "dream-100m"
     settings = CONFIGS.get(name, DREAM_100M)
     model = without_ends(random_model(settings, job.device, job.dtype))
@@ -269,7 +276,31 @@ def d3llm(job: Job) -> list[Contender]:
     ]
 
 
-CASES = {"llada": llada, "fast_dllm_dual": fast_dllm_dual, "dream": dream, "d3llm": d3llm}
+def diffusion_gemma(job: Job) -> list[Contender]:
+    """transformers' DiffusionGemma and its step on kernels; the model is bench/gemma.py's."""
+    if importlib.util.find_spec("pydllm.integrations.diffusion_gemma") is None:
+        raise PydllmError("expected pydllm.integrations.diffusion_gemma, found none")
+    place = importlib.import_module("pydllm.integrations.diffusion_gemma")
+    model = gemma.make(job.device, job.dtype, 512 if job.name == "tiny" else gemma.VOCAB)
+    ids = torch.randint(5, 500, (1, job.prompt_length), device=job.device)
+
+    def ours() -> tuple[Tensor, int]:
+        with place.accelerate(model, backend=job.backend):
+            return gemma.generate(model, ids, job.new)
+
+    return [
+        Contender("transformers", lambda: gemma.generate(model, ids, job.new)),
+        Contender("pydllm.integrations.diffusion_gemma.accelerate", ours),
+    ]
+
+
+CASES = {
+    "llada": llada,
+    "fast_dllm_dual": fast_dllm_dual,
+    "dream": dream,
+    "d3llm": d3llm,
+    "diffusion_gemma": diffusion_gemma,
+}
 
 
 def fewer(model_rows: tuple[float, float], others: tuple[float, float], job: Job) -> float:
@@ -285,13 +316,15 @@ def fewer(model_rows: tuple[float, float], others: tuple[float, float], job: Job
 def measure(name: str, job: Job, repeat: int) -> list[dict[str, Any]]:
     contenders = CASES[name](job)
     seconds: dict[str, list[float]] = {contender.label: [] for contender in contenders}
+    worked: dict[str, list[float]] = {contender.label: [] for contender in contenders}
     results: dict[str, tuple[Tensor, int]] = {}
     for _ in range(repeat):
         for contender in contenders:
-            started = time.perf_counter()
+            started, before = time.perf_counter(), time.process_time()
             tokens, forwards = contender.run()
             results[contender.label] = tokens.cpu(), int(forwards)  # waits for the device
             seconds[contender.label].append(time.perf_counter() - started)
+            worked[contender.label].append(time.process_time() - before)
     first = contenders[0]
     expected, base = results[first.label][0], statistics.median(seconds[first.label])
     rows = []
@@ -311,6 +344,12 @@ def measure(name: str, job: Job, repeat: int) -> list[dict[str, Any]]:
                 "ms_per_forward": round(1e3 * median / forwards, 2),
                 "tokens_per_s": round(job.new / median, 2),
                 "speedup": round(base / median, 2),
+                "cpu_seconds": round(statistics.median(worked[contender.label]), 3),
+                "cpu_speedup": round(
+                    statistics.median(worked[first.label])
+                    / statistics.median(worked[contender.label]),
+                    2,
+                ),
                 "fewer_mults": counted,
                 "same_tokens": round(same, 4),
             }

@@ -34,9 +34,13 @@ def test_smoke(tmp_path):
     result = CliRunner().invoke(dropin.main, options.split())
     assert result.exit_code == 0, result.output
     rows = list(csv.DictReader(file.open()))
-    assert {row["case"] for row in rows} == set(dropin.CASES)
+    # DiffusionGemma needs transformers 5.12.
+    loops = set(dropin.CASES) - {"diffusion_gemma"}
+    assert loops <= {row["case"] for row in rows}
     ours = [row for row in rows if row["decoder"] == "pydllm.generate"]
-    assert len(ours) == len(dropin.CASES) and all(float(row["speedup"]) > 0 for row in ours)
+    assert {row["case"] for row in ours} == loops and all(float(row["speedup"]) > 0 for row in ours)
+    exact = [row for row in rows if row["decoder"].startswith("pydllm.integrations")]
+    assert all(float(row["same_tokens"]) == 1 for row in exact)
     # Dream's schedule writes nothing in its first step and two tokens in its last.
     assert all(float(row["same_tokens"]) == 1 for row in ours if row["case"] != "dream")
     assert all(row["forwards"] == "16" for row in ours if row["case"] != "d3llm")
