@@ -397,7 +397,7 @@ def op_arguments(case, rule, quota, limit, variant, backend):
     prompt = case["start"] + 1 if rule == "joint" else None
     numbers = (quota, 1, limit, limit, 9, 7)
     which = (MASK, case["start"], case["length"], rule, variant, *numbers, request, prompt)
-    return (*head, *which, backend)
+    return (*head, *which, None, None, None, None, False, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
