@@ -233,7 +233,7 @@ __global__ void __launch_bounds__(kThreads) mixture_draft_kernel(const MixtureDr
       for (int i = 0; i < kVector; ++i) {
         const float x = to_float(loaded[u].lane[i]);
         const bool near = (x - whole.best) * inverse >= least && x > -INFINITY;
-        if ((bits[u] >> i & 1) && near) note(ids_of(base, u, thread, kVector) + i, x);
+        if ((bits[u] >> i & 1) && near) note(base + (u * kThreads + thread) * kVector + i, x);
       }
     }
   }

@@ -13,6 +13,7 @@ constexpr float kPerNat = 1099511627776.f;
 constexpr float kUnit = 1.f / kPerNat;
 constexpr float kMost = 128.f;
 constexpr uint32_t kRandomOrder = 0xFFFFFFFFu;  // no vocabulary id is there
+constexpr int kNone = INT_MAX;                    // behind every row
 constexpr uint64_t kNoRow = ~uint64_t{0};       // sorts behind every row
 
 __device__ __forceinline__ bool reaches(float score, float limit, bool above) {
@@ -74,7 +75,9 @@ __global__ void __launch_bounds__(kMaxThreads) unmask_kernel(const Unmask call) 
   const int32_t nfe = call.nfe[sequence];
   const int floor = call.quota == nullptr ? call.least : call.quota[sequence];
   // The rows in use that lie in x; as int64, since start may be any number.
-  const int64_t rows = call.length[sequence] < call.rows ? call.length[sequence] : call.rows;
+  const bool was_done = call.done != nullptr && call.done[sequence];
+  const int64_t length = was_done ? 0 : call.length[sequence];
+  const int64_t rows = length < call.rows ? length : call.rows;
   const int64_t first = start < 0 ? -start : 0;
   const int64_t end = rows < call.slots - start ? rows : call.slots - start;
   const auto inside = [&](int j) { return j >= first && j < end; };
@@ -88,7 +91,7 @@ __global__ void __launch_bounds__(kMaxThreads) unmask_kernel(const Unmask call) 
   const auto words_of = [&](int j) {
     return philox(kRandomOrder, static_cast<uint32_t>(start + j),
                   static_cast<uint32_t>(call.request[sequence]), static_cast<uint32_t>(nfe),
-                  call.seed);
+                  static_cast<uint64_t>(call.seed));
   };
 
   const int size = power_of_two(static_cast<int>(call.rows));
@@ -142,11 +145,11 @@ __global__ void __launch_bounds__(kMaxThreads) unmask_kernel(const Unmask call) 
     for (int j = thread; j < size; j += threads) keep[j] = passes(order[j]);
   } else if (is_span && passed < floor && (by_score || counted)) {
     // The masks among the positions from the first one on.
-    int lowest = INT_MAX;
+    int lowest = kNone;
     for (int j = thread; j < size; j += threads) {
       if (order[j] != kNoRow) lowest = min(lowest, j);
     }
-    lowest = reduce_block(lowest, INT_MAX, Minimum());
+    lowest = reduce_block(lowest, kNone, Minimum());
     for (int j = thread; j < size; j += threads) {
       keep[j] = order[j] != kNoRow && j - lowest < floor;
     }
@@ -170,6 +173,9 @@ __global__ void __launch_bounds__(kMaxThreads) unmask_kernel(const Unmask call) 
   __syncthreads();
 
   int part = 0, accepted = 0, remaining = 0;
+  int open = 0, place = kNone;  // masks, and the first end, at positions where an end may be
+  const int64_t stop = call.done == nullptr ? 0 : call.end[sequence];
+  const int64_t ends_from = call.ends_from == nullptr ? start : call.ends_from[sequence];
   for (int j = thread; j < size; j += threads) {
     if (!inside(j)) continue;
     const int64_t before = x[j];
@@ -186,19 +192,44 @@ __global__ void __launch_bounds__(kMaxThreads) unmask_kernel(const Unmask call) 
       after = token[j];
       step_map[j] = nfe;
     } else if (rule == Rule::kRenoise) {
-      after = static_cast<int64_t>(static_cast<uint64_t>(words_of(j).word[1]) * call.vocab >> 32);
+      const uint64_t word = words_of(j).word[1];
+      after = static_cast<int64_t>(word * static_cast<uint64_t>(call.vocab) >> 32);
     }
     if (kept || rule == Rule::kRenoise) x[j] = after;
     accepted += kept;
     remaining += rule == Rule::kRenoise ? !kept : after == call.mask_id;
+    if (start + j < ends_from) continue;
+    open += after == call.mask_id;
+    for (int64_t i = 0; i < call.ends; ++i) {
+      if (after == call.eos[i] && start + j < stop) place = min(place, j);
+    }
   }
   part = count_block(part);
   accepted = count_block(accepted);
+  bool finished = false;
+  if (call.done != nullptr) {
+    open = count_block(open);
+    place = reduce_block(place, kNone, Minimum());
+    const bool complete = length > 0 && (call.last || open == 0);
+    const bool ended = complete && place != kNone;
+    finished = complete && (ended || start + rows >= stop);
+    if (ended) {
+      const int64_t behind = (stop < call.slots ? stop : call.slots) - start;
+      for (int64_t j = place + 1 + thread; j < behind; j += threads) {
+        x[j] = call.eos[0];
+        step_map[j] = -1;
+      }
+      __syncthreads();
+      remaining = 0;
+      for (int j = thread; j < size; j += threads) remaining += inside(j) && x[j] == call.mask_id;
+    }
+  }
   remaining = count_block(remaining);
   if (thread != 0) return;
   call.remaining[sequence] = remaining;
   call.accepted[sequence] = accepted;
   if (part > 0) call.nfe[sequence] = nfe + 1;
+  if (finished) call.done[sequence] = true;
 }
 
 template <typename Score>

@@ -39,6 +39,10 @@ struct Unmask {
   const int32_t* quota;    // (batch,), or null: `least` for all
   const int32_t* request;  // (batch,), or null: no random numbers
   const int32_t* prompt;   // (batch,), or null: all positions may be edited
+  bool* done;              // (batch,), read and written, or null: no sequence ends
+  const int32_t* end;      // (batch,), where done is
+  const int64_t* eos;      // (ends,), or null
+  const int32_t* ends_from;  // (batch,), or null
   // Sizes.
   Dtype dtype;
   int64_t batch, slots, rows;
@@ -47,8 +51,8 @@ struct Unmask {
   int variant;
   int32_t least;
   float limit, edit_limit;  // rounded to dtype in the kernel
-  uint32_t vocab;
-  uint64_t seed;
+  int64_t vocab, seed, ends;
+  bool last;
   // Strides in elements; the last dimension is contiguous.
   int64_t stride_x_row, stride_step_map_row, stride_token_row, stride_score_row;
 };
