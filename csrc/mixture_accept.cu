@@ -8,10 +8,7 @@ namespace {
 
 constexpr int kThreads = 256;
 // Vectors of each row that a thread has in flight.
-constexpr int kUnroll = 4;
-
-template <typename T>
-constexpr int kTile = kThreads * kUnroll * Vector<T>::kSize;
+constexpr int kUnroll = kTileBytes / (kThreads * 16);
 
 // One block a tile of a row in use. The verifier's logits are read only around ids that count.
 template <typename T, bool kCritical>
@@ -19,7 +16,7 @@ __global__ void __launch_bounds__(kThreads) mixture_accept_kernel(const MixtureA
   constexpr int kVector = Row<T>::kVector;
   __shared__ int32_t banned[kMaxBannedOfMixture];
 
-  const MixtureRound& round = call.round;
+  const MixtureRound& round = call;
   const int64_t row = blockIdx.x / round.tiles, tile = blockIdx.x % round.tiles;
   const int64_t sequence = row / round.rows;
   if (row % round.rows >= round.length[sequence]) return;
@@ -68,7 +65,7 @@ __global__ void __launch_bounds__(kThreads) mixture_accept_kernel(const MixtureA
                 y_token == -INFINITY};
   }
 
-  const int base = static_cast<int>(tile) * kTile<T> + thread * kVector;
+  const int base = static_cast<int>(tile) * kThreads * kUnroll * kVector + thread * kVector;
   Vector<T> x[kUnroll], y[kUnroll];
   unsigned inside[kUnroll], nucleus[kUnroll];
 #pragma unroll
@@ -120,13 +117,9 @@ __global__ void __launch_bounds__(kThreads) mixture_accept_kernel(const MixtureA
 
 }  // namespace
 
-int64_t mixture_accept_tile(Dtype dtype) {
-  return dtype == Dtype::kFloat32 ? kTile<float> : kTile<__half>;
-}
-
 cudaError_t mixture_accept(const MixtureAccept& call, cudaStream_t stream) {
-  const MixtureRound& round = call.round;
-  const int64_t tile = mixture_accept_tile(call.dtype);
+  const MixtureRound& round = call;
+  const int64_t tile = kTileBytes / (call.dtype == Dtype::kFloat32 ? 4 : 2);
   const int64_t blocks = round.batch * round.rows * round.tiles;
   const bool fits = round.batch >= 0 && round.rows >= 0 && blocks <= INT_MAX && call.shared >= 1 &&
                     call.shared <= INT_MAX - tile && call.vocab <= INT_MAX - tile &&
@@ -135,7 +128,7 @@ cudaError_t mixture_accept(const MixtureAccept& call, cudaStream_t stream) {
                     call.banned_count <= kMaxBannedOfMixture;
   if (!fits) return cudaErrorInvalidValue;
   if (round.batch == 0) return cudaSuccess;
-  if (blocks == 0) return join(round, stream);
+  if (blocks == 0) return mixture_join(round, stream);
   const dim3 grid(static_cast<unsigned>(blocks)), block(kThreads);
   return with_type(call.dtype, [&](auto* typed) {
     using T = std::remove_pointer_t<decltype(typed)>;
@@ -144,7 +137,7 @@ cudaError_t mixture_accept(const MixtureAccept& call, cudaStream_t stream) {
     } else {
       PYDLLM_LAUNCH((mixture_accept_kernel<T, false>), grid, block, 0, stream, call);
     }
-    return join(round, stream);
+    return mixture_join(round, stream);
   });
 }
 

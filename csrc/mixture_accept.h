@@ -8,8 +8,8 @@
 
 namespace pydllm {
 
-// Ids of a row, and candidates of a list, that a block looks at.
-int64_t mixture_accept_tile(Dtype dtype);
+// What a block looks at: so many bytes of a row of logits, or candidates of a list.
+constexpr int64_t kTileBytes = 16384;
 constexpr int64_t kCandidateTile = 32;
 
 // What both forms share. Null pointers stand for what is not given.
@@ -30,8 +30,7 @@ struct MixtureRound {
   bool first_free;
 };
 
-struct MixtureAccept {
-  MixtureRound round;
+struct MixtureAccept : MixtureRound {
   const void* logits;      // (batch * rows, vocab) of dtype
   const void* verifier;    // (batch * rows, verifier_vocab) of dtype
   const float* threshold;  // (batch * rows,), or null: all ids count
@@ -43,20 +42,22 @@ struct MixtureAccept {
   int64_t stride_logits_row, stride_verifier_row, stride_counter_row, stride_counter_word;
 };
 
-struct MixtureAcceptSparse {
-  MixtureRound round;
-  const int32_t* ids;    // (batch * rows, capacity), and the next two
-  const float* values;   // logits of the draft model
+struct MixtureAcceptSparse : MixtureRound {
+  const int32_t* ids;   // (batch * rows, capacity), and the next two
+  const float* values;  // logits of the draft model
   const float* noise;
-  const int32_t* size;   // (batch * rows,)
-  const void* hidden;    // (batch * rows, width) of dtype
-  const void* head;      // (verifier_vocab, width) of dtype
-  const void* bias;      // (verifier_vocab,) of dtype, or null
+  const int32_t* size;  // (batch * rows,)
+  const void* hidden;   // (batch * rows, width) of dtype
+  const void* head;     // (verifier_vocab, width) of dtype
+  const void* bias;     // (verifier_vocab,) of dtype, or null
   Dtype dtype;
   int64_t capacity, width;
   float softcap;  // 0: none
   int64_t stride_hidden_row, stride_head_row;
 };
+
+// Joins what blocks have found of the tiles.
+cudaError_t mixture_join(const MixtureRound& round, cudaStream_t stream);
 
 // Two launches each: blocks look at pieces of the rows in use, warps join what they found and look
 // for the first row whose draft is another. What pydllm/reference/mixture_accept.py gives, the

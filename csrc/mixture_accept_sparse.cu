@@ -38,7 +38,7 @@ __device__ __forceinline__ float dot_warp(const T* a, const T* b, int width, boo
 template <typename T, bool kCritical>
 __global__ void __launch_bounds__(kThreads)
     mixture_accept_sparse_kernel(const MixtureAcceptSparse call) {
-  const MixtureRound& round = call.round;
+  const MixtureRound& round = call;
   const int64_t row = blockIdx.x / round.tiles, tile = blockIdx.x % round.tiles;
   const int64_t sequence = row / round.rows;
   if (row % round.rows >= round.length[sequence]) return;
@@ -52,8 +52,8 @@ __global__ void __launch_bounds__(kThreads)
   const auto* head = static_cast<const T*>(call.head);
   const auto* bias = static_cast<const T*>(call.bias);
   const float weight = weight_of(round, sequence);
-  const float inverse = round.temperatures == nullptr ? round.inverse
-                                                      : inverse_of(round.temperatures[row]).value;
+  const float inverse =
+      round.temperatures == nullptr ? round.inverse : inverse_of(round.temperatures[row]).value;
   const auto score_of = [&](float logit, float noise) {
     return __fadd_rn(__fmul_rn(logit, inverse), noise);
   };
@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 cudaError_t mixture_accept_sparse(const MixtureAcceptSparse& call, cudaStream_t stream) {
-  const MixtureRound& round = call.round;
+  const MixtureRound& round = call;
   const int64_t blocks = round.batch * round.rows * round.tiles;
   const bool fits = round.batch >= 0 && round.rows >= 0 && blocks <= INT_MAX &&
                     call.capacity >= 1 && call.capacity <= kMaxCapacity && call.width >= 1 &&
@@ -111,7 +111,7 @@ cudaError_t mixture_accept_sparse(const MixtureAcceptSparse& call, cudaStream_t 
                     round.tiles == (call.capacity + kCandidateTile - 1) / kCandidateTile;
   if (!fits) return cudaErrorInvalidValue;
   if (round.batch == 0) return cudaSuccess;
-  if (blocks == 0) return join(round, stream);
+  if (blocks == 0) return mixture_join(round, stream);
   const dim3 grid(static_cast<unsigned>(blocks)), block(kThreads);
   return with_type(call.dtype, [&](auto* typed) {
     using T = std::remove_pointer_t<decltype(typed)>;
@@ -120,7 +120,7 @@ cudaError_t mixture_accept_sparse(const MixtureAcceptSparse& call, cudaStream_t 
     } else {
       PYDLLM_LAUNCH((mixture_accept_sparse_kernel<T, false>), grid, block, 0, stream, call);
     }
-    return join(round, stream);
+    return mixture_join(round, stream);
   });
 }
 

@@ -18,7 +18,9 @@ constexpr float kSlack = 1.f;
 
 // The highest bits of an fp32 number that a number of the type can have set, sign included.
 template <typename T>
-constexpr int kKeyBits = sizeof(T) == 4 ? 32 : std::is_same_v<T, __half> ? 20 : 16;
+constexpr int kKeyBits = sizeof(T) == 4              ? 32
+                         : std::is_same_v<T, __half> ? 20
+                                                     : 16;
 
 // What a thread, or a block, has seen of a row.
 struct Mass {
@@ -156,7 +158,8 @@ __global__ void __launch_bounds__(kThreads) mixture_draft_kernel(const MixtureDr
                             : static_cast<const int32_t*>(call.rows)[row];
   }
   const bool exists = source >= 0 && source < call.sources;
-  const T* data = static_cast<const T*>(call.logits) + (exists ? source : 0) * call.stride_logits_row;
+  const T* data =
+      static_cast<const T*>(call.logits) + (exists ? source : 0) * call.stride_logits_row;
   const int banned_count = static_cast<int>(call.banned_count);
   for (int i = thread; i < banned_count; i += kThreads) banned[i] = call.banned[i];
   if (thread == 0) noted = listed = 0;
@@ -317,9 +320,9 @@ __global__ void __launch_bounds__(kThreads) mixture_draft_kernel(const MixtureDr
   }
   if (thread != 0) return;
   call.token[row] = usable && chosen != kNobody ? static_cast<uint32_t>(chosen) : 0;
-  call.logsumexp[row] = poisoned  ? NAN
-                        : usable  ? __fmul_rn(best, inverse) + logf(total)
-                                  : -INFINITY;
+  call.logsumexp[row] = poisoned ? NAN
+                        : usable ? __fmul_rn(best, inverse) + logf(total)
+                                 : -INFINITY;
   call.threshold[row] = poisoned ? NAN : threshold;
   call.size[row] = size;
   call.overflow[row] = overflow;

@@ -7,28 +7,28 @@
 
 namespace pydllm {
 
-constexpr int64_t kMaxBannedOfMixture = 16;  // MAX_BANNED in pydllm/ops/vocab_stats.py
-constexpr int64_t kMaxCapacity = 1024;       // MAX_CAPACITY in pydllm/ops/mixture_draft.py
+constexpr int64_t kMaxBannedOfMixture = 16;   // MAX_BANNED in pydllm/ops/vocab_stats.py
+constexpr int64_t kMaxCapacity = 1024;        // MAX_CAPACITY in pydllm/ops/mixture_draft.py
 constexpr int64_t kMaxSharedVocab = 1 << 23;  // so many terms of at most 1 fit in 64 bits
 
 struct MixtureDraft {
   // Pointers; written unless const, null for what is not given.
-  int64_t* token;              // (count,)
-  float* logsumexp;            // (count,)
-  float* threshold;            // (count,)
-  int32_t* ids;                // (count, capacity)
-  float* values;               // (count, capacity)
-  float* noise;                // (count, capacity)
-  int32_t* size;               // (count,)
-  bool* overflow;              // (count,)
-  int32_t* noted_ids;          // (count, notes): room for what may be in a nucleus
-  float* noted;                // (count, notes)
-  const void* logits;          // (sources, vocab) of dtype
-  const void* rows;            // (count,) int32 or int64: which rows of logits; null: all
-  const int32_t* counter;      // (count, 3)
-  const float* temperatures;   // (count,), or null: one for all
-  const float* top_ps;         // (count,), or null: one for all
-  const int32_t* banned;       // (banned_count,)
+  int64_t* token;             // (count,)
+  float* logsumexp;           // (count,)
+  float* threshold;           // (count,)
+  int32_t* ids;               // (count, capacity)
+  float* values;              // (count, capacity)
+  float* noise;               // (count, capacity)
+  int32_t* size;              // (count,)
+  bool* overflow;             // (count,)
+  int32_t* noted_ids;         // (count, notes): room for what may be in a nucleus
+  float* noted;               // (count, notes)
+  const void* logits;         // (sources, vocab) of dtype
+  const void* rows;           // (count,) int32 or int64: which rows of logits; null: all
+  const int32_t* counter;     // (count, 3)
+  const float* temperatures;  // (count,), or null: one for all
+  const float* top_ps;        // (count,), or null: one for all
+  const int32_t* banned;      // (banned_count,)
   // Sizes.
   Dtype dtype;
   bool wide_rows;  // rows is int64

@@ -7,8 +7,8 @@ namespace pydllm {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kLimit = 10001;  // forwards after which the published decoder gives up
-constexpr int kNone = INT_MAX; // behind every position and block
+constexpr int kLimit = 10001;   // forwards after which the published decoder gives up
+constexpr int kNone = INT_MAX;  // behind every position and block
 enum Mode : int { kFinished, kFull, kCached, kCommit, kRefresh };
 
 // Marks of a position, bits that are or-ed.

@@ -13,15 +13,15 @@ constexpr int64_t kMaxBlocks = 1024;
 
 struct MultiblockStep {
   // Pointers; written unless const.
-  int64_t* x;              // (batch, slots)
-  int32_t* step_map;       // (batch, slots)
-  int32_t* numbers;        // (12, batch), rows as in pydllm/ops/multiblock_step.py
-  int32_t* blocks;         // (4, batch, count): masks left, full, waiting since, kept
-  bool* eligible;          // (batch, slots)
-  const int64_t* token;    // (batch, columns)
-  const void* entropy;     // (batch, columns) of dtype
-  const int32_t* prompt;   // (batch,)
-  const int64_t* eos;      // (ends,), or null
+  int64_t* x;             // (batch, slots)
+  int32_t* step_map;      // (batch, slots)
+  int32_t* numbers;       // (12, batch), rows as in pydllm/ops/multiblock_step.py
+  int32_t* blocks;        // (4, batch, count): masks left, full, waiting since, kept
+  bool* eligible;         // (batch, slots)
+  const int64_t* token;   // (batch, columns)
+  const void* entropy;    // (batch, columns) of dtype
+  const int32_t* prompt;  // (batch,)
+  const int64_t* eos;     // (ends,), or null
   // Sizes.
   Dtype dtype;
   int64_t batch, slots, columns, count, ends;

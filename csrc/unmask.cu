@@ -13,7 +13,7 @@ constexpr float kPerNat = 1099511627776.f;
 constexpr float kUnit = 1.f / kPerNat;
 constexpr float kMost = 128.f;
 constexpr uint32_t kRandomOrder = 0xFFFFFFFFu;  // no vocabulary id is there
-constexpr int kNone = INT_MAX;                    // behind every row
+constexpr int kNone = INT_MAX;                  // behind every row
 constexpr uint64_t kNoRow = ~uint64_t{0};       // sorts behind every row
 
 __device__ __forceinline__ bool reaches(float score, float limit, bool above) {
@@ -68,8 +68,7 @@ __global__ void __launch_bounds__(kMaxThreads) unmask_kernel(const Unmask call) 
   const Rule rule = call.rule;
   const bool above = call.variant & kAbove, near_best = call.variant & kNearBest;
   const bool is_span = call.variant & kSpan, inclusive = call.variant & kInclusive;
-  const bool counted =
-      rule == Rule::kQuota || rule == Rule::kLeftToRight || rule == Rule::kRandom;
+  const bool counted = rule == Rule::kQuota || rule == Rule::kLeftToRight || rule == Rule::kRandom;
 
   const int64_t start = call.start[sequence];
   const int32_t nfe = call.nfe[sequence];
@@ -85,8 +84,7 @@ __global__ void __launch_bounds__(kMaxThreads) unmask_kernel(const Unmask call) 
   int64_t* x = call.x + sequence * call.stride_x_row + start;
   int32_t* step_map = call.step_map + sequence * call.stride_step_map_row + start;
   const int64_t* token = call.token + sequence * call.stride_token_row;
-  const Score* score =
-      static_cast<const Score*>(call.score) + sequence * call.stride_score_row;
+  const Score* score = static_cast<const Score*>(call.score) + sequence * call.stride_score_row;
   const float bound = rounded<Score>(call.limit), edit_bound = rounded<Score>(call.edit_limit);
   const auto words_of = [&](int j) {
     return philox(kRandomOrder, static_cast<uint32_t>(start + j),
@@ -105,8 +103,8 @@ __global__ void __launch_bounds__(kMaxThreads) unmask_kernel(const Unmask call) 
       if (rule == Rule::kRandom) {
         cost = 0xFFFFFFFFu - words_of(j).word[0];
       } else if (rule != Rule::kLeftToRight) {
-        const bool ascending = rule == Rule::kEntropy || rule == Rule::kEntropyBound ||
-                               rule == Rule::kRenoise;
+        const bool ascending =
+            rule == Rule::kEntropy || rule == Rule::kEntropyBound || rule == Rule::kRenoise;
         float value = to_float(score[j]);
         value = ascending ? -value : value;
         value = value != value ? -INFINITY : value;
@@ -121,8 +119,7 @@ __global__ void __launch_bounds__(kMaxThreads) unmask_kernel(const Unmask call) 
   ables = count_block(ables);
 
   // How many the rule lets pass, where that needs no order.
-  const bool by_score =
-      rule == Rule::kThreshold || rule == Rule::kJoint || rule == Rule::kEntropy;
+  const bool by_score = rule == Rule::kThreshold || rule == Rule::kJoint || rule == Rule::kEntropy;
   float limit = bound;
   if (near_best) {
     uint64_t best = kNoRow;

@@ -27,21 +27,21 @@ enum Variant : int { kAbove = 1, kNearBest = 2, kLastPair = 4, kSpan = 8, kInclu
 
 struct Unmask {
   // Pointers; null for what the rule does not have.
-  int32_t* remaining;      // (batch,)
-  int32_t* accepted;       // (batch,)
-  int64_t* x;              // (batch, slots), read and written
-  int32_t* step_map;       // (batch, slots), written
-  int32_t* nfe;            // (batch,), read and written
-  const int64_t* token;    // (batch, rows)
-  const void* score;       // (batch, rows) of dtype
-  const int32_t* start;    // (batch,)
-  const int32_t* length;   // (batch,)
-  const int32_t* quota;    // (batch,), or null: `least` for all
-  const int32_t* request;  // (batch,), or null: no random numbers
-  const int32_t* prompt;   // (batch,), or null: all positions may be edited
-  bool* done;              // (batch,), read and written, or null: no sequence ends
-  const int32_t* end;      // (batch,), where done is
-  const int64_t* eos;      // (ends,), or null
+  int32_t* remaining;        // (batch,)
+  int32_t* accepted;         // (batch,)
+  int64_t* x;                // (batch, slots), read and written
+  int32_t* step_map;         // (batch, slots), written
+  int32_t* nfe;              // (batch,), read and written
+  const int64_t* token;      // (batch, rows)
+  const void* score;         // (batch, rows) of dtype
+  const int32_t* start;      // (batch,)
+  const int32_t* length;     // (batch,)
+  const int32_t* quota;      // (batch,), or null: `least` for all
+  const int32_t* request;    // (batch,), or null: no random numbers
+  const int32_t* prompt;     // (batch,), or null: all positions may be edited
+  bool* done;                // (batch,), read and written, or null: no sequence ends
+  const int32_t* end;        // (batch,), where done is
+  const int64_t* eos;        // (ends,), or null
   const int32_t* ends_from;  // (batch,), or null
   // Sizes.
   Dtype dtype;

@@ -9,7 +9,7 @@ from pydllm.reference import philox
 from pydllm.testing import random_normal
 
 INF = math.inf
-BACKENDS = ["torch", "triton"]
+BACKENDS = ["torch", "triton", "cuda"]
 EMITS = ["draft", "draft_then_target", "target"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 

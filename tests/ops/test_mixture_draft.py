@@ -8,7 +8,7 @@ from pydllm.reference import philox
 from pydllm.testing import random_normal
 
 INF = math.inf
-BACKENDS = ["torch", "triton"]
+BACKENDS = ["torch", "triton", "cuda"]
 VOCAB, SHARED = 152064, 151665  # Dream-7B, and what Qwen2.5-0.5B shares
 
 

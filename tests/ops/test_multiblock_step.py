@@ -13,7 +13,7 @@ from pydllm import ops
 from pydllm.ops.multiblock_step import MODES, MultiBlockState, decoded_at_least
 
 MASK, ENDS = 0, (9, 8)
-BACKENDS = ["torch", "triton"]
+BACKENDS = ["torch", "triton", "cuda"]
 
 
 def start(prompts, new, size):

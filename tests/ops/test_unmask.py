@@ -6,7 +6,7 @@ import torch
 from pydllm import ops
 
 MASK = 50
-BACKENDS = ["torch", "triton"]
+BACKENDS = ["torch", "triton", "cuda"]
 # (rule, semantics, option, values to try)
 RULES = [
     ("quota", "exact", "quota", None),
