@@ -12,7 +12,7 @@ constexpr int kUnroll = kTileBytes / (kThreads * 16);
 
 // One block a tile of a row in use. The verifier's logits are read only around ids that count.
 template <typename T, bool kCritical>
-__global__ void __launch_bounds__(kThreads) mixture_accept_kernel(const MixtureAccept call) {
+__global__ void __launch_bounds__(kThreads, 2) mixture_accept_kernel(const MixtureAccept call) {
   constexpr int kVector = Row<T>::kVector;
   __shared__ int32_t banned[kMaxBannedOfMixture];
 

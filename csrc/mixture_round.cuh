@@ -4,7 +4,7 @@
 #include "block.cuh"
 #include "common.cuh"
 #include "mixture_accept.h"
-#include "philox.cuh"
+#include "noise.cuh"
 
 namespace pydllm {
 
