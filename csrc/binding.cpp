@@ -7,6 +7,7 @@
 #include <string>
 #include <type_traits>
 
+#include "head_stats.h"
 #include "rms_norm.h"
 #include "vocab_stats.h"
 
@@ -50,10 +51,18 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "CUDA kernels of pydllm.";
   m.def("version", [] { return PYDLLM_VERSION; }, "Version of pydllm these kernels belong to.");
   m.def("archs", [] { return PYDLLM_ARCHS; }, "Architectures compiled for, as PYDLLM_CUDA_ARCHS.");
+  // Limits that pydllm/_backend/cuda has to know; a test compares both sides.
   m.attr("MAX_BANNED") = pydllm::kMaxBanned;
+  m.attr("MAX_PIECES") = pydllm::kMaxPieces;
+  m.attr("PIECE") = pydllm::kPiece;
+  m.attr("RMS_NORM_WIDTH") = pydllm::kMaxWidth;
+  define(m, "merge_stats", pydllm::merge_stats, "token", "prob", "entropy", "margin", "logsumexp",
+         "values", "ids", "rows", "pieces", "sampled", "stream");
   define(m, "rms_norm", pydllm::rms_norm, "y", "residual", "x", "weight", "dtype", "rows", "width",
          "eps", "stride_x_row", "stride_residual_row", "stream");
-  define(m, "vocab_stats", pydllm::vocab_stats, "token", "logsumexp", "prob", "entropy", "margin",
-         "logits", "banned", "dtype", "rows", "vocab", "banned_count", "stride_logits_row",
-         "stream");
+  define(m, "vocab_stats", pydllm::vocab_stats, "token", "prob", "entropy", "margin", "logsumexp",
+         "values", "ids", "logits", "row_list", "counter", "temperatures", "banned", "dtype",
+         "rows", "sources", "vocab", "banned_count", "long_row_list", "tempered", "seed",
+         "inverse_temperature", "softcap", "stride_logits_row", "stride_counter_row",
+         "stride_counter_word", "stream");
 }
