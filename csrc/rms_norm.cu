@@ -97,7 +97,8 @@ __global__ void __launch_bounds__(kThreads)
 cudaError_t rms_norm(void* y, void* residual, const void* x, const void* weight, Dtype dtype,
                      int64_t rows, int64_t width, float eps, int64_t stride_x_row,
                      int64_t stride_residual_row, cudaStream_t stream) {
-  if (rows < 0 || rows > INT_MAX || width < 0 || width > kMaxWidth) return cudaErrorInvalidValue;
+  if (rows < 0 || rows > INT_MAX || width < 0 || width > kRmsNormWidth)
+    return cudaErrorInvalidValue;
   if (rows == 0 || width == 0) return cudaSuccess;
 
   return with_type(dtype, [&](auto* type) {

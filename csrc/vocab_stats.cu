@@ -26,13 +26,12 @@ struct Sample {
   int id;  // INT_MAX: none seen
 };
 
-// What a row does to its logits.
-struct Row {
-  float inverse;  // of the temperature
-  float softcap;  // 0: none
-  bool noisy, tempered;
-  uint32_t position, request, draw;
-  uint64_t seed;
+// What becomes of a row's logits.
+struct Rule {
+  Inverse inverse;  // of the temperature
+  float softcap;    // 0: none
+  bool tempered;
+  NoiseKey key;
 };
 
 __device__ __forceinline__ Best merge(Best a, Best b) {
@@ -95,13 +94,13 @@ __device__ __forceinline__ float cap(float x, float softcap) {
 }
 
 // Take the logits of ids first .. first + kCount - 1, which lie behind all ids taken before, for
-// what the row makes of them; the first is a multiple of 4.
+// what the rule makes of them; the first is a multiple of 4.
 template <bool kSampled, int kCount>
 __device__ __forceinline__ void take(Best& best, Sample& sample, float (&x)[kCount], int first,
-                                     const Row& row, const int32_t* banned, int banned_count) {
-  if (row.softcap != 0.f) {
+                                     const Rule& rule, const int32_t* banned, int banned_count) {
+  if (rule.softcap != 0.f) {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) x[i] = cap(x[i], row.softcap);
+    for (int i = 0; i < kCount; ++i) x[i] = cap(x[i], rule.softcap);
   }
   for (int b = 0; b < banned_count; ++b) {
     const unsigned hit = static_cast<unsigned>(banned[b]) - static_cast<unsigned>(first);
@@ -114,15 +113,13 @@ __device__ __forceinline__ void take(Best& best, Sample& sample, float (&x)[kCou
 #pragma unroll
     for (int quad = 0; quad < kCount / 4; ++quad) {
       Words words{};
-      if (row.noisy) {
-        const auto number = static_cast<uint32_t>(first) / 4 + quad;
-        words = philox(number, row.position, row.request, row.draw, row.seed);
-      }
+      if (rule.inverse.noisy) words = rule.key.words(first / 4 + quad);
 #pragma unroll
       for (int i = 4 * quad; i < 4 * quad + 4; ++i) {
-        const float scaled = __fmul_rn(x[i], row.inverse);
-        const float score = row.noisy ? __fadd_rn(scaled, gumbel(words.word[i % 4])) : scaled;
-        if (row.tempered) x[i] = scaled;
+        const float scaled = __fmul_rn(x[i], rule.inverse.value);
+        const float score =
+            rule.inverse.noisy ? __fadd_rn(scaled, gumbel(words.word[i % 4])) : scaled;
+        if (rule.tempered) x[i] = scaled;
         sample = merge(sample, {score, x[i], first + i});
       }
     }
@@ -153,10 +150,10 @@ __global__ void __launch_bounds__(kThreads)
                        const float* __restrict__ temperatures,  // (rows,) or null
                        const int32_t* __restrict__ banned,      // (banned_count,)
                        int64_t rows, int64_t sources, int vocab, int pieces, int banned_count,
-                       bool long_row_list, bool aligned, Row options, int64_t stride_logits_row,
+                       bool long_row_list, bool aligned, Rule rule, int64_t stride_logits_row,
                        int64_t stride_counter_row, int64_t stride_counter_word) {
   constexpr int kVector = Vector<T>::kSize;
-  constexpr int kVectors = kPiece / kThreads / kVector;
+  constexpr int kVectors = kVocabPiece / kThreads / kVector;
   __shared__ int32_t shared_banned[kMaxBanned];
   __shared__ int shared_count;
   __shared__ Best shared_best[kWarps];
@@ -166,8 +163,8 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t row = blockIdx.x / static_cast<unsigned>(pieces);
   const int piece = static_cast<int>(blockIdx.x % static_cast<unsigned>(pieces));
   const int thread = static_cast<int>(threadIdx.x);
-  const int begin = piece * static_cast<int>(kPiece);
-  const int end = min(begin + static_cast<int>(kPiece), vocab);
+  const int begin = piece * static_cast<int>(kVocabPiece);
+  const int end = min(begin + static_cast<int>(kVocabPiece), vocab);
 
   // Those that lie in the piece; mostly none do.
   if (thread == 0) shared_count = 0;
@@ -180,15 +177,10 @@ __global__ void __launch_bounds__(kThreads)
 
   if constexpr (kSampled) {
     const int32_t* const words = counter + row * stride_counter_row;
-    options.position = static_cast<uint32_t>(words[0]);
-    options.request = static_cast<uint32_t>(words[stride_counter_word]);
-    options.draw = static_cast<uint32_t>(words[2 * stride_counter_word]);
-    options.noisy = true;
-    if (temperatures != nullptr) {
-      const float temperature = temperatures[row];
-      options.noisy = temperature >= 1e-6f && temperature < INFINITY;
-      options.inverse = options.noisy ? __fdiv_rn(1.f, temperature) : 1.f;
-    }
+    rule.key.position = static_cast<uint32_t>(words[0]);
+    rule.key.request = static_cast<uint32_t>(words[stride_counter_word]);
+    rule.key.draw = static_cast<uint32_t>(words[2 * stride_counter_word]);
+    if (temperatures != nullptr) rule.inverse = inverse_of(temperatures[row]);
   }
 
   int64_t source = row;
@@ -221,7 +213,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int v = 0; v < kVectors; ++v) {
     const int first = begin + (v * kThreads + thread) * kVector;
     if (first < end) {
-      take<kSampled>(best, sample, x[v], first, options, shared_banned, banned_count);
+      take<kSampled>(best, sample, x[v], first, rule, shared_banned, banned_count);
     }
   }
   best = merge_block(best, shared_best);
@@ -278,18 +270,17 @@ cudaError_t vocab_stats(int64_t* token, float* prob, float* entropy, float* marg
                         int64_t seed, float inverse_temperature, float softcap,
                         int64_t stride_logits_row, int64_t stride_counter_row,
                         int64_t stride_counter_word, cudaStream_t stream) {
-  const int64_t pieces = (vocab + kPiece - 1) / kPiece;
+  const int64_t pieces = (vocab + kVocabPiece - 1) / kVocabPiece;
   if (rows < 0 || vocab < 1 || pieces > kMaxPieces || rows > INT_MAX / pieces || banned_count < 0 ||
       banned_count > kMaxBanned) {
     return cudaErrorInvalidValue;
   }
   if (rows == 0) return cudaSuccess;
 
-  Row options{};
-  options.inverse = inverse_temperature;
-  options.softcap = softcap;
-  options.tempered = tempered;
-  options.seed = static_cast<uint64_t>(seed);
+  const Rule rule = {{inverse_temperature, counter != nullptr},
+                     softcap,
+                     tempered,
+                     {0, 0, 0, static_cast<uint64_t>(seed)}};
   const dim3 grid(static_cast<unsigned>(rows * pieces)), block(kThreads);
   const cudaError_t error = with_type(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
@@ -299,7 +290,7 @@ cudaError_t vocab_stats(int64_t* token, float* prob, float* entropy, float* marg
       PYDLLM_LAUNCH(kernel, grid, block, 0, stream, values, ids, typed, row_list, counter,
                     temperatures, banned, rows, sources, static_cast<int>(vocab),
                     static_cast<int>(pieces), static_cast<int>(banned_count), long_row_list,
-                    aligned, options, stride_logits_row, stride_counter_row, stride_counter_word);
+                    aligned, rule, stride_logits_row, stride_counter_row, stride_counter_word);
       return cudaGetLastError();
     };
     return counter == nullptr ? launch(vocab_stats_kernel<T, false>)

@@ -9,7 +9,7 @@ namespace pydllm {
 
 // Ids of a piece, which a block reads; head_stats.h says how many pieces there may be. The same for
 // every number of rows, so that the bits of a row depend on it alone.
-constexpr int64_t kPiece = 8192;
+constexpr int64_t kVocabPiece = 8192;
 
 // Shared memory holds the banned ids.
 constexpr int64_t kMaxBanned = 16;

@@ -8,7 +8,7 @@ from torch import Tensor
 from pydllm._backend.cuda import DTYPES, call
 from pydllm._backend.cuda.head_stats import MAX_PIECES, empty_stats
 
-PIECE = 8192  # kPiece in csrc/vocab_stats.h
+PIECE = 8192  # kVocabPiece in csrc/vocab_stats.h
 
 
 def supports(
