@@ -117,13 +117,15 @@ cudaError_t rms_norm(void* y, void* residual, const void* x, const void* weight,
                     stride_x_row, stride_residual_row, aligned);
       return cudaGetLastError();
     };
-    // One vector a thread where 1024 threads can hold the row so; up to eight where they cannot.
+    // One vector a thread where 1024 threads can hold the row so.
     constexpr int64_t kVector = Vector<T>::kSize;
     if (width <= 128 * kVector) return launch(Constant<128>{}, Constant<1>{});
     if (width <= 512 * kVector) return launch(Constant<512>{}, Constant<1>{});
     if (width <= 1024 * kVector) return launch(Constant<1024>{}, Constant<1>{});
     if (width <= 1024 * 4 * kVector) return launch(Constant<1024>{}, Constant<4>{});
-    return launch(Constant<1024>{}, Constant<8>{});
+    // Only fp32 has rows that are longer.
+    if constexpr (kVector == 4) return launch(Constant<1024>{}, Constant<8>{});
+    return cudaErrorInvalidValue;
   });
 }
 
