@@ -2,7 +2,7 @@
 
 #include "block.cuh"
 #include "common.cuh"
-#include "noise.cuh"
+#include "philox.cuh"
 #include "rows.cuh"
 
 namespace pydllm {

@@ -4,7 +4,7 @@
 #include "block.cuh"
 #include "common.cuh"
 #include "mixture_accept.h"
-#include "noise.cuh"
+#include "philox.cuh"
 
 namespace pydllm {
 

@@ -27,7 +27,7 @@ INF = math.inf
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
 PHILOX = """
-#include "noise.cuh"
+#include "philox.cuh"
 extern "C" void words(uint32_t* out, const uint32_t* counters, int count, uint64_t seed) {
   for (int i = 0; i < count; ++i) {
     const uint32_t* c = counters + 4 * i;
