@@ -128,7 +128,7 @@ cudaError_t mixture_accept(const MixtureAccept& call, cudaStream_t stream) {
                     call.banned_count <= kMaxBannedOfMixture;
   if (!fits) return cudaErrorInvalidValue;
   if (round.batch == 0) return cudaSuccess;
-  if (blocks == 0) return mixture_join(round, stream);
+  if (blocks == 0) return mixture_accept_join(round, stream);
   const dim3 grid(static_cast<unsigned>(blocks)), block(kThreads);
   return with_type(call.dtype, [&](auto* typed) {
     using T = std::remove_pointer_t<decltype(typed)>;
@@ -137,7 +137,7 @@ cudaError_t mixture_accept(const MixtureAccept& call, cudaStream_t stream) {
     } else {
       PYDLLM_LAUNCH((mixture_accept_kernel<T, false>), grid, block, 0, stream, call);
     }
-    return mixture_join(round, stream);
+    return mixture_accept_join(round, stream);
   });
 }
 

@@ -57,7 +57,7 @@ struct MixtureAcceptSparse : MixtureRound {
 };
 
 // Joins what blocks have found of the tiles.
-cudaError_t mixture_join(const MixtureRound& round, cudaStream_t stream);
+cudaError_t mixture_accept_join(const MixtureRound& round, cudaStream_t stream);
 
 // Two launches each: blocks look at pieces of the rows in use, warps join what they found and look
 // for the first row whose draft is another. What pydllm/reference/mixture_accept.py gives, the

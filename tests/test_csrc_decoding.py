@@ -143,7 +143,7 @@ def test_unmask_in_windows_of_every_size(cuda_on_cpu):
 
 
 def check_multiblock_step(long=False):
-    """Every profile on a trajectory; long: more positions and more blocks than there are threads."""
+    """Every profile on a trajectory; long: more positions and blocks than there are threads."""
     shapes = ((700, 33), (520, 2)) if long else ((20, 5),)
     for new, size in shapes:
         for number in range(8):
@@ -335,11 +335,11 @@ MUTANTS = {
         "the cut itself is outside": ("lane[i]) < threshold", "lane[i]) <= threshold"),
         "nucleus at mixture 0": ("if (weight != 0.f) inside", "inside"),
     },
-    ("mixture_join.cu", "check_mixture_accept"): {
+    ("_mixture_accept_join.cu", "check_mixture_accept"): {
         "every row is free": ("round.first_free && index == 0", "round.first_free"),
         "last tile is not looked at": ("tile < round.tiles;", "tile + 1 < round.tiles;"),
     },
-    ("mixture_accept_sparse.cu", "check_mixture_accept_sparse"): {
+    ("_mixture_accept_sparse.cu", "check_mixture_accept_sparse"): {
         "rest of a row of the head": ("i < width; i += kWarpSize", "i < 0; i += kWarpSize"),
         "every second candidate": ("i < end; i += kWarps", "i < end; i += 2 * kWarps"),
     },
@@ -347,7 +347,7 @@ MUTANTS = {
 
 
 @pytest.mark.parametrize(
-    ("source", "check"), MUTANTS, ids=[source.partition(".")[0] for source, _ in MUTANTS]
+    ("source", "check"), MUTANTS, ids=[source.removesuffix(".cu") for source, _ in MUTANTS]
 )
 def test_planted_bugs_are_caught(source, check, cuda_folder):
     assert_caught(f"tests.test_csrc_decoding:{check}", source, MUTANTS[source, check], cuda_folder)

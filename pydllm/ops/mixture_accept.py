@@ -213,7 +213,7 @@ def mixture_accept_sparse(
     of the whole head and both logits: 0 bytes an element of the vocabulary.
     CUDA graphs: safe. ``torch.compile``: one op.
 
-    Kernels: ``kernels/mixture_accept.py``, ``csrc/mixture_accept_sparse.cu``.
+    Kernels: ``kernels/mixture_accept.py``, ``csrc/_mixture_accept_sparse.cu``.
     """
     ids, logits, noise, size, overflow = candidates
     check_shape("candidates.ids", ids, "R", "C")

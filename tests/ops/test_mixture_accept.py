@@ -372,8 +372,9 @@ def test_fullgraph_compile(backend):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_captured_graph_replays_and_agrees_with_the_cpu(dtype):
+def test_a_captured_graph_replays_and_agrees_with_the_cpu(dtype, backend):
     rows, vocab, temperature = 8, 151936, 0.2
     logits, verifier, draft, shared = make(
         2, rows, vocab, top_p=0.95, temperature=temperature, dtype=dtype, capacity=128
@@ -382,7 +383,7 @@ def test_a_captured_graph_replays_and_agrees_with_the_cpu(dtype):
     call = {"length": ids(8, 5), "mixture": torch.tensor([0.7, 0.3])}
     expected = accept(logits, verifier, draft, shared, backend="torch", **call)
     moved = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in (shared | call).items()}
-    options = {"threshold": draft.threshold.cuda(), "backend": "triton", **moved}
+    options = {"threshold": draft.threshold.cuda(), "backend": backend, **moved}
     static, verifier, token = torch.zeros_like(logits).cuda(), verifier.cuda(), draft.token.cuda()
     ops.mixture_accept(static, verifier, token, **options)  # compiles
     graph = torch.cuda.CUDAGraph()

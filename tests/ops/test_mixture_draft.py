@@ -368,13 +368,14 @@ def test_fullgraph_compile(backend):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("temperature", [0.2, 1.0])
-def test_a_captured_graph_replays_and_agrees_with_the_cpu(temperature):
+def test_a_captured_graph_replays_and_agrees_with_the_cpu(temperature, backend):
     logits = (random_normal(16, VOCAB, seed=0) * 3).bfloat16()
     options = {"temperature": temperature, "top_p": 0.95, "capacity": 128, "shared_vocab": SHARED}
     expected = ops.mixture_draft(logits, counter=_counter(16), **options)
     static, counter = torch.zeros_like(logits).cuda(), _counter(16).cuda()
-    call = {"counter": counter, "backend": "triton", **options}
+    call = {"counter": counter, "backend": backend, **options}
     ops.mixture_draft(static, **call)  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

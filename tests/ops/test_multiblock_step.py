@@ -357,9 +357,10 @@ def test_what_a_kernel_does_not_take(backend):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("profile", ["fixed", "compat"])
-def test_on_a_gpu(profile, cached):
+def test_on_a_gpu(profile, cached, backend):
     x, steps, state, lengths = start([3, 40, 7], 320, 32)
     options = {"mask_id": MASK, "max_new_tokens": 320, "block_length": 32, "threshold": 0.25}
     options |= {"cached": cached, "profile": profile}
@@ -369,7 +370,7 @@ def test_on_a_gpu(profile, cached):
         ends = torch.tensor(ENDS)
         given = {"prompt_length": lengths, "eos_ids": ends, "backend": "torch"}
         ops.multiblock_step(x, steps, state, token, entropy, **options, **given)
-        given = {"prompt_length": lengths.cuda(), "eos_ids": ends.cuda(), "backend": "triton"}
+        given = {"prompt_length": lengths.cuda(), "eos_ids": ends.cuda(), "backend": backend}
         carried = MultiBlockState(*there[2:])
         ops.multiblock_step(*there[:2], carried, token.cuda(), entropy.cuda(), **options, **given)
         for want, got in zip((x, steps, *state), there, strict=True):

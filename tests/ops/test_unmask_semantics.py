@@ -10,6 +10,7 @@ import torch
 from pydllm import ops
 from tests.ops.test_unmask import (
     BACKENDS,
+    KERNELS,
     MASK,
     copied,
     integers,
@@ -359,14 +360,15 @@ def test_noise_is_uniform_and_keyed_by_sequence_and_position(backend):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("semantics", "rule"), [("sglang", "threshold"), ("llada", "quota")])
-def test_half_precision_scores_on_a_gpu(semantics, rule, dtype):
+def test_half_precision_scores_on_a_gpu(semantics, rule, dtype, backend):
     case = semantic_case(200, 32, 3, dtype, False)
     on_gpu = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in case.items()}
     quota = numbers([3] * 200)
     option = {"threshold": 0.9} if rule == "threshold" else {"quota": quota}
     expected = call(case, rule, semantics, option, "torch")
     option = {"threshold": 0.9} if rule == "threshold" else {"quota": quota.cuda()}
-    for one, other in zip(call(on_gpu, rule, semantics, option, "triton"), expected, strict=True):
+    for one, other in zip(call(on_gpu, rule, semantics, option, backend), expected, strict=True):
         assert torch.equal(one.cpu(), other)

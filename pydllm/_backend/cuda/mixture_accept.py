@@ -1,4 +1,4 @@
-"""Launches csrc/mixture_accept.cu and csrc/mixture_accept_sparse.cu."""
+"""Launches csrc/mixture_accept.cu and csrc/_mixture_accept_sparse.cu."""
 
 from __future__ import annotations
 

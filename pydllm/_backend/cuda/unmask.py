@@ -31,8 +31,8 @@ def supports(
         return f"the kernel takes fp32, fp16 and bf16 scores, got {score.dtype}"
     if token.shape[1] > MAX_WINDOW:
         return f"the kernel takes windows of up to {MAX_WINDOW} positions, got {token.shape[1]}"
-    names = ("nfe", "start", "length", "quota", "request", "prompt_length")
-    names += ("done", "end", "ends_from")
+    names = ["nfe", "start", "length", "quota", "request", "prompt_length"]
+    names += ["done", "end", "ends_from"]
     numbers = dict(zip(names, per_sequence, strict=True))
     rows = {"x": x, "step_map": step_map, "token": token, "score": score}
     for name, tensor in (rows | numbers).items():

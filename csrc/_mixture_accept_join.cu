@@ -6,7 +6,8 @@ namespace {
 constexpr int kJoinThreads = 128;
 
 // One warp a sequence, a lane a row.
-__global__ void __launch_bounds__(kJoinThreads) mixture_join_kernel(const MixtureRound round) {
+__global__ void __launch_bounds__(kJoinThreads)
+    mixture_accept_join_kernel(const MixtureRound round) {
   const int64_t sequence =
       int64_t{blockIdx.x} * (kJoinThreads / kWarpSize) + threadIdx.x / kWarpSize;
   if (sequence >= round.batch) return;
@@ -53,12 +54,12 @@ __global__ void __launch_bounds__(kJoinThreads) mixture_join_kernel(const Mixtur
 
 }  // namespace
 
-cudaError_t mixture_join(const MixtureRound& round, cudaStream_t stream) {
+cudaError_t mixture_accept_join(const MixtureRound& round, cudaStream_t stream) {
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) return error;
   constexpr int64_t kSequences = kJoinThreads / kWarpSize;
   const dim3 grid(static_cast<unsigned>((round.batch + kSequences - 1) / kSequences));
-  PYDLLM_LAUNCH(mixture_join_kernel, grid, dim3(kJoinThreads), 0, stream, round);
+  PYDLLM_LAUNCH(mixture_accept_join_kernel, grid, dim3(kJoinThreads), 0, stream, round);
   return cudaGetLastError();
 }
 

@@ -111,7 +111,7 @@ cudaError_t mixture_accept_sparse(const MixtureAcceptSparse& call, cudaStream_t 
                     round.tiles == (call.capacity + kCandidateTile - 1) / kCandidateTile;
   if (!fits) return cudaErrorInvalidValue;
   if (round.batch == 0) return cudaSuccess;
-  if (blocks == 0) return mixture_join(round, stream);
+  if (blocks == 0) return mixture_accept_join(round, stream);
   const dim3 grid(static_cast<unsigned>(blocks)), block(kThreads);
   return with_type(call.dtype, [&](auto* typed) {
     using T = std::remove_pointer_t<decltype(typed)>;
@@ -120,7 +120,7 @@ cudaError_t mixture_accept_sparse(const MixtureAcceptSparse& call, cudaStream_t 
     } else {
       PYDLLM_LAUNCH((mixture_accept_sparse_kernel<T, false>), grid, block, 0, stream, call);
     }
-    return mixture_join(round, stream);
+    return mixture_accept_join(round, stream);
   });
 }
 
