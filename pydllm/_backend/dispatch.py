@@ -113,7 +113,10 @@ def choose(
     return "torch"
 
 
-def launcher(op: str, backend: str) -> Callable[..., Any]:
-    """The function that launches ``op``'s kernels: that of ``kernels/`` or ``_backend/cuda/``."""
+def launcher(op: str, backend: str, form: str | None = None) -> Callable[..., Any]:
+    """The function that launches ``op``'s kernels: that of ``kernels/`` or ``_backend/cuda/``.
+
+    ``form`` is the function's name where it is not the op's.
+    """
     room = {"cuda": "pydllm._backend.cuda", "triton": "pydllm.kernels"}[backend]
-    return getattr(importlib.import_module(f"{room}.{op}"), op)
+    return getattr(importlib.import_module(f"{room}.{op}"), form or op)
