@@ -23,6 +23,7 @@ from tests.ops.test_mixture_draft import _assert_near
 from tests.ops.test_multiblock_step import ENDS, MASK, clone, start, statistics
 from tests.ops.test_philox import KNOWN, WORDS
 from tests.ops.test_unmask import copied, integers, make_case, numbers
+from tests.ops.test_unmask_ending import make_ending
 
 INF = math.inf
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -116,13 +117,17 @@ def check_unmask():
             case["score"] = case["score"].to((F32, F16, BF16)[index % 3])
             if rule in ("quota", "left_to_right", "random"):
                 options = {"quota": numbers(integers(batch, low=0, high=rows + 2, seed=index))}
+            options = dict(options)
             results = []
             for backend in ("torch", "cuda"):
                 own = copied(case)
+                ending = make_ending(batch, slots, index, eos=[7, 3], ends_from=True, last=False)
+                if rule in ("quota", "threshold"):
+                    options["ending"] = ops.Ending(**ending)
                 counts = ops.unmask(
                     **own, rule=rule, semantics=semantics, backend=backend, **options
                 )
-                results.append((own["x"], own["step_map"], own["nfe"], *counts))
+                results.append((own["x"], own["step_map"], own["nfe"], ending["done"], *counts))
             for one, other in zip(*results, strict=True):
                 assert torch.equal(one, other), (rule, semantics, rows)
 
@@ -304,6 +309,8 @@ MUTANTS = {
             "other word of noise": ("words_of(j).word[1]", "words_of(j).word[2]"),
             "rank off by one": ("static_cast<float>(j + 2)", "static_cast<float>(j + 1)"),
             "limit is not rounded": ("rounded<Score>(call.limit)", "call.limit"),
+            "ends before the region count": ("if (start + j < ends_from) continue;", ""),
+            "filled from the end on": ("place + 1 + thread", "place + thread"),
             "ties to a neighbour": ("static_cast<uint32_t>(j);", "static_cast<uint32_t>(j ^ 1);"),
         },
     ),
