@@ -1,19 +1,40 @@
 // The only file that knows Python. Pointers and the stream come as integers, so that the module is
-// tied to no torch; pydllm/_backend/cuda.py is its only caller and has checked the tensors.
-#include <cuda_runtime_api.h>
+// tied to no torch; pydllm/_backend/cuda is its only caller and has checked the tensors.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
+#include "commit_branch.h"
+#include "draft.h"
+#include "head_stats.h"
+#include "mixture_accept.h"
+#include "mixture_draft.h"
+#include "multiblock_step.h"
+#include "rms_norm.h"
+#include "swiglu.h"
+#include "unmask.h"
+#include "verify.h"
 #include "vocab_stats.h"
 
 namespace {
 
+namespace py = pybind11;
+
+// How Python passes an argument of a launcher: an address as an integer, an enum as its number.
 template <typename T>
-T* pointer(int64_t address) {
-  return reinterpret_cast<T*>(address);
+using Passed = std::conditional_t<std::is_pointer_v<T>, int64_t,
+                                  std::conditional_t<std::is_enum_v<T>, int, T>>;
+
+template <typename T>
+T received(Passed<T> value) {
+  if constexpr (std::is_pointer_v<T>) {
+    return reinterpret_cast<T>(value);
+  } else {
+    return static_cast<T>(value);
+  }
 }
 
 void check(cudaError_t error, const char* kernel) {
@@ -22,27 +43,143 @@ void check(cudaError_t error, const char* kernel) {
                            cudaGetErrorName(error) + ")");
 }
 
-void vocab_stats(int64_t token, int64_t logsumexp, int64_t prob, int64_t entropy, int64_t margin,
-                 int64_t logits, int64_t banned, int dtype, int64_t rows, int64_t vocab,
-                 int64_t banned_count, int64_t stride_logits_row, int64_t stream) {
-  check(pydllm::vocab_stats(pointer<int64_t>(token), pointer<float>(logsumexp),
-                            pointer<float>(prob), pointer<float>(entropy), pointer<float>(margin),
-                            pointer<const void>(logits), pointer<const int32_t>(banned),
-                            static_cast<pydllm::Dtype>(dtype), rows, vocab, banned_count,
-                            stride_logits_row, pointer<CUstream_st>(stream)),
-        "vocab_stats");
+// Define `kernel` as a call with keywords, one name for each argument of its launcher.
+template <typename... Arguments, typename... Names>
+void define(py::module_& m, const char* kernel, cudaError_t (*launcher)(Arguments...),
+            Names... names) {
+  static_assert(sizeof...(Arguments) == sizeof...(Names), "a name for each argument");
+  m.def(
+      kernel,
+      [kernel, launcher](Passed<Arguments>... arguments) {
+        check(launcher(received<Arguments>(arguments)...), kernel);
+      },
+      py::kw_only(), py::arg(names)...);
 }
+
+// A field of a launcher's arguments, and its name.
+template <typename Call, typename T>
+struct Field {
+  const char* name;
+  T Call::* member;
+};
+template <typename Call, typename T>
+Field(const char*, T Call::*) -> Field<Call, T>;
+
+// Likewise for a launcher whose arguments are one struct: the fields are the keywords. Those that
+// are not listed are 0.
+template <typename Call, typename... Calls, typename... Ts>
+void define_call(py::module_& m, const char* kernel,
+                 cudaError_t (*launcher)(const Call&, cudaStream_t), Field<Calls, Ts>... fields) {
+  m.def(
+      kernel,
+      [kernel, launcher, fields...](Passed<Ts>... values, int64_t stream) {
+        Call call{};
+        ((call.*fields.member = received<Ts>(values)), ...);
+        check(launcher(call, received<cudaStream_t>(stream)), kernel);
+      },
+      py::kw_only(), py::arg(fields.name)..., py::arg("stream"));
+}
+#define FIELD(name)    \
+  Field {              \
+    #name, &Call::name \
+  }
 
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  namespace py = pybind11;
   m.doc() = "CUDA kernels of pydllm.";
   m.def("version", [] { return PYDLLM_VERSION; }, "Version of pydllm these kernels belong to.");
   m.def("archs", [] { return PYDLLM_ARCHS; }, "Architectures compiled for, as PYDLLM_CUDA_ARCHS.");
+  // Limits that pydllm/_backend/cuda has to know; a test compares both sides.
+  m.attr("DRAFT_ROWS") = pydllm::kDraftRows;
   m.attr("MAX_BANNED") = pydllm::kMaxBanned;
-  m.def("vocab_stats", &vocab_stats, py::kw_only(), py::arg("token"), py::arg("logsumexp"),
-        py::arg("prob"), py::arg("entropy"), py::arg("margin"), py::arg("logits"),
-        py::arg("banned"), py::arg("dtype"), py::arg("rows"), py::arg("vocab"),
-        py::arg("banned_count"), py::arg("stride_logits_row"), py::arg("stream"));
+  m.attr("MAX_CAPACITY") = pydllm::kMaxCapacity;
+  m.attr("MAX_PIECES") = pydllm::kMaxPieces;
+  m.attr("MIXTURE_CANDIDATES") = pydllm::kCandidateTile;
+  m.attr("MIXTURE_TILE_BYTES") = pydllm::kTileBytes;
+  m.attr("MIXTURE_VOCAB") = pydllm::kMaxSharedVocab;
+  m.attr("MULTIBLOCK_BLOCKS") = pydllm::kMaxBlocks;
+  m.attr("MULTIBLOCK_POSITIONS") = pydllm::kMaxPositions;
+  m.attr("RMS_NORM_WIDTH") = pydllm::kRmsNormWidth;
+  m.attr("UNMASK_WINDOW") = pydllm::kMaxWindow;
+  m.attr("VERIFY_BRANCHES") = pydllm::kVerifyBranches;
+  m.attr("VOCAB_PIECE") = pydllm::kVocabPiece;
+  define(m, "commit_branch", pydllm::commit_branch, "k_cache", "v_cache", "k", "v", "branch",
+         "start", "commit", "pad", "cos", "sin", "k_norm", "block_table", "dtype", "batch",
+         "window", "branches", "kv_heads", "head_dim", "half", "slots", "page", "eps",
+         "stride_k_batch", "stride_k_row", "stride_k_head", "stride_v_batch", "stride_v_row",
+         "stride_v_head", "stride_k_cache_batch", "stride_k_cache_row", "stride_k_cache_head",
+         "stride_v_cache_batch", "stride_v_cache_row", "stride_v_cache_head", "stream");
+  define(m, "draft", pydllm::draft, "candidates", "x", "token", "score", "start", "length", "dtype",
+         "batch", "slots", "rows", "branches", "mask_id", "block_size", "stride_x_row",
+         "stride_token_row", "stride_score_row", "stream");
+  define(m, "merge_stats", pydllm::merge_stats, "token", "prob", "entropy", "margin", "logsumexp",
+         "values", "ids", "rows", "pieces", "sampled", "stream");
+  {
+    using Call = pydllm::MixtureAccept;
+    define_call(m, "mixture_accept", pydllm::mixture_accept, FIELD(accepted), FIELD(correction),
+                FIELD(target), FIELD(least), FIELD(best), FIELD(least_of_tiles), FIELD(token),
+                FIELD(length), FIELD(mixtures), FIELD(temperatures), FIELD(batch), FIELD(rows),
+                FIELD(tiles), FIELD(mixture), FIELD(inverse), FIELD(first_free), FIELD(logits),
+                FIELD(verifier), FIELD(threshold), FIELD(counter), FIELD(banned), FIELD(dtype),
+                FIELD(vocab), FIELD(verifier_vocab), FIELD(shared), FIELD(banned_count),
+                FIELD(seed), FIELD(stride_logits_row), FIELD(stride_verifier_row),
+                FIELD(stride_counter_row), FIELD(stride_counter_word));
+  }
+  {
+    using Call = pydllm::MixtureAcceptSparse;
+    define_call(m, "mixture_accept_sparse", pydllm::mixture_accept_sparse, FIELD(accepted),
+                FIELD(correction), FIELD(target), FIELD(least), FIELD(best), FIELD(least_of_tiles),
+                FIELD(token), FIELD(length), FIELD(mixtures), FIELD(temperatures), FIELD(batch),
+                FIELD(rows), FIELD(tiles), FIELD(mixture), FIELD(inverse), FIELD(first_free),
+                FIELD(ids), FIELD(values), FIELD(noise), FIELD(size), FIELD(hidden), FIELD(head),
+                FIELD(bias), FIELD(dtype), FIELD(capacity), FIELD(width), FIELD(softcap),
+                FIELD(stride_hidden_row), FIELD(stride_head_row));
+  }
+  {
+    using Call = pydllm::MixtureDraft;
+    define_call(m, "mixture_draft", pydllm::mixture_draft, FIELD(token), FIELD(logsumexp),
+                FIELD(threshold), FIELD(ids), FIELD(values), FIELD(noise), FIELD(size),
+                FIELD(overflow), FIELD(noted_ids), FIELD(noted), FIELD(logits), FIELD(rows),
+                FIELD(counter), FIELD(temperatures), FIELD(top_ps), FIELD(banned), FIELD(dtype),
+                FIELD(wide_rows), FIELD(squared), FIELD(count), FIELD(sources), FIELD(vocab),
+                FIELD(shared), FIELD(banned_count), FIELD(capacity), FIELD(notes), FIELD(inverse),
+                FIELD(inverse_squared), FIELD(top_p), FIELD(seed), FIELD(stride_logits_row),
+                FIELD(stride_counter_row), FIELD(stride_counter_word));
+  }
+  {
+    using Call = pydllm::MultiblockStep;
+    define_call(m, "multiblock_step", pydllm::multiblock_step, FIELD(x), FIELD(step_map),
+                FIELD(numbers), FIELD(blocks), FIELD(eligible), FIELD(token), FIELD(entropy),
+                FIELD(prompt), FIELD(eos), FIELD(dtype), FIELD(batch), FIELD(slots), FIELD(columns),
+                FIELD(count), FIELD(ends), FIELD(mask_id), FIELD(generated), FIELD(size),
+                FIELD(limit), FIELD(add), FIELD(full_at), FIELD(delay), FIELD(refresh), FIELD(tail),
+                FIELD(early_stop), FIELD(cached), FIELD(shifted), FIELD(compat),
+                FIELD(stride_x_row), FIELD(stride_step_map_row), FIELD(stride_numbers_row),
+                FIELD(stride_blocks_plane), FIELD(stride_blocks_row), FIELD(stride_eligible_row),
+                FIELD(stride_token_row), FIELD(stride_entropy_row));
+  }
+  define(m, "rms_norm", pydllm::rms_norm, "y", "residual", "x", "weight", "dtype", "rows", "width",
+         "eps", "stride_x_row", "stride_residual_row", "stream");
+  define(m, "swiglu", pydllm::swiglu, "y", "gate_up", "dtype", "rows", "width", "stream");
+  {
+    using Call = pydllm::Unmask;
+    define_call(m, "unmask", pydllm::unmask, FIELD(remaining), FIELD(accepted), FIELD(x),
+                FIELD(step_map), FIELD(nfe), FIELD(token), FIELD(score), FIELD(start),
+                FIELD(length), FIELD(quota), FIELD(request), FIELD(prompt), FIELD(done), FIELD(end),
+                FIELD(eos), FIELD(ends_from), FIELD(dtype), FIELD(batch), FIELD(slots), FIELD(rows),
+                FIELD(mask_id), FIELD(rule), FIELD(variant), FIELD(least), FIELD(limit),
+                FIELD(edit_limit), FIELD(vocab), FIELD(seed), FIELD(ends), FIELD(last),
+                FIELD(stride_x_row), FIELD(stride_step_map_row), FIELD(stride_token_row),
+                FIELD(stride_score_row));
+  }
+  define(m, "verify", pydllm::verify, "following", "branch", "accepted", "remaining", "complete",
+         "x", "step_map", "nfe", "candidates", "token", "score", "start", "length", "dtype",
+         "batch", "slots", "rows", "branches", "drafts", "mask_id", "block_size", "stride_x_row",
+         "stride_step_map_row", "stream");
+  define(m, "vocab_stats", pydllm::vocab_stats, "token", "prob", "entropy", "margin", "logsumexp",
+         "values", "ids", "logits", "row_list", "counter", "temperatures", "banned", "dtype",
+         "rows", "sources", "vocab", "banned_count", "long_row_list", "tempered", "seed",
+         "inverse_temperature", "softcap", "stride_logits_row", "stride_counter_row",
+         "stride_counter_word", "stream");
 }

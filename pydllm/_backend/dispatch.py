@@ -1,20 +1,24 @@
 """Which backend runs a call: decided here, from metadata alone.
 
-``auto`` takes the first of cuda, triton, torch that supports the call and logs once why the ones
-before it do not. A backend asked for by name, in the call or in ``PYDLLM_BACKEND``, never falls
-back.
+``auto`` takes the first of triton, cuda, torch that supports the call, or of cuda, triton, torch
+where ``preference.py`` has a measurement that says so, and logs once why the ones before it do not.
+A backend asked for by name, in the call or in ``PYDLLM_BACKEND``, never falls back.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from pydllm._backend import env
+from pydllm._backend.cuda import available as cuda_missing
 from pydllm._backend.errors import BackendError
+from pydllm._backend.preference import prefers_cuda
 
 Reason = str | None  # None: supported; otherwise why not, worded for a user
 
@@ -74,7 +78,7 @@ def choose(
         backend: the caller's choice; None takes ``PYDLLM_BACKEND`` (default ``auto``).
         device: where the tensors are.
         triton: what the Triton launcher says of this call beyond the device; None: no kernel.
-        cuda: what the CUDA launcher says of this call, the device included; None: no kernel.
+        cuda: what the CUDA launcher says of it, likewise.
 
     Raises:
         ValueError: ``backend`` is no backend's name.
@@ -90,9 +94,8 @@ def choose(
         check = triton if name == "triton" else cuda
         if check is None:
             return f"{op} has no {name} kernel"
-        if name == "triton":
-            return triton_missing(device) or check()
-        return check()
+        missing = triton_missing(device) if name == "triton" else cuda_missing(device)
+        return missing or check()
 
     if wanted != "auto":
         reason = why_not(wanted)
@@ -101,10 +104,19 @@ def choose(
         return wanted
     if device.type == "cpu":  # the interpreter is a debugging aid: only ever by name
         return "torch"
-    for name in ("cuda", "triton"):
+    for name in ("cuda", "triton") if prefers_cuda(op, device) else ("triton", "cuda"):
         reason = why_not(name)
         if reason is None:
             return name
         if not torch.compiler.is_compiling():
             _LOGGER.info("%s: not %s: %s", op, name, reason)
     return "torch"
+
+
+def launcher(op: str, backend: str, form: str | None = None) -> Callable[..., Any]:
+    """The function that launches ``op``'s kernels: that of ``kernels/`` or ``_backend/cuda/``.
+
+    ``form`` is the function's name where it is not the op's.
+    """
+    room = {"cuda": "pydllm._backend.cuda", "triton": "pydllm.kernels"}[backend]
+    return getattr(importlib.import_module(f"{room}.{op}"), form or op)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pydllm import reference
-from pydllm._backend.dispatch import choose
+from pydllm._backend.dispatch import choose, launcher
 from pydllm._backend.library import register
 from pydllm.ops._checks import FLOATS, check_device, check_dtype, check_no_grad, check_shape
 
@@ -181,7 +181,7 @@ def unmask(
         ending: an ``Ending``, to look for the end of a sequence in the same launch and to leave
             out sequences that are done. Default None: none ends, all take part. Not for ``joint``
             and ``renoise``, whose windows do not end with their last mask.
-        backend: None (``PYDLLM_BACKEND``), ``"auto"``, ``"triton"`` or ``"torch"``.
+        backend: None (``PYDLLM_BACKEND``), ``"auto"``, ``"cuda"``, ``"triton"`` or ``"torch"``.
 
     Semantics: the accept rules of published code differ where it decides tokens. Scores have to
     come in the precision given; where that code leaves ties to ``torch.topk`` or ``argmax``, the
@@ -227,7 +227,7 @@ def unmask(
     CUDA graphs: safe; every option that is no tensor is captured. One launch,
     no host read. ``torch.compile``: one op.
 
-    Kernels: ``kernels/unmask.py``.
+    Kernels: ``kernels/unmask.py``, ``csrc/unmask.cu``.
 
     Example:
         >>> at = lambda *n: torch.tensor(n, dtype=torch.int32)
@@ -272,13 +272,19 @@ def unmask(
     ends = (done, end, eos, ends_from, last)
     arguments = (*window, rule, variant, *numbers, request, prompt_length, *ends)
 
+    per_sequence = (nfe, start, length, quota, request, prompt_length, done, end, ends_from)
+
+    def cuda() -> str | None:
+        from pydllm._backend.cuda import unmask as kernel
+
+        return kernel.supports(x, step_map, token, score, *per_sequence)
+
     def triton() -> str | None:
         from pydllm.kernels import unmask as kernel
 
-        per_sequence = (nfe, start, length, quota, request, prompt_length, done, end, ends_from)
         return kernel.supports(x, step_map, token, score, *per_sequence)
 
-    chosen = choose("unmask", backend, x.device, triton=triton)
+    chosen = choose("unmask", backend, x.device, triton=triton, cuda=cuda)
     if chosen == "torch":
         return Unmasked(*reference.unmask(*arguments))
     return Unmasked(*torch.ops.pydllm.unmask(*arguments, chosen))
@@ -399,9 +405,7 @@ def _check_number(name: str, tensor: Tensor | None, x: Tensor) -> None:
 def _run(*arguments: Any) -> tuple[Tensor, Tensor]:
     if arguments[-1] == "torch":
         return reference.unmask(*arguments[:-1])
-    from pydllm.kernels import unmask as kernel
-
-    return kernel.unmask(*arguments[:-1])
+    return launcher("unmask", arguments[-1])(*arguments[:-1])
 
 
 def _fake(x: Tensor, step_map: Tensor, nfe: Tensor, *_: object) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ import torch
 from pydllm import ops
 from tests.ops.test_unmask import MASK, integers, make_case, numbers
 
-BACKENDS = ["torch", "triton"]
+BACKENDS = ["torch", "triton", "cuda"]
 FIELDS = ("x", "step_map", "nfe")
 
 

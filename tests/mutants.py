@@ -1,0 +1,71 @@
+"""Bugs planted in csrc/, and whether an op's check finds them when the kernels run on the CPU."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests import emulation
+
+ROOT = Path(__file__).parents[1]
+SURVIVED, CAUGHT, OTHERWISE = "0", "70", "71"
+
+# One process for all: each mutant runs in a fork of it, since some end or hang theirs.
+RUN = """
+import importlib, os, signal, sys, traceback
+import torch
+torch.set_num_threads(1)
+sys.path.insert(0, sys.argv[1])
+from pydllm._backend import cuda
+from tests import emulation
+for argument in sys.argv[2:]:
+    module, name, path = argument.split(":", 2)
+    check = getattr(importlib.import_module(module), name)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        try:
+            cuda._KERNELS = emulation.EmulatedKernels(path)
+            for order in ("ascending", "descending"):
+                os.environ["PYDLLM_EMULATION_ORDER"] = order
+                check()
+        except (AssertionError, RuntimeError, ValueError):
+            os._exit(70)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(71)
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print(70 if code in (-signal.SIGSEGV, -signal.SIGBUS, -signal.SIGALRM) else code)
+"""
+
+
+def assert_caught(check, source, mutants, folder):
+    """``check`` passes for the kernels as they are, and fails for each mutant of them.
+
+    Args:
+        check: ``"tests.ops.test_x:function"``, called without arguments in both orders of threads;
+            it calls ops with ``backend="cuda"``.
+        source: the file in csrc/ that is changed.
+        mutants: name -> (old, new).
+        folder: that of the ``cuda_folder`` fixture.
+    """
+    assert_all_caught({source: (check, mutants)}, folder)
+
+
+def assert_all_caught(cases, folder):
+    """``assert_caught`` for several files, source -> (check, mutants), in one process."""
+    runs, expected = {}, {}
+    plain = emulation.build(folder)
+    for source, (check, mutants) in cases.items():
+        runs[source, "unchanged"] = f"{check}:{plain}"
+        expected[source, "unchanged"] = SURVIVED
+        for name, change in mutants.items():
+            runs[source, name] = f"{check}:{emulation.build(folder, {source: change})}"
+            expected[source, name] = CAUGHT
+    command = [sys.executable, "-c", RUN, str(ROOT), *runs.values()]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    codes = dict(zip(runs, done.stdout.split(), strict=True))
+    wrong = {case: code for case, code in codes.items() if code != expected[case]}
+    assert not wrong, f"{wrong}\n{done.stderr[-4000:]}"
