@@ -24,9 +24,11 @@ def standin(plain):
     return module
 
 
-def pair(name, seed=0, **changes):
-    """The plain model, and one of ours."""
+def pair(name, seed=0, predicts_masks=True, **changes):
+    """The plain model, and one of ours; with random weights it may predict the mask."""
     plain = random_plain(CONFIGS[name] | {"n_layers": 2} | changes, seed)
+    if not predicts_masks:
+        plain.weights[plain.ends[2] + ".weight"][MASK] = 0
     return plain, load(standin(plain))
 
 
