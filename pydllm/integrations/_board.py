@@ -99,7 +99,7 @@ def check_prompt(name: str, prompt: object, model: Model, new: int) -> Tensor:
     if model.spec.shift_logits and prompt.shape[1] == 0:
         raise ValueError(f"{name}: expected at least one token, got none")
     vocab, limit = model.spec.vocab_size, model.spec.max_positions
-    if prompt.numel() and not (0 <= int(prompt.min()) and int(prompt.max()) < vocab):
+    if prompt.numel() and (int(prompt.min()) < 0 or int(prompt.max()) >= vocab):
         raise ValueError(
             f"{name}: expected token ids in [0, {vocab}), "
             f"got {int(prompt.min())} to {int(prompt.max())}"
@@ -294,7 +294,7 @@ class Board:
         return ops.VocabStats(*(field.view(batch, width) for field in stats))
 
     def write(self, first: int, token: Tensor, score: Tensor, **rule: Any) -> None:
-        """Write what an accept rule takes of the masks in [first, first + S); see ``ops.unmask``."""
+        """Write what a rule takes of the masks in [first, first + S); see ``ops.unmask``."""
         width = token.shape[1]
         ops.unmask(
             self.x,

@@ -100,7 +100,7 @@ def read_call(
     settings = Settings()
     sources = [getattr(model, "config", None), getattr(model, "generation_config", None), config]
     for source, names in zip(sources, (_ids(), _ids(), known), strict=True):
-        found = {key: getattr(source, key, None) for key in names}
+        found: dict[str, Any] = {key: getattr(source, key, None) for key in names}
         given = config is not None and source is config
         kept = {k: v for k, v in found.items() if v is not None or (given and hasattr(source, k))}
         if given:  # ids that the config leaves open come from the model
@@ -121,12 +121,12 @@ def read_call(
     prompt = check_prompt("inputs", inputs, own, 0)
     settings = _with_length(settings, prompt.shape[1], own, "max_length" in arguments)
     mask = arguments.get("attention_mask")
-    if mask is None and settings.pad_token_id is not None:
-        if bool((prompt == settings.pad_token_id).any()):
-            warnings.warn(
-                "inputs: found the padding id and no attention_mask, so padding counts as text",
-                stacklevel=3,
-            )
+    padding = settings.pad_token_id
+    if mask is None and padding is not None and bool(prompt.eq(padding).any()):
+        warnings.warn(
+            "inputs: found the padding id and no attention_mask, so padding counts as text",
+            stacklevel=3,
+        )
     pad = left_padding(mask, prompt)
     copies = settings.num_return_sequences
     if copies > 1:

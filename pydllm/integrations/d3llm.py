@@ -1,7 +1,7 @@
 """d3LLM's multi-block decoders, for LLaDA and for Dream, on ``pydllm.MultiBlock``.
 
-    from pydllm.integrations.d3llm import generate_multi_block  # LLaDA, instead of d3LLM's
-    model.generate_multi_block = types.MethodType(d3llm.dream_generate_multi_block, model)
+from pydllm.integrations.d3llm import generate_multi_block  # LLaDA, instead of d3LLM's
+model.generate_multi_block = types.MethodType(d3llm.dream_generate_multi_block, model)
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pydllm.decoding import Generation, MultiBlock
 from pydllm.decoding import generate as decode
-from pydllm.decoding.static import expect, expect_number
+from pydllm.decoding.static import expect_int, expect_number
 from pydllm.integrations._board import (
     Board,
     check_prompt,
@@ -84,14 +84,13 @@ def generate_multi_block(
     Raises:
         ValueError, TypeError: an argument that cannot be decoded.
     """
-    algorithm = MultiBlock(
-        threshold=threshold,
-        block_length=block_size,
-        add_at=block_add_threshold,
-        full_at=decoded_token_threshold,
+    algorithm = _algorithm(
+        threshold,
+        block_size,
+        block_add_threshold,
+        decoded_token_threshold,
         early_stop=early_stop,
-        cache=False,
-        profile="compat" if compat else "fixed",
+        compat=compat,
     )
     return _llada(
         model, prompt, algorithm, max_new_tokens, mask_id, eos_token_id, temperature, backend
@@ -127,18 +126,47 @@ def generate_multi_block_kv_cache(
         refresh_interval: one forward in so many is full and renews them.
         lazy_cache_refresh_num: not read, as in the original.
     """
-    algorithm = MultiBlock(
+    algorithm = _algorithm(
+        threshold,
+        block_size,
+        block_add_threshold,
+        decoded_token_threshold,
+        cache=(cache_delay_iter, refresh_interval),
+        early_stop=early_stop,
+        compat=compat,
+    )
+    return _llada(
+        model, prompt, algorithm, max_new_tokens, mask_id, eos_token_id, temperature, backend
+    )
+
+
+def _algorithm(
+    threshold: float,
+    block_size: int,
+    block_add_threshold: float,
+    decoded_token_threshold: float,
+    *,
+    early_stop: bool,
+    compat: bool,
+    cache: tuple[int, int] | None = None,
+) -> MultiBlock:
+    """The arguments under their names there; ``cache`` is delay and refresh interval."""
+    expect_int("block_size", block_size, 1)
+    expect_number("block_add_threshold", block_add_threshold, 0.0, 1.0)
+    expect_number("decoded_token_threshold", decoded_token_threshold, 0.0, 1.0)
+    delay, refresh = cache or (0, _NEVER)
+    expect_int("cache_delay_iter", delay, 0)
+    expect_int("refresh_interval", refresh, 1)
+    return MultiBlock(
         threshold=threshold,
         block_length=block_size,
         add_at=block_add_threshold,
         full_at=decoded_token_threshold,
-        delay=cache_delay_iter,
-        refresh=refresh_interval,
+        delay=delay,
+        refresh=refresh,
         early_stop=early_stop,
+        cache=cache is not None,
         profile="compat" if compat else "fixed",
-    )
-    return _llada(
-        model, prompt, algorithm, max_new_tokens, mask_id, eos_token_id, temperature, backend
     )
 
 
@@ -227,16 +255,15 @@ def dream_generate_multi_block(
     }
     call = _dream_call("generate_multi_block", model, inputs, generation_config, kwargs, options)
     given, settings = call.options, call.settings
-    algorithm = MultiBlock(
-        threshold=given["threshold"],
-        block_length=given["block_size"],
-        add_at=given["block_add_threshold"],
-        full_at=given["decoded_token_threshold"],
-        delay=given["cache_delay_iter"],
-        refresh=given["refresh_interval"],
+    delay = given["cache_delay_iter"]
+    algorithm = _algorithm(
+        given["threshold"],
+        given["block_size"],
+        given["block_add_threshold"],
+        given["decoded_token_threshold"],
+        cache=(delay, given["refresh_interval"]) if delay < _NEVER else None,
         early_stop=given["early_stop"],
-        cache=given["cache_delay_iter"] < _NEVER,
-        profile="compat" if compat else "fixed",
+        compat=compat,
     )
     own = call.model
     eos = settings.eos_token_id
@@ -308,7 +335,9 @@ def dream_diffusion_generate(
             entropy = stats.entropy
             if all_left > left:  # masks of earlier blocks: only so many as this block has count
                 masked = board.masked(0, last)
-                rank = entropy.masked_fill(~masked, torch.inf).argsort(1, stable=True).argsort(1)
+                rank = (
+                    entropy.masked_fill(~masked, torch.inf).argsort(stable=True, dim=1).argsort(1)
+                )
                 entropy = entropy.masked_fill(rank >= left, torch.inf)
             board.write(
                 0, stats.token, entropy, rule="entropy", threshold=threshold, semantics="d3llm"
@@ -322,8 +351,7 @@ def dream_diffusion_generate(
 def _dream_call(
     name: str, model: Any, inputs: Tensor | None, config: Any, arguments: dict, options: dict
 ) -> Call:
-    call = read_call(name, model, inputs, config, arguments, options, (*_DREAM_ALGORITHMS, "origin"))
-    expect("alg", call.settings.alg, _DREAM_ALGORITHMS)
+    call = read_call(name, model, inputs, config, arguments, options, _DREAM_ALGORITHMS)
     if len(call.prompt) != 1:
         raise ValueError(f"inputs: expected one sequence, (1, P), got {tuple(call.prompt.shape)}")
     return call

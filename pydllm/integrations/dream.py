@@ -1,6 +1,6 @@
 """Dream's ``diffusion_generate``, on kernels: a function, or a method of a loaded model.
 
-    model.diffusion_generate = types.MethodType(dream.diffusion_generate, model)
+model.diffusion_generate = types.MethodType(dream.diffusion_generate, model)
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ class _Loop:
         """So many masks drawn by softmax(confidence / alg_temp), without replacement."""
         if count == 0:
             return
-        score = score.masked_fill(~masked, -torch.inf) / self.settings.alg_temp
+        score = score.masked_fill(~masked, -torch.inf) / (self.settings.alg_temp or 1.0)
         index = torch.multinomial(F.softmax(score, -1), count)
         x, mask_id = self.board.x, self.board.mask_id
         new = torch.where(masked, token, mask_id).gather(1, index)

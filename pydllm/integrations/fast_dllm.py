@@ -1,6 +1,6 @@
 """Fast-dLLM's loops for LLaDA, on kernels; those for Dream are in ``fast_dllm_dream``.
 
-    from pydllm.integrations.fast_dllm import generate_with_dual_cache  # instead of its generate.py
+from pydllm.integrations.fast_dllm import generate_with_dual_cache  # instead of its generate.py
 """
 
 from __future__ import annotations
@@ -183,9 +183,7 @@ class _Rule:
             options["quota"] = torch.ones_like(quota)
         board.write(start, stats.token, score, semantics="fast_dllm", **options)
 
-    def _apply_stored(
-        self, board: Board, start: int, last: int, stop: int, quota: Tensor
-    ) -> None:
+    def _apply_stored(self, board: Board, start: int, last: int, stop: int, quota: Tensor) -> None:
         logits = board.logits(start, stop)
         masked = board.masked(start, stop)
         masked[:, last - start :] = False

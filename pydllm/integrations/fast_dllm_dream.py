@@ -1,6 +1,6 @@
 """Fast-dLLM's ``diffusion_generate`` for Dream, the block form with a cache, on kernels.
 
-    model.diffusion_generate = types.MethodType(fast_dllm_dream.diffusion_generate, model)
+model.diffusion_generate = types.MethodType(fast_dllm_dream.diffusion_generate, model)
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """LLaDA's ``generate``, on kernels.
 
-    from pydllm.integrations.llada import generate  # instead of LLaDA's generate.py
+from pydllm.integrations.llada import generate  # instead of LLaDA's generate.py
 """
 
 from __future__ import annotations
@@ -102,15 +102,15 @@ def generate(
         board.seed = draw_seed()
     last_ids = (eos_id, eot_id) if confidence_eos_eot_inf else ()
     loop = _Loop(board, temperature, remasking, last_ids, compat, cfg_scale)
-    for first in range(prompt.shape[1], board.length, block_length):
-        last = first + block_length
+    for last in range(prompt.shape[1] + block_length, board.length + 1, block_length):
+        first = last - block_length
         quota = get_num_transfer_tokens(board.masked(first, last), steps).int()
         for step in range(steps):
-            token, score = loop.propose(last)
+            proposed, score = loop.propose(last)
             random = remasking == "random" and not compat
             board.write(
                 0,
-                token,
+                proposed,
                 score,
                 rule="random" if random else "quota",
                 semantics="exact" if random else "llada",

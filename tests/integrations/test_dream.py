@@ -143,7 +143,9 @@ def test_lengths(models):
     assert length(max_length=20) == 20
     assert length(max_length=9) == 9
     assert length(max_length=9, max_new_tokens=3) == 8
-    assert dream.diffusion_generate(own, ids, SimpleNamespace(max_length=12), **given).shape[1] == 12
+    assert (
+        dream.diffusion_generate(own, ids, SimpleNamespace(max_length=12), **given).shape[1] == 12
+    )
     copies = dream.diffusion_generate(own, ids, num_return_sequences=3, max_length=8, **given)
     assert copies.shape == (3, 8)
 
