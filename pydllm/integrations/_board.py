@@ -255,6 +255,7 @@ class Board:
         *,
         banned: Sequence[int] = (),
         temperature: float = 0.0,
+        tempered: bool = False,
     ) -> ops.VocabStats:
         """Statistics ``(B, S)`` of positions [first, last); logits are not stored.
 
@@ -284,6 +285,7 @@ class Board:
             temperature=temperature,
             seed=self.seed,
             counter=counter,
+            tempered=tempered,
             banned=torch.tensor(ids, dtype=torch.int32, device=x.device) if ids else None,
             backend=self.backend,
         )
