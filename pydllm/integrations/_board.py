@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pydllm import ops
 from pydllm._backend.errors import PydllmError
@@ -312,3 +313,22 @@ class Board:
             backend=self.backend,
             **rule,
         )
+
+    def write_top(
+        self, first: int, token: Tensor, score: Tensor, count: int, width: int | None = None
+    ) -> None:
+        """Write so many of the masks in [first, first + S), chosen by ``torch.topk``.
+
+        Where filters leave one id, confidences are exactly equal, and which of them the published
+        loops take is the affair of ``torch.topk`` among ``width`` of them, S or more; ``write``
+        takes the first.
+        """
+        size = token.shape[1]
+        masked = self.masked(first, first + size)
+        wide = F.pad(
+            score.masked_fill(~masked, -torch.inf), (0, (width or size) - size), value=-torch.inf
+        )
+        index = wide.topk(min(count, size)).indices
+        chosen = torch.zeros_like(wide, dtype=torch.bool).scatter(1, index, True)[:, :size] & masked
+        window = self.x[:, first : first + size]
+        window.copy_(torch.where(chosen, token, window))

@@ -97,15 +97,7 @@ def read_call(
     if unknown:
         accepted = ", ".join(sorted(known | set(options) | {"attention_mask"}))
         raise TypeError(f"{name}: expected arguments among {accepted}, got {', '.join(unknown)}")
-    settings = Settings()
-    sources = [getattr(model, "config", None), getattr(model, "generation_config", None), config]
-    for source, names in zip(sources, (_ids(), _ids(), known), strict=True):
-        found: dict[str, Any] = {key: getattr(source, key, None) for key in names}
-        given = config is not None and source is config
-        kept = {k: v for k, v in found.items() if v is not None or (given and hasattr(source, k))}
-        if given:  # ids that the config leaves open come from the model
-            kept = {k: v for k, v in kept.items() if v is not None or k not in _ids()}
-        settings = replace(settings, **kept)
+    settings = _from_configs(model, config)
     settings = replace(settings, **{k: v for k, v in arguments.items() if k in known})
     expect("alg", settings.alg, algorithms)
     check_temperature(settings.temperature)
@@ -136,6 +128,34 @@ def read_call(
     call = Call(own, prompt, pad, settings, own_options)
     check_prompt("inputs", prompt, own, call.new)
     return call
+
+
+def _from_configs(model: Any, config: Any) -> Settings:
+    """The settings before the call's own.
+
+    Without a config they come from the model's, as in the original: those of transformers 4 hold
+    its global defaults, a temperature of 1 and the 50 likeliest ids among them. With a config, ids
+    that it leaves open come from the model.
+    """
+    known = {field.name for field in fields(Settings)}
+    model_config = getattr(model, "config", None)
+    if config is None:
+        return replace(Settings(), **_found(model_config, known))
+    sources = (model_config, getattr(model, "generation_config", None), config)
+    ids: dict[str, Any] = {}
+    for source in sources:
+        found = _found(source, _ids())
+        ids |= {name: token for name, token in found.items() if token is not None}
+    return replace(Settings(), **_found(config, known) | ids)
+
+
+def _found(source: Any, names: set[str]) -> dict[str, Any]:
+    values = (
+        source
+        if isinstance(source, Mapping)
+        else {name: getattr(source, name) for name in names if hasattr(source, name)}
+    )
+    return {name: value for name, value in values.items() if name in names}
 
 
 def _ids() -> set[str]:

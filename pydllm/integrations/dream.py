@@ -131,6 +131,8 @@ class _Loop:
         quota = (masked.sum() / len(masked) * part).int()
         if settings.alg_temp:
             self._write_drawn(masked, token, score, int(quota))
+        elif self.stored:
+            board.write_top(0, token, score, int(quota))
         else:
             rule = "margin" if settings.alg == "topk_margin" else "quota"
             quota = quota.expand(len(masked)).contiguous()

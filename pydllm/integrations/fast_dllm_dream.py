@@ -179,6 +179,10 @@ class _Loop:
             board.write(first, drawn.token, drawn.score, semantics="fast_dllm", **options)
             return
         quota = (masked.sum() / len(masked) * self.part(step)).int()
+        if self.stored:
+            stop = last if self.dual else board.length
+            board.write_top(first, drawn.token, drawn.score, int(quota), stop - first)
+            return
         quota = quota.expand(len(masked)).contiguous()
         board.write(first, drawn.token, drawn.score, rule="quota", quota=quota, semantics="dream")
 

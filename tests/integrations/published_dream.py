@@ -83,9 +83,10 @@ def dream(
                 for row, at in enumerate(places):
                     x[row, at] = token[row, at]
             else:
-                for row in range(len(x)):
-                    for j in best(scores[row], count):
-                        x[row, j] = token[row, j]
+                # Not over known tokens, as the original does where rows have unequal masks.
+                for row, places in enumerate(scores.topk(count).indices.tolist()):
+                    for j in places:
+                        x[row, j] = token[row, j] if masks[row, j] else x[row, j]
         x = on_tokens(step, x, logits)
         history.append(x.clone())
     return x, history
@@ -137,8 +138,9 @@ def fast_dllm_dream(
                 token = torch.full(masks.shape, mask_id)
                 scores[masks], token[masks] = sample(logits[masks], *options, "entropy")
                 part = 1 - times[step + 1] / times[step] if step < steps - 1 else torch.tensor(1.0)
-                for row in range(len(x)):
-                    for j in best(scores[row], int(masks.sum() / len(x) * part)):
+                count = int(masks.sum() / len(x) * part)
+                for row, places in enumerate(scores.topk(count).indices.tolist()):
+                    for j in places:
                         x[row, first + j] = token[row, j]
             if not (x[:, first:last] == mask_id).any():
                 break
