@@ -315,20 +315,28 @@ class Board:
         )
 
     def write_top(
-        self, first: int, token: Tensor, score: Tensor, count: int, width: int | None = None
+        self,
+        first: int,
+        token: Tensor,
+        score: Tensor,
+        count: int,
+        *,
+        width: int | None = None,
+        masks_only: bool = True,
     ) -> None:
-        """Write so many of the masks in [first, first + S), chosen by ``torch.topk``.
+        """Write so many positions of [first, first + S), chosen by ``torch.topk``, masks first.
 
         Where filters leave one id, confidences are exactly equal, and which of them the published
         loops take is the affair of ``torch.topk`` among ``width`` of them, S or more; ``write``
-        takes the first.
+        takes the first. Without ``masks_only`` known tokens follow where there are too few masks.
         """
         size = token.shape[1]
         masked = self.masked(first, first + size)
-        wide = F.pad(
-            score.masked_fill(~masked, -torch.inf), (0, (width or size) - size), value=-torch.inf
-        )
+        beyond = (width or size) - size
+        wide = F.pad(score.masked_fill(~masked, -torch.inf), (0, beyond), value=-torch.inf)
         index = wide.topk(min(count, size)).indices
-        chosen = torch.zeros_like(wide, dtype=torch.bool).scatter(1, index, True)[:, :size] & masked
+        chosen = torch.zeros_like(wide, dtype=torch.bool).scatter(1, index, True)[:, :size]
+        if masks_only:
+            chosen = chosen & masked
         window = self.x[:, first : first + size]
         window.copy_(torch.where(chosen, token, window))

@@ -236,7 +236,8 @@ def dream_generate_multi_block(
         kwargs: the config's names, and ``threshold=0.9``, ``block_size=32``,
             ``block_add_threshold=0.5``, ``decoded_token_threshold=0.5``,
             ``cache_delay_iter=10000``, ``early_stop=False``, ``refresh_interval=10000``;
-            ``attention_mask`` with zeros on the left for padding.
+            ``attention_mask`` with zeros on the left for padding, which with ``compat`` and a cache
+            counts as text all the same, as in the original.
 
     Returns:
         The sequence ``(1, max_length)`` or a ``DreamModelOutput``, and the forwards.
@@ -270,7 +271,8 @@ def dream_generate_multi_block(
     if eos is not None and algorithm.early_stop:
         first = eos if isinstance(eos, int) else eos[0]
         own = with_ids(own, own.spec.mask_id or 0, (first,))
-    padding = 0 if call.pad is None else int(call.pad[0])
+    seen = compat and algorithm.cache  # the published decoder with a cache reads no mask
+    padding = 0 if call.pad is None or seen else int(call.pad[0])
     prompt = call.prompt[:, padding:]
     generation = _run(own, prompt, algorithm, call.new, settings.temperature, backend)
     whole = generation.sequences[0].to(own.device)[None]

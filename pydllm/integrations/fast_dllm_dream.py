@@ -181,7 +181,7 @@ class _Loop:
         quota = (masked.sum() / len(masked) * self.part(step)).int()
         if self.stored:
             stop = last if self.dual else board.length
-            board.write_top(first, drawn.token, drawn.score, int(quota), stop - first)
+            board.write_top(first, drawn.token, drawn.score, int(quota), width=stop - first)
             return
         quota = quota.expand(len(masked)).contiguous()
         board.write(first, drawn.token, drawn.score, rule="quota", quota=quota, semantics="dream")

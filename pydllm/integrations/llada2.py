@@ -21,7 +21,7 @@ from pydllm.integrations._board import (
     with_ids,
 )
 from pydllm.integrations._drawing import check_filters
-from pydllm.integrations.sdar import each_block, propose, spread
+from pydllm.integrations.sdar import each_block, propose, spread, write_confident
 from pydllm.models import ModelSpec, StaticCache
 
 __all__ = ["generate"]
@@ -110,15 +110,8 @@ def generate(
             last = first + block_length
             masked = board.masked(first, last)
             drawn = propose(board, first, last, options, compat)
-            board.write(
-                first,
-                drawn.token,
-                drawn.prob,
-                rule="threshold",
-                semantics="diffusers",
-                threshold=min(float(threshold), 1.0),
-                min_tokens=torch.full_like(board.nfe, quota),
-            )
+            noisy = compat and temperature > 0
+            write_confident(board, first, drawn, threshold, quota, published=noisy)
             if eos_early_stop and bool((masked & (board.x[:, first:last] == eos_id)).any()):
                 end = _complete_end(board, length, last, eos_id, compat)
                 if end is not None:

@@ -68,8 +68,11 @@ def block_diffusion_generate(
         eb_threshold: nats, see there.
         stopping_criteria_idx: ids that end the generation with the block they are in.
         compat: tokens drawn by torch's generator as in the original: the same seed gives the same
-            tokens. False: drawn in the kernel, logits not stored unless filters need them (the same
-            distribution, a function of ``torch.manual_seed``), and the mask is never predicted.
+            tokens. And its defect: a schedule that asks for more tokens than a block has masks, as
+            in the first block behind a prompt that fills a part of it, overwrites known tokens,
+            of the prompt too. False: drawn in the kernel, logits not stored unless filters need
+            them (the same distribution, a function of ``torch.manual_seed``), known tokens stay,
+            and the mask is never predicted.
         backend: as in ``pydllm.ops``.
 
     Returns:
@@ -109,7 +112,7 @@ def block_diffusion_generate(
     )
     if not compat:
         board.seed = draw_seed()
-    options = (temperature, top_k, top_p)
+    options, noisy = (temperature, top_k, top_p), compat and temperature > 0
     quotas = spread(block_length, denoising_steps)
     stops = None
     if stopping_criteria_idx is not None:
@@ -123,12 +126,21 @@ def block_diffusion_generate(
                 )
             quota = quotas[step] if step < denoising_steps else 1
             drawn = propose(board, first, first + block_length, options, compat)
-            score, rule = _rule(remasking_strategy, drawn, board, quota)
             if remasking_strategy == "low_confidence_dynamic":
-                rule["threshold"] = min(float(confidence_threshold), 1.0)
-            elif remasking_strategy == "entropy_bounded":
-                rule["bound"] = float(eb_threshold or 0.0)
-            board.write(first, drawn.token, score, **rule)
+                write_confident(
+                    board,
+                    first,
+                    drawn,
+                    confidence_threshold,
+                    quota,
+                    published=noisy,
+                    masks_only=False,
+                )
+            elif remasking_strategy == "low_confidence_static" and noisy:
+                board.write_top(first, drawn.token, drawn.prob, quota, masks_only=False)
+            else:
+                score, rule = _rule(remasking_strategy, drawn, board, quota, eb_threshold)
+                board.write(first, drawn.token, score, **rule)
         if stops is not None and bool(torch.isin(board.x[:, ids.shape[1] :], stops).any()):
             break
     return board.x
@@ -173,11 +185,43 @@ def propose(board: Board, first: int, last: int, options: tuple, compat: bool) -
     return draw(logits, temperature, top_k, top_p)
 
 
-def _rule(strategy: str, drawn: Drawn, board: Board, quota: int) -> tuple[Tensor, dict[str, Any]]:
-    number = torch.full_like(board.nfe, quota)
-    if strategy == "low_confidence_dynamic":
-        return drawn.prob, {"rule": "threshold", "semantics": "diffusers", "min_tokens": number}
+def write_confident(
+    board: Board,
+    first: int,
+    drawn: Drawn,
+    threshold: float,
+    quota: int,
+    *,
+    published: bool,
+    masks_only: bool = True,
+) -> None:
+    """Write the masks whose confidence exceeds the threshold, at least ``quota``.
+
+    ``published``: of equal confidences take those that ``torch.topk`` takes, as filters make many;
+    and ``masks_only`` as in ``Board.write_top``.
+    """
+    if published and quota:
+        sure = board.masked(first, first + drawn.prob.shape[1]) & (drawn.prob > threshold)
+        if int(sure.sum()) < quota:
+            token, prob = drawn.token, drawn.prob
+            return board.write_top(first, token, prob, quota, masks_only=masks_only)
+    board.write(
+        first,
+        drawn.token,
+        drawn.prob,
+        rule="threshold",
+        semantics="diffusers",
+        threshold=min(float(threshold), 1.0),
+        min_tokens=torch.full_like(board.nfe, quota),
+    )
+
+
+def _rule(
+    strategy: str, drawn: Drawn, board: Board, quota: int, bound: float | None
+) -> tuple[Tensor, dict[str, Any]]:
     if strategy == "entropy_bounded":
-        return drawn.entropy, {"rule": "entropy_bound", "semantics": "jetengine"}
-    rule = "left_to_right" if strategy == "sequential" else "quota"
-    return drawn.prob, {"rule": rule, "semantics": "jetengine", "quota": number}
+        rule = {"rule": "entropy_bound", "semantics": "jetengine", "bound": float(bound or 0.0)}
+        return drawn.entropy, rule
+    name = "left_to_right" if strategy == "sequential" else "quota"
+    number = torch.full_like(board.nfe, quota)
+    return drawn.prob, {"rule": name, "semantics": "jetengine", "quota": number}

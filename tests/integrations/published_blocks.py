@@ -72,7 +72,7 @@ def sdar(
                 begin = masks.nonzero()[0].item()
                 chosen = list(range(begin, min(begin + count, block_length)))
             else:
-                chosen = ranked(score)[:count]
+                chosen = score.topk(count).indices.tolist()
             if remasking_strategy == "low_confidence_dynamic":
                 sure = [j for j in range(block_length) if score[j] > confidence_threshold]
                 chosen = sure if len(sure) >= count else chosen
@@ -113,7 +113,8 @@ def llada2(
             token, p = sample(logits, temperature, top_k, top_p)
             score = torch.where(masks, p, -INF)
             sure = [j for j in range(block_length) if score[j] > threshold]
-            chosen = sure if len(sure) >= count else ranked(score)[:count]
+            best = score.topk(min(count, int(masks.sum()))).indices.tolist()
+            chosen = sure if len(sure) >= count else best
             for j in chosen:
                 x[first + j] = token[j]
             if eos_early_stop and any(token[j] == eos_id for j in chosen):

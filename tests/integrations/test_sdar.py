@@ -110,6 +110,17 @@ def test_our_noise(models, options):
     assert not any((run(seed)[:, 6:] == MASK).any() for seed in range(5))
 
 
+def test_the_prompt_stays_without_the_quirk(models):
+    """One step for a block of which the prompt fills a part: the original overwrites that part."""
+    ids, _ = prompts(1, 6)
+    given = LENGTHS | {"denoising_steps": 1, "remasking_strategy": "low_confidence_static"}
+    torch.manual_seed(0)
+    overwritten = block_diffusion_generate(models[1], {"input_ids": ids}, MASK, **given)
+    kept = block_diffusion_generate(models[1], {"input_ids": ids}, MASK, **given, compat=False)
+    assert torch.equal(kept[:, :6], ids) and torch.equal(overwritten[:, :4], ids[:, :4])
+    assert not torch.equal(overwritten[:, 4:6], ids[:, 4:6])
+
+
 def test_a_model_that_predicts_masks_alone(models):
     plain = type(models[0])(models[0].config, dict(models[0].weights))
     plain.weights["model.norm.weight"] = torch.zeros_like(plain.weights["model.norm.weight"])
