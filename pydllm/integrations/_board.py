@@ -235,6 +235,13 @@ class Board:
         """How many masks each span [first, last) has, read on the host."""
         return torch.stack([self.masked(*span).sum() for span in spans]).tolist()
 
+    def first_mask(self, last: int) -> int:
+        """The first position before ``last`` at which a sequence has a mask, read on the host.
+
+        Statistics are wanted from there on: on a GPU every position costs a row of the head.
+        """
+        return int(self.masked(0, last).any(0).int().argmax())
+
     def _rows(self, first: int, last: int) -> Tensor:
         """Which rows of the window predict positions [first, last).
 

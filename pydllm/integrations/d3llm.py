@@ -330,19 +330,20 @@ def dream_diffusion_generate(
     for first in range(call.prompt.shape[1], board.length, size):
         last = first + size
         left, all_left = board.masks_left((first, last), (0, last))
+        begin = board.first_mask(last)
         while left:
             before = all_left
             board.forward(0, board.length)
-            stats = board.stats(0, last, temperature=temperature)
+            stats = board.stats(begin, last, temperature=temperature)
             entropy = stats.entropy
             if all_left > left:  # masks of earlier blocks: only so many as this block has count
-                masked = board.masked(0, last)
+                masked = board.masked(begin, last)
                 rank = (
                     entropy.masked_fill(~masked, torch.inf).argsort(stable=True, dim=1).argsort(1)
                 )
                 entropy = entropy.masked_fill(rank >= left, torch.inf)
             board.write(
-                0, stats.token, entropy, rule="entropy", threshold=threshold, semantics="d3llm"
+                begin, stats.token, entropy, rule="entropy", threshold=threshold, semantics="d3llm"
             )
             left, all_left = board.masks_left((first, last), (0, last))
             if all_left == before and temperature == 0:

@@ -20,6 +20,7 @@ from pydllm.integrations._dream import (
     transfer_part,
 )
 from pydllm.integrations.samplers import sample_tokens
+from pydllm.ops import VocabStats
 
 __all__ = ["DreamModelOutput", "diffusion_generate"]
 
@@ -105,6 +106,9 @@ class _Loop:
         drawn = compat and settings.temperature > 0
         self.hooked = self.on_tokens is not None or self.on_logits is not None
         self.stored = self.hooked or filtered or drawn
+        # What is drawn in torch depends on the shape; otherwise masks alone are looked at.
+        whole = self.stored or bool(settings.alg_temp)
+        self.first = 0 if whole else board.first_mask(board.length)
         self.part = transfer_part(settings, settings.steps, board.x.device)
 
     def show(self, step: int | None, logits: Tensor | None) -> None:
@@ -136,15 +140,15 @@ class _Loop:
         else:
             rule = "margin" if settings.alg == "topk_margin" else "quota"
             quota = quota.expand(len(masked)).contiguous()
-            board.write(0, token, score, rule=rule, quota=quota, semantics="dream")
+            board.write(self.first, token, score, rule=rule, quota=quota, semantics="dream")
         return logits
 
     def _propose(self, masked: Tensor, logits: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Token and confidence ``(B, L)`` of every mask."""
+        """Token and confidence of every mask from ``self.first`` on, ``(B, L - self.first)``."""
         settings = self.settings
         margin, entropy = settings.alg == "topk_margin", settings.alg == "entropy"
         if not self.stored:
-            stats = self.board.stats(0, self.board.length, temperature=settings.temperature)
+            stats = self._stats()
             score = -stats.entropy if entropy else stats.margin if margin else stats.prob
             return stats.token, score
         confidence, drawn = self._sample(masked, logits, margin=margin, entropy=entropy)
@@ -153,6 +157,10 @@ class _Loop:
         score = torch.zeros(masked.shape, dtype=confidence.dtype, device=masked.device)
         score[masked] = confidence
         return token, score
+
+    def _stats(self) -> VocabStats:
+        length, temperature = self.board.length, self.settings.temperature
+        return self.board.stats(self.first, length, temperature=temperature)
 
     def _sample(
         self, masked: Tensor, logits: Tensor | None, *, margin: bool = False, entropy: bool = False
@@ -183,7 +191,7 @@ class _Loop:
             token = torch.zeros_like(board.x)
             token[chosen] = self._sample(chosen, logits)[1]
         else:
-            token = board.stats(0, board.length, temperature=self.settings.temperature).token
+            token = F.pad(self._stats().token, (self.first, 0))
         board.x = torch.where(chosen, token, board.x)
 
     def _write_drawn(self, masked: Tensor, token: Tensor, score: Tensor, count: int) -> None:

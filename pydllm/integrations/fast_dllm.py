@@ -166,10 +166,12 @@ class _Rule:
     def scheduled(self) -> bool:
         return self.threshold is None and self.factor is None
 
-    def apply(self, board: Board, start: int, last: int, stop: int, quota: Tensor) -> None:
-        """Write what this forward of [start, stop) decides of the masks before ``last``."""
+    def apply(
+        self, board: Board, start: int, last: int, window: tuple[int, int], quota: Tensor
+    ) -> None:
+        """Write what the forward of ``window`` decides of the masks in [start, last)."""
         if self.stored:
-            return self._apply_stored(board, start, last, stop, quota)
+            return self._apply_stored(board, last, window, quota)
         stats = board.stats(start, last, temperature=self.temperature)
         score = stats.prob
         if self.remasking == "random":  # one draw a position, as a confidence
@@ -183,17 +185,19 @@ class _Rule:
             options["quota"] = torch.ones_like(quota)
         board.write(start, stats.token, score, semantics="fast_dllm", **options)
 
-    def _apply_stored(self, board: Board, start: int, last: int, stop: int, quota: Tensor) -> None:
-        logits = board.logits(start, stop)
+    def _apply_stored(
+        self, board: Board, last: int, window: tuple[int, int], quota: Tensor
+    ) -> None:
+        logits, (start, stop) = board.logits(*window), window
         masked = board.masked(start, stop)
         masked[:, last - start :] = False
-        window = board.x[:, start:stop]
-        arguments = (logits, self.temperature, self.remasking, masked, window)
+        x = board.x[:, start:stop]
+        arguments = (logits, self.temperature, self.remasking, masked, x)
         if self.factor is not None:
             token, chosen = get_transfer_index_dynamic(*arguments, factor=self.factor)
         else:
             token, chosen = get_transfer_index(*arguments, quota, self.threshold)
-        board.x[:, start:stop] = torch.where(chosen, token, window)
+        board.x[:, start:stop] = torch.where(chosen, token, x)
 
 
 def _decode(
@@ -223,14 +227,14 @@ def _decode(
         last = first + block_length
         quota = get_num_transfer_tokens(board.masked(first, last), steps).int()
         left, all_left = board.masks_left((first, last), (0, last))
-        step = 0
+        begin, step = board.first_mask(last), 0
         while left or (rule.compat and cache != "none" and step == 1):
             before = all_left
-            _forward(board, cache, first, last, step, rule)
-            start = 0 if cache == "none" or step == 0 else first
+            window = _forward(board, cache, first, last, step, rule)
+            start = begin if cache == "none" or step == 0 else first
             # Behind the schedule's end only masks that were predicted are left, one a step.
             now = quota[:, step] if step < steps else torch.ones_like(quota[:, 0])
-            rule.apply(board, start, last, _stop(board, cache, last, step), now.contiguous())
+            rule.apply(board, start, last, window, now.contiguous())
             left, all_left = board.masks_left((first, last), (0, last))
             step += 1
             stuck = left > 0 and all_left == before and rule.temperature == 0
@@ -239,16 +243,18 @@ def _decode(
     return board.x, board.forwards
 
 
-def _stop(board: Board, cache: str, last: int, step: int) -> int:
-    return last if cache == "dual" and step > 0 else board.length
-
-
-def _forward(board: Board, cache: str, first: int, last: int, step: int, rule: _Rule) -> None:
+def _forward(
+    board: Board, cache: str, first: int, last: int, step: int, rule: _Rule
+) -> tuple[int, int]:
+    """Returns the window that was computed."""
     length = board.length
     if cache == "none" or step == 0:
-        return board.forward(0, length, commit=0 if cache == "none" else length)
-    board.forward(first, _stop(board, cache, last, step), seen=length)
+        board.forward(0, length, commit=0 if cache == "none" else length)
+        return 0, length
+    stop = last if cache == "dual" else length
+    board.forward(first, stop, seen=length)
     if cache == "prefix" and rule.compat and rule.temperature > 0:
         # The original draws the noise of these steps twice and uses the second.
         shape = (*board.x[:, first:].shape, board.model.spec.vocab_size)
         torch.rand(shape, dtype=torch.float64, device=board.x.device)
+    return first, stop

@@ -105,11 +105,12 @@ def generate(
     for last in range(prompt.shape[1] + block_length, board.length + 1, block_length):
         first = last - block_length
         quota = get_num_transfer_tokens(board.masked(first, last), steps).int()
+        begin = board.first_mask(last)
         for step in range(steps):
-            proposed, score = loop.propose(last)
+            proposed, score = loop.propose(begin, last)
             random = remasking == "random" and not compat
             board.write(
-                0,
+                begin,
                 proposed,
                 score,
                 rule="random" if random else "quota",
@@ -142,8 +143,8 @@ class _Loop:
                 board.model, self._unguided(), pad=pad, banned=board.banned, backend=board.backend
             )
 
-    def propose(self, last: int) -> tuple[Tensor, Tensor]:
-        """Token and confidence ``(B, last)`` of every position before ``last``."""
+    def propose(self, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """Token and confidence ``(B, S)`` of positions [first, last)."""
         board = self.board
         if self.cfg_scale > 0:
             self.pair.x.copy_(self._unguided())
@@ -151,31 +152,33 @@ class _Loop:
             board.forwards += 1
         else:
             board.forward(0, board.length)
-        token, score = self._from_logits(last) if self.stored else self._from_stats(last)
+        token, score = (
+            self._from_logits(first, last) if self.stored else self._from_stats(first, last)
+        )
         if self.last_ids and not self.compat:
             ends = torch.isin(token, torch.tensor(self.last_ids, device=token.device))
             score = score.masked_fill(ends, -torch.inf)
         if self.remasking == "random" and self.compat:
-            score = torch.rand(board.x.shape, device=board.x.device)[:, :last]
+            score = torch.rand(board.x.shape, device=board.x.device)[:, first:last]
         return token, score
 
     def _unguided(self) -> Tensor:
         x = self.board.x
         return torch.cat((x, x.masked_fill(self.given, self.board.mask_id)))
 
-    def _from_stats(self, last: int) -> tuple[Tensor, Tensor]:
+    def _from_stats(self, first: int, last: int) -> tuple[Tensor, Tensor]:
         board = self.board
-        stats = board.stats(0, last, temperature=self.temperature)
+        stats = board.stats(first, last, temperature=self.temperature)
         if not (self.last_ids and self.compat) or self.remasking == "random":
             return stats.token, stats.prob
         # The original removes the two ids between its arg-max and its softmax.
-        rest = board.stats(0, last, banned=self.last_ids)
+        rest = board.stats(first, last, banned=self.last_ids)
         return stats.token, torch.where(stats.token == rest.token, rest.prob, 0.0)
 
-    def _from_logits(self, last: int) -> tuple[Tensor, Tensor]:
+    def _from_logits(self, first: int, last: int) -> tuple[Tensor, Tensor]:
         # The original's noise is drawn for all positions.
-        board, end = self.board, self.board.length if self._noisy else last
-        logits = self.pair.logits(0, end) if self.cfg_scale > 0 else board.logits(0, end)
+        board, span = self.board, (0, self.board.length) if self._noisy else (first, last)
+        logits = self.pair.logits(*span) if self.cfg_scale > 0 else board.logits(*span)
         if self.cfg_scale > 0:
             guided, unguided = logits.chunk(2)
             logits = unguided + (self.cfg_scale + 1) * (guided - unguided)
@@ -183,8 +186,9 @@ class _Loop:
             logits[..., list(board.banned)] = -torch.inf
         if self.temperature > 0 and not self.compat:
             return self._sampled(logits)
-        token = add_gumbel_noise(logits, self.temperature).argmax(-1)[:, :last]
-        logits = logits[:, :last]
+        token = add_gumbel_noise(logits, self.temperature).argmax(-1)
+        if self._noisy:
+            token, logits = token[:, first:last], logits[:, first:last]
         if self.last_ids and self.compat:
             gone = self.last_ids if self.temperature == 0 else self.last_ids[1:]
             logits[..., list(gone)] = -torch.inf
