@@ -42,6 +42,7 @@ __all__ = [
     "load",
     "metrics",
     "ops",
+    "patch",
 ]
 
 
@@ -50,4 +51,8 @@ def __getattr__(name: str) -> Any:
         import importlib
 
         return importlib.import_module("pydllm.env")
+    if name == "patch":
+        from pydllm.integrations.patch import patch
+
+        return patch
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

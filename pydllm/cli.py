@@ -1,13 +1,13 @@
-"""The command line: ``pydllm demo | compare | generate | distill | aup | env``."""
+"""The command line: ``pydllm demo | compare | generate | distill | aup | lm-eval | env``."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -15,10 +15,12 @@ from rich.console import Console
 
 from pydllm._backend.errors import PydllmError
 from pydllm._options import BACKEND, JSON
-from pydllm.demo import VERIFIER, WEIGHTS
+from pydllm.demo import MODELS, SWEEPS, VERIFIER, WEIGHTS
 from pydllm.demo.aup import aup
-from pydllm.demo.command import compare, demo
+from pydllm.demo.command import demo
 from pydllm.distill.command import distill
+
+PATH = click.Path(path_type=Path)
 
 
 class _Group(click.Group):
@@ -49,6 +51,11 @@ def main() -> None:
 @click.option("--seed", default=0, show_default=True)
 @click.option("--device", help="Default: the GPU if there is one.")
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16", "float64"]))
+@click.option("--data", type=PATH, help="Prompts, a JSON object a line; with --out.")
+@click.option("--out", type=PATH, help="Folder of the answers to --data; a cut off job goes on.")
+@click.option("--engine", type=click.Choice(["process", "ray"]), help="Of a job. Default: process.")
+@click.option("--batch-size", default=16, show_default=True, help="Sequences at a time, in a job.")
+@click.option("--workers", type=int, help="Ray's actors. Default: one a GPU, or a CPU.")
 @BACKEND
 @JSON
 def generate(
@@ -63,24 +70,52 @@ def generate(
     seed: int,
     device: str | None,
     dtype: str | None,
+    data: Path | None,
+    out: Path | None,
+    engine: str | None,
+    batch_size: int,
+    workers: int | None,
     backend: str | None,
     as_json: bool,
 ) -> None:
-    """Continue prompts (or the lines of standard input) with a model."""
+    """Continue prompts (or the lines of standard input, or of a file) with a model.
+
+    Under torchrun the model is spread over the processes (tensor parallel); the first one prints.
+    """
     import torch
 
     from pydllm import decoding
+    from pydllm.decoding.settings import ALGORITHMS, parameters
     from pydllm.models import load
 
     if list_algorithms:
-        for name, kind in _algorithms().items():
+        for name, kind in ALGORITHMS.items():
             defaults = {field.name: field.default for field in dataclasses.fields(kind)}
-            fields = ", ".join(f"{key}={defaults[key]!r}" for key in _settable(kind))
+            fields = ", ".join(f"{key}={defaults[key]!r}" for key in parameters(kind))
             click.echo(f"{name}: {fields}")
+        return
+    if (data is None) != (out is None) or (data is None and (engine or workers)):
+        raise click.UsageError("expected --data and --out together, and --engine with them")
+    if data is not None and out is not None:
+        pairs = (setting.partition("=") for setting in settings)
+        recipe = {
+            "model": str(WEIGHTS if source is None else source),
+            "algorithm": algorithm,
+            "settings": tuple((key, value) for key, _, value in pairs),
+            "verifier": str(VERIFIER if verifier is None else verifier),
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "seed": seed,
+            "dtype": dtype,
+            "backend": backend,
+        }
+        plan = {"engine": engine or "process", "batch_size": batch_size, "workers": workers}
+        _run_job(data, out, recipe, device, plan, as_json)
         return
     options: dict[str, Any] = {
         "device": device,
         "dtype": None if dtype is None else getattr(torch, dtype),
+        "tp": None,
     }
     chosen = _make_algorithm(
         algorithm, settings, lambda: load(VERIFIER if verifier is None else verifier, **options)
@@ -102,6 +137,11 @@ def generate(
             on_step=lambda step: status.update(f"decoding, forward {step.index}"),
         )
     seconds = time.perf_counter() - started
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        first = torch.distributed.get_rank() == 0
+        torch.distributed.destroy_process_group()
+        if not first:
+            return
     for row, prompt in enumerate(texts):
         answer = None if result.text is None else result.text[row]
         if as_json:
@@ -124,72 +164,105 @@ def generate(
             )
 
 
-def _algorithms() -> dict[str, type]:
-    from pydllm import decoding
+def _run_job(
+    data: Path,
+    out: Path,
+    recipe: dict[str, Any],
+    device: str | None,
+    plan: dict[str, Any],
+    as_json: bool,
+) -> None:
+    """Run a job with a progress bar and print what came of it."""
+    from rich.progress import Progress
 
-    kinds = (
-        decoding.Static,
-        decoding.Threshold,
-        decoding.Factor,
-        decoding.EntropyBound,
-        decoding.FreeDave,
-        decoding.APD,
-        decoding.LeftToRight,
-        decoding.MultiBlock,
-    )
-    return {kind.__name__.lower(): kind for kind in kinds}
+    from pydllm.integrations.jobs import Recipe, run_job
 
+    started = time.perf_counter()
+    with Progress(console=Console(stderr=True)) as bar:
+        total = sum(1 for _ in data.open("rb")) if data.is_file() else None
+        task = bar.add_task("rows", total=total)
 
-def _settable(kind: type) -> dict[str, tuple[str, ...]]:
-    """The parameters that text can state, and the types that it may have."""
-    plain = ("None", "bool", "int", "float", "str")
-    found = {}
-    for field in dataclasses.fields(kind):
-        types = tuple(name for name in plain if re.search(rf"\b{name}\b", str(field.type)))
-        if field.init and types and not re.search("Model|Baseline", str(field.type)):
-            found[field.name] = types
-    return found
+        def progress(done: int, failed: int) -> None:
+            bar.update(task, completed=done, description=f"rows, {failed} failed")
 
-
-def _convert(text: str, types: tuple[str, ...]) -> Any:
-    """Text as the first of the types that it can be."""
-    words = {"none": None, "true": True, "false": False}
-    for name in types:
-        if name in ("None", "bool"):
-            value = words.get(text.lower(), text)
-            if type(value).__name__ in (name, f"{name}Type"):
-                return value
-            continue
-        try:
-            return {"int": int, "float": float, "str": str}[name](text)
-        except ValueError:
-            continue
-    raise ValueError(f"expected {' or '.join(types)}, got {text!r}")
+        summary = run_job(data, out, Recipe(**recipe), device=device, progress=progress, **plan)
+    record = dataclasses.asdict(summary) | {"seconds": round(time.perf_counter() - started, 3)}
+    if as_json:
+        click.echo(json.dumps(record))
+    else:
+        click.echo(f"{out / 'results.jsonl'}: {', '.join(f'{k} {v}' for k, v in record.items())}")
 
 
 def _make_algorithm(name: str, settings: tuple[str, ...], verifier: Callable[[], Any]) -> Any:
-    """Build the algorithm from ``NAME=VALUE`` strings, typed as its dataclass declares."""
-    kinds = _algorithms()
-    if name.lower() not in kinds:
-        raise click.BadParameter(
-            f"expected one of {', '.join(kinds)}, got {name}", param_hint="--algorithm"
-        )
-    kind = kinds[name.lower()]
-    known = _settable(kind)
-    values = {}
-    for setting in settings:
-        key, _, value = setting.partition("=")
-        if key not in known:
+    """Build the algorithm from ``NAME=VALUE`` strings."""
+    from pydllm.decoding.settings import SettingError, make_algorithm
+
+    pairs = (setting.partition("=") for setting in settings)
+    try:
+        return make_algorithm(name, {key: value for key, _, value in pairs}, verifier)
+    except SettingError as error:
+        raise click.BadParameter(str(error), param_hint="--algorithm, --set") from None
+
+
+@main.command()
+@click.option("--sweep", "sweeps", multiple=True, type=click.Choice(SWEEPS))
+@click.option("--original", metavar="MODULE:FUNCTION", help="A decoding function, and ...")
+@click.option("--patched", metavar="MODULE:FUNCTION", help="... the one to compare it with.")
+@click.option("--model", "source", default="llada-tiny", show_default=True, help="Bundled, or DIR.")
+@click.option(
+    "--loader", metavar="MODULE:FUNCTION", help="Makes the model of DIR; it is called so."
+)
+@click.option("--prepare", metavar="MODULE:FUNCTION", help="Called with the model for --patched.")
+@click.option("--prompts", type=click.Path(path_type=Path), help="A line each: text, or JSON.")
+@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="For both functions.")
+@click.option("--set-original", "first", multiple=True, metavar="NAME=VALUE")
+@click.option("--set-patched", "second", multiple=True, metavar="NAME=VALUE")
+@click.option("--batch", default=1, show_default=True, help="Prompts of one length a call.")
+@click.option("--repeat", default=3, show_default=True, help="Timed rounds; the median counts.")
+@click.option("--strict", is_flag=True, help="Exit code 1 unless all tokens are equal.")
+@click.option("--problems", default=50, show_default=True, type=click.IntRange(1, 10000))
+@click.option("--seed", default=0, show_default=True, help="Which held-out problems.")
+@click.option("--device", help="Default: the GPU if there is one.")
+@click.option("--out", default="out/compare", show_default=True, type=click.Path(path_type=Path))
+@BACKEND
+@JSON
+def compare(
+    sweeps: tuple[str, ...],
+    original: str | None,
+    patched: str | None,
+    source: str,
+    problems: int,
+    seed: int,
+    device: str | None,
+    out: Path,
+    backend: str | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Sweep algorithms from careful to fast: accuracy over tokens per forward, CSV and PNG. Or run
+    two decoding functions on the same prompts: tokens, forwards, time, CSV.
+    """
+    if sweeps and not (original or patched):
+        from pydllm.demo.command import sweep
+
+        if source not in MODELS:
             raise click.BadParameter(
-                f"{name} takes {', '.join(known)}; got {key!r}", param_hint="--set"
+                f"expected one of {', '.join(MODELS)} with --sweep, got {source}",
+                param_hint="--model",
             )
-        try:
-            values[key] = _convert(value, known[key])
-        except ValueError as error:
-            raise click.BadParameter(f"{key}: {error}", param_hint="--set") from None
-    if any(field.name == "verifier" for field in dataclasses.fields(kind)):
-        values["verifier"] = verifier()
-    return kind(**values)
+        return sweep(sweeps, source, problems, seed, device, out, backend, as_json)
+    if sweeps or not (original and patched):
+        raise click.UsageError("expected --sweep, or --original and --patched")
+    from pydllm.demo.task import held_out_problems
+    from pydllm.integrations.command import side_by_side
+
+    texts = [problem.prompt for problem in held_out_problems(problems, seed)]
+    if source not in MODELS and options["prompts"] is None:
+        raise click.UsageError(f"expected --prompts with --model {source}, got none")
+    folder = str(MODELS.get(source, source))
+    rows = side_by_side((original, patched), folder, texts, device, out, as_json=as_json, **options)
+    if as_json:
+        click.echo(json.dumps(rows))
 
 
 @main.command()
@@ -204,7 +277,20 @@ def env(as_json: bool) -> None:
         environment.main()
 
 
-for command in (demo, compare, aup, distill):
+@main.command("lm-eval", context_settings={"ignore_unknown_options": True, "help_option_names": []})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def lm_eval(arguments: tuple[str, ...]) -> None:
+    """lm-evaluation-harness with this package's models: its arguments, less --model."""
+    try:
+        from pydllm.integrations.harness import main as run
+    except ImportError as error:
+        raise PydllmError(
+            f"lm-evaluation-harness cannot be imported ({error}): pip install 'pydllm[eval]'"
+        ) from error
+    run(arguments)
+
+
+for command in (demo, aup, distill):
     main.add_command(command)
 
 if __name__ == "__main__":

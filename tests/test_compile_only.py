@@ -17,10 +17,13 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 MAIN = "_window_attention_kernel"
 OPS = sorted(path.stem for path in (REPOSITORY / "kernels").glob("[!_]*.py"))
+# Tensor cores, and with them registers and shared memory, are those of an architecture. The code
+# of the other ops is much the same on all: `make aot` compiles those for each, this for one.
+TENSOR_CORES = ("head_stats", "window_attention")
+CASES = [(op, arch) for op in OPS for arch in (80, 90, 100) if arch == 90 or op in TENSOR_CORES]
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100])
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op, arch", CASES)
 def test_kernels_compile_and_fit(op, arch):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(REPOSITORY)

@@ -45,7 +45,7 @@ def checkout(tmp_path_factory):
     for name in BUILT_FROM:
         shutil.copy(ROOT / name, copy / name)
     leave = shutil.ignore_patterns("__pycache__", "*.so")
-    for name in ("csrc", "kernels", "pydllm"):
+    for name in ("csrc", "docs", "kernels", "pydllm"):
         shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=leave)
     assert (copy / "pydllm/kernels").is_symlink()
     (copy / "pydllm/_C.stale.so").write_text("left over from a build in the checkout")
@@ -105,7 +105,8 @@ def test_sdist_holds_what_a_build_needs(built):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     csrc = {f"csrc/{file.name}" for file in (ROOT / "csrc").iterdir()}
-    assert csrc | shipped_sources() | set(BUILT_FROM) <= names
+    pages = {f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md")}
+    assert csrc | pages | shipped_sources() | set(BUILT_FROM) <= names
     assert not any(name.startswith(("tests/", "kernels/")) or ".so" in name for name in names)
 
 

@@ -1,4 +1,4 @@
-"""``pydllm demo`` and ``pydllm compare``."""
+"""``pydllm demo`` and ``pydllm compare --sweep``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from pydllm._options import BACKEND, JSON
-from pydllm.demo import MODELS, SWEEPS, VERIFIER
+from pydllm.demo import MODELS, VERIFIER
 
 if TYPE_CHECKING:
     from pydllm.decoding import Generation
@@ -93,16 +93,7 @@ def demo(
         click.echo(json.dumps({"scores": [score.as_row() for score in scores], "files": files}))
 
 
-@click.command()
-@click.option("--sweep", "sweeps", multiple=True, required=True, type=click.Choice(SWEEPS))
-@click.option("--model", "name", default="llada-tiny", type=click.Choice(sorted(MODELS)))
-@click.option("--problems", default=50, show_default=True, type=click.IntRange(1, 10000))
-@click.option("--seed", default=0, show_default=True, help="Which held-out problems.")
-@click.option("--device", help="Default: the GPU if there is one.")
-@click.option("--out", default="out/compare", show_default=True, type=click.Path(path_type=Path))
-@BACKEND
-@JSON
-def compare(
+def sweep(
     sweeps: tuple[str, ...],
     name: str,
     problems: int,
@@ -112,7 +103,7 @@ def compare(
     backend: str | None,
     as_json: bool,
 ) -> None:
-    """Sweep algorithms from careful to fast: accuracy over tokens per forward, CSV and PNG."""
+    """Algorithms from careful to fast: accuracy over tokens per forward, CSV and PNG."""
     from pydllm.demo import report
     from pydllm.demo.sweep import areas, settings
     from pydllm.demo.task import held_out_problems
@@ -123,14 +114,14 @@ def compare(
     console = Console(stderr=as_json)
     out.mkdir(parents=True, exist_ok=True)
     found = {}
-    for sweep in sweeps:
-        found[sweep], _ = _decode_all(
-            model, name, settings(sweep, name, verifier), tasks, backend, console
+    for kind in sweeps:
+        found[kind], _ = _decode_all(
+            model, name, settings(kind, name, verifier), tasks, backend, console
         )
-        console.print(report.score_table(found[sweep], f"{name}, {sweep}: {problems} problems"))
+        console.print(report.score_table(found[kind], f"{name}, {kind}: {problems} problems"))
     area = areas(found)
-    for sweep, value in area.items():
-        console.print(f"AUP of {sweep}: {value:.1f}")
+    for kind, value in area.items():
+        console.print(f"AUP of {kind}: {value:.1f}")
     scores = [score for each in found.values() for score in each]
     written = [out / f"{name}.csv", out / f"{name}.png"]
     report.write_csv(scores, written[0])

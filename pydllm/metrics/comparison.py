@@ -11,6 +11,7 @@ from typing import Any
 
 from pydllm._backend.errors import PydllmError
 from pydllm.metrics.accuracy_under_parallelism import aup
+from pydllm.metrics.harness_results import harness_points, is_harness_results
 
 Curve = list[tuple[float, float]]
 Points = dict[str, dict[str, Curve]]  # method, task, (tokens per forward, accuracy in percent)
@@ -86,7 +87,8 @@ def read_points(path: Path) -> Points:
     """Points from a CSV, JSON or YAML file.
 
     A CSV has the columns method, task, tokens_per_forward and accuracy; JSON and YAML map methods
-    to tasks to lists of [tokens per forward, accuracy].
+    to tasks to lists of [tokens per forward, accuracy]. A results file that lm-evaluation-harness
+    wrote of this package's models is read too.
 
     Raises:
         ValueError: not such a file; names the line, or the method and task.
@@ -96,7 +98,10 @@ def read_points(path: Path) -> Points:
         return _from_csv(path, text)
     if path.suffix == ".json":
         try:
-            return _from_mapping(path, json.loads(text))
+            values = json.loads(text)
+            if is_harness_results(values):
+                return harness_points(path, values)
+            return _from_mapping(path, values)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}: expected JSON, got {error}") from error
     if path.suffix in (".yaml", ".yml"):

@@ -1,9 +1,10 @@
 """Models: what decoding asks of one, the native transformer, and how it is loaded."""
 
+from pydllm.models.agreement import Agreement, check
 from pydllm.models.cache import StaticCache
 from pydllm.models.load import load
 from pydllm.models.native import NativeModel
 from pydllm.models.protocol import Model
 from pydllm.models.spec import ModelSpec
 
-__all__ = ["Model", "ModelSpec", "NativeModel", "StaticCache", "load"]
+__all__ = ["Agreement", "Model", "ModelSpec", "NativeModel", "StaticCache", "check", "load"]

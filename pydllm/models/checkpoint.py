@@ -17,7 +17,8 @@ from torch import Tensor
 
 from pydllm._backend.errors import CheckpointError
 from pydllm.models.config import Config
-from pydllm.models.weights import Found, Slot
+from pydllm.models.partition import Partition
+from pydllm.models.weights import Found, Index, Slot
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {
@@ -110,23 +111,45 @@ class Shards:
                 self._files[name] = path
         return names
 
-    def tensor(self, name: str) -> Tensor:
+    def tensor(self, name: str, rows: slice = slice(None)) -> Tensor:
         with _opened(self._files[name]) as file:
-            return file.get_tensor(name)
+            return file.get_slice(name)[rows]
+
+    def rows(self, name: str, count: int) -> Tensor:
+        """The first rows of a tensor; the rest is not read."""
+        with _opened(self._files[name]) as file:
+            return file.get_slice(name)[:count]
 
     def load(
-        self, wanted: Sequence[Slot], device: torch.device, dtype: torch.dtype
+        self,
+        wanted: Sequence[Slot],
+        device: torch.device,
+        dtype: torch.dtype,
+        partition: Partition | None = None,
     ) -> dict[str, Tensor]:
-        """Allocate the transformer's tensors and read each weight straight into its place."""
-        loaded = {slot.name: torch.empty(slot.shape, dtype=dtype, device=device) for slot in wanted}
-        targets: dict[Path, list[tuple[str, Tensor]]] = {}
+        """Allocate the transformer's tensors and read each weight straight into its place.
+
+        With a partition, of its part alone; nothing else is read.
+        """
+        loaded: dict[str, Tensor] = {}
+        targets: dict[Path, list[tuple[str, Index, Tensor]]] = {}
         for slot in wanted:
-            for name, view in slot.views(loaded[slot.name]):
-                targets.setdefault(self._files[name], []).append((name, view))
-        for path, pairs in targets.items():
+            taken = slot.index if partition is None else partition.index(slot)
+            if taken is None:
+                continue
+            shapes = [
+                tuple(len(range(n)[part]) for n, part in zip(shape, index, strict=True))
+                for (_, shape), index in zip(slot.sources, taken, strict=True)
+            ]
+            rows = [shape[0] for shape in shapes]
+            whole = torch.empty(sum(rows), *shapes[0][1:], dtype=dtype, device=device)
+            loaded[slot.name] = whole
+            for (name, _), index, view in zip(slot.sources, taken, whole.split(rows), strict=True):
+                targets.setdefault(self._files[name], []).append((name, index, view))
+        for path, entries in targets.items():
             with _opened(path) as file:
-                for name, view in pairs:
-                    view.copy_(file.get_tensor(name))
+                for name, index, view in entries:
+                    view.copy_(file.get_slice(name)[index])
         return loaded
 
 

@@ -12,10 +12,14 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from pydllm._backend.errors import CheckpointError
+from pydllm.models.agreement import check as check_module
+from pydllm.models.agreement import warn_of_damage
 from pydllm.models.checkpoint import Shards, read_config, read_tokenizer
 from pydllm.models.config import Config
 from pydllm.models.families import find_family, make_spec
 from pydllm.models.native import NativeModel
+from pydllm.models.parallel import ParallelModel, join_processes
+from pydllm.models.partition import Partition
 from pydllm.models.weights import FLOATS, Found, check_tensors, share, slots
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -29,6 +33,8 @@ def load(
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    tp: int | None = 1,
+    check: bool = False,
 ) -> NativeModel:
     """Load a diffusion language model.
 
@@ -43,6 +49,11 @@ def load(
         dtype: of weights, cache and hidden states: fp32, fp16, bf16, or fp64 (torch backend alone).
             None: what config.json says, else what the embedding is stored in; on a CPU fp32 instead
             of fp16 and bf16, which are slow and less exact there. For a module as with ``device``.
+        tp: over how many processes the model is spread (tensor parallel); None: over all of the
+            default process group, or that ``torchrun`` started, one where there are none. Each
+            process reads and holds its part alone, on the CUDA device of its rank if there is one,
+            and makes the same calls with the same arguments. For checkpoints only.
+        check: compare with the module's own forward on some random tokens, ``pydllm.models.check``.
 
     Returns:
         The model: LLaDA, Dream, SDAR, A2D, Qwen2, Qwen3 or Llama, dense. ``model.tokenizer`` is set
@@ -52,10 +63,15 @@ def load(
 
     Raises:
         CheckpointError: the checkpoint is incomplete, damaged or of an unknown kind; names the key,
-            tensor or file, what was expected and what was found.
+            tensor or file, what was expected and what was found. With ``check``: the module's
+            forward is another; says by how much.
         TypeError: ``source`` or ``dtype`` is of no accepted type.
-        ValueError: another device or dtype than the module's.
+        ValueError: another device or dtype than the module's, a check of something else, or a model
+            that ``tp`` processes cannot share.
+        PydllmError: there are not ``tp`` processes; says how to start them.
 
+    A module that transformers 5 damaged in silence, its rotary buffers or, where
+    ``config._name_or_path`` is a directory, its weights, gets a RuntimeWarning that names them.
     No code of a checkpoint is run and no pickle is opened.
 
     Example:
@@ -65,14 +81,28 @@ def load(
     """
     if dtype is not None and dtype not in FLOATS:
         raise TypeError(f"dtype: expected {', '.join(map(str, FLOATS))}, got {dtype}")
+    if tp is not None and tp < 1:
+        raise ValueError(f"tp: expected at least 1, got {tp}")
     if isinstance(source, nn.Module):
-        return _load_module(source, device, dtype)
+        if tp not in (None, 1):
+            raise ValueError(f"tp: expected 1 for a loaded module, which is whole, got {tp}")
+        model = _load_module(source, device, dtype)
+        if check:
+            check_module(model, source)
+        return model
+    if check:
+        raise ValueError("check: expected a module to compare with, got a checkpoint")
     if not isinstance(source, str | os.PathLike):
         raise TypeError(f"source: expected a path, a hub id or a module, got {type(source)}")
-    return _load_folder(_find_folder(source), device, dtype)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    processes = 1 if tp == 1 else join_processes(tp, device)
+    return _load_folder(find_folder(source), device, dtype, processes)
 
 
-def _find_folder(source: str | os.PathLike[str]) -> Path:
+def find_folder(source: str | os.PathLike[str]) -> Path:
+    """The directory of a checkpoint: itself, or where the hub's files were put."""
     folder = Path(source)
     if folder.is_dir():
         return folder
@@ -96,11 +126,8 @@ def _find_folder(source: str | os.PathLike[str]) -> Path:
 
 
 def _load_folder(
-    folder: Path, device: torch.device | str | None, dtype: torch.dtype | None
+    folder: Path, device: torch.device, dtype: torch.dtype | None, processes: int
 ) -> NativeModel:
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
     config = read_config(folder)
     family = find_family(config)
     sizes = family.sizes(config, family)
@@ -114,9 +141,19 @@ def _load_folder(
         dtype = _stored_dtype(config, shards.found[embedding])
         if device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
             dtype = torch.float32
-    weights = shards.load(wanted, device, dtype)
+    if processes > 1:
+        rank = torch.distributed.get_rank()
+        if device == torch.device("cuda"):
+            device = torch.device("cuda", rank % torch.cuda.device_count())
+        partition = Partition(rank, processes, sizes, spec.vocab_size)
+    else:
+        partition = None
+    weights = shards.load(wanted, device, dtype, partition)
     if sizes.tied and head in shards.found:
-        _check_tied(config, head, weights["embedding"], shards.tensor(head))
+        rows = slice(None) if partition is None else partition.vocab_rows
+        _check_tied(config, head, weights["embedding"], shards.tensor(head, rows))
+    if partition is not None:
+        return ParallelModel(spec, partition, weights, tokenizer)
     return NativeModel(spec, sizes, weights, tokenizer)
 
 
@@ -147,6 +184,7 @@ def _load_module(
         raise ValueError(f"dtype: expected {like.dtype}, that of the shared module, got {dtype}")
     if device is not None and not _same_device(torch.device(device), like.device):
         raise ValueError(f"device: expected {like.device}, that of the shared module, got {device}")
+    warn_of_damage(module, getattr(module, "config", None), sizes, wanted, state)
     return NativeModel(spec, sizes, share(wanted, module), None)
 
 

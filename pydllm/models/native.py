@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class _Layer:
+class Layer:
     """Weights of a layer; None where the family has none."""
 
     attn_norm: Tensor
@@ -82,7 +82,7 @@ class NativeModel:
         bias = weights.get("head_bias")
         self._head_bias = None if bias is None else bias[: spec.vocab_size]
         self._layers = [
-            _Layer(
+            Layer(
                 **{
                     name.removeprefix(prefix): tensor
                     for name, tensor in weights.items()
@@ -156,14 +156,14 @@ class NativeModel:
         window: dict = {**numbers, "pad": pad, "cos": cos, "sin": sin, "backend": backend}
         window |= {"causal": self.spec.attention == "causal", "block_size": self.spec.block_size}
         window["branches"] = branches
-        residual = F.embedding(ids, self._embedding)
+        residual = self._embed(ids)
         hidden = ops.rms_norm(residual, self._layers[0].attn_norm, eps, backend=backend)
         following = [layer.attn_norm for layer in self._layers[1:]] + [self._norm]
         for index, layer in enumerate(self._layers):
             hidden = self._attend(layer, hidden, keys[index], values[index], window, fresh)
             hidden = ops.rms_norm(hidden, layer.mlp_norm, eps, residual=residual, backend=backend)
             hidden = F.linear(hidden, layer.gate_up, layer.gate_up_bias)
-            hidden = F.linear(ops.swiglu(hidden, backend=backend), layer.down, layer.down_bias)
+            hidden = self._contract(layer, ops.swiglu(hidden, backend=backend))
             # The residual is added by the norm that comes next, the next layer's or the last.
             hidden = ops.rms_norm(hidden, following[index], eps, residual=residual, backend=backend)
         return hidden
@@ -211,7 +211,7 @@ class NativeModel:
 
     def _attend(
         self,
-        layer: _Layer,
+        layer: Layer,
         hidden: Tensor,
         keys: Tensor,
         values: Tensor,
@@ -232,7 +232,16 @@ class NativeModel:
         if fresh is not None:
             fresh.append((k, v))
         attended = ops.window_attention(q, k, v, keys, values, **window)
-        return F.linear(attended.flatten(-2), layer.out, layer.out_bias)
+        return self._project(layer, attended.flatten(-2))
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self._embedding)
+
+    def _project(self, layer: Layer, attended: Tensor) -> Tensor:
+        return F.linear(attended, layer.out, layer.out_bias)
+
+    def _contract(self, layer: Layer, inner: Tensor) -> Tensor:
+        return F.linear(inner, layer.down, layer.down_bias)
 
     def _check(
         self, ids: Tensor, cache: StaticCache, numbers: Mapping[str, Tensor], branches: int

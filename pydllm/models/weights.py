@@ -16,6 +16,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Buffers that some checkpoints carry along; the tables are computed here.
 _IGNORED = ("inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
 _SHOWN = 4
+Index = tuple[slice, ...]
 
 
 class Found(NamedTuple):
@@ -35,6 +36,11 @@ class Slot:
     @property
     def shape(self) -> Shape:
         return (sum(shape[0] for _, shape in self.sources), *self.sources[0][1][1:])
+
+    @property
+    def index(self) -> tuple[Index, ...]:
+        """What to take of each source: all of it."""
+        return tuple((slice(None),) * len(shape) for _, shape in self.sources)
 
     def views(self, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         """The part of ``tensor`` that belongs to each source."""

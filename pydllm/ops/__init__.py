@@ -3,7 +3,13 @@
 from pydllm.ops.certainty_loss import certainty_loss
 from pydllm.ops.commit_branch import commit_branch
 from pydllm.ops.draft import draft
-from pydllm.ops.head_stats import StatsPartial, head_stats, head_stats_partial, merge_stats
+from pydllm.ops.head_stats import (
+    StatsPartial,
+    fold_stats,
+    head_stats,
+    head_stats_partial,
+    merge_stats,
+)
 from pydllm.ops.mixture_accept import Accepted, mixture_accept, mixture_accept_sparse
 from pydllm.ops.mixture_draft import Candidates, MixtureDraft, mixture_draft, round_counter
 from pydllm.ops.multiblock_step import MultiBlockState, multiblock_step
@@ -26,6 +32,7 @@ __all__ = [
     "certainty_loss",
     "commit_branch",
     "draft",
+    "fold_stats",
     "head_stats",
     "head_stats_partial",
     "merge_stats",

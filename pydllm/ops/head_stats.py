@@ -127,6 +127,19 @@ def head_stats_partial(
     return StatsPartial(*torch.ops.pydllm.head_stats_partial(*arguments))
 
 
+def fold_stats(partial: StatsPartial) -> StatsPartial:
+    """One piece of all that a shard's partial has: what is worth sending to other devices.
+
+    ``merge_stats`` of folded partials is that of the partials, up to the rounding of the sums.
+
+    Returns:
+        ``StatsPartial`` with S = 1: 20 bytes a row in fp32, 32 if sampled.
+
+    CUDA graphs: safe. A dozen small launches in plain torch; none where S is 1 already.
+    """
+    return StatsPartial(*reference.fold_stats(*partial)) if partial.ids.shape[2] > 1 else partial
+
+
 def merge_stats(*partials: StatsPartial, backend: str | None = None) -> VocabStats:
     """Statistics of a vocabulary from those of its parts, in any order, none twice.
 

@@ -3,7 +3,12 @@
 from pydllm.reference.certainty_loss import certainty_loss, certainty_loss_backward
 from pydllm.reference.commit_branch import commit_branch
 from pydllm.reference.draft import draft
-from pydllm.reference.head_stats import head_stats, head_stats_partial, merge_stats
+from pydllm.reference.head_stats import (
+    fold_stats,
+    head_stats,
+    head_stats_partial,
+    merge_stats,
+)
 from pydllm.reference.mixture_accept import mixture_accept, mixture_accept_sparse
 from pydllm.reference.mixture_draft import mixture_draft
 from pydllm.reference.multiblock_step import multiblock_step
@@ -19,6 +24,7 @@ __all__ = [
     "certainty_loss_backward",
     "commit_branch",
     "draft",
+    "fold_stats",
     "head_stats",
     "head_stats_partial",
     "merge_stats",

@@ -18,6 +18,8 @@ _NO_ID = 2**31 - 1
 # Bound what is alive at a time to a few MB: rows, logits of a piece (the noise takes more room for
 # each), and elements of an operand that is not in the dtype of the sums and has to be converted.
 _ROWS, _LOGITS, _SAMPLED_LOGITS, _CONVERTED = 1024, 2**18, 2**16, 2**20
+# Rows whose logits are made as weight times rows.
+_FEW = range(5, 33)
 
 
 def head_stats(hidden: Tensor, weight: Tensor, *options) -> tuple[Tensor, ...]:  # noqa: ANN002
@@ -65,7 +67,7 @@ def head_stats_partial(
             part = slice(low, min(low + piece, vocab))
             added = None if bias is None else bias[part].to(dtype)
             first = vocab_offset + low
-            logits = ban(F.linear(x, weight[part].to(dtype), added), banned, first)
+            logits = ban(_product(x, weight[part].to(dtype), added), banned, first)
             logits = cap(logits, softcap)
             if outside is not None:
                 logits.masked_fill_(outside, -torch.inf)
@@ -78,10 +80,19 @@ def head_stats_partial(
             known = _piece_stats(logits, scores, first)
             if folded:
                 values_and_ids = zip(folded, known, strict=True)
-                known = _fold(*(torch.cat(pair, -1) for pair in values_and_ids))
+                known = fold_stats(*(torch.cat(pair, -1) for pair in values_and_ids))
             folded = list(known)
         values[:, block], ids[:, block] = folded
     return values, ids
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x @ weight.T + bias``."""
+    if x.shape[0] not in _FEW:
+        return F.linear(x, weight, bias)
+    # A CPU's library copies the right operand first: better these rows than the weights.
+    logits = (weight @ x.T.contiguous()).T.contiguous()
+    return logits if bias is None else logits + bias
 
 
 def _piece_stats(x: Tensor, scores: Tensor | None, first: int) -> tuple[Tensor, Tensor]:
@@ -102,7 +113,7 @@ def _piece_stats(x: Tensor, scores: Tensor | None, first: int) -> tuple[Tensor, 
     return values, (torch.stack(tokens) + first).int()
 
 
-def _fold(values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+def fold_stats(values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     """One piece of all: ``(n, R, S)`` to ``(n, R, 1)``; the lowest id wins a tie."""
     best = values[0].amax(-1, keepdim=True)
     token = ids[0].where(values[0] == best, _NO_ID).amin(-1, keepdim=True)
@@ -122,7 +133,7 @@ def _fold(values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
 def merge_stats(values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Token, probability, entropy, margin and log-sum-exp of pieces ``(n, R, S)``."""
     if values.shape[-1] > 1:
-        values, ids = _fold(values, ids)
+        values, ids = fold_stats(values, ids)
     values, ids = values.squeeze(-1), ids.squeeze(-1)
     best, second, total, weighted = values[:4]
     poisoned, none = total.isnan(), best == -torch.inf

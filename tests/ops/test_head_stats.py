@@ -111,6 +111,11 @@ def test_shards_merge_to_the_whole(backend, temperature):
         _assert_near(ops.merge_stats(*order, backend=backend), whole)
     one = ops.head_stats_partial(hidden, weight, bias=bias, **options)
     _assert_same(ops.merge_stats(one, backend=backend), whole)
+    # Folded to one piece, it says the same in fewer numbers.
+    assert (one.ids.shape[2] > 1) == (backend == "triton")
+    folded = ops.fold_stats(one)
+    assert folded.ids.shape[2] == folded.values.shape[2] == 1
+    _assert_near(ops.merge_stats(folded, backend=backend), whole)
     # What one backend left behind, the other can merge.
     for other in BACKENDS:
         _assert_near(ops.merge_stats(*partials, backend=other), whole)

@@ -1,0 +1,266 @@
+"""SGLang: dLLM algorithms that decide on the device, found through ``sglang.srt.plugins``.
+
+``--dllm-algorithm PydllmLowConfidence`` (or another of ``ALGORITHMS``) uses one; with
+``PYDLLM_REPLACE=1`` SGLang's own LowConfidence and JointThreshold are replaced by ours under their
+own names, with the same tokens. Options come from ``--dllm-algorithm-config``, with SGLang's names
+and defaults.
+
+A step reads the logits once, writes the tokens into ``forward_batch.input_ids`` in place, and
+copies one small list to the host, which the interface asks for. Under tensor parallelism SGLang
+gathers the logits, so that every rank decides alike.
+
+What a step can decide is one block of each request, from one forward. FreeDave's candidates and
+d3LLM's several blocks at a time need forwards that the interface has no words for: use
+``pydllm.generate`` for those. d3LLM's rule within a block is ``PydllmEntropyThreshold``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pydllm._backend import env
+from pydllm._backend.errors import PydllmError
+from pydllm.integrations.engines.accept import decide
+
+_LOG = logging.getLogger("pydllm")
+_PACKAGE = "sglang.srt.dllm.algorithm"
+# What SGLang's releases ask of an algorithm, told by the signature of the LowConfidence they have.
+INTERFACES = {
+    "logits": "step(forward_batch, full_logits, states)",
+    "output": "step(forward_batch, logits_output, states)",
+    "run": "run(model_runner, forward_batch), batches, a list of token tensors",
+}
+
+
+def register() -> None:
+    """The plug-in's entry point; called by SGLang in each of its processes."""
+    try:
+        package = importlib.import_module(_PACKAGE)
+    except ImportError as error:
+        _LOG.info("SGLang has no dLLM algorithms here (%s): nothing is registered", error)
+        return
+    known = package.algo_name_to_cls
+    interface = interface_of(known["LowConfidence"])
+    base = importlib.import_module(f"{_PACKAGE}.base").DllmAlgorithm
+    for name, rules in ALGORITHMS.items():
+        made = type(name, (_MIXINS[interface], rules, base), {})
+        known[name] = made
+        replaced = name.removeprefix("Pydllm")
+        if env.REPLACE and replaced in known:
+            known[replaced] = made
+            _LOG.info("SGLang's %s is replaced by pydllm's", replaced)
+
+
+def interface_of(algorithm: type) -> str:
+    """Which of ``INTERFACES`` an installed algorithm has.
+
+    Raises:
+        PydllmError: none of them.
+    """
+    step, run = (getattr(algorithm, name, None) for name in ("step", "run"))
+    if step is not None:
+        names = list(inspect.signature(step).parameters)[1:]
+        for key, third in (("logits", "full_logits"), ("output", "logits_output")):
+            if names == ["forward_batch", third, "states"]:
+                return key
+        found = f"step({', '.join(names)})"
+    elif run is not None:
+        signature = inspect.signature(run)
+        names = list(signature.parameters)[1:]
+        returned = str(signature.return_annotation).replace("typing.", "")
+        if names == ["model_runner", "forward_batch"] and "List[torch.Tensor], bool]" in returned:
+            return "run"
+        found = f"run({', '.join(names)}) -> {returned}"
+    else:
+        found = "neither step nor run"
+    expected = "; ".join(INTERFACES.values())
+    raise PydllmError(f"SGLang's dLLM interface: expected one of {expected}; found {found}")
+
+
+class _Rule:
+    """What an algorithm does to one block of each request."""
+
+    block_size: int
+    mask_id: int
+
+    def advance(self, x: Tensor, logits: Tensor, states: list[Any]) -> list[bool]:
+        """Write a step into ``x (B, L)``; which blocks were complete before it."""
+        raise NotImplementedError
+
+    def new_states(self, x: Tensor) -> list[Any]:
+        return [None] * x.shape[0]
+
+    def extra_steps(self) -> int:
+        """Steps that a block may take besides one a mask."""
+        return 0
+
+
+class _Threshold(_Rule):
+    """A rule of ``ops.unmask`` that looks at masks alone."""
+
+    rule, semantics, option, default = "threshold", "sglang", "threshold", 0.95
+    argument = "threshold"
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)  # type: ignore[call-arg]
+        self.limit = float(config.algorithm_config.get(self.option, self.default))
+
+    def advance(self, x: Tensor, logits: Tensor, states: list[Any]) -> list[bool]:
+        done = (x != self.mask_id).all(1)
+        options: dict[str, Any] = {self.argument: self.limit}
+        options |= {"rule": self.rule, "semantics": self.semantics}
+        decide(logits, x, mask_id=self.mask_id, **options)
+        return done.tolist()
+
+
+class _LowConfidence(_Threshold):
+    """SGLang's LowConfidence: probabilities above a threshold, at least one a step."""
+
+
+class _EntropyBound(_Threshold):
+    """EB-Sampler (arXiv 2505.24857): as many as an entropy budget in nats allows."""
+
+    rule, semantics, option, default, argument = "entropy_bound", "exact", "bound", 0.1, "bound"
+
+
+class _EntropyThreshold(_Threshold):
+    """d3LLM's rule (arXiv 2601.07568) in one block: entropies up to a threshold in nats."""
+
+    rule, semantics, default = "entropy", "exact", 0.45
+
+
+class _Factor(_Threshold):
+    """Fast-dLLM's factor rule (arXiv 2505.22618)."""
+
+    rule, semantics, option, default, argument = "factor", "exact", "factor", 1.0, "factor"
+
+
+class _JointThreshold(_Rule):
+    """SGLang's JointThreshold: masks above a threshold, and edits of tokens above another one."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)  # type: ignore[call-arg]
+        options = config.algorithm_config
+        self.threshold = float(options.get("threshold", 0.5))
+        self.edit_threshold = float(options.get("edit_threshold", 0))
+        self.max_post_edit_steps = int(options.get("max_post_edit_steps", 16))
+        self.penalty = float(options.get("penalty_lambda", 0))
+
+    def extra_steps(self) -> int:
+        return self.max_post_edit_steps
+
+    def new_states(self, x: Tensor) -> list[Any]:
+        masks = (x == self.mask_id).sum(1).tolist()
+        return [
+            {"finished": False, "edits": 0, "masks": count, "prompt": x.shape[1] - count}
+            for count in masks
+        ]
+
+    def advance(self, x: Tensor, logits: Tensor, states: list[Any]) -> list[bool]:
+        done = [state["finished"] for state in states]
+        for state in states:
+            if not state["finished"] and state["masks"] == 0:
+                state["edits"] += 1
+                state["finished"] = state["edits"] > self.max_post_edit_steps
+        # What may change, and where editing may begin: one copy to the device for both.
+        width = x.shape[1]
+        numbers = [[0 if s["finished"] else width for s in states], [s["prompt"] for s in states]]
+        length, prompt = torch.tensor(numbers, dtype=torch.int32, device=x.device)
+        if self.penalty > 0:
+            before = torch.nn.functional.pad(x[:, :-1], (1, 0)).flatten()
+            amount = logits.new_full((x.shape[0], width, 1), -self.penalty)
+            amount[:, 0] = 0
+            logits = logits.scatter_add(1, before[:, None], amount.flatten(0, 1))
+        unmasked = decide(
+            logits,
+            x,
+            mask_id=self.mask_id,
+            rule="joint",
+            semantics="sglang",
+            threshold=self.threshold,
+            edit_threshold=self.edit_threshold,
+            prompt_length=prompt,
+            length=length,
+        )
+        counts = torch.stack((unmasked.remaining, unmasked.accepted)).tolist()
+        for state, remaining, accepted in zip(states, *counts, strict=True):
+            if not state["finished"]:
+                state["masks"] = remaining
+                state["finished"] = accepted == 0
+        return done
+
+
+class _Blocks:
+    """Blocks of token ids as the op wants them: int64, one row a request."""
+
+    def _advance(self, forward_batch: Any, logits: Tensor, states: list[Any]) -> list[bool]:
+        ids = forward_batch.input_ids
+        x = ids.view(-1, self.block_size)  # type: ignore[attr-defined]
+        wide = x if x.dtype == torch.int64 else x.long()
+        done = self.advance(wide, logits.flatten(0, -2), states)  # type: ignore[attr-defined]
+        if wide is not x:
+            x.copy_(wide)
+        return done
+
+    def init_step_state(self, forward_batch: Any) -> list[Any]:
+        ids = forward_batch.input_ids
+        return self.new_states(ids.view(-1, self.block_size))  # type: ignore[attr-defined]
+
+    def max_steps(self, block_size: int) -> int:
+        return block_size + self.extra_steps() + 1  # type: ignore[attr-defined]
+
+
+class _LogitsInterface(_Blocks):
+    def step(self, forward_batch: Any, full_logits: Tensor, states: list[Any]) -> list[bool]:
+        return self._advance(forward_batch, full_logits, states)
+
+
+class _OutputInterface(_Blocks):
+    def step(self, forward_batch: Any, logits_output: Any, states: list[Any]) -> list[bool]:
+        logits = getattr(logits_output, "full_logits", None)
+        if not isinstance(logits, Tensor):
+            raise PydllmError(
+                "SGLang's logits_output: expected full_logits, a tensor, "
+                f"got {type(logits).__name__} (start the server without compact consumer state)"
+            )
+        return self._advance(forward_batch, logits, states)
+
+
+class _RunInterface(_Blocks):
+    def run(self, model_runner: Any, forward_batch: Any) -> tuple[Any, list[Tensor], bool]:
+        def forward() -> Any:
+            return model_runner.forward(forward_batch, pp_proxy_tensors=None)
+
+        size = self.block_size  # type: ignore[attr-defined]
+        mask = self.mask_id  # type: ignore[attr-defined]
+        x = forward_batch.input_ids.view(-1, size)
+        first = (x != mask).sum(1).tolist()
+        if all(start == size for start in first):  # nothing to decode: keys and values are wanted
+            out = forward()
+            return out.logits_output, [], out.can_run_graph
+        states = self.init_step_state(forward_batch)
+        for _ in range(self.max_steps(size)):
+            out = forward()
+            if all(self._advance(forward_batch, out.logits_output.full_logits, states)):
+                break  # this forward has stored the keys and values of the final tokens
+        else:
+            out = forward()
+        x = forward_batch.input_ids.view(-1, size)
+        tokens = [row[start:] for row, start in zip(x, first, strict=True)]
+        return out.logits_output, tokens, out.can_run_graph
+
+
+_MIXINS = {"logits": _LogitsInterface, "output": _OutputInterface, "run": _RunInterface}
+ALGORITHMS: dict[str, type] = {
+    "PydllmLowConfidence": _LowConfidence,
+    "PydllmJointThreshold": _JointThreshold,
+    "PydllmEntropyBound": _EntropyBound,
+    "PydllmEntropyThreshold": _EntropyThreshold,
+    "PydllmFactor": _Factor,
+}

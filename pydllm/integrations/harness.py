@@ -1,0 +1,229 @@
+"""lm-evaluation-harness: the model type ``pydllm``.
+
+    pydllm lm-eval --tasks gsm8k --batch_size 8 \\
+        --model_args pretrained=DIR,algorithm=freedave,draft_steps=8,block_length=32
+
+lm-eval finds it by the entry point ``lm_eval.models`` where its release looks for one (those after
+0.4.13): ``lm_eval --model pydllm ...`` then does the same. Importing this module registers it in
+any release. See docs/evaluation.md.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lm_eval.api.model import LM
+from lm_eval.api.registry import register_model
+
+from pydllm import __version__
+from pydllm._backend.errors import CheckpointError
+from pydllm.decoding.settings import make_algorithm
+from pydllm.integrations.evaluation import Evaluator
+from pydllm.models import load
+from pydllm.models.load import find_folder
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+
+_LOG = logging.getLogger("lm_eval.pydllm")
+_DTYPES = ("float32", "float16", "bfloat16", "float64")
+
+
+@register_model("pydllm")
+class PydllmLM(LM):
+    """A diffusion language model in lm-evaluation-harness.
+
+    Args:
+        pretrained: as in ``pydllm.load``.
+        algorithm: as in ``pydllm generate --list-algorithms``.
+        verifier: the causal model of APD.
+        device, dtype: as in ``pydllm.load``; ``dtype`` may be ``"auto"``.
+        batch_size, max_gen_toks, max_length, mc_num, check_greedy, seed, backend: as in
+            ``pydllm.integrations.evaluation.Evaluator``.
+        max_batch_size: not used, there is no automatic batch size.
+        settings: the algorithm's parameters by name.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        algorithm: str = "threshold",
+        *,
+        verifier: str | None = None,
+        device: str | None = None,
+        dtype: str | None = None,
+        batch_size: int | str = 1,
+        max_batch_size: int | None = None,
+        max_gen_toks: int = 256,
+        max_length: int | None = None,
+        mc_num: int = 128,
+        check_greedy: bool = True,
+        seed: int = 0,
+        backend: str | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__()
+        if not str(batch_size).isdigit():
+            raise ValueError(f"batch_size: expected a number, got {batch_size!r}")
+        if dtype not in (None, "auto", *_DTYPES):
+            raise ValueError(f"dtype: expected auto or one of {', '.join(_DTYPES)}, got {dtype!r}")
+        if str(device).startswith("cuda") and not torch.cuda.is_available():
+            # The harness names cuda:0 where its user names nothing.
+            _LOG.warning("no CUDA device here: on the CPU instead of %s", device)
+            device = None
+        options: dict[str, Any] = {
+            "device": device,
+            "dtype": None if dtype in (None, "auto") else getattr(torch, str(dtype)),
+        }
+        chosen = make_algorithm(
+            algorithm, settings, None if verifier is None else lambda: load(verifier, **options)
+        )
+        model = load(pretrained, **options)
+        self._device = model.device
+        self.pretrained, self.algorithm, self.settings = pretrained, algorithm, settings
+        self.evaluator = Evaluator(
+            model,
+            chosen,
+            batch_size=int(batch_size),
+            max_gen_toks=max_gen_toks,
+            max_length=max_length,
+            mc_num=mc_num,
+            check_greedy=check_greedy,
+            seed=seed,
+            backend=backend,
+        )
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        with _bar(len(requests), "generate_until", disable_tqdm) as bar:
+
+            def done(index: int, text: str) -> None:
+                self.cache_hook.add_partial("generate_until", requests[index].args, text)
+                bar.update()
+
+            tasks = [str(request.task_name) for request in requests]
+            arguments = [request.args for request in requests]
+            return self.evaluator.generate_until(arguments, tasks=tasks, on_done=done)
+
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        with _bar(len(requests), "loglikelihood", disable_tqdm) as bar:
+            arguments = [request.args for request in requests]
+            return self.evaluator.loglikelihood(arguments, on_done=bar.update)
+
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        with _bar(None, "loglikelihood_rolling", disable_tqdm) as bar:
+            texts = [request.args[0] for request in requests]
+            return self.evaluator.loglikelihood_rolling(texts, on_done=bar.update)
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What the harness writes into ``config`` of its results: the costs, by task."""
+        report = self.evaluator.report()
+        for task, row in report.items():
+            _LOG.info(
+                "%s: %.2f tokens per forward, %.1f tokens per second, %d forwards of %d requests",
+                task,
+                row["tokens_per_forward"],
+                row["tokens_per_second"],
+                row["forwards"],
+                row["requests"],
+            )
+        model = self.evaluator.model
+        return {
+            "model_dtype": str(model.dtype),
+            "pydllm": {
+                "version": __version__,
+                "model": Path(self.pretrained).name,
+                "algorithm": self.algorithm,
+                "settings": {name: str(value) for name, value in self.settings.items()},
+                "described": repr(self.evaluator.algorithm) if self.algorithm != "apd" else "APD",
+                "device": str(model.device),
+                "mc_num": self.evaluator.mc_num,
+                "tasks": report,
+            },
+        }
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.pretrained.replace("/", "__")
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The checkpoint's own template, by name where it has several; None for False."""
+        if chat_template is False:
+            return None
+        found = self._tokenizer_config().get("chat_template")
+        if isinstance(found, list):
+            named = {entry["name"]: entry["template"] for entry in found}
+            name = chat_template if isinstance(chat_template, str) else "default"
+            if name not in named:
+                raise ValueError(f"chat_template: expected one of {', '.join(named)}, got {name!r}")
+            found = named[name]
+        if not isinstance(found, str):
+            raise CheckpointError(
+                f"{self.pretrained}: expected a chat_template in tokenizer_config.json, found none"
+            )
+        self._template = found
+        return found
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        def refuse(message: str) -> None:
+            raise ValueError(f"chat template: {message}")
+
+        source = getattr(self, "_template", None) or self.chat_template(True)
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        special = {}
+        for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+            token = self._tokenizer_config().get(name)
+            special[name] = token.get("content") if isinstance(token, dict) else token
+        return environment.from_string(source or "").render(
+            messages=chat_history,
+            add_generation_prompt=add_generation_prompt,
+            raise_exception=refuse,
+            **{name: token for name, token in special.items() if token is not None},
+        )
+
+    def _tokenizer_config(self) -> dict[str, Any]:
+        path = find_folder(self.pretrained) / "tokenizer_config.json"
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path}: expected a JSON file, got {error}") from error
+
+
+def main(arguments: Sequence[str]) -> None:
+    """The harness's own command line, with ``--model pydllm`` unless another is named."""
+    from lm_eval.__main__ import cli_evaluate
+
+    arguments = list(arguments)
+    commands = {"run", "ls", "validate"}
+    named = any(word.partition("=")[0] in ("--model", "-M") for word in arguments)
+    if arguments and not named and (arguments[0] == "run" or arguments[0] not in commands):
+        arguments += ["--model", "pydllm"]
+    before = sys.argv
+    sys.argv = ["lm_eval", *arguments]  # where the harness looks
+    try:
+        cli_evaluate()
+    finally:
+        sys.argv = before
+
+
+def _bar(total: int | None, name: str, disable: bool) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc=f"pydllm {name}", disable=disable)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,110 @@
+"""Running a job: the batches one after another here, or spread over Ray's actors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pydllm._backend.errors import PydllmError
+from pydllm.integrations.jobs.job import Job, Row, Summary
+from pydllm.integrations.jobs.worker import Recipe, Worker
+
+ENGINES = ("process", "ray")
+
+
+def run_job(
+    data: Path,
+    out: Path,
+    recipe: Recipe,
+    *,
+    engine: str = "process",
+    batch_size: int = 16,
+    workers: int | None = None,
+    device: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Summary:
+    """Answer the prompts of a file; run again, it goes on where it was cut off.
+
+    Args:
+        data: the prompts, see ``Job``.
+        out: the folder of the answers.
+        recipe: model, algorithm and the rest that decides an answer.
+        engine: ``"process"``: in this process; ``"ray"``: in actors of Ray Data, one for each GPU
+            (or CPU) that it gets. An actor that dies is started again and its batch repeated.
+        batch_size: sequences decoded together.
+        workers: actors; default: as many as Ray has GPUs, or else CPUs.
+        device: of each worker; default: the GPU if there is one.
+        progress: called with the rows done so far and those that failed of them.
+
+    Returns:
+        What was done. A row that cannot be answered has an ``error`` in place of a text.
+
+    Raises:
+        PydllmError: the data or folder is not usable, Ray is missing, or rows stayed undone.
+        ValueError: an engine or a number that is not accepted, or what the algorithm refuses.
+    """
+    if engine not in ENGINES:
+        raise ValueError(f"engine: expected one of {', '.join(ENGINES)}, got {engine!r}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+    if workers is not None and (workers < 1 or engine == "process"):
+        raise ValueError(f"workers: expected None, or at least 1 with Ray, got {workers}")
+    job = Job(data, out, recipe.as_json())
+    batches = job.batches(batch_size)
+    done, failed = job.resumed + len(job.unreadable), len(job.unreadable)
+    run = _on_ray(batches, recipe, job.parts, workers, device) if engine == "ray" else None
+    for rows, errors in run or _here(batches, recipe, job.parts, device):
+        done, failed = done + rows, failed + errors
+        if progress is not None:
+            progress(done, failed)
+    return job.finish()
+
+
+def _here(
+    batches: list[list[Row]], recipe: Recipe, parts: Path, device: str | None
+) -> Iterator[tuple[int, int]]:
+    worker = Worker(recipe, parts, device) if batches else None
+    for batch in batches:
+        if worker is not None:
+            yield worker(batch)
+
+
+class _Actor:
+    """A worker as Ray Data calls it: a dictionary in, a dictionary out."""
+
+    def __init__(self, recipe: Recipe, parts: str, device: str | None) -> None:
+        self._worker = Worker(recipe, Path(parts), device)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, int]:
+        rows, errors = self._worker([Row(**record) for record in row["batch"]])
+        return {"rows": rows, "errors": errors}
+
+
+def _on_ray(
+    batches: list[list[Row]], recipe: Recipe, parts: Path, workers: int | None, device: str | None
+) -> Iterator[tuple[int, int]]:
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise PydllmError(f"engine 'ray': {error} (pip install 'pydllm[ray]')") from error
+    if not batches:
+        return
+    if not ray.is_initialized():
+        ray.init(include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    have = ray.cluster_resources()
+    gpus = 0 if device == "cpu" else int(have.get("GPU", 0))
+    workers = min(workers or gpus or int(have["CPU"]), len(batches))
+    # One block a batch: what an actor takes at a time, and what is repeated when one dies.
+    items = [{"batch": [asdict(row) for row in batch]} for batch in batches]
+    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(
+        _Actor,
+        fn_constructor_args=(recipe, str(parts.resolve()), device),
+        compute=ray.data.ActorPoolStrategy(size=workers),
+        num_cpus=1,
+        num_gpus=1 if gpus else 0,
+    )
+    for report in dataset.iter_rows():
+        yield report["rows"], report["errors"]

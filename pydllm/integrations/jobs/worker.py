@@ -1,0 +1,111 @@
+"""A process that answers batches of a job: loads the model once, writes a part a batch."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pydllm.decoding import generate
+from pydllm.decoding.settings import make_algorithm
+from pydllm.integrations.jobs.job import Row, part_name, write_whole
+from pydllm.models import load
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What decides an answer, in values that travel between processes; see ``pydllm.generate``.
+
+    Attributes:
+        model, verifier: folders or hub ids; the verifier is loaded for an algorithm that has one.
+        algorithm, settings: as ``make_algorithm`` takes them.
+        dtype: a name of torch's, or None.
+    """
+
+    model: str
+    algorithm: str
+    settings: tuple[tuple[str, str], ...]
+    verifier: str
+    max_new_tokens: int
+    temperature: float
+    seed: int
+    dtype: str | None
+    backend: str | None
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens: expected at least 1, got {self.max_new_tokens}")
+        if not (self.temperature == 0 or 1e-6 <= self.temperature < math.inf):
+            raise ValueError(f"temperature: expected 0 or at least 1e-6, got {self.temperature}")
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed: expected an integer in [0, 2^64), got {self.seed}")
+
+    def as_json(self) -> dict[str, Any]:
+        return json.loads(json.dumps(asdict(self)))
+
+
+class Worker:
+    """Answers batches and writes them to ``parts``.
+
+    Noise is keyed by a row's place in the file: a row's answer does not depend on its batch, but
+    for the bits of a matrix product of another height.
+    """
+
+    def __init__(self, recipe: Recipe, parts: Path, device: str | None = None) -> None:
+        options: dict[str, Any] = {"device": device, "tp": None}
+        options["dtype"] = None if recipe.dtype is None else getattr(torch, recipe.dtype)
+        self.recipe, self.parts = recipe, parts
+        self.model = load(recipe.model, **options)
+        self.algorithm = make_algorithm(
+            recipe.algorithm, dict(recipe.settings), lambda: load(recipe.verifier, **options)
+        )
+        self.algorithm.check(self.model, recipe.max_new_tokens)  # before a row is blamed for it
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        self.writes = not distributed or torch.distributed.get_rank() == 0
+
+    def __call__(self, rows: Sequence[Row]) -> tuple[int, int]:
+        """Answer a batch and write its part; how many rows it had, and how many of them failed."""
+        records = self._answer(rows)
+        if self.writes:
+            text = "".join(json.dumps(record) + "\n" for record in records)
+            write_whole(self.parts / part_name(rows), text)
+        return len(records), sum("error" in record for record in records)
+
+    def _answer(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+        """A record a row. Where the batch is refused, or too large, its halves are tried: one bad
+        row is alone in the end, and the others have their answers.
+        """
+        recipe = self.recipe
+        try:
+            made = generate(
+                self.model,
+                [row.prompt for row in rows],  # type: ignore[arg-type]
+                self.algorithm,
+                max_new_tokens=recipe.max_new_tokens,
+                temperature=recipe.temperature,
+                seed=recipe.seed,
+                backend=recipe.backend,
+                request_ids=[row.index for row in rows],
+            )
+        except (ValueError, TypeError, torch.OutOfMemoryError) as error:
+            if len(rows) == 1:
+                message = str(error).replace("prompts[0]", "prompt")
+                return [{"index": rows[0].index, "id": rows[0].id, "error": message}]
+            half = len(rows) // 2
+            return self._answer(rows[:half]) + self._answer(rows[half:])
+        records = []
+        for place, row in enumerate(rows):
+            nfe = made.nfe[place].item()
+            answer: dict[str, Any] = {"index": row.index, "id": row.id}
+            if made.text is None:
+                answer["ids"] = made.sequences[place][-recipe.max_new_tokens :].tolist()
+            else:
+                answer["text"] = made.text[place]
+            tokens = round(made.tokens_per_forward[place].item() * nfe)
+            records.append(answer | {"nfe": nfe, "tokens": tokens})
+        return records

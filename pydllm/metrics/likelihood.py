@@ -1,0 +1,268 @@
+"""Likelihoods under a masked diffusion model, for evaluations that rank given answers."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pydllm.models import Model
+
+Pair = tuple[Sequence[int], Sequence[int]]  # token ids: what is given, what is scored
+# Rows of logits that are stored at a time.
+_HEAD_ROWS = 256
+
+
+@dataclass(frozen=True)
+class _Noised:
+    """A sequence with some of a target's tokens masked, and what its loss counts."""
+
+    pair: int
+    ids: Tensor  # (length,) int64, masks included
+    position: Tensor  # (m,) int64, the masks
+    target: Tensor  # (m,) int64, what stood there
+    weight: float
+
+
+@torch.no_grad()
+def log_likelihood(
+    model: Model,
+    pairs: Sequence[Pair],
+    *,
+    samples: int = 128,
+    batch_size: int = 32,
+    seed: int = 0,
+    backend: str | None = None,
+    on_pairs: Callable[[int], None] = lambda count: None,
+) -> Tensor:
+    """A lower bound on log p(target | context), estimated with ``samples`` maskings (LLaDA,
+    arXiv 2502.09992, equation 6).
+
+    With l uniform in 1..L and l of the target's L tokens masked at random, the bound is the mean of
+    ``L / l * sum(log p(token | context, the rest of the target))`` over the masked tokens. The
+    numbers of masks are spread evenly over the samples from a random start, as in LLaDA's
+    evaluation; equal maskings are computed once. A target of one token needs one forward and is
+    exact. The mask id counts as impossible, as everywhere here (that evaluation leaves it in, where
+    a trained model gives it next to nothing). With a block-causal model the target's blocks are
+    scored one after the other, each given those before it, so the bound is a sum over blocks.
+
+    Args:
+        model: a masked diffusion model with full or block-causal attention.
+        pairs: (context, target) token ids, of any lengths. The context may be empty, but for
+            shifted models.
+        samples: maskings a target (or a block of it), at least 1.
+        batch_size: sequences a forward.
+        seed: of the maskings, in [0, 2^63). They depend on the seed and the pair's tokens, and on
+            nothing else in the call.
+        backend: as in ``pydllm.ops``.
+        on_pairs: called with the number of pairs that were added to the queue.
+
+    Returns:
+        ``(len(pairs),)`` fp64 on the CPU, in nats; 0 for an empty target.
+
+    Raises:
+        ValueError: a causal model, one without a mask, or tokens that do not fit it.
+    """
+    check_pairs(model, pairs)
+    for name, value in (("samples", samples), ("batch_size", batch_size)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}: expected an int of at least 1, got {value!r}")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed: expected an int in [0, 2^63), got {seed}")
+
+    def queue() -> Iterator[_Noised]:
+        # Neighbours in a batch are of like length, so little of it is padding.
+        for index in sorted(range(len(pairs)), key=lambda i: -sum(map(len, pairs[i]))):
+            yield from _noised(model, index, pairs[index], samples, seed)
+            on_pairs(1)
+
+    total = torch.zeros(len(pairs), dtype=torch.float64)
+    rows = queue()
+    while batch := list(islice(rows, batch_size)):
+        hidden, index = _masked_rows(model, [row.ids for row in batch], batch, backend)
+        target = torch.cat([row.target for row in batch]).to(model.device)
+        losses = []
+        for part, tokens in zip(hidden.split(_HEAD_ROWS), target.split(_HEAD_ROWS), strict=True):
+            logits = model.head(part)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            logits[:, _mask(model)] = -torch.inf
+            losses.append(F.cross_entropy(logits, tokens, reduction="none"))
+        loss = torch.cat(losses).to("cpu", torch.float64)
+        weight = torch.tensor([row.weight for row in batch], dtype=torch.float64)
+        pair = torch.tensor([row.pair for row in batch])
+        total.index_add_(0, pair[index], -loss * weight[index])
+    return total
+
+
+@torch.no_grad()
+def matches_greedy(
+    model: Model,
+    pairs: Sequence[Pair],
+    *,
+    batch_size: int = 32,
+    backend: str | None = None,
+) -> Tensor:
+    """Whether decoding one token a step, the most probable first, gives exactly the target.
+
+    The target is masked as one block (with a block-causal model in its blocks), the mask id is
+    never predicted, and the lowest position wins a tie. A pair is given up at its first wrong
+    token.
+
+    Args:
+        model, pairs, batch_size, backend: as in ``log_likelihood``.
+
+    Returns:
+        ``(len(pairs),)`` bool on the CPU; true for an empty target.
+    """
+    check_pairs(model, pairs)
+    agrees = torch.tensor([len(target) == 0 for _, target in pairs], dtype=torch.bool)
+    order = sorted((i for i in range(len(pairs)) if pairs[i][1]), key=lambda i: -len(pairs[i][1]))
+    for first in range(0, len(order), batch_size):
+        live = [_Guess(model, i, pairs[i]) for i in order[first : first + batch_size]]
+        while live:
+            live = _advance(model, live, agrees, backend)
+    return agrees
+
+
+class _Guess:
+    """A target that greedy decoding has reached in part."""
+
+    def __init__(self, model: Model, pair: int, tokens: Pair) -> None:
+        self.pair, self.first = pair, len(tokens[0])
+        self.whole = torch.tensor([*tokens[0], *tokens[1]], dtype=torch.int64)
+        self.ids = self.whole.clone()
+        self.hidden = list(range(self.first, len(self.whole)))  # positions
+        self.size = model.spec.block_size
+        self.ids[self.first :] = _mask(model)
+
+    @property
+    def position(self) -> Tensor:
+        """The masks that may be written next."""
+        hidden = self.hidden
+        if self.size is not None:
+            hidden = [p for p in hidden if p // self.size == self.hidden[0] // self.size]
+        return torch.tensor(hidden, dtype=torch.int64)
+
+
+def _advance(model: Model, live: list[_Guess], agrees: Tensor, backend: str | None) -> list[_Guess]:
+    """Write one token of each; those that go on."""
+    ends = [
+        len(guess.ids) if guess.size is None else (guess.hidden[0] // guess.size + 1) * guess.size
+        for guess in live
+    ]
+    ids = [guess.ids[:end] for guess, end in zip(live, ends, strict=True)]
+    hidden, index = _masked_rows(model, ids, live, backend)
+    banned = torch.tensor([_mask(model)], dtype=torch.int32, device=model.device)
+    stats = model.head_stats(hidden, banned=banned, backend=backend)
+    probability, token = stats.prob.cpu(), stats.token.cpu()
+    left = []
+    for row, guess in enumerate(live):
+        mine = (index == row).nonzero()[:, 0]
+        chance = probability[mine]
+        best = int((chance == chance.max()).nonzero()[0])
+        place = int(guess.position[best])
+        if token[mine[best]] != guess.whole[place]:
+            continue
+        guess.ids[place] = guess.whole[place]
+        guess.hidden.remove(place)
+        if guess.hidden:
+            left.append(guess)
+        else:
+            agrees[guess.pair] = True
+    return left
+
+
+def _noised(model: Model, index: int, tokens: Pair, samples: int, seed: int) -> Iterator[_Noised]:
+    context, target = (torch.tensor(list(part), dtype=torch.int64) for part in tokens)
+    whole = torch.cat((context, target))
+    digest = zlib.crc32(whole.numpy().tobytes(), len(context))
+    generator = torch.Generator().manual_seed(seed ^ (digest << 20))
+    size, first = model.spec.block_size, len(context)
+    while first < len(whole):
+        end = len(whole) if size is None else min(len(whole), (first // size + 1) * size)
+        length = end - first
+        for masked, repeats in zip(*_patterns(length, samples, generator), strict=True):
+            position = first + masked.nonzero()[:, 0]
+            ids = whole[:end].clone()
+            ids[position] = _mask(model)
+            weight = repeats.item() * length / (samples * len(position))
+            yield _Noised(index, ids, position, whole[position], weight)
+        first = end
+
+
+def _patterns(length: int, samples: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The different maskings ``(n, length)`` bool that were drawn, and how often each was."""
+    if length == 1:  # every draw is the same one
+        return torch.ones(1, 1, dtype=torch.bool), torch.tensor([samples])
+    start = torch.randint(length, (1,), generator=generator)
+    count = (start + torch.arange(samples) * length // samples) % length + 1
+    rank = torch.rand(samples, length, generator=generator).argsort(1).argsort(1)
+    return torch.unique(rank < count[:, None], dim=0, return_counts=True)
+
+
+def _masked_rows(
+    model: Model, sequences: Sequence[Tensor], rows: Sequence[Any], backend: str | None
+) -> tuple[Tensor, Tensor]:
+    """Hidden rows ``(N, hidden)`` that predict every ``row.position``, and whose each is, ``(N,)``.
+
+    One forward of all sequences, each by itself.
+    """
+    device, batch = model.device, len(sequences)
+    lengths = [len(sequence) for sequence in sequences]
+    ids = torch.full((batch, max(lengths)), _mask(model))
+    for row, sequence in enumerate(sequences):
+        ids[row, : lengths[row]] = sequence
+    zero = torch.zeros(batch, dtype=torch.int32, device=device)
+    length = torch.tensor(lengths, dtype=torch.int32, device=device)
+    hidden = model.forward(
+        ids.to(device),
+        zero,
+        model.new_cache(batch, 0),
+        length=length,
+        kv_len=length,
+        commit=zero,
+        backend=backend,
+    )
+    positions = [row.position for row in rows]
+    counts = torch.tensor([len(position) for position in positions])
+    index = torch.arange(batch).repeat_interleave(counts)
+    predicted_by = torch.cat(positions) - int(model.spec.shift_logits)
+    return hidden[index.to(device), predicted_by.to(device)], index
+
+
+def _mask(model: Model) -> int:
+    if model.spec.mask_id is None:
+        raise ValueError("model: expected a masked diffusion model, got one without a mask id")
+    return model.spec.mask_id
+
+
+def check_pairs(model: Model, pairs: Sequence[Pair]) -> None:
+    """Raise ValueError unless the model can score the pairs."""
+    spec = model.spec
+    _mask(model)
+    if spec.attention == "causal":
+        raise ValueError("model: expected full or block-causal attention, got 'causal'")
+    for row, (context, target) in enumerate(pairs):
+        for token in (*context, *target):
+            if not 0 <= token < spec.vocab_size:
+                raise ValueError(
+                    f"pairs[{row}]: expected token ids in [0, {spec.vocab_size}), got {token}"
+                )
+            if token == spec.mask_id:
+                raise ValueError(f"pairs[{row}]: expected no mask, got the mask id {token}")
+        if spec.shift_logits and not context:
+            raise ValueError(
+                f"pairs[{row}]: expected a context of at least one token (position i is predicted "
+                "from i - 1), got none"
+            )
+        length = len(context) + len(target)
+        if spec.max_positions is not None and length > spec.max_positions:
+            raise ValueError(
+                f"pairs[{row}]: expected at most {spec.max_positions} tokens, got {length}"
+            )

@@ -1,0 +1,205 @@
+"""Batch jobs: nothing lost, nothing twice, whatever stops them."""
+
+import hashlib
+import json
+import threading
+import time
+
+import pytest
+from click.testing import CliRunner
+
+from pydllm import PydllmError
+from pydllm.cli import main
+from pydllm.demo import VERIFIER, WEIGHTS
+from pydllm.demo.task import held_out_problems
+from pydllm.integrations.jobs import Job, Recipe, Worker, run_job
+from pydllm.integrations.jobs import run as running
+
+# In fp64 an answer does not depend on the height of a batch's matrices.
+RECIPE = Recipe(
+    model=str(WEIGHTS),
+    algorithm="threshold",
+    settings=(("threshold", "0.9"), ("block_length", "16")),
+    verifier=str(VERIFIER),
+    max_new_tokens=32,
+    temperature=0.5,
+    seed=7,
+    dtype="float64",
+    backend=None,
+)
+POISON = {"prompt": "a prompt of words that the tokenizer does not know"}
+
+
+def write_data(path, count, poison=()):
+    """``count`` prompts; at ``poison`` lines are prompts that nothing can answer."""
+    lines = [
+        json.dumps({"id": f"p{index}", "prompt": problem.prompt})
+        for index, problem in enumerate(held_out_problems(count))
+    ]
+    for index, line in poison:
+        lines[index] = line
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def results(out):
+    return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+
+
+def test_a_job_answers_every_row_in_order(tmp_path):
+    data = write_data(tmp_path / "x.jsonl", 7)
+    seen = []
+    summary = run_job(
+        data, tmp_path / "a", RECIPE, batch_size=3, progress=lambda *done: seen.append(done)
+    )
+    assert (summary.rows, summary.failed, summary.resumed) == (7, 0, 0)
+    assert seen == [(3, 0), (6, 0), (7, 0)]
+    records = results(tmp_path / "a")
+    assert [record["id"] for record in records] == [f"p{index}" for index in range(7)]
+    assert all(record["text"] and record["nfe"] > 0 for record in records)
+    # Another batch size: the same answers, byte for byte.
+    other = run_job(data, tmp_path / "b", RECIPE, batch_size=2)
+    assert other.sha256 == summary.sha256
+    text = (tmp_path / "a" / "results.jsonl").read_bytes()
+    assert hashlib.sha256(text).hexdigest() == summary.sha256
+
+
+def test_a_job_that_was_cut_off_goes_on(tmp_path, monkeypatch):
+    data = write_data(tmp_path / "x.jsonl", 7)
+    whole = run_job(data, tmp_path / "whole", RECIPE, batch_size=3)
+
+    class Failing(Worker):
+        def __call__(self, rows):
+            if any(self.parts.iterdir()):
+                raise KeyboardInterrupt
+            return super().__call__(rows)
+
+    monkeypatch.setattr(running, "Worker", Failing)
+    with pytest.raises(KeyboardInterrupt):
+        run_job(data, tmp_path / "cut", RECIPE, batch_size=3)
+    monkeypatch.undo()
+    assert not (tmp_path / "cut" / "results.jsonl").exists()
+    with pytest.raises(PydllmError, match="expected 7 rows, got 3: run the same command again"):
+        Job(data, tmp_path / "cut", RECIPE.as_json()).finish()
+    resumed = run_job(data, tmp_path / "cut", RECIPE, batch_size=4)
+    assert resumed.resumed == 3 and resumed.sha256 == whole.sha256
+    again = run_job(data, tmp_path / "cut", RECIPE)  # nothing left: no model is loaded
+    assert again.resumed == 7 and again.sha256 == whole.sha256
+
+
+def test_poisoned_rows_are_reported_and_the_others_answered(tmp_path):
+    long = json.dumps({"id": "long", "prompt": [5] * 200})
+    poison = [(1, json.dumps(POISON)), (3, "{not json"), (4, long), (5, '{"id": 9, "prompt": 3}')]
+    data = write_data(tmp_path / "x.jsonl", 8, poison)
+    clean = run_job(write_data(tmp_path / "y.jsonl", 8), tmp_path / "clean", RECIPE)
+    summary = run_job(data, tmp_path / "out", RECIPE, batch_size=8)
+    assert (summary.rows, summary.failed) == (8, 4) and clean.failed == 0
+    good, found = results(tmp_path / "clean"), results(tmp_path / "out")
+    errors = {record["index"]: record["error"] for record in found if "error" in record}
+    assert errors.keys() == {1, 3, 4, 5}
+    assert "prompt: expected text that the tokenizer can encode" in errors[1]
+    assert "line 4: expected" in errors[3]
+    assert "expected at most 128 positions" in errors[4]
+    assert "line 6: expected 'prompt' with text or token ids, got 3" in errors[5]
+    assert [r for r in found if "error" not in r] == [good[index] for index in (0, 2, 6, 7)]
+
+
+def test_another_job_does_not_mix_in(tmp_path):
+    data = write_data(tmp_path / "x.jsonl", 2)
+    run_job(data, tmp_path / "out", RECIPE)
+    from dataclasses import replace
+
+    with pytest.raises(PydllmError, match="holds another job: seed was 7, is 8"):
+        run_job(data, tmp_path / "out", replace(RECIPE, seed=8))
+    with pytest.raises(PydllmError, match="sha256 of the prompts"):
+        run_job(write_data(tmp_path / "y.jsonl", 3), tmp_path / "out", RECIPE)
+
+
+def test_the_longest_prompts_come_first_and_a_batch_has_one_name(tmp_path):
+    data = write_data(tmp_path / "x.jsonl", 9)
+    job = Job(data, tmp_path / "out", {})
+    lengths = [len(row.prompt) for batch in job.batches(4) for row in batch]
+    assert lengths == sorted(lengths, reverse=True)
+    assert [len(batch) for batch in job.batches(4)] == [4, 4, 1]
+
+
+BAD = {
+    "no file": ({"data": "nothing.jsonl"}, PydllmError, "--data: expected a file of prompts"),
+    "empty": ({"data": "empty.jsonl"}, PydllmError, "got an empty file"),
+    "engine": ({"engine": "slurm"}, ValueError, "engine: expected one of process, ray"),
+    "batch": ({"batch_size": 0}, ValueError, "batch_size: expected at least 1, got 0"),
+    "workers": ({"workers": 2}, ValueError, "workers: expected None, or at least 1 with Ray"),
+    "algorithm": ({"algorithm": "beam"}, ValueError, "expected one of static, threshold"),
+    "its check": ({"settings": (("threshold", "7"),)}, ValueError, "threshold"),
+    "temperature": ({"temperature": -1.0}, ValueError, "temperature: expected 0 or at least"),
+    "tokens": ({"max_new_tokens": 0}, ValueError, "max_new_tokens: expected at least 1"),
+}
+
+
+@pytest.mark.parametrize("changes, error, message", BAD.values(), ids=BAD.keys())
+def test_bad_jobs_are_refused_whole(tmp_path, changes, error, message):
+    """No row is blamed for what is wrong with the job."""
+    from dataclasses import asdict
+
+    (tmp_path / "empty.jsonl").touch()
+    write_data(tmp_path / "x.jsonl", 2)
+    recipe = asdict(RECIPE)
+    recipe |= {key: changes.pop(key) for key in list(changes) if key in recipe}
+    data = tmp_path / changes.pop("data", "x.jsonl")
+    with pytest.raises(error, match=message.replace("(", r"\(")):
+        run_job(data, tmp_path / "out", Recipe(**recipe), **changes)
+    assert not (tmp_path / "out" / "results.jsonl").exists()
+
+
+def test_the_command_line_runs_a_job(tmp_path):
+    data = write_data(tmp_path / "x.jsonl", 3)
+    arguments = ["generate", "--data", str(data), "--out", str(tmp_path / "out"), "--json"]
+    done = CliRunner().invoke(main, [*arguments, "--max-new-tokens", "16", "--batch-size", "2"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["rows"] == 3
+    done = CliRunner().invoke(main, ["generate", "--data", str(data)])
+    assert done.exit_code == 2 and "--data and --out together" in done.output
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    ray = pytest.importorskip("ray", reason="needs ray (pip install 'pydllm[ray]')")
+    ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    yield ray
+    ray.shutdown()
+
+
+def test_ray_gives_the_same_file(tmp_path, cluster):
+    data = write_data(tmp_path / "x.jsonl", 9, [(4, json.dumps(POISON))])
+    here = run_job(data, tmp_path / "here", RECIPE, batch_size=2)
+    there = run_job(data, tmp_path / "there", RECIPE, batch_size=2, engine="ray", workers=2)
+    assert (there.rows, there.failed, there.sha256) == (9, 1, here.sha256)
+
+
+def test_a_killed_worker_loses_and_duplicates_nothing(tmp_path, cluster):
+    import psutil
+
+    data = write_data(tmp_path / "x.jsonl", 60)
+    here = run_job(data, tmp_path / "here", RECIPE, batch_size=2)
+    killed = []
+
+    def kill():
+        parts = tmp_path / "there" / "parts"
+        while not (parts.is_dir() and any(parts.glob("*.jsonl"))):
+            time.sleep(0.01)
+        for process in psutil.process_iter(["name", "cmdline"]):
+            if any("MapWorker" in part for part in process.info["cmdline"] or []):
+                process.kill()
+                killed.append(process.pid)
+                return
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    there = run_job(data, tmp_path / "there", RECIPE, batch_size=2, engine="ray", workers=2)
+    thread.join()
+    assert len(killed) == 1
+    assert (there.rows, there.failed, there.sha256) == (60, 0, here.sha256)
+    indices = [
+        record["index"] for record in Job(data, tmp_path / "there", RECIPE.as_json()).records()
+    ]
+    assert sorted(indices) == list(range(60))
