@@ -104,8 +104,8 @@ def get_transfer_index(
         option["quota"] = num_transfer_tokens.reshape(-1).to(torch.int32)
     else:
         raise ValueError("num_transfer_tokens: expected (B,) integers or a threshold, got None")
-    x0, confidence = _propose(logits, temperature, remasking, mask_index, torch.float64, precise)
-    chosen = _choose(mask_index, confidence, semantics="fast_dllm", **option)
+    x0, confidence = propose(logits, temperature, remasking, mask_index, torch.float64, precise)
+    chosen = choose(mask_index, confidence, semantics="fast_dllm", **option)
     return torch.where(mask_index, x0, x), chosen
 
 
@@ -126,8 +126,8 @@ def get_transfer_index_dynamic(
 
     Arguments and results as ``get_transfer_index``; ``num_transfer_tokens`` is not read.
     """
-    x0, confidence = _propose(logits, temperature, remasking, mask_index, torch.float64, precise)
-    chosen = _choose(
+    x0, confidence = propose(logits, temperature, remasking, mask_index, torch.float64, precise)
+    chosen = choose(
         mask_index, confidence, semantics="fast_dllm", rule="factor", factor=float(factor)
     )
     return torch.where(mask_index, x0, x), chosen
@@ -166,11 +166,11 @@ def get_transfer_index_threshold(
         keeps its id in ``x0`` where ``rm_mask`` is set.
     """
     dtype = torch.float64 if use_float64 else torch.float32
-    x0, confidence = _propose(logits, temperature, "low_confidence", mask_index, dtype, precise)
+    x0, confidence = propose(logits, temperature, "low_confidence", mask_index, dtype, precise)
     if rm_mask:
         mask_index = mask_index & (x0 != mask_id)
     limit = min(max(float(threshold), 0.0), 1.0)
-    chosen = _choose(mask_index, confidence, semantics="dinfer", rule="threshold", threshold=limit)
+    chosen = choose(mask_index, confidence, semantics="dinfer", rule="threshold", threshold=limit)
     return torch.where(mask_index, x0, x), chosen
 
 
@@ -232,7 +232,7 @@ def sample_tokens(
     return confidence, x0
 
 
-def _propose(
+def propose(
     logits: Tensor,
     temperature: float,
     remasking: str,
@@ -260,7 +260,7 @@ def _propose(
     return x0, confidence
 
 
-def _choose(mask_index: Tensor, confidence: Tensor, **rule: object) -> Tensor:
+def choose(mask_index: Tensor, confidence: Tensor, **rule: object) -> Tensor:
     """Which of the masks an accept rule takes, ``(B, L)`` bool."""
     batch, rows = mask_index.shape
     board = mask_index.to(torch.int64)  # 1 stands for the mask, and 0 for any token

@@ -1,0 +1,188 @@
+"""What the loops for Dream models share: the arguments of ``diffusion_generate``."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pydllm.decoding.static import expect
+from pydllm.integrations._board import (
+    check_prompt,
+    check_temperature,
+    full_attention,
+    left_padding,
+)
+from pydllm.integrations._outputs import Output
+from pydllm.models import Model
+
+_DEFAULT_LENGTH = 20
+
+
+@dataclass
+class DreamModelOutput(Output):
+    """``sequences (B, L)`` int64, and ``history``, a list of such tensors, or None."""
+
+    sequences: Tensor
+    history: list[Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The fields of Dream's generation config that its loops read, with its defaults."""
+
+    temperature: float = 0.0
+    top_p: float | None = None
+    top_k: int | None = None
+    max_length: int | None = _DEFAULT_LENGTH
+    max_new_tokens: int | None = None
+    eps: float = 1e-3
+    steps: int = 512
+    alg: str = "origin"
+    alg_temp: float | None = None
+    num_return_sequences: int = 1
+    return_dict_in_generate: bool = False
+    output_history: bool = False
+    mask_token_id: int | None = None
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+
+
+@dataclass(frozen=True)
+class Call:
+    """A checked call: the model, its prompt ``(B, P)``, padding, and what the loop was told."""
+
+    model: Model
+    prompt: Tensor
+    pad: Tensor | None
+    settings: Settings
+    options: dict[str, Any]
+
+    @property
+    def new(self) -> int:
+        return (self.settings.max_length or 0) - self.prompt.shape[1]
+
+    def result(self, x: Tensor, history: list[Tensor] | None = None) -> Tensor | DreamModelOutput:
+        if self.settings.return_dict_in_generate:
+            return DreamModelOutput(x, history)
+        return x
+
+    def history(self) -> list[Tensor] | None:
+        wanted = self.settings.return_dict_in_generate and self.settings.output_history
+        return [] if wanted else None
+
+
+def read_call(
+    name: str,
+    model: Any,
+    inputs: Tensor | None,
+    config: Any,
+    arguments: Mapping[str, Any],
+    options: Mapping[str, Any],
+    algorithms: tuple[str, ...],
+) -> Call:
+    """Settings from the defaults, the model's config, ``config`` and the keyword arguments.
+
+    ``options`` are the loop's own keyword arguments and their defaults.
+    """
+    if inputs is None:
+        raise ValueError("inputs: expected token ids (B, P), got None")
+    known = {field.name for field in fields(Settings)}
+    unknown = sorted(set(arguments) - known - set(options) - {"attention_mask"})
+    if unknown:
+        accepted = ", ".join(sorted(known | set(options) | {"attention_mask"}))
+        raise TypeError(f"{name}: expected arguments among {accepted}, got {', '.join(unknown)}")
+    settings = _from_configs(model, config)
+    settings = replace(settings, **{k: v for k, v in arguments.items() if k in known})
+    expect("alg", settings.alg, algorithms)
+    check_temperature(settings.temperature)
+    if not isinstance(settings.steps, int) or settings.steps < 1:
+        raise ValueError(f"steps: expected an int of at least 1, got {settings.steps!r}")
+    if settings.mask_token_id is None:
+        spec = getattr(model, "spec", None)
+        mask = None if spec is None else spec.mask_id
+        if mask is None:
+            raise ValueError("mask_token_id: expected the mask's token id, got none")
+        settings = replace(settings, mask_token_id=mask)
+    own = full_attention(model, name, settings.mask_token_id, shifted=True)  # type: ignore[arg-type]
+    prompt = check_prompt("inputs", inputs, own, 0)
+    settings = _with_length(settings, prompt.shape[1], own, "max_length" in arguments)
+    mask = arguments.get("attention_mask")
+    padding = settings.pad_token_id
+    if mask is None and padding is not None and bool(prompt.eq(padding).any()):
+        warnings.warn(
+            "inputs: found the padding id and no attention_mask, so padding counts as text",
+            stacklevel=3,
+        )
+    pad = left_padding(mask, prompt)
+    copies = settings.num_return_sequences
+    if copies > 1:
+        prompt = prompt.repeat_interleave(copies, 0)
+        pad = None if pad is None else pad.repeat_interleave(copies, 0)
+    own_options = {key: arguments.get(key, value) for key, value in options.items()}
+    call = Call(own, prompt, pad, settings, own_options)
+    check_prompt("inputs", prompt, own, call.new)
+    return call
+
+
+def _from_configs(model: Any, config: Any) -> Settings:
+    """The settings before the call's own.
+
+    Without a config they come from the model's, as in the original: those of transformers 4 hold
+    its global defaults, a temperature of 1 and the 50 likeliest ids among them. With a config, ids
+    that it leaves open come from the model.
+    """
+    known = {field.name for field in fields(Settings)}
+    model_config = getattr(model, "config", None)
+    if config is None:
+        return replace(Settings(), **_found(model_config, known))
+    sources = (model_config, getattr(model, "generation_config", None), config)
+    ids: dict[str, Any] = {}
+    for source in sources:
+        found = _found(source, _ids())
+        ids |= {name: token for name, token in found.items() if token is not None}
+    return replace(Settings(), **_found(config, known) | ids)
+
+
+def _found(source: Any, names: set[str]) -> dict[str, Any]:
+    values = (
+        source
+        if isinstance(source, Mapping)
+        else {name: getattr(source, name) for name in names if hasattr(source, name)}
+    )
+    return {name: value for name, value in values.items() if name in names}
+
+
+def _ids() -> set[str]:
+    return {field.name for field in fields(Settings) if field.name.endswith("_token_id")}
+
+
+def _with_length(settings: Settings, length: int, model: Model, given: bool) -> Settings:
+    """``max_length`` in tokens, prompt included, as Dream works it out."""
+    total = settings.max_length
+    if settings.max_new_tokens is not None:
+        total = settings.max_new_tokens + length
+    elif not given and total == _DEFAULT_LENGTH:
+        total = min(_DEFAULT_LENGTH + length, model.spec.max_positions)
+    if total is None or total <= length:
+        raise ValueError(
+            f"max_length: expected more than the {length} positions of the inputs, got {total}"
+        )
+    return replace(settings, max_length=total)
+
+
+def transfer_part(settings: Settings, steps: int, device: torch.device) -> Callable[[int], Tensor]:
+    """Which part of the masks a step writes, in ``(0, 1]``; all of them in the last step."""
+    times = torch.linspace(1, settings.eps, steps + 1, device=device)
+
+    def part(step: int) -> Tensor:
+        if step >= steps - 1:
+            return torch.ones_like(times[0])
+        return 1 - times[step + 1] / times[step]
+
+    return part
