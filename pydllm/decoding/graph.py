@@ -30,7 +30,8 @@ from pydllm.models import Model, StaticCache
 KINDS = 4
 # With "auto" a step is captured when it has run so often: a capture takes as long as a few steps.
 WORTH_IT = 3
-# Rounds between two looks at which sequences are finished, where nothing else depends on it: that
+# Rounds between two looks at which sequences are finished, where nothing else depends on it. The
+# answer is read a round after it was asked for, so that the device never waits for the host; as
 # many rounds at the end of a call may do nothing.
 POLL = 4
 

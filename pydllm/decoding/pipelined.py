@@ -62,10 +62,12 @@ class Pipelined(Blockwise):
             state.write_back(whole)
             request.report(Step(forwards, whole.x, whole.step_map, whole.prompt_length))
             # Where the number of candidates does not depend on them, the host looks now and then.
-            if runner.static and not self.drafts.adaptive and forwards % POLL:
+            seldom = runner.static and not self.drafts.adaptive
+            if not seldom or forwards % POLL == 0:
+                numbers.post(wish)
+            if seldom and (forwards % POLL != 1 or forwards == 1):
                 branches = self.drafts.most
                 continue
-            numbers.post(wish)
             wishes = numbers.read()
             live = [row for row, wanted in enumerate(wishes) if wanted > 0]
             if not live:
@@ -78,7 +80,7 @@ class Pipelined(Blockwise):
                 carried = road.keep(carried, rows)
             branches = self.drafts.branches(max(wishes), len(live) * (reach + lead))
             branches = self.drafts.bucket(request, branches)
-            if runner.static and not self.drafts.adaptive:
+            if seldom:
                 branches = self.drafts.most
         finish_block(whole, request, whole.prompt_length, request.max_new_tokens)
         return Decoded(whole.x, whole.step_map, whole.nfe)

@@ -142,9 +142,10 @@ class Rounds:
             if request.on_step is not None:
                 state.write_back(whole)
                 request.report(Step(forwards, whole.x, whole.step_map, whole.prompt_length))
-            if forwards % POLL:
+            if forwards % POLL == 0:
+                numbers.post(left)
+            if forwards % POLL != 1 or forwards == 1:
                 continue
-            numbers.post(left)
             live = [row for row, going in enumerate(numbers.read()) if going]
             if not live:
                 break
