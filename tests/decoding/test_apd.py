@@ -58,10 +58,10 @@ def _same(one, other):
 
 def _check(got, expected):
     """A generation against what the plain loop returned for each prompt."""
-    for row, (tokens, steps, rounds) in enumerate(expected):
+    for row, (tokens, steps, count) in enumerate(expected):
         assert got.sequences[row].tolist() == tokens, row
         assert got.step_map[row].tolist() == steps, row
-        assert got.nfe[row] == rounds, row
+        assert got.nfe[row] == count, row
 
 
 # One a prompt; together with the temperatures, acceptances from none to all.
