@@ -53,8 +53,8 @@ class APD:
 
     The tokens do not follow either model's distribution, nor the product's (only accepted drafts
     are written). ``Generation.nfe`` counts forwards of the diffusion model, one a round;
-    ``Generation.verifier_nfe`` those of the verifier, which a round of one draft does not need; on a
-    CPU, where a round is verified in pieces, these count as one.
+    ``Generation.verifier_nfe`` those of the verifier, which a round of one draft does not need; the
+    pieces in which a round is verified on a CPU count as one.
     """
 
     verifier: Model | None
