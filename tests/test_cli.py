@@ -28,7 +28,8 @@ def test_demo_writes_its_table_and_picture(tmp_path):
         "--json",
     )
     assert result.exit_code == 0, result.output
-    scores = json.loads(result.stdout.splitlines()[-1])["scores"]
+    record = json.loads(result.stdout.splitlines()[-1])
+    scores = record["scores"]
     assert {score["algorithm"] for score in scores} == {
         "Static, dual cache",
         "Threshold 0.9, dual cache",
@@ -36,7 +37,10 @@ def test_demo_writes_its_table_and_picture(tmp_path):
     lines = (tmp_path / "demo.csv").read_text().splitlines()
     assert lines[0].startswith("model,algorithm,exact_percent,forwards,tokens_per_forward")
     assert len(lines) == 3
-    assert (tmp_path / "decoding-order-llada-tiny.png").read_bytes().startswith(b"\x89PNG")
+    assert set(record["aup"]["llada-tiny"]) == {"Static", "Threshold"}
+    assert all(area > 50 for area in record["aup"]["llada-tiny"].values())
+    for picture in ("decoding-order-llada-tiny.png", "aup-llada-tiny.png"):
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
 
 
 def test_compare_draws_a_frontier(tmp_path):

@@ -53,7 +53,8 @@ class APD:
 
     The tokens do not follow either model's distribution, nor the product's (only accepted drafts
     are written). ``Generation.nfe`` counts forwards of the diffusion model, one a round;
-    ``Generation.verifier_nfe`` those of the verifier, which a round of one draft does not need.
+    ``Generation.verifier_nfe`` those of the verifier, which a round of one draft does not need; the
+    pieces in which a round is verified on a CPU count as one.
     """
 
     verifier: Model | None

@@ -273,7 +273,7 @@ class Rounds:
                 "backend": request.backend,
             }
             logits = request.model.head(piece.take(hidden)).flatten(0, 1)
-            draft = ops.mixture_draft(logits, top_p=self.top_p, **noise)
+            draft = self._draft(logits, noise)
             drafts = draft.token.view(-1, piece.stop - piece.first)
             token[piece.rows, piece.first : piece.stop] = drafts
             number = (spans.drafts[piece.rows] - piece.first).clamp(max=drafts.shape[1])
@@ -303,6 +303,14 @@ class Rounds:
         if in_pieces:
             call.guess = _next_guess(length)
         return token, length
+
+    def _draft(self, logits: Tensor, noise: dict[str, Any]) -> ops.MixtureDraft:
+        temperature = noise["temperature"]
+        if self.rule == "reference" and self.top_p is None:
+            # Without a nucleus nothing but the draft is asked for, and that is the paper's, drawn
+            # at the square: the op would draw a second time for statistics of the temperature.
+            noise = noise | {"temperature": temperature * temperature, "rule": "paper"}
+        return ops.mixture_draft(logits, top_p=self.top_p, **noise)
 
 
 @dataclass

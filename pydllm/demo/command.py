@@ -45,6 +45,7 @@ def demo(
     """Decode held-out word problems with every algorithm, on the bundled models."""
     from pydllm.demo import report
     from pydllm.demo.evaluate import algorithms
+    from pydllm.demo.sweep import areas, by_algorithm
     from pydllm.demo.task import held_out_problems
     from pydllm.models import load
 
@@ -68,6 +69,7 @@ def demo(
     console = Console(stderr=as_json)
     out.mkdir(parents=True, exist_ok=True)
     scores: list[Score] = []
+    curves: dict[tuple[str, str], list[Score]] = {}
     written = [out / "demo.csv"]
     for name, plan in chosen.items():
         if not plan:
@@ -80,6 +82,7 @@ def demo(
         title = f"{name}: {problems} held-out problems, {model.device}, {model.dtype}"
         console.print(report.score_table(found, title.replace("torch.", "")))
         scores += found
+        curves |= {(name, key): each for key, each in by_algorithm(plan, found).items()}
         try:
             picture = out / f"decoding-order-{name}.png"
             report.plot_decoding_order(generations, min(problems, 24), picture)
@@ -87,10 +90,24 @@ def demo(
         except ImportError:
             console.print("no picture: matplotlib is not installed (pip install 'pydllm[demo]')")
     report.write_csv(scores, written[0])
+    # Against the best accuracy of all models, so that teacher and student can be compared.
+    area: dict[str, dict[str, float]] = {}
+    for (name, key), value in areas(curves).items():
+        area.setdefault(name, {})[key] = value
+    console.print(report.area_table(area, f"AUP of their settings, {problems} problems"))
+    for name, values in area.items():
+        own = {key: curves[name, key] for key in values}
+        picture = out / f"aup-{name}.png"
+        try:
+            report.plot_frontier(own, values, f"{name}, {problems} held-out problems", picture)
+            written.append(picture)
+        except ImportError:
+            break  # said already
     files = list(map(str, written))
     console.print(f"written: {', '.join(files)}")
     if as_json:
-        click.echo(json.dumps({"scores": [score.as_row() for score in scores], "files": files}))
+        rows = [score.as_row() for score in scores]
+        click.echo(json.dumps({"scores": rows, "aup": area, "files": files}))
 
 
 def sweep(

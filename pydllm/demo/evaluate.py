@@ -69,7 +69,9 @@ def algorithms(model: str, verifier: Model) -> dict[str, Algorithm]:
         "Threshold 0.9": Threshold(0.9, block),
         "Threshold 0.6": Threshold(0.6, block),
         "Factor 1.0": Factor(1.0, block),
+        "Factor 2.0": Factor(2.0, block),
         "EntropyBound 0.1": EntropyBound(0.1, block),
+        "EntropyBound 0.5": EntropyBound(0.5, block),
         "FreeDave, 4 drafts": FreeDave(4, block),
         "FreeDave, 8 drafts": FreeDave(8, block),
     }
@@ -85,6 +87,7 @@ def algorithms(model: str, verifier: Model) -> dict[str, Algorithm]:
         "LeftToRight, 2 tokens a step": LeftToRight(2),
         "APD, mixture 0.5": APD(verifier, 0.5),
         "APD, mixture 0.9": APD(verifier, 0.9),
+        "MultiBlock, entropy 0.1": MultiBlock(0.1, block),
         "MultiBlock": MultiBlock(block_length=block),
         "MultiBlock, no cache": MultiBlock(block_length=block, cache=False),
     }

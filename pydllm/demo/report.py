@@ -58,6 +58,17 @@ def score_table(scores: list[Score], title: str) -> Table:
     return table
 
 
+def area_table(area: dict[str, dict[str, float]], title: str) -> Table:
+    """AUP by algorithm, a column a model; nothing where a model does not run the algorithm."""
+    table = Table(title=title)
+    table.add_column("AUP")
+    for model in area:
+        table.add_column(model, justify="right")
+    for name in dict.fromkeys(name for row in area.values() for name in row):
+        table.add_row(name, *(f"{row[name]:.0f}" if name in row else "" for row in area.values()))
+    return table
+
+
 def write_csv(scores: list[Score], path: Path) -> None:
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(scores[0].as_row()))

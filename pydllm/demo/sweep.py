@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Mapping
+from typing import TypeVar
+
 from pydllm.decoding import APD, EntropyBound, Factor, FreeDave, MultiBlock, Static, Threshold
 from pydllm.decoding.generation import Algorithm
 from pydllm.demo import SWEEPS
@@ -10,6 +13,7 @@ from pydllm.demo.points import curve
 from pydllm.metrics import aup
 from pydllm.models import Model
 
+Key = TypeVar("Key", bound=Hashable)
 _THRESHOLDS = (0.99, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 
 
@@ -48,7 +52,22 @@ def frontier(scores: list[Score]) -> list[Score]:
     return best[::-1]
 
 
-def areas(sweeps: dict[str, list[Score]]) -> dict[str, float]:
+def by_algorithm(plan: dict[str, Algorithm], scores: list[Score]) -> dict[str, list[Score]]:
+    """The scores of each algorithm, whatever its settings.
+
+    The plan's first, the careful decoding that the others are compared with, begins every curve.
+    """
+    first = next(iter(plan))
+    groups: dict[str, list[Score]] = {}
+    for algorithm, score in zip(plan.values(), scores, strict=True):
+        name = type(algorithm).__name__
+        if name not in groups:
+            groups[name] = [scores[0]] if "1 token" in first and score is not scores[0] else []
+        groups[name].append(score)
+    return groups
+
+
+def areas(sweeps: Mapping[Key, list[Score]]) -> dict[Key, float]:
     """AUP of each sweep, against the best accuracy of all of them."""
     best = max(score.exact_percent for scores in sweeps.values() for score in scores)
     points = {

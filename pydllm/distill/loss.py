@@ -40,8 +40,9 @@ def linear_certainty_loss(
 ) -> RowLosses:
     """``pydllm.ops.certainty_loss`` of ``hidden @ weight.T + bias``, a chunk of rows at a time.
 
-    The logits of all rows never exist at once, forward or backward: the backward pass computes a
-    chunk's logits again, which is one more product than storing them.
+    The logits of more rows than a chunk never exist at once, forward or backward: where there are
+    several chunks, the backward pass computes the logits of each again, which is one more product
+    than storing them.
 
     Args:
         hidden: ``(R, D)``, the rows of the tokens that count and no others.
@@ -68,6 +69,9 @@ def linear_certainty_loss(
         logits = F.linear(rows, weight.to(rows.dtype), bias_cast)
         return ops.certainty_loss(logits, aimed, temperature=temperature, backend=backend)
 
+    if len(target) <= chunk:
+        # Nothing to save: at most a chunk of logits is there when its gradient is taken, too.
+        return RowLosses(*losses(hidden, target))
     pairs = zip(hidden.split(chunk), target.split(chunk), strict=True)
     parts = [checkpoint(losses, *p, use_reentrant=False, preserve_rng_state=False) for p in pairs]
     return RowLosses(*(torch.cat(column) for column in zip(*parts, strict=True)))

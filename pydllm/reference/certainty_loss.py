@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# e to this power is 0 in fp32 and fp64, and times it is 0 too, which of -inf would be NaN.
+_NEGLIGIBLE = -1e4
+
 
 def certainty_loss(logits: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, ...]:
     """Cross-entropy of each row, its entropy at a temperature, and what the gradient needs.
@@ -18,9 +21,9 @@ def certainty_loss(logits: Tensor, target: Tensor, temperature: float) -> tuple[
     tempered = x / temperature
     total, total_tempered = x.logsumexp(-1), tempered.logsumexp(-1)
     cross_entropy = total - x.gather(-1, target[:, None])[:, 0]
-    correct = x.argmax(-1) == target
-    shift = tempered - total_tempered[:, None]
-    entropy = -torch.where(shift == -torch.inf, 0.0, shift.exp() * shift).sum(-1)
+    correct = x.max(-1).indices == target
+    shift = tempered.sub_(total_tempered[:, None]).clamp_(min=_NEGLIGIBLE)
+    entropy = -shift.exp().mul_(shift).sum(-1)
     return cross_entropy, torch.where(correct, entropy, 0.0), correct, total, total_tempered
 
 
@@ -42,10 +45,10 @@ def certainty_loss_backward(
     rows are correct is no function of the logits that could be followed.
     """
     x = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    grad = (x - logsumexp[:, None]).exp()
+    grad = (x - logsumexp[:, None]).exp_()
     grad.scatter_add_(-1, target[:, None], -torch.ones_like(grad[:, :1]))
     grad *= grad_cross_entropy[:, None]
-    log_q = x / temperature - logsumexp_tempered[:, None]
-    slope = torch.where(log_q == -torch.inf, 0.0, log_q.exp() * (log_q + entropy[:, None]))
+    log_q = (x / temperature).sub_(logsumexp_tempered[:, None]).clamp_(min=_NEGLIGIBLE)
+    slope = log_q.exp().mul_(log_q.add_(entropy[:, None]))
     weight = torch.where(correct, grad_entropy / temperature, 0.0)
-    return (grad - weight[:, None] * slope).to(logits.dtype)
+    return grad.sub_(slope.mul_(weight[:, None])).to(logits.dtype)

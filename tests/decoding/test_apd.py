@@ -367,6 +367,36 @@ def test_the_verifier_s_cache_is_teacher_forcing(trio):
     assert rows[0] == 5 + 4 - 1 and max(rows[1:]) <= 4
 
 
+def test_what_the_verifier_keeps_is_what_a_fresh_forward_gives(trio, monkeypatch):
+    """O13: at the end of each round, the slots before the last token's."""
+    model, (verifier, _) = trio["plain"][0], trio["verifier"]
+    made, checked = [], 0
+    new_cache = verifier.new_cache
+    monkeypatch.setattr(
+        verifier, "new_cache", lambda *size: made.append(new_cache(*size)) or made[-1]
+    )
+
+    def look(step):
+        nonlocal checked
+        for row, prompt in enumerate(PROMPTS[:2]):
+            tokens = step.x[row, : len(prompt) + NEW]
+            tokens = tokens[tokens != MASK]
+            known = len(tokens) - 1
+            if len(tokens) == len(prompt) + NEW:  # finished; its slots may be another's
+                return
+            number = torch.tensor([known], dtype=torch.int32)
+            fresh = new_cache(1, known)
+            call = {"length": number, "kv_len": number, "commit": number}
+            verifier.forward(tokens[None, :known], number * 0, fresh, **call)
+            for ours, theirs in ((made[0].keys, fresh.keys), (made[0].values, fresh.values)):
+                torch.testing.assert_close(ours[:, row, :known], theirs[:, 0], rtol=0, atol=1e-12)
+            checked += known
+
+    algorithm = pydllm.APD(verifier, [0.7, 0.9], 3, 5)
+    _decode(model, PROMPTS[:2], algorithm, temperature=1.0, on_step=look)
+    assert checked > 20
+
+
 @pytest.mark.parametrize("emit", ["draft", "draft_then_target", "target"])
 def test_what_lies_far_behind_a_mismatch_is_not_computed(trio, monkeypatch, emit):
     """And pieces of any size give the same tokens."""

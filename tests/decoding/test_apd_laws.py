@@ -249,6 +249,16 @@ def _forget_the_tokens(patch):
     patch.setattr(rounds._Verifier, "logits", logits)
 
 
+def _window_of_nothing(patch):
+    """The first token of a run keeps the keys that it had as a mask."""
+
+    def spans(self, state, honest=rounds.Rounds._spans):
+        span = honest(self, state)
+        return span._replace(left=torch.where(state.previous > 0, state.previous + 1, span.left))
+
+    patch.setattr(rounds.Rounds, "_spans", spans)
+
+
 DEFECTS = {
     "noise without the round start": _no_round_start,
     "noise of its own for the target": _accept_with(seed=12),
@@ -258,12 +268,14 @@ DEFECTS = {
     "verifier one row late": _roll_the_verifier,
     "verifier's cache is lost": _forget_the_tokens,
     "other mixture": _accept_with(mixture=0.7),
+    "window of nothing": _window_of_nothing,
 }
 
 
-def test_no_defect_no_finding():
+@pytest.mark.parametrize("window", [None, 1])
+def test_no_defect_no_finding(window):
     law, _ = _law("draft", 0.5, 0.7, 4)
-    frequency, _ = _draw(CONTROL, pydllm.APD(VERIFIER, 0.5, None, 4), 0.7)
+    frequency, _ = _draw(CONTROL, pydllm.APD(VERIFIER, 0.5, window, 4), 0.7)
     assert _distance(frequency, law) < _floor(law, CONTROL)
 
 
@@ -271,7 +283,8 @@ def test_no_defect_no_finding():
 def test_a_defect_is_found(monkeypatch, defect):
     law, _ = _law("draft", 0.5, 0.7, 4)
     DEFECTS[defect](monkeypatch)
-    frequency, _ = _draw(CONTROL, pydllm.APD(VERIFIER, 0.5, None, 4), 0.7)
+    window = 1 if defect == "window of nothing" else None
+    frequency, _ = _draw(CONTROL, pydllm.APD(VERIFIER, 0.5, window, 4), 0.7)
     assert _distance(frequency, law) > 1.5 * _floor(law, CONTROL)
 
 

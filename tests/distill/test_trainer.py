@@ -82,6 +82,12 @@ def test_distillation_lowers_the_forwards(tmp_path):
         for sequence, ids in zip(results[1].sequences, trajectories.ids, strict=True)
     ]
     assert sum(same) / len(same) > 0.8
+    # The last decodes blocks side by side, so a block a forward is the least there can be: 2.
+    student = pydllm.load(tmp_path / "out", device="cpu")
+    parallel = pydllm.generate(
+        student, PROMPTS, pydllm.MultiBlock(0.5, 8, cache=False), max_new_tokens=16
+    )
+    assert parallel.nfe.float().mean() <= 3.5
     assert losses[-1] < losses[0] / 4
 
 

@@ -8,7 +8,9 @@ import pytest
 import torch
 from triton.runtime.interpreter import InterpreterBuilder
 
-from pydllm import ops
+from pydllm import ops, reference
+from tests.ops import test_mixture_accept as acceptance
+from tests.ops.test_mixture_accept import accept, all_rows, assert_same, make
 
 BENCH = Path(__file__).parents[2] / "bench"
 INF = float("inf")
@@ -141,3 +143,52 @@ def test_each_kernel_reads_its_logits_once(monkeypatch):
     found = _loaded(monkeypatch, lambda: accept_case.call(inputs, "triton"))
     rows_of_hidden = 2 * 896 * 2
     assert least <= found <= least + rows_of_hidden + 1000
+
+
+def test_a_nucleus_of_the_drafts_alone_rejects_at_mixture_one():
+    """Negative control of "mixture 1 accepts everything"."""
+    logits, verifier, draft, shared = make(4, 8, 70, top_p=0.5, temperature=1.0)
+    call = {"length": all_rows(4, 8), "mixture": 1.0}
+    assert accept(logits, verifier, draft, shared, **call).accepted.tolist() == [8] * 4
+    call["threshold"] = None
+    assert (accept(logits, verifier, draft, shared, **call).accepted < 8).any()
+
+
+def test_a_mixture_of_two_products_is_noticed(monkeypatch):
+    """Negative control of "equal logits accept everything": R x + (1 - R) x is not always x."""
+
+    def two_products(x, y, weight):
+        return weight * x + (1 - weight) * y
+
+    # The package's attribute of that name is the function.
+    definition = importlib.import_module("pydllm.reference.mixture_accept")
+    assert reference.mixture_accept is definition.mixture_accept
+    monkeypatch.setattr(definition, "_mix", two_products)
+    with pytest.raises(AssertionError):
+        acceptance.test_equal_models_and_mixture_one_accept_everything(None, 0.0, "draft")
+
+
+def test_shifts_of_a_row_change_nothing_in_fp32_where_the_margin_decides():
+    rows, vocab, mixture, temperature = 32, 400, 0.4, 0.7
+    logits, verifier, draft, shared = make(
+        4, rows // 4, vocab, temperature=temperature, dtype=torch.float32
+    )
+    exact = logits.double(), verifier.double()
+    mixed = exact[1] + mixture * (exact[0] - exact[1])
+    noise = reference.philox.vocab_gumbel(vocab, shared["counter"], shared["seed"]).double()
+    margins = [
+        top[:, 0] - top[:, 1]
+        for top in ((t / temperature + noise).topk(2).values for t in (exact[0], mixed))
+    ]
+    decided = torch.minimum(*margins) > 1e-4
+    assert decided.float().mean() > 0.9
+    call = {"length": all_rows(4, rows // 4), "mixture": mixture}
+    expected = accept(logits, verifier, draft, shared, **call)
+    for one, other in ((0.0, 11.5), (-3.0, 7.25), (5.125, 0.0)):
+        moved = logits + one, verifier + other
+        redrafted = ops.mixture_draft(moved[0], **shared)
+        assert torch.equal(redrafted.token[decided], draft.token[decided])
+        found = accept(*moved, redrafted, shared, **call)
+        assert torch.equal(found.target[decided], expected.target[decided])
+        if decided.all():
+            assert_same(found[:2], expected[:2])

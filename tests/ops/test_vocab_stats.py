@@ -303,6 +303,16 @@ def test_large_vocabularies(backend, vocab):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_the_entropy_knows_neither_a_constant_nor_the_order(backend):
+    logits = random_logits(3, 5003)
+    order = torch.randperm(5003, generator=torch.Generator().manual_seed(0))
+    expected = ops.vocab_stats(logits.double()).entropy
+    for moved in (logits, logits + 7.25, logits - 300, logits[:, order]):
+        found = ops.vocab_stats(moved, backend=backend).entropy
+        assert ((found - expected).abs() < 1e-4).all()  # the constant rounds the logits themselves
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend):
     op, logits = torch.ops.pydllm.vocab_stats.default, random_logits(3, 16)
     plain = (None, None, None, None, backend)
