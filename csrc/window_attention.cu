@@ -1,0 +1,522 @@
+// A block owns 64 query rows of one KV head: window rows with the heads of the group packed beside
+// them, branch after branch. It walks the keys in order of position, in tiles of 64 positions
+// counted from `pad`: tiles before the window, on it (once for every branch that it has rows of),
+// behind it. Tiles come by cp.async while the one before is multiplied; fresh keys come through
+// registers, where they are rotated. Window slots of the cache are never read, so the commit needs
+// no order between blocks. Where a key sits in its tile depends on its position alone, and a tile
+// that a row does not see leaves it as it was: a row's bits do not depend on the batch, on other
+// branches, on padding, or on which keys are cached.
+//
+// Short windows over long caches are split (the launcher in pydllm/_backend/cuda decides): a block
+// walks the tiles of one split, always the same positions, and a second kernel joins them in order.
+#include "window_attention.h"
+
+#include <climits>
+
+#include "attention_tile.cuh"
+
+namespace pydllm {
+namespace {
+
+constexpr int kQueries = kAttentionQueries;
+constexpr int kKeys = kAttentionKeys;
+constexpr int kThreads = kAttentionThreads;
+constexpr float kLog2E = 1.4426950408889634f;
+
+template <int kHeadDim>
+struct Shape {
+  static constexpr int kChunks = kHeadDim / kChunk;  // of a row
+  static constexpr int kTile = kKeys * kHeadDim;     // elements of a tile of keys or values
+  static constexpr int kStages = kHeadDim == 64 ? 3 : 2;
+  static constexpr int kBytes = kStages * 2 * kTile * 2;
+};
+static_assert(kQueries <= kKeys, "queries pass through a tile of keys");
+
+// What a block knows of its sequence and KV head. Numbers are clamped, so that none overflows.
+template <typename T>
+struct Sequence {
+  int batch;
+  int start, length, commit, pad;
+  int visible_end;   // positions: cached ones are [0, visible_end) without the window's
+  int window_begin;  // positions of the window, [window_begin, window_end)
+  int window_end;
+  int window;  // rows of a branch
+  const T* k;  // row 0 of the head
+  const T* v;
+  T* k_cache;  // row 0 of page or sequence 0 of the head
+  T* v_cache;
+  const int32_t* table;  // of the sequence, or null
+
+  __device__ __forceinline__ Sequence(const WindowAttention& call, int batch, int head)
+      : batch(batch) {
+    window = call.rows / call.branches;
+    pad = call.pad == nullptr ? 0 : max(0, min(call.pad[batch], call.slots));
+    start = max(-window, min(call.start[batch], call.slots));
+    length = max(0, min(min(call.length[batch], window), call.slots - start));
+    commit = min(call.commit[batch], length);
+    visible_end = min(call.kv_len[batch], call.slots) - pad;
+    window_end = start + length - pad;
+    window_begin = max(start - pad, 0);
+    k = static_cast<const T*>(call.k) + batch * call.stride_k_batch + head * call.stride_k_head;
+    v = static_cast<const T*>(call.v) + batch * call.stride_v_batch + head * call.stride_v_head;
+    k_cache = static_cast<T*>(call.k_cache) + head * call.stride_k_cache_head;
+    v_cache = static_cast<T*>(call.v_cache) + head * call.stride_v_cache_head;
+    const int64_t pages = call.table == nullptr ? 0 : call.slots / call.page;
+    table = call.table == nullptr ? nullptr : call.table + batch * pages;
+  }
+};
+
+struct Place {
+  int64_t page;  // or sequence
+  int64_t row;
+};
+
+template <typename T>
+__device__ __forceinline__ Place place(const Sequence<T>& sequence, const WindowAttention& call,
+                                       int slot) {
+  if (sequence.table == nullptr) return {sequence.batch, slot};
+  return {sequence.table[slot / call.page], slot % call.page};
+}
+
+// Query row m of the block's KV head.
+struct Query {
+  int row, head, branch;  // of all rows, of the group, of the branches
+  int position;
+  bool used;
+  int begin, end;  // positions that it may see
+
+  template <typename T>
+  __device__ __forceinline__ Query(const WindowAttention& call, const Sequence<T>& sequence,
+                                   int m) {
+    const int group = call.heads / call.kv_heads;
+    row = m / group;
+    head = m - row * group;
+    branch = row / sequence.window;
+    const int own = row - branch * sequence.window;
+    position = sequence.start + own - sequence.pad;
+    used = row < call.rows && own < sequence.length && position >= 0;
+    begin = 0;
+    end = used ? max(sequence.visible_end, sequence.window_end) : 0;
+    limit(call);
+  }
+
+  // The masks by position; both ends grow with the position.
+  __device__ __forceinline__ void limit(const WindowAttention& call) {
+    if (!used) return;
+    if (call.causal) end = min(end, position + 1);
+    if (call.block_size > 0) {
+      const int64_t block_end = (position / call.block_size + 1) * int64_t{call.block_size};
+      end = block_end < end ? static_cast<int>(block_end) : end;
+    }
+    if (call.span > 0) {
+      end = call.span < end - position ? position + call.span : end;
+      begin = max(position - call.span + 1, 0);
+    }
+  }
+};
+
+// The key tiles of a block, in order: [first, before) cached, [before, behind) for each of its
+// branches, [behind, last) cached.
+struct Walk {
+  int first, before, behind, last;
+  int first_branch, branches;
+  int all_begin, all_end;  // positions that every used row may see, by the masks
+
+  template <typename T>
+  __device__ __forceinline__ Walk(const WindowAttention& call, const Sequence<T>& sequence,
+                                  int first_m, int split) {
+    const int group = call.heads / call.kv_heads, window = sequence.window;
+    const int last_m = min(first_m + kQueries, call.rows * group) - 1;
+    const int low_row = first_m / group, high_row = last_m / group;
+    first_branch = low_row / window;
+    branches = high_row / window - first_branch + 1;
+    // Of several branches any row of the window may be here.
+    int low = branches > 1 ? 0 : low_row - first_branch * window;
+    int high = branches > 1 ? window - 1 : high_row - first_branch * window;
+    low = max(low, sequence.pad - sequence.start);
+    high = min(high, sequence.length - 1);
+    first = before = behind = last = 0;
+    if (low > high) return;
+    const Query lowest(call, sequence, (first_branch * window + low) * group);
+    const Query highest(call, sequence, (first_branch * window + high) * group);
+    all_begin = highest.begin;
+    all_end = lowest.end;
+    first = lowest.begin / kKeys;
+    last = (max(highest.end, 0) + kKeys - 1) / kKeys;
+    if (call.part != nullptr) {
+      first = max(first, split * call.split_tiles);
+      last = min(last, (split + 1) * call.split_tiles);
+    }
+    last = max(last, first);
+    before = max(min(sequence.window_begin / kKeys, last), first);
+    behind = max(min((max(sequence.window_end, 0) + kKeys - 1) / kKeys, last), before);
+  }
+
+  __device__ __forceinline__ int steps() const {
+    return last - first + (behind - before) * (branches - 1);
+  }
+
+  // The tile of a step, and its branch: -1 where all is cached.
+  __device__ __forceinline__ void find(int step, int& tile, int& branch) const {
+    branch = -1;
+    tile = first + step;
+    if (tile < before) return;
+    const int on_window = behind - before;
+    const int inside = tile - before;
+    if (inside < on_window * branches) {
+      const int turn = inside / on_window;
+      branch = first_branch + turn;
+      tile = before + inside - turn * on_window;
+    } else {
+      tile -= on_window * (branches - 1);
+    }
+  }
+};
+
+// Start the copy of a tile into a stage; fresh keys are there when this returns.
+template <typename T, int kHeadDim>
+__device__ __forceinline__ void fetch(T* keys, T* values, const WindowAttention& call,
+                                      const Sequence<T>& sequence, int tile, int branch) {
+  constexpr int kChunks = Shape<kHeadDim>::kChunks;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int length = branch < 0 ? 0 : sequence.length;
+  const int64_t first_row = int64_t{branch} * sequence.window;
+  const int first_slot = tile * kKeys + sequence.pad;
+  const int chunk = thread % kChunks;
+#pragma unroll
+  for (int i = 0; i < kKeys * kChunks / kThreads; ++i) {
+    const int key = thread / kChunks + i * (kThreads / kChunks);
+    const int slot = first_slot + key, row = slot - sequence.start;
+    const bool fresh = row >= 0 && row < length;
+    const bool cached = !fresh && tile * kKeys + key < sequence.visible_end;
+    const Place from = cached ? place(sequence, call, slot) : Place{0, 0};
+    const T* cached_k = sequence.k_cache + from.page * call.stride_k_cache_batch +
+                        from.row * call.stride_k_cache_row + chunk * kChunk;
+    const T* cached_v = sequence.v_cache + from.page * call.stride_v_cache_batch +
+                        from.row * call.stride_v_cache_row + chunk * kChunk;
+    const T* fresh_v = sequence.v + (first_row + row) * call.stride_v_row + chunk * kChunk;
+    const int to = swizzled<kHeadDim>(key, chunk);
+    if (!fresh) ptx::cp_async_16(keys + to, cached_k, cached);
+    ptx::cp_async_16(values + to, fresh ? fresh_v : cached_v, fresh || cached);
+  }
+  if (branch < 0) return;
+  constexpr int kUnits = Unit<kHeadDim>::kCount;
+  const Unit<kHeadDim> unit(thread % kUnits, call.half);
+  const Turn<T> turn = {call.cos, call.sin, call.half, static_cast<const T*>(call.k_norm),
+                        call.eps};
+#pragma unroll 1
+  for (int i = 0; i < kKeys * kUnits / kThreads; ++i) {
+    const int key = thread / kUnits + i * (kThreads / kUnits);
+    const int row = first_slot + key - sequence.start;
+    const bool fresh = row >= 0 && row < length;
+    Vector<T> a, b;
+    load_turned<T, kHeadDim>(a, b, sequence.k + (first_row + row) * call.stride_k_row, fresh,
+                             tile * kKeys + key, unit, turn);
+    if (!fresh) continue;
+    store_vector(keys + swizzled<kHeadDim>(key, unit.first), a);
+    store_vector(keys + swizzled<kHeadDim>(key, unit.second), b);
+  }
+}
+
+// Rows of branch 0 whose first query row lies in the block's tile go to the cache.
+template <typename T, int kHeadDim>
+__device__ __forceinline__ void commit_rows(const WindowAttention& call,
+                                            const Sequence<T>& sequence, int first_m) {
+  constexpr int kUnits = Unit<kHeadDim>::kCount;
+  const int group = call.heads / call.kv_heads;
+  const int thread = static_cast<int>(threadIdx.x);
+  const Unit<kHeadDim> unit(thread % kUnits, call.half);
+  const Turn<T> turn = {call.cos, call.sin, call.half, static_cast<const T*>(call.k_norm),
+                        call.eps};
+  const int end = min((first_m + kQueries + group - 1) / group, sequence.commit);
+#pragma unroll 1
+  for (int first = (first_m + group - 1) / group; first < end; first += kThreads / kUnits) {
+    const int row = first + thread / kUnits;
+    const int slot = sequence.start + row, position = slot - sequence.pad;
+    const bool kept = row < end && position >= 0;
+    Vector<T> a, b;
+    load_turned<T, kHeadDim>(a, b, sequence.k + row * call.stride_k_row, kept, position, unit,
+                             turn);
+    if (!kept) continue;
+    const Place to = place(sequence, call, slot);
+    T* k =
+        sequence.k_cache + to.page * call.stride_k_cache_batch + to.row * call.stride_k_cache_row;
+    T* v =
+        sequence.v_cache + to.page * call.stride_v_cache_batch + to.row * call.stride_v_cache_row;
+    const T* fresh_v = sequence.v + row * call.stride_v_row;
+    store_vector(k + unit.first * kChunk, a);
+    store_vector(k + unit.second * kChunk, b);
+    for (const int chunk : {unit.first, unit.second}) {
+      store_vector(v + chunk * kChunk, load_vector(fresh_v + chunk * kChunk));
+    }
+  }
+}
+
+// The block's query rows, rotated; rows that are not used are 0.
+template <typename T, int kHeadDim>
+__device__ __forceinline__ void fetch_queries(T* tile, const WindowAttention& call,
+                                              const Sequence<T>& sequence, int head, int first_m) {
+  constexpr int kUnits = Unit<kHeadDim>::kCount;
+  const int thread = static_cast<int>(threadIdx.x);
+  const Unit<kHeadDim> unit(thread % kUnits, call.half);
+  const Turn<T> turn = {call.cos, call.sin, call.half, static_cast<const T*>(call.q_norm),
+                        call.eps};
+#pragma unroll 1
+  for (int i = 0; i < kQueries * kUnits / kThreads; ++i) {
+    const int m = thread / kUnits + i * (kThreads / kUnits);
+    const Query query(call, sequence, first_m + m);
+    const int64_t query_head = head * (call.heads / call.kv_heads) + query.head;
+    const T* row = static_cast<const T*>(call.q) + sequence.batch * call.stride_q_batch +
+                   query.row * call.stride_q_row + query_head * call.stride_q_head;
+    Vector<T> a, b;
+    load_turned<T, kHeadDim>(a, b, row, query.used, query.position, unit, turn);
+    store_vector(tile + swizzled<kHeadDim>(m, unit.first), a);
+    store_vector(tile + swizzled<kHeadDim>(m, unit.second), b);
+  }
+}
+
+// Scores to base 2, capped, and -inf where a row does not see a key.
+template <typename T>
+__device__ __forceinline__ void mask(float (&s)[kKeys / 8][4], const Sequence<T>& sequence,
+                                     const Query (&query)[2], const bool (&mine)[2], int tile,
+                                     bool all_seen, float factor, float softcap) {
+  const int column = 2 * (static_cast<int>(threadIdx.x) % 4);
+#pragma unroll
+  for (int n = 0; n < kKeys / 8; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      s[n][i] *= factor;
+      if (softcap != 0.f) s[n][i] = capped(s[n][i], softcap);
+    }
+  }
+  if (all_seen) return;
+#pragma unroll
+  for (int n = 0; n < kKeys / 8; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int position = tile * kKeys + 8 * n + column + i % 2;
+      const bool visible = position < sequence.visible_end ||
+                           (position >= sequence.window_begin && position < sequence.window_end);
+      const Query& row = query[i / 2];
+      const bool seen = visible && mine[i / 2] && position >= row.begin && position < row.end;
+      if (!seen) s[n][i] = -INFINITY;
+    }
+  }
+}
+
+template <typename T, int kHeadDim>
+__global__ void __launch_bounds__(kThreads) window_attention_kernel(const WindowAttention call) {
+  using Tile = Shape<kHeadDim>;
+  PYDLLM_DYNAMIC_SHARED(dynamic);
+  T* shared = reinterpret_cast<T*>(dynamic);  // stages: a tile of keys, then one of values
+
+  const int group = call.heads / call.kv_heads;
+  const int tiles = (call.rows * group + kQueries - 1) / kQueries;
+  int index = static_cast<int>(blockIdx.x);
+  const int first_m = index % tiles * kQueries;
+  index /= tiles;
+  const int split = index % call.splits;
+  index /= call.splits;
+  const int head = index % call.kv_heads;
+  const Sequence<T> sequence(call, index / call.kv_heads, head);
+  const Walk walk(call, sequence, first_m, split);
+  const int steps = walk.steps();
+
+  const auto fetch_step = [&](int step) {
+    if (step < steps) {
+      int tile, branch;
+      walk.find(step, tile, branch);
+      T* stage = shared + step % Tile::kStages * 2 * Tile::kTile;
+      fetch<T, kHeadDim>(stage, stage + Tile::kTile, call, sequence, tile, branch);
+    }
+    ptx::cp_async_commit();
+  };
+#pragma unroll 1
+  for (int step = 0; step < Tile::kStages - 1; ++step) fetch_step(step);
+
+  // The last stage is filled in the first step: until then it holds the queries.
+  T* queries = shared + (Tile::kStages - 1) * 2 * Tile::kTile;
+  if (steps > 0) fetch_queries<T, kHeadDim>(queries, call, sequence, head, first_m);
+  if (split == 0) commit_rows<T, kHeadDim>(call, sequence, first_m);
+  __syncthreads();
+
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const int warp_m = first_m + static_cast<int>(threadIdx.x) / kWarpSize * 16;
+  const Query query[2] = {Query(call, sequence, warp_m + lane / 4),
+                          Query(call, sequence, warp_m + lane / 4 + 8)};
+  const int low_branch = warp_m / group / sequence.window;
+  const int high_branch = (warp_m + 15) / group / sequence.window;
+  const float softcap = call.softcap * kLog2E;
+  const float factor = call.softcap == 0.f ? call.scale * kLog2E : call.scale / call.softcap;
+  Queries<kHeadDim> q;
+  if (steps > 0) load_queries<T, kHeadDim>(q, queries, warp_m - first_m);
+  Online<kHeadDim> online = {};
+  online.best[0] = online.best[1] = -INFINITY;
+
+#pragma unroll 1
+  for (int step = 0; step < steps; ++step) {
+    ptx::cp_async_wait<Tile::kStages - 2>();
+    __syncthreads();  // the step's tile is there, and all are done with the one before
+    fetch_step(step + Tile::kStages - 1);
+
+    int tile, branch;
+    walk.find(step, tile, branch);
+    if (warp_m >= call.rows * group) continue;
+    if (branch >= 0 && (branch < low_branch || branch > high_branch)) continue;
+    const T* keys = shared + step % Tile::kStages * 2 * Tile::kTile;
+    const bool mine[2] = {branch < 0 || branch == query[0].branch,
+                          branch < 0 || branch == query[1].branch};
+    float s[kKeys / 8][4];
+    multiply_keys<T, kHeadDim, kKeys>(s, q, keys);
+    const bool all_seen = (branch < 0 || low_branch == high_branch) &&
+                          tile * kKeys >= walk.all_begin && (tile + 1) * kKeys <= walk.all_end &&
+                          (tile + 1) * kKeys <= sequence.visible_end;
+    mask(s, sequence, query, mine, tile, all_seen, factor, softcap);
+    add_values<T, kHeadDim, kKeys>(online, s, keys + Tile::kTile, mine);
+  }
+
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float sum = online.sum[r];
+    sum += __shfl_xor_sync(kFullWarp, sum, 1);
+    sum += __shfl_xor_sync(kFullWarp, sum, 2);
+    if (query[r].row >= call.rows) continue;
+    const int64_t row = (int64_t{sequence.batch} * call.rows + query[r].row) * call.heads +
+                        head * group + query[r].head;
+    const int column = 2 * (lane % 4);
+    if (call.part != nullptr) {
+      const int64_t rows = int64_t{call.batch} * call.rows * call.heads;
+      const int64_t split_row = split * rows + row;
+      if (lane % 4 == 0) {
+        call.state[split_row] = online.best[r];
+        call.state[call.splits * rows + split_row] = query[r].used ? sum : 0.f;
+      }
+      if (steps == 0) continue;  // nobody reads what has sum 0
+      float* part = call.part + split_row * kHeadDim + column;
+#pragma unroll
+      for (int n = 0; n < kHeadDim / 8; ++n) {
+        part[8 * n] = online.acc[n][2 * r];
+        part[8 * n + 1] = online.acc[n][2 * r + 1];
+      }
+    } else {
+      const float factor = sum == 0.f ? 1.f : 1.f / sum;
+      T* out = static_cast<T*>(call.out) + row * kHeadDim + column;
+#pragma unroll
+      for (int n = 0; n < kHeadDim / 8; ++n) {
+        const unsigned pair =
+            pack<T>(online.acc[n][2 * r] * factor, online.acc[n][2 * r + 1] * factor);
+        *reinterpret_cast<unsigned*>(out + 8 * n) = query[r].used ? pair : 0u;
+      }
+    }
+  }
+}
+
+// Splits joined in order of position; one without keys has sum 0 and changes nothing. A thread has
+// four dimensions of a row.
+template <typename T, int kHeadDim>
+__global__ void __launch_bounds__(kThreads)
+    window_attention_merge_kernel(T* __restrict__ out,              // (rows, head_dim)
+                                  const float* __restrict__ part,   // (splits, rows, head_dim)
+                                  const float* __restrict__ state,  // (2, splits, rows)
+                                  int64_t rows, int splits) {
+  constexpr int kThreadsRow = kHeadDim / 4;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int64_t row = int64_t{blockIdx.x} * (kThreads / kThreadsRow) + thread / kThreadsRow;
+  if (row >= rows) return;
+  const int column = thread % kThreadsRow * 4;
+  float acc[4] = {}, best = -INFINITY, sum = 0.f;
+  for (int split = 0; split < splits; ++split) {
+    const int64_t from = split * rows + row;
+    const float part_sum = state[splits * rows + from];
+    if (part_sum == 0.f) continue;  // a NaN is not 0
+    const float part_best = state[from];
+    const auto add = load_vector(part + from * kHeadDim + column);
+    const float both = fmaxf(best, part_best);
+    const float shift = both == -INFINITY ? 0.f : both;
+    const float alpha = ptx::exp2_approx(best - shift), beta = ptx::exp2_approx(part_best - shift);
+    sum = fmaf(sum, alpha, part_sum * beta);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) acc[i] = fmaf(acc[i], alpha, add.lane[i] * beta);
+    best = both;
+  }
+  const float factor = sum == 0.f ? 1.f : 1.f / sum;
+  auto* pairs = reinterpret_cast<unsigned*>(out + row * kHeadDim + column);
+  pairs[0] = pack<T>(acc[0] * factor, acc[1] * factor);
+  pairs[1] = pack<T>(acc[2] * factor, acc[3] * factor);
+}
+
+template <typename T, int kHeadDim>
+cudaError_t launch(const WindowAttention& call, cudaStream_t stream) {
+  const int64_t tiles =
+      (int64_t{call.rows} * (call.heads / call.kv_heads) + kQueries - 1) / kQueries;
+  const int64_t blocks = tiles * call.splits * call.kv_heads * call.batch;
+  if (blocks > INT_MAX) return cudaErrorInvalidValue;
+  constexpr int kBytes = Shape<kHeadDim>::kBytes;
+  const cudaError_t error = allow_shared(window_attention_kernel<T, kHeadDim>, kBytes);
+  if (error != cudaSuccess) return error;
+  const dim3 grid(static_cast<unsigned>(blocks)), block(kThreads);
+  PYDLLM_LAUNCH((window_attention_kernel<T, kHeadDim>), grid, block, kBytes, stream, call);
+  const cudaError_t launched = cudaGetLastError();
+  if (launched != cudaSuccess || call.part == nullptr) return launched;
+
+  constexpr int kRows = kThreads / (kHeadDim / 4);
+  const int64_t rows = int64_t{call.batch} * call.rows * call.heads;
+  if ((rows + kRows - 1) / kRows > INT_MAX) return cudaErrorInvalidValue;
+  const dim3 merge_grid(static_cast<unsigned>((rows + kRows - 1) / kRows));
+  PYDLLM_LAUNCH((window_attention_merge_kernel<T, kHeadDim>), merge_grid, block, 0, stream,
+                static_cast<T*>(call.out), call.part, call.state, rows, call.splits);
+  return cudaGetLastError();
+}
+
+bool aligned(const void* pointer) {
+  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
+}
+
+bool fits(const WindowAttention& call) {
+  const void* pointers[] = {call.out, call.q,   call.k,    call.v,      call.k_cache, call.v_cache,
+                            call.cos, call.sin, call.part, call.q_norm, call.k_norm};
+  for (const void* pointer : pointers) {
+    if (!aligned(pointer)) return false;
+  }
+  const int64_t strides[] = {
+      call.stride_q_batch,       call.stride_q_row,       call.stride_q_head,
+      call.stride_k_batch,       call.stride_k_row,       call.stride_k_head,
+      call.stride_v_batch,       call.stride_v_row,       call.stride_v_head,
+      call.stride_k_cache_batch, call.stride_k_cache_row, call.stride_k_cache_head,
+      call.stride_v_cache_batch, call.stride_v_cache_row, call.stride_v_cache_head};
+  for (const int64_t stride : strides) {
+    if (stride % kChunk != 0) return false;
+  }
+  const bool whole = call.kv_heads > 0 && call.heads % call.kv_heads == 0 && call.branches > 0 &&
+                     call.rows % call.branches == 0 && call.half >= 0 && call.half % kChunk == 0 &&
+                     2 * call.half <= call.head_dim;
+  const bool paged = call.table == nullptr || (call.page > 0 && call.slots % call.page == 0);
+  const int64_t split = int64_t{call.split_tiles} * kKeys;
+  const bool splits = call.part == nullptr ? call.splits == 1
+                                           : call.state != nullptr && split > 0 &&
+                                                 call.splits == (call.slots + split - 1) / split;
+  // Room for the tiles and the group behind the last row and slot.
+  const bool small = call.rows >= 0 && call.heads >= 0 &&
+                     int64_t{call.rows} * call.heads <= INT_MAX - kQueries && call.slots >= 0 &&
+                     call.slots <= INT_MAX / 4;
+  return whole && paged && splits && small;
+}
+
+}  // namespace
+
+cudaError_t window_attention(const WindowAttention& call, Dtype dtype, cudaStream_t stream) {
+  if (!fits(call)) return cudaErrorInvalidValue;
+  if (call.batch == 0 || call.rows == 0 || call.heads == 0) return cudaSuccess;
+  const bool bf16 = dtype == Dtype::kBFloat16;
+  if (!bf16 && dtype != Dtype::kFloat16) return cudaErrorInvalidValue;
+  switch (call.head_dim) {
+    case 64:
+      return bf16 ? launch<__nv_bfloat16, 64>(call, stream) : launch<__half, 64>(call, stream);
+    case 128:
+      return bf16 ? launch<__nv_bfloat16, 128>(call, stream) : launch<__half, 128>(call, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace pydllm
