@@ -16,8 +16,20 @@ constexpr int kChunk = 8;
 // Where a chunk of a row lies in a tile. Eight rows of one chunk lie in different banks: ldmatrix
 // reads eight rows at a time.
 template <int kHeadDim>
-__device__ __forceinline__ int swizzled(int row, int chunk) {
-  return row * kHeadDim + ((chunk ^ (row % 8)) * kChunk);
+__device__ __forceinline__ unsigned swizzled(unsigned row, unsigned chunk) {
+  return row * kHeadDim + (chunk ^ row % 8) * kChunk;
+}
+
+// The same for row 16 n + row and chunk 2 k + chunk, of which only n and k change in a loop that is
+// unrolled: an address is one exclusive or away from `row` and `chunk`, and n is in the
+// instruction.
+template <int kHeadDim>
+__device__ __forceinline__ unsigned swizzled(unsigned n, unsigned row, unsigned k, unsigned chunk) {
+  return row * kHeadDim + ((chunk ^ row % 8) ^ 2 * k) * kChunk + 16 * n * kHeadDim;
+}
+
+__device__ __forceinline__ unsigned lane_of_thread() {
+  return threadIdx.x % kWarpSize;
 }
 
 // RoPE turns chunk `first` of a head with chunk `second`; behind the pairs that it turns come pairs
@@ -133,11 +145,11 @@ template <int kHeadDim>
 using Queries = unsigned[kHeadDim / 16][4];
 
 template <typename T, int kHeadDim>
-__device__ __forceinline__ void load_queries(Queries<kHeadDim>& q, const T* tile, int first_row) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+__device__ __forceinline__ void load_queries(Queries<kHeadDim>& q, const T* rows) {
+  const unsigned lane = lane_of_thread();
 #pragma unroll
   for (int k = 0; k < kHeadDim / 16; ++k) {
-    ptx::ldmatrix_x4(q[k], tile + swizzled<kHeadDim>(first_row + lane % 16, 2 * k + lane / 16));
+    ptx::ldmatrix_x4(q[k], rows + swizzled<kHeadDim>(0, lane % 16, k, lane / 16));
   }
 }
 
@@ -145,7 +157,7 @@ __device__ __forceinline__ void load_queries(Queries<kHeadDim>& q, const T* tile
 template <typename T, int kHeadDim, int kKeys>
 __device__ __forceinline__ void multiply_keys(float (&s)[kKeys / 8][4], const Queries<kHeadDim>& q,
                                               const T* keys) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const unsigned lane = lane_of_thread();
 #pragma unroll
   for (int n = 0; n < kKeys / 8; ++n) s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0.f;
 #pragma unroll
@@ -153,8 +165,8 @@ __device__ __forceinline__ void multiply_keys(float (&s)[kKeys / 8][4], const Qu
 #pragma unroll
     for (int n = 0; n < kKeys / 16; ++n) {
       unsigned b[4];  // keys 0 - 7 and 8 - 15 of 16, dimensions 0 - 7 and 8 - 15 of 16 of each
-      const int key = 16 * n + lane / 16 * 8 + lane % 8;
-      ptx::ldmatrix_x4(b, keys + swizzled<kHeadDim>(key, 2 * k + lane / 8 % 2));
+      const unsigned key = lane / 16 * 8 + lane % 8;
+      ptx::ldmatrix_x4(b, keys + swizzled<kHeadDim>(n, key, k, lane / 8 % 2));
       ptx::mma_m16n8k16<T>(s[2 * n], q[k], b[0], b[1]);
       ptx::mma_m16n8k16<T>(s[2 * n + 1], q[k], b[2], b[3]);
     }
@@ -166,7 +178,7 @@ __device__ __forceinline__ void multiply_keys(float (&s)[kKeys / 8][4], const Qu
 template <typename T, int kHeadDim, int kKeys>
 __device__ __forceinline__ void add_values(Online<kHeadDim>& online, float (&s)[kKeys / 8][4],
                                            const T* values, const bool (&mine)[2]) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const unsigned lane = lane_of_thread();
   float alpha[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -206,8 +218,7 @@ __device__ __forceinline__ void add_values(Online<kHeadDim>& online, float (&s)[
 #pragma unroll
     for (int k = 0; k < kKeys / 16; ++k) {
       unsigned b[4];  // keys 0 - 7 and 8 - 15 of 16, of dimensions 0 - 7, then of 8 - 15
-      const int key = 16 * k + lane % 16;
-      ptx::ldmatrix_x4_trans(b, values + swizzled<kHeadDim>(key, 2 * d + lane / 16));
+      ptx::ldmatrix_x4_trans(b, values + swizzled<kHeadDim>(k, lane % 16, d, lane / 16));
       ptx::mma_m16n8k16<T>(sums[0], p[k], b[0], b[1]);
       ptx::mma_m16n8k16<T>(sums[1], p[k], b[2], b[3]);
     }

@@ -28,11 +28,14 @@ struct Shape {
   static constexpr int kChunks = kHeadDim / kChunk;  // of a row
   static constexpr int kTile = kKeys * kHeadDim;     // elements of a tile of keys or values
   static constexpr int kStages = kHeadDim == 64 ? 3 : 2;
+  // Of a multiprocessor, at once: without the number, ptxas spills to fit one more than that.
+  static constexpr int kBlocks = kHeadDim == 64 ? 3 : 2;
   static constexpr int kBytes = kStages * 2 * kTile * 2;
 };
 static_assert(kQueries <= kKeys, "queries pass through a tile of keys");
 
-// What a block knows of its sequence and KV head. Numbers are clamped, so that none overflows.
+// What a block knows of its sequence and KV head; in shared memory, since registers are for the
+// multiplications. Numbers are clamped, so that none overflows.
 template <typename T>
 struct Sequence {
   int batch;
@@ -47,8 +50,8 @@ struct Sequence {
   T* v_cache;
   const int32_t* table;  // of the sequence, or null
 
-  __device__ __forceinline__ Sequence(const WindowAttention& call, int batch, int head)
-      : batch(batch) {
+  __device__ __forceinline__ void read(const WindowAttention& call, int of_batch, int head) {
+    batch = of_batch;
     window = call.rows / call.branches;
     pad = call.pad == nullptr ? 0 : max(0, min(call.pad[batch], call.slots));
     start = max(-window, min(call.start[batch], call.slots));
@@ -115,6 +118,11 @@ struct Query {
   }
 };
 
+// What a thread keeps of a query row while it multiplies.
+struct Limits {
+  int branch, begin, end;
+};
+
 // The key tiles of a block, in order: [first, before) cached, [before, behind) for each of its
 // branches, [behind, last) cached.
 struct Walk {
@@ -123,8 +131,8 @@ struct Walk {
   int all_begin, all_end;  // positions that every used row may see, by the masks
 
   template <typename T>
-  __device__ __forceinline__ Walk(const WindowAttention& call, const Sequence<T>& sequence,
-                                  int first_m, int split) {
+  __device__ __forceinline__ void plan(const WindowAttention& call, const Sequence<T>& sequence,
+                                       int first_m, int split) {
     const int group = call.heads / call.kv_heads, window = sequence.window;
     const int last_m = min(first_m + kQueries, call.rows * group) - 1;
     const int low_row = first_m / group, high_row = last_m / group;
@@ -183,7 +191,7 @@ __device__ __forceinline__ void fetch(T* keys, T* values, const WindowAttention&
   const int64_t first_row = int64_t{branch} * sequence.window;
   const int first_slot = tile * kKeys + sequence.pad;
   const int chunk = thread % kChunks;
-#pragma unroll
+#pragma unroll 2
   for (int i = 0; i < kKeys * kChunks / kThreads; ++i) {
     const int key = thread / kChunks + i * (kThreads / kChunks);
     const int slot = first_slot + key, row = slot - sequence.start;
@@ -195,7 +203,7 @@ __device__ __forceinline__ void fetch(T* keys, T* values, const WindowAttention&
     const T* cached_v = sequence.v_cache + from.page * call.stride_v_cache_batch +
                         from.row * call.stride_v_cache_row + chunk * kChunk;
     const T* fresh_v = sequence.v + (first_row + row) * call.stride_v_row + chunk * kChunk;
-    const int to = swizzled<kHeadDim>(key, chunk);
+    const unsigned to = swizzled<kHeadDim>(key, chunk);
     if (!fresh) ptx::cp_async_16(keys + to, cached_k, cached);
     ptx::cp_async_16(values + to, fresh ? fresh_v : cached_v, fresh || cached);
   }
@@ -278,7 +286,7 @@ __device__ __forceinline__ void fetch_queries(T* tile, const WindowAttention& ca
 // Scores to base 2, capped, and -inf where a row does not see a key.
 template <typename T>
 __device__ __forceinline__ void mask(float (&s)[kKeys / 8][4], const Sequence<T>& sequence,
-                                     const Query (&query)[2], const bool (&mine)[2], int tile,
+                                     const Limits (&limits)[2], const bool (&mine)[2], int tile,
                                      bool all_seen, float factor, float softcap) {
   const int column = 2 * (static_cast<int>(threadIdx.x) % 4);
 #pragma unroll
@@ -297,15 +305,16 @@ __device__ __forceinline__ void mask(float (&s)[kKeys / 8][4], const Sequence<T>
       const int position = tile * kKeys + 8 * n + column + i % 2;
       const bool visible = position < sequence.visible_end ||
                            (position >= sequence.window_begin && position < sequence.window_end);
-      const Query& row = query[i / 2];
-      const bool seen = visible && mine[i / 2] && position >= row.begin && position < row.end;
+      const bool seen =
+          visible && mine[i / 2] && position >= limits[i / 2].begin && position < limits[i / 2].end;
       if (!seen) s[n][i] = -INFINITY;
     }
   }
 }
 
 template <typename T, int kHeadDim>
-__global__ void __launch_bounds__(kThreads) window_attention_kernel(const WindowAttention call) {
+__global__ void __launch_bounds__(kThreads, Shape<kHeadDim>::kBlocks)
+    window_attention_kernel(const WindowAttention call) {
   using Tile = Shape<kHeadDim>;
   PYDLLM_DYNAMIC_SHARED(dynamic);
   T* shared = reinterpret_cast<T*>(dynamic);  // stages: a tile of keys, then one of values
@@ -318,8 +327,13 @@ __global__ void __launch_bounds__(kThreads) window_attention_kernel(const Window
   const int split = index % call.splits;
   index /= call.splits;
   const int head = index % call.kv_heads;
-  const Sequence<T> sequence(call, index / call.kv_heads, head);
-  const Walk walk(call, sequence, first_m, split);
+  __shared__ Sequence<T> sequence;
+  __shared__ Walk walk;
+  if (threadIdx.x == 0) {
+    sequence.read(call, index / call.kv_heads, head);
+    walk.plan(call, sequence, first_m, split);
+  }
+  __syncthreads();
   const int steps = walk.steps();
 
   const auto fetch_step = [&](int step) {
@@ -342,14 +356,18 @@ __global__ void __launch_bounds__(kThreads) window_attention_kernel(const Window
 
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const int warp_m = first_m + static_cast<int>(threadIdx.x) / kWarpSize * 16;
-  const Query query[2] = {Query(call, sequence, warp_m + lane / 4),
-                          Query(call, sequence, warp_m + lane / 4 + 8)};
+  Limits limits[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const Query query(call, sequence, warp_m + lane / 4 + 8 * r);
+    limits[r] = {query.branch, query.begin, query.end};
+  }
   const int low_branch = warp_m / group / sequence.window;
   const int high_branch = (warp_m + 15) / group / sequence.window;
   const float softcap = call.softcap * kLog2E;
   const float factor = call.softcap == 0.f ? call.scale * kLog2E : call.scale / call.softcap;
   Queries<kHeadDim> q;
-  if (steps > 0) load_queries<T, kHeadDim>(q, queries, warp_m - first_m);
+  if (steps > 0) load_queries<T, kHeadDim>(q, queries + (warp_m - first_m) * kHeadDim);
   Online<kHeadDim> online = {};
   online.best[0] = online.best[1] = -INFINITY;
 
@@ -364,14 +382,14 @@ __global__ void __launch_bounds__(kThreads) window_attention_kernel(const Window
     if (warp_m >= call.rows * group) continue;
     if (branch >= 0 && (branch < low_branch || branch > high_branch)) continue;
     const T* keys = shared + step % Tile::kStages * 2 * Tile::kTile;
-    const bool mine[2] = {branch < 0 || branch == query[0].branch,
-                          branch < 0 || branch == query[1].branch};
+    const bool mine[2] = {branch < 0 || branch == limits[0].branch,
+                          branch < 0 || branch == limits[1].branch};
     float s[kKeys / 8][4];
     multiply_keys<T, kHeadDim, kKeys>(s, q, keys);
     const bool all_seen = (branch < 0 || low_branch == high_branch) &&
                           tile * kKeys >= walk.all_begin && (tile + 1) * kKeys <= walk.all_end &&
                           (tile + 1) * kKeys <= sequence.visible_end;
-    mask(s, sequence, query, mine, tile, all_seen, factor, softcap);
+    mask(s, sequence, limits, mine, tile, all_seen, factor, softcap);
     add_values<T, kHeadDim, kKeys>(online, s, keys + Tile::kTile, mine);
   }
 
@@ -380,16 +398,17 @@ __global__ void __launch_bounds__(kThreads) window_attention_kernel(const Window
     float sum = online.sum[r];
     sum += __shfl_xor_sync(kFullWarp, sum, 1);
     sum += __shfl_xor_sync(kFullWarp, sum, 2);
-    if (query[r].row >= call.rows) continue;
-    const int64_t row = (int64_t{sequence.batch} * call.rows + query[r].row) * call.heads +
-                        head * group + query[r].head;
+    const Query query(call, sequence, warp_m + lane / 4 + 8 * r);
+    if (query.row >= call.rows) continue;
+    const int64_t row =
+        (int64_t{sequence.batch} * call.rows + query.row) * call.heads + head * group + query.head;
     const int column = 2 * (lane % 4);
     if (call.part != nullptr) {
       const int64_t rows = int64_t{call.batch} * call.rows * call.heads;
       const int64_t split_row = split * rows + row;
       if (lane % 4 == 0) {
         call.state[split_row] = online.best[r];
-        call.state[call.splits * rows + split_row] = query[r].used ? sum : 0.f;
+        call.state[call.splits * rows + split_row] = query.used ? sum : 0.f;
       }
       if (steps == 0) continue;  // nobody reads what has sum 0
       float* part = call.part + split_row * kHeadDim + column;
@@ -405,7 +424,7 @@ __global__ void __launch_bounds__(kThreads) window_attention_kernel(const Window
       for (int n = 0; n < kHeadDim / 8; ++n) {
         const unsigned pair =
             pack<T>(online.acc[n][2 * r] * factor, online.acc[n][2 * r + 1] * factor);
-        *reinterpret_cast<unsigned*>(out + 8 * n) = query[r].used ? pair : 0u;
+        *reinterpret_cast<unsigned*>(out + 8 * n) = query.used ? pair : 0u;
       }
     }
   }
