@@ -1,24 +1,39 @@
-// What every kernel shares: element types, vector loads, and the one place where the compiler for
-// the host stands in for nvcc (tests/test_csrc.py runs the kernels' logic on the CPU).
+// What kernels share: launches, element types, vector loads. Here alone the compiler for the host
+// stands in for nvcc (tests/host_emulation.h runs the kernels' logic on the CPU).
 #pragma once
 
 #ifdef PYDLLM_HOST_EMULATION
 #include "host_emulation.h"
+#define PYDLLM_CHECK_ALIGNED(address) emulation::check_aligned(address, 16)
 #else
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
-#define PYDLLM_LAUNCH(kernel, grid, block, stream, ...) \
-  kernel<<<grid, block, 0, stream>>>(__VA_ARGS__)
+// `shared`: bytes of dynamic shared memory; above 48 KiB the kernel has to be allowed to first.
+#define PYDLLM_LAUNCH(kernel, grid, block, shared, stream, ...) \
+  kernel<<<grid, block, shared, stream>>>(__VA_ARGS__)
+// Names the dynamic shared memory of a kernel, unsigned char*, aligned to 16 bytes.
+#define PYDLLM_DYNAMIC_SHARED(name)                              \
+  extern __shared__ __align__(16) unsigned char pydllm_shared[]; \
+  unsigned char* const name = pydllm_shared
+#define PYDLLM_CHECK_ALIGNED(address)
 #endif
 
+#include <climits>
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
+
+#include "dtype.h"
 
 namespace pydllm {
 
 constexpr int kWarpSize = 32;
 constexpr unsigned kFullWarp = 0xffffffffu;
+
+// A number that a launcher's switch hands to a kernel as a template argument.
+template <int kNumber>
+using Constant = std::integral_constant<int, kNumber>;
 
 __device__ __forceinline__ float to_float(float x) {
   return x;
@@ -30,6 +45,23 @@ __device__ __forceinline__ float to_float(__nv_bfloat16 x) {
   return __bfloat162float(x);
 }
 
+// Rounded to nearest even.
+template <typename T>
+__device__ __forceinline__ T from_float(float x) {
+  if constexpr (std::is_same_v<T, float>) {
+    return x;
+  } else if constexpr (std::is_same_v<T, __half>) {
+    return __float2half_rn(x);
+  } else {
+    return __float2bfloat16_rn(x);
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ float rounded(float x) {
+  return to_float(from_float<T>(x));
+}
+
 // The widest load a thread can make: 16 bytes, which must be aligned to 16 bytes.
 template <typename T>
 struct alignas(16) Vector {
@@ -37,11 +69,54 @@ struct alignas(16) Vector {
   T lane[kSize];
 };
 
+template <typename T>
+__device__ __forceinline__ Vector<T> load_vector(const T* p) {
+  PYDLLM_CHECK_ALIGNED(p);
+  return *reinterpret_cast<const Vector<T>*>(p);
+}
+
+template <typename T>
+__device__ __forceinline__ void store_vector(T* p, const Vector<T>& vector) {
+  PYDLLM_CHECK_ALIGNED(p);
+  *reinterpret_cast<Vector<T>*>(p) = vector;
+}
+
 // How many elements lie before the first 16-byte boundary at or behind `p`.
 template <typename T>
 __device__ __forceinline__ int unaligned_head(const T* p) {
   const auto past = reinterpret_cast<uintptr_t>(p) % 16;
   return past == 0 ? 0 : static_cast<int>((16 - past) / sizeof(T));
+}
+
+// Whether `p` and every row behind it, `stride` elements apart, lie at 16-byte boundaries.
+template <typename T>
+inline bool rows_are_aligned(const T* p, int64_t stride) {
+  return reinterpret_cast<uintptr_t>(p) % 16 == 0 && stride % Vector<T>::kSize == 0;
+}
+
+// Call `launch` with a null pointer of the element type: the one switch over types a launcher has.
+template <typename Launch>
+cudaError_t with_type(Dtype dtype, Launch launch) {
+  switch (dtype) {
+    case Dtype::kFloat32:
+      return launch(static_cast<float*>(nullptr));
+    case Dtype::kFloat16:
+      return launch(static_cast<__half*>(nullptr));
+    case Dtype::kBFloat16:
+      return launch(static_cast<__nv_bfloat16*>(nullptr));
+  }
+  return cudaErrorInvalidValue;
+}
+
+// Let a kernel use more dynamic shared memory than the 48 KiB that every kernel may.
+template <typename Kernel>
+cudaError_t allow_shared(Kernel* kernel, int bytes) {
+#ifdef PYDLLM_HOST_EMULATION
+  return static_cast<size_t>(bytes) <= emulation::kDynamicLimit ? cudaSuccess
+                                                                : cudaErrorInvalidValue;
+#else
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+#endif
 }
 
 }  // namespace pydllm

@@ -1,8 +1,5 @@
 #include "vocab_stats.h"
 
-#include <climits>
-#include <type_traits>
-
 #include "common.cuh"
 
 namespace pydllm {
@@ -176,7 +173,7 @@ cudaError_t vocab_stats(int64_t* token, float* logsumexp, float* prob, float* en
   const dim3 grid(static_cast<unsigned>(rows)), block(kThreads);
   const auto launch = [&](const auto* typed_logits) {
     using T = std::remove_cv_t<std::remove_pointer_t<decltype(typed_logits)>>;
-    PYDLLM_LAUNCH(vocab_stats_kernel<T>, grid, block, stream, token, logsumexp, prob, entropy,
+    PYDLLM_LAUNCH(vocab_stats_kernel<T>, grid, block, 0, stream, token, logsumexp, prob, entropy,
                   margin, typed_logits, banned, static_cast<int>(vocab),
                   static_cast<int>(banned_count), stride_logits_row);
     return cudaGetLastError();

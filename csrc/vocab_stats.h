@@ -1,17 +1,11 @@
 // Statistics of rows of logits in one pass over them.
 #pragma once
 
-#ifdef PYDLLM_HOST_EMULATION
-#include "host_emulation.h"
-#else
-#include <cuda_runtime_api.h>
-#endif
-
 #include <cstdint>
 
-namespace pydllm {
+#include "dtype.h"
 
-enum class Dtype : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+namespace pydllm {
 
 // Shared memory holds the banned ids.
 constexpr int64_t kMaxBanned = 128;

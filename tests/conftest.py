@@ -1,6 +1,7 @@
 """Interpreted Triton, poisoned allocations, and the gpu marker."""
 
 import os
+import zlib
 
 # Read by triton when it is imported, so before anything that imports it.
 if os.environ.get("PYDLLM_TEST_GPU", "0") == "0":
@@ -13,6 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+from tests.emulation import emulated_kernels
 from tests.interpreter import repair
 
 HAS_GPU = torch.cuda.is_available()
@@ -50,3 +52,34 @@ def poisoned_allocations(monkeypatch):
         monkeypatch.setattr(
             torch, name, lambda *args, plain=plain, **kwargs: poison(plain(*args, **kwargs))
         )
+
+
+@pytest.fixture(scope="session")
+def cuda_folder(request):
+    """Where the CUDA kernels are compiled for the CPU, once for all processes of the session."""
+    return request.config.cache.mkdir("emulation")
+
+
+@pytest.fixture(scope="session")
+def cuda_module(cuda_folder):
+    """The CUDA kernels compiled for the CPU, in place of ``pydllm._backend.cuda._KERNELS``."""
+    return emulated_kernels(cuda_folder)
+
+
+@pytest.fixture
+def cuda_on_cpu(cuda_module, monkeypatch, request):
+    """``backend="cuda"`` runs the CUDA kernels on CPU tensors; half of the tests in each order."""
+    from pydllm._backend import cuda
+
+    order = ("ascending", "descending")[zlib.crc32(request.node.nodeid.encode()) % 2]
+    monkeypatch.setenv("PYDLLM_EMULATION_ORDER", order)
+    monkeypatch.setattr(cuda, "_KERNELS", cuda_module)
+    return cuda_module
+
+
+@pytest.fixture(autouse=True)
+def emulate_the_parameter_cuda(request):
+    """A test with ``backend="cuda"`` among its parameters needs nothing else to run on a CPU."""
+    call = getattr(request.node, "callspec", None)
+    if call is not None and "gpu" not in request.node.keywords and "cuda" in call.params.values():
+        request.getfixturevalue("cuda_on_cpu")

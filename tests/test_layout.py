@@ -182,6 +182,8 @@ def test_one_word_an_op():
     assert {f"test_{op}" for op in ops} <= words("tests/ops")
     assert ops <= words("bench/cases")
     assert words("csrc", "*.cu") <= ops
+    assert words("csrc", "*.cu") == words("pydllm/_backend/cuda")
+    assert words("csrc", "*.h") - {"dtype"} == words("csrc", "*.cu")
 
 
 def test_a_kernel_file_belongs_to_an_op():

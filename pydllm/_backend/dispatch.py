@@ -7,13 +7,16 @@ back.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from pydllm._backend import env
+from pydllm._backend.cuda import available as cuda_missing
 from pydllm._backend.errors import BackendError
 
 Reason = str | None  # None: supported; otherwise why not, worded for a user
@@ -74,7 +77,7 @@ def choose(
         backend: the caller's choice; None takes ``PYDLLM_BACKEND`` (default ``auto``).
         device: where the tensors are.
         triton: what the Triton launcher says of this call beyond the device; None: no kernel.
-        cuda: what the CUDA launcher says of this call, the device included; None: no kernel.
+        cuda: what the CUDA launcher says of it, likewise.
 
     Raises:
         ValueError: ``backend`` is no backend's name.
@@ -90,9 +93,8 @@ def choose(
         check = triton if name == "triton" else cuda
         if check is None:
             return f"{op} has no {name} kernel"
-        if name == "triton":
-            return triton_missing(device) or check()
-        return check()
+        missing = triton_missing(device) if name == "triton" else cuda_missing(device)
+        return missing or check()
 
     if wanted != "auto":
         reason = why_not(wanted)
@@ -108,3 +110,9 @@ def choose(
         if not torch.compiler.is_compiling():
             _LOGGER.info("%s: not %s: %s", op, name, reason)
     return "torch"
+
+
+def launcher(op: str, backend: str) -> Callable[..., Any]:
+    """The function that launches ``op``'s kernels: that of ``kernels/`` or ``_backend/cuda/``."""
+    room = {"cuda": "pydllm._backend.cuda", "triton": "pydllm.kernels"}[backend]
+    return getattr(importlib.import_module(f"{room}.{op}"), op)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pydllm import reference
-from pydllm._backend.dispatch import choose
+from pydllm._backend.dispatch import choose, launcher
 from pydllm._backend.library import register
 from pydllm.ops._checks import FLOATS, check_device, check_dtype, check_no_grad, check_shape
 
@@ -29,7 +29,7 @@ def rms_norm(
         weight: ``(D,)``, dtype of ``x``.
         eps: added to the mean square.
         residual: ``(..., D)`` like ``x``; **updated in place** to ``x + residual``.
-        backend: None (``PYDLLM_BACKEND``), ``"auto"``, ``"triton"`` or ``"torch"``.
+        backend: None (``PYDLLM_BACKEND``), ``"auto"``, ``"cuda"``, ``"triton"`` or ``"torch"``.
 
     Returns:
         ``y`` with the shape and dtype of ``x``.
@@ -42,7 +42,7 @@ def rms_norm(
     Determinism: a row's bits depend on that row alone. CUDA graphs: safe. ``torch.compile``: one
     op.
 
-    Kernels: ``kernels/rms_norm.py``.
+    Kernels: ``kernels/rms_norm.py``, ``csrc/rms_norm.cu``.
 
     Example:
         >>> rms_norm(torch.tensor([[3.0, 4.0]]), torch.ones(2), 0.0)
@@ -60,12 +60,17 @@ def rms_norm(
         check_device("residual", residual, "x", x)
     check_no_grad("rms_norm", x=x, weight=weight, residual=residual)
 
+    def cuda() -> str | None:
+        from pydllm._backend.cuda import rms_norm as kernel
+
+        return kernel.supports(x, weight, residual)
+
     def triton() -> str | None:
         from pydllm.kernels import rms_norm as kernel
 
         return kernel.supports(x, weight, residual)
 
-    chosen = choose("rms_norm", backend, x.device, triton=triton)
+    chosen = choose("rms_norm", backend, x.device, triton=triton, cuda=cuda)
     if chosen == "torch":
         return reference.rms_norm(x, weight, eps, residual)
     return torch.ops.pydllm.rms_norm(x, weight, eps, residual, chosen)
@@ -74,9 +79,7 @@ def rms_norm(
 def _run(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, backend: str) -> Tensor:
     if backend == "torch":
         return reference.rms_norm(x, weight, eps, residual)
-    from pydllm.kernels import rms_norm as kernel
-
-    return kernel.rms_norm(x, weight, eps, residual)
+    return launcher("rms_norm", backend)(x, weight, eps, residual)
 
 
 def _fake(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, backend: str) -> Tensor:

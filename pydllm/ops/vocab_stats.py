@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pydllm import reference
-from pydllm._backend.dispatch import choose
+from pydllm._backend.dispatch import choose, launcher
 from pydllm._backend.library import register
 from pydllm.ops._checks import FLOATS, check_device, check_dtype, check_no_grad, check_shape
 
@@ -118,13 +118,13 @@ def vocab_stats(
     check_no_grad("vocab_stats", logits=logits)
 
     def cuda() -> str | None:
-        from pydllm._backend import cuda as kernels
+        from pydllm._backend.cuda import vocab_stats as kernel
 
         if each is not None or fixed != 0 or softcap is not None:
             return "the kernel takes temperature 0 and no softcap"
         if not (rows is None and top_k is None and top_p is None):
             return "the kernel takes no rows, top_k or top_p"
-        return kernels.vocab_stats_supports(logits, banned)
+        return kernel.supports(logits, banned, each, rows)
 
     def triton() -> str | None:
         from pydllm.kernels import vocab_stats as kernel
@@ -217,14 +217,7 @@ def _run(
     arguments = (logits, *options, temperatures, rows, top_k, top_p)
     if backend == "torch":
         return reference.vocab_stats(*arguments)
-    if backend == "cuda":
-        from pydllm._backend import cuda
-
-        token, logsumexp, prob, entropy, margin = cuda.vocab_stats(logits, banned)
-        return token, prob, entropy, margin, logsumexp
-    from pydllm.kernels import vocab_stats as kernel
-
-    return kernel.vocab_stats(*arguments)
+    return launcher("vocab_stats", backend)(*arguments)
 
 
 def _fake(

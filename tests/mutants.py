@@ -1,0 +1,62 @@
+"""Bugs planted in csrc/, and whether an op's check finds them when the kernels run on the CPU."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests import emulation
+
+ROOT = Path(__file__).parents[1]
+SURVIVED, CAUGHT, OTHERWISE = "0", "70", "71"
+
+# One process for all: each mutant runs in a fork of it, since some end or hang theirs.
+RUN = """
+import importlib, os, signal, sys, traceback
+import torch
+torch.set_num_threads(1)
+sys.path.insert(0, sys.argv[1])
+module, _, name = sys.argv[2].partition(":")
+check = getattr(importlib.import_module(module), name)
+from pydllm._backend import cuda
+from tests import emulation
+for path in sys.argv[3:]:
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        try:
+            cuda._KERNELS = emulation.EmulatedKernels(path)
+            for order in ("ascending", "descending"):
+                os.environ["PYDLLM_EMULATION_ORDER"] = order
+                check()
+        except (AssertionError, RuntimeError, ValueError):
+            if path == sys.argv[3]:
+                traceback.print_exc()
+            os._exit(70)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(71)
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print(70 if code in (-signal.SIGSEGV, -signal.SIGBUS, -signal.SIGALRM) else code)
+"""
+
+
+def assert_caught(check, source, mutants, folder):
+    """``check`` passes for the kernels as they are, and fails for each mutant of them.
+
+    Args:
+        check: ``"tests.ops.test_x:function"``, called without arguments in both orders of threads;
+            it calls ops with ``backend="cuda"``.
+        source: the file in csrc/ that is changed.
+        mutants: name -> (old, new).
+        folder: that of the ``cuda_folder`` fixture.
+    """
+    paths = [emulation.build(folder)]
+    paths += [emulation.build(folder, {source: change}) for change in mutants.values()]
+    command = [sys.executable, "-c", RUN, str(ROOT), check, *map(str, paths)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    codes = dict(zip(("unchanged", *mutants), done.stdout.split(), strict=True))
+    expected = {"unchanged": SURVIVED} | dict.fromkeys(mutants, CAUGHT)
+    assert codes == expected, f"{codes}\n{done.stderr[-4000:]}"
