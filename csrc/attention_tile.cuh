@@ -28,10 +28,6 @@ __device__ __forceinline__ unsigned swizzled(unsigned n, unsigned row, unsigned 
   return row * kHeadDim + ((chunk ^ row % 8) ^ 2 * k) * kChunk + 16 * n * kHeadDim;
 }
 
-__device__ __forceinline__ unsigned lane_of_thread() {
-  return threadIdx.x % kWarpSize;
-}
-
 // RoPE turns chunk `first` of a head with chunk `second`; behind the pairs that it turns come pairs
 // that it leaves. A unit is one pair of chunks: head_dim / 16 neighbouring threads hold a head.
 template <int kHeadDim>
@@ -146,7 +142,7 @@ using Queries = unsigned[kHeadDim / 16][4];
 
 template <typename T, int kHeadDim>
 __device__ __forceinline__ void load_queries(Queries<kHeadDim>& q, const T* rows) {
-  const unsigned lane = lane_of_thread();
+  const unsigned lane = ptx::lane();
 #pragma unroll
   for (int k = 0; k < kHeadDim / 16; ++k) {
     ptx::ldmatrix_x4(q[k], rows + swizzled<kHeadDim>(0, lane % 16, k, lane / 16));
@@ -157,7 +153,7 @@ __device__ __forceinline__ void load_queries(Queries<kHeadDim>& q, const T* rows
 template <typename T, int kHeadDim, int kKeys>
 __device__ __forceinline__ void multiply_keys(float (&s)[kKeys / 8][4], const Queries<kHeadDim>& q,
                                               const T* keys) {
-  const unsigned lane = lane_of_thread();
+  const unsigned lane = ptx::lane();
 #pragma unroll
   for (int n = 0; n < kKeys / 8; ++n) s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0.f;
 #pragma unroll
@@ -178,7 +174,7 @@ __device__ __forceinline__ void multiply_keys(float (&s)[kKeys / 8][4], const Qu
 template <typename T, int kHeadDim, int kKeys>
 __device__ __forceinline__ void add_values(Online<kHeadDim>& online, float (&s)[kKeys / 8][4],
                                            const T* values, const bool (&mine)[2]) {
-  const unsigned lane = lane_of_thread();
+  const unsigned lane = ptx::lane();
   float alpha[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {

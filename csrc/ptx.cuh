@@ -18,6 +18,14 @@ __device__ __forceinline__ unsigned shared_address(const void* pointer) {
   return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
 }
 
+// The thread's number in its warp. Read anew each time: what a loop makes of it is made in the loop,
+// where a register may be free, not kept in one of its own.
+__device__ __forceinline__ unsigned lane() {
+  unsigned lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+}
+
 // Four matrices of 8 x 8 elements of 16 bits. Lane 8 i + r points to row r of matrix i, 16 bytes in
 // shared memory; matrix[i] of a lane becomes elements 2 (lane % 4) and the next of row lane / 4.
 __device__ __forceinline__ void ldmatrix_x4(unsigned (&matrix)[4], const void* row) {

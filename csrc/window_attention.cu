@@ -38,7 +38,7 @@ static_assert(kQueries <= kKeys, "queries pass through a tile of keys");
 // multiplications. Numbers are clamped, so that none overflows.
 template <typename T>
 struct Sequence {
-  int batch;
+  int batch, head, group;  // the KV head, and how many query heads it has
   int start, length, commit, pad;
   int visible_end;   // positions: cached ones are [0, visible_end) without the window's
   int window_begin;  // positions of the window, [window_begin, window_end)
@@ -50,8 +50,10 @@ struct Sequence {
   T* v_cache;
   const int32_t* table;  // of the sequence, or null
 
-  __device__ __forceinline__ void read(const WindowAttention& call, int of_batch, int head) {
+  __device__ __forceinline__ void read(const WindowAttention& call, int of_batch, int of_head) {
     batch = of_batch;
+    head = of_head;
+    group = call.heads / call.kv_heads;
     window = call.rows / call.branches;
     pad = call.pad == nullptr ? 0 : max(0, min(call.pad[batch], call.slots));
     start = max(-window, min(call.start[batch], call.slots));
@@ -83,7 +85,7 @@ __device__ __forceinline__ Place place(const Sequence<T>& sequence, const Window
 
 // Query row m of the block's KV head.
 struct Query {
-  int row, head, branch;  // of all rows, of the group, of the branches
+  int row, head, branch;  // of all of them
   int position;
   bool used;
   int begin, end;  // positions that it may see
@@ -91,9 +93,8 @@ struct Query {
   template <typename T>
   __device__ __forceinline__ Query(const WindowAttention& call, const Sequence<T>& sequence,
                                    int m) {
-    const int group = call.heads / call.kv_heads;
-    row = m / group;
-    head = m - row * group;
+    row = m / sequence.group;
+    head = sequence.head * sequence.group + m - row * sequence.group;
     branch = row / sequence.window;
     const int own = row - branch * sequence.window;
     position = sequence.start + own - sequence.pad;
@@ -126,14 +127,17 @@ struct Limits {
 // The key tiles of a block, in order: [first, before) cached, [before, behind) for each of its
 // branches, [behind, last) cached.
 struct Walk {
+  int first_m, split;  // the block's first query row, and its split of the keys
   int first, before, behind, last;
   int first_branch, branches;
   int all_begin, all_end;  // positions that every used row may see, by the masks
 
   template <typename T>
   __device__ __forceinline__ void plan(const WindowAttention& call, const Sequence<T>& sequence,
-                                       int first_m, int split) {
-    const int group = call.heads / call.kv_heads, window = sequence.window;
+                                       int of_first_m, int of_split) {
+    first_m = of_first_m;
+    split = of_split;
+    const int group = sequence.group, window = sequence.window;
     const int last_m = min(first_m + kQueries, call.rows * group) - 1;
     const int low_row = first_m / group, high_row = last_m / group;
     first_branch = low_row / window;
@@ -191,7 +195,7 @@ __device__ __forceinline__ void fetch(T* keys, T* values, const WindowAttention&
   const int64_t first_row = int64_t{branch} * sequence.window;
   const int first_slot = tile * kKeys + sequence.pad;
   const int chunk = thread % kChunks;
-#pragma unroll 2
+#pragma unroll 1
   for (int i = 0; i < kKeys * kChunks / kThreads; ++i) {
     const int key = thread / kChunks + i * (kThreads / kChunks);
     const int slot = first_slot + key, row = slot - sequence.start;
@@ -231,7 +235,7 @@ template <typename T, int kHeadDim>
 __device__ __forceinline__ void commit_rows(const WindowAttention& call,
                                             const Sequence<T>& sequence, int first_m) {
   constexpr int kUnits = Unit<kHeadDim>::kCount;
-  const int group = call.heads / call.kv_heads;
+  const int group = sequence.group;
   const int thread = static_cast<int>(threadIdx.x);
   const Unit<kHeadDim> unit(thread % kUnits, call.half);
   const Turn<T> turn = {call.cos, call.sin, call.half, static_cast<const T*>(call.k_norm),
@@ -263,7 +267,7 @@ __device__ __forceinline__ void commit_rows(const WindowAttention& call,
 // The block's query rows, rotated; rows that are not used are 0.
 template <typename T, int kHeadDim>
 __device__ __forceinline__ void fetch_queries(T* tile, const WindowAttention& call,
-                                              const Sequence<T>& sequence, int head, int first_m) {
+                                              const Sequence<T>& sequence, int first_m) {
   constexpr int kUnits = Unit<kHeadDim>::kCount;
   const int thread = static_cast<int>(threadIdx.x);
   const Unit<kHeadDim> unit(thread % kUnits, call.half);
@@ -273,9 +277,8 @@ __device__ __forceinline__ void fetch_queries(T* tile, const WindowAttention& ca
   for (int i = 0; i < kQueries * kUnits / kThreads; ++i) {
     const int m = thread / kUnits + i * (kThreads / kUnits);
     const Query query(call, sequence, first_m + m);
-    const int64_t query_head = head * (call.heads / call.kv_heads) + query.head;
     const T* row = static_cast<const T*>(call.q) + sequence.batch * call.stride_q_batch +
-                   query.row * call.stride_q_row + query_head * call.stride_q_head;
+                   query.row * call.stride_q_row + query.head * call.stride_q_head;
     Vector<T> a, b;
     load_turned<T, kHeadDim>(a, b, row, query.used, query.position, unit, turn);
     store_vector(tile + swizzled<kHeadDim>(m, unit.first), a);
@@ -319,19 +322,15 @@ __global__ void __launch_bounds__(kThreads, Shape<kHeadDim>::kBlocks)
   PYDLLM_DYNAMIC_SHARED(dynamic);
   T* shared = reinterpret_cast<T*>(dynamic);  // stages: a tile of keys, then one of values
 
-  const int group = call.heads / call.kv_heads;
-  const int tiles = (call.rows * group + kQueries - 1) / kQueries;
-  int index = static_cast<int>(blockIdx.x);
-  const int first_m = index % tiles * kQueries;
-  index /= tiles;
-  const int split = index % call.splits;
-  index /= call.splits;
-  const int head = index % call.kv_heads;
   __shared__ Sequence<T> sequence;
   __shared__ Walk walk;
   if (threadIdx.x == 0) {
-    sequence.read(call, index / call.kv_heads, head);
-    walk.plan(call, sequence, first_m, split);
+    const int tiles = (call.rows * (call.heads / call.kv_heads) + kQueries - 1) / kQueries;
+    const int tile = static_cast<int>(blockIdx.x) % tiles;
+    const int split = static_cast<int>(blockIdx.x) / tiles % call.splits;
+    const int of_batch = static_cast<int>(blockIdx.x) / tiles / call.splits;
+    sequence.read(call, of_batch / call.kv_heads, of_batch % call.kv_heads);
+    walk.plan(call, sequence, tile * kQueries, split);
   }
   __syncthreads();
   const int steps = walk.steps();
@@ -350,24 +349,24 @@ __global__ void __launch_bounds__(kThreads, Shape<kHeadDim>::kBlocks)
 
   // The last stage is filled in the first step: until then it holds the queries.
   T* queries = shared + (Tile::kStages - 1) * 2 * Tile::kTile;
-  if (steps > 0) fetch_queries<T, kHeadDim>(queries, call, sequence, head, first_m);
-  if (split == 0) commit_rows<T, kHeadDim>(call, sequence, first_m);
+  if (steps > 0) fetch_queries<T, kHeadDim>(queries, call, sequence, walk.first_m);
+  if (walk.split == 0) commit_rows<T, kHeadDim>(call, sequence, walk.first_m);
   __syncthreads();
 
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-  const int warp_m = first_m + static_cast<int>(threadIdx.x) / kWarpSize * 16;
+  const int warp_m = walk.first_m + static_cast<int>(threadIdx.x) / kWarpSize * 16;
   Limits limits[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const Query query(call, sequence, warp_m + lane / 4 + 8 * r);
     limits[r] = {query.branch, query.begin, query.end};
   }
-  const int low_branch = warp_m / group / sequence.window;
-  const int high_branch = (warp_m + 15) / group / sequence.window;
+  const int low_branch = warp_m / sequence.group / sequence.window;
+  const int high_branch = (warp_m + 15) / sequence.group / sequence.window;
   const float softcap = call.softcap * kLog2E;
   const float factor = call.softcap == 0.f ? call.scale * kLog2E : call.scale / call.softcap;
   Queries<kHeadDim> q;
-  if (steps > 0) load_queries<T, kHeadDim>(q, queries + (warp_m - first_m) * kHeadDim);
+  if (steps > 0) load_queries<T, kHeadDim>(q, queries + (warp_m - walk.first_m) * kHeadDim);
   Online<kHeadDim> online = {};
   online.best[0] = online.best[1] = -INFINITY;
 
@@ -379,7 +378,7 @@ __global__ void __launch_bounds__(kThreads, Shape<kHeadDim>::kBlocks)
 
     int tile, branch;
     walk.find(step, tile, branch);
-    if (warp_m >= call.rows * group) continue;
+    if (warp_m >= call.rows * sequence.group) continue;
     if (branch >= 0 && (branch < low_branch || branch > high_branch)) continue;
     const T* keys = shared + step % Tile::kStages * 2 * Tile::kTile;
     const bool mine[2] = {branch < 0 || branch == limits[0].branch,
@@ -400,12 +399,11 @@ __global__ void __launch_bounds__(kThreads, Shape<kHeadDim>::kBlocks)
     sum += __shfl_xor_sync(kFullWarp, sum, 2);
     const Query query(call, sequence, warp_m + lane / 4 + 8 * r);
     if (query.row >= call.rows) continue;
-    const int64_t row =
-        (int64_t{sequence.batch} * call.rows + query.row) * call.heads + head * group + query.head;
+    const int64_t row = (int64_t{sequence.batch} * call.rows + query.row) * call.heads + query.head;
     const int column = 2 * (lane % 4);
     if (call.part != nullptr) {
       const int64_t rows = int64_t{call.batch} * call.rows * call.heads;
-      const int64_t split_row = split * rows + row;
+      const int64_t split_row = walk.split * rows + row;
       if (lane % 4 == 0) {
         call.state[split_row] = online.best[r];
         call.state[call.splits * rows + split_row] = query.used ? sum : 0.f;

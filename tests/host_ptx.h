@@ -33,6 +33,10 @@ inline Warp& box() {
   return boxes[box_of[me]][me / 32];
 }
 
+inline unsigned lane() {
+  return emulation::lane();
+}
+
 inline void ldmatrix(unsigned (&matrix)[4], const void* row, bool trans) {
   const unsigned lane = emulation::lane();
   emulation::check_aligned(row, 16);
