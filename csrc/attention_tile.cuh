@@ -136,35 +136,24 @@ struct Online {
   float sum[2];   // of this lane's columns
 };
 
-// Query rows, in the fragments of mma's first operand.
-template <int kHeadDim>
-using Queries = unsigned[kHeadDim / 16][4];
-
-template <typename T, int kHeadDim>
-__device__ __forceinline__ void load_queries(Queries<kHeadDim>& q, const T* rows) {
-  const unsigned lane = ptx::lane();
-#pragma unroll
-  for (int k = 0; k < kHeadDim / 16; ++k) {
-    ptx::ldmatrix_x4(q[k], rows + swizzled<kHeadDim>(0, lane % 16, k, lane / 16));
-  }
-}
-
 // Scores of 16 query rows with 64 keys.
 template <typename T, int kHeadDim, int kKeys>
-__device__ __forceinline__ void multiply_keys(float (&s)[kKeys / 8][4], const Queries<kHeadDim>& q,
+__device__ __forceinline__ void multiply_keys(float (&s)[kKeys / 8][4], const T* queries,
                                               const T* keys) {
   const unsigned lane = ptx::lane();
 #pragma unroll
   for (int n = 0; n < kKeys / 8; ++n) s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0.f;
 #pragma unroll
   for (int k = 0; k < kHeadDim / 16; ++k) {
+    unsigned a[4];
+    ptx::ldmatrix_x4(a, queries + swizzled<kHeadDim>(0, lane % 16, k, lane / 16));
 #pragma unroll
     for (int n = 0; n < kKeys / 16; ++n) {
       unsigned b[4];  // keys 0 - 7 and 8 - 15 of 16, dimensions 0 - 7 and 8 - 15 of 16 of each
       const unsigned key = lane / 16 * 8 + lane % 8;
       ptx::ldmatrix_x4(b, keys + swizzled<kHeadDim>(n, key, k, lane / 8 % 2));
-      ptx::mma_m16n8k16<T>(s[2 * n], q[k], b[0], b[1]);
-      ptx::mma_m16n8k16<T>(s[2 * n + 1], q[k], b[2], b[3]);
+      ptx::mma_m16n8k16<T>(s[2 * n], a, b[0], b[1]);
+      ptx::mma_m16n8k16<T>(s[2 * n + 1], a, b[2], b[3]);
     }
   }
 }

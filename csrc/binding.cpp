@@ -9,6 +9,7 @@
 
 #include "rms_norm.h"
 #include "vocab_stats.h"
+#include "window_attention.h"
 
 namespace {
 
@@ -28,6 +29,12 @@ T received(Passed<T> value) {
   }
 }
 
+void check(const char* kernel, cudaError_t error) {
+  if (error == cudaSuccess) return;
+  throw std::runtime_error(std::string(kernel) + ": " + cudaGetErrorString(error) + " (" +
+                           cudaGetErrorName(error) + ")");
+}
+
 // Define `kernel` as a call with keywords, one name for each argument of its launcher.
 template <typename... Arguments, typename... Names>
 void define(py::module_& m, const char* kernel, cudaError_t (*launcher)(Arguments...),
@@ -36,12 +43,45 @@ void define(py::module_& m, const char* kernel, cudaError_t (*launcher)(Argument
   m.def(
       kernel,
       [kernel, launcher](Passed<Arguments>... arguments) {
-        const cudaError_t error = launcher(received<Arguments>(arguments)...);
-        if (error == cudaSuccess) return;
-        throw std::runtime_error(std::string(kernel) + ": " + cudaGetErrorString(error) + " (" +
-                                 cudaGetErrorName(error) + ")");
+        check(kernel, launcher(received<Arguments>(arguments)...));
       },
       py::kw_only(), py::arg(names)...);
+}
+
+// Keyword arguments that become the fields of a struct, each of them once.
+struct Keywords {
+  const py::kwargs& arguments;
+  size_t taken = 0;
+
+  template <typename T>
+  void take(const char* name, T& field) {
+    if (!arguments.contains(name)) throw py::type_error(std::string("missing argument ") + name);
+    field = received<T>(arguments[name].cast<Passed<T>>());
+    ++taken;
+  }
+};
+
+void window_attention(const py::kwargs& arguments) {
+  pydllm::WindowAttention call;
+  pydllm::Dtype dtype;
+  cudaStream_t stream;
+  Keywords keywords = {arguments};
+  keywords.take("dtype", dtype);
+  keywords.take("stream", stream);
+#define TAKE(field) keywords.take(#field, call.field)
+  TAKE(out), TAKE(k_cache), TAKE(v_cache), TAKE(q), TAKE(k), TAKE(v), TAKE(start), TAKE(length),
+      TAKE(kv_len), TAKE(commit), TAKE(pad), TAKE(cos), TAKE(sin), TAKE(q_norm), TAKE(k_norm),
+      TAKE(table), TAKE(part), TAKE(state), TAKE(stride_q_batch), TAKE(stride_q_row),
+      TAKE(stride_q_head), TAKE(stride_k_batch), TAKE(stride_k_row), TAKE(stride_k_head),
+      TAKE(stride_v_batch), TAKE(stride_v_row), TAKE(stride_v_head), TAKE(stride_k_cache_batch),
+      TAKE(stride_k_cache_row), TAKE(stride_k_cache_head), TAKE(stride_v_cache_batch),
+      TAKE(stride_v_cache_row), TAKE(stride_v_cache_head), TAKE(batch), TAKE(rows), TAKE(heads),
+      TAKE(kv_heads), TAKE(head_dim), TAKE(half), TAKE(branches), TAKE(slots), TAKE(page),
+      TAKE(splits), TAKE(split_tiles), TAKE(stages), TAKE(block_size), TAKE(span), TAKE(causal),
+      TAKE(eps), TAKE(scale), TAKE(softcap);
+#undef TAKE
+  if (keywords.taken != arguments.size()) throw py::type_error("an argument too many");
+  check("window_attention", pydllm::window_attention(call, dtype, stream));
 }
 
 }  // namespace
@@ -56,4 +96,5 @@ PYBIND11_MODULE(_C, m) {
   define(m, "vocab_stats", pydllm::vocab_stats, "token", "logsumexp", "prob", "entropy", "margin",
          "logits", "banned", "dtype", "rows", "vocab", "banned_count", "stride_logits_row",
          "stream");
+  m.def("window_attention", &window_attention);
 }

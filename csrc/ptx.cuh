@@ -18,8 +18,8 @@ __device__ __forceinline__ unsigned shared_address(const void* pointer) {
   return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
 }
 
-// The thread's number in its warp. Read anew each time: what a loop makes of it is made in the loop,
-// where a register may be free, not kept in one of its own.
+// The thread's number in its warp. Read anew each time: what a loop makes of it is made in the
+// loop, where a register may be free, not kept in one of its own.
 __device__ __forceinline__ unsigned lane() {
   unsigned lane;
   asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));

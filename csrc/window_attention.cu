@@ -27,12 +27,10 @@ template <int kHeadDim>
 struct Shape {
   static constexpr int kChunks = kHeadDim / kChunk;  // of a row
   static constexpr int kTile = kKeys * kHeadDim;     // elements of a tile of keys or values
-  static constexpr int kStages = kHeadDim == 64 ? 3 : 2;
   // Of a multiprocessor, at once: without the number, ptxas spills to fit one more than that.
   static constexpr int kBlocks = kHeadDim == 64 ? 3 : 2;
-  static constexpr int kBytes = kStages * 2 * kTile * 2;
+  static constexpr int bytes(int stages) { return (stages * 2 * kTile + kQueries * kHeadDim) * 2; }
 };
-static_assert(kQueries <= kKeys, "queries pass through a tile of keys");
 
 // What a block knows of its sequence and KV head; in shared memory, since registers are for the
 // multiplications. Numbers are clamped, so that none overflows.
@@ -315,12 +313,22 @@ __device__ __forceinline__ void mask(float (&s)[kKeys / 8][4], const Sequence<T>
   }
 }
 
+// Of two or three stages, the tile that was asked for first has landed.
+__device__ __forceinline__ void wait_for_oldest(int stages) {
+  if (stages == 2) {
+    ptx::cp_async_wait<0>();
+  } else {
+    ptx::cp_async_wait<1>();
+  }
+}
+
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kThreads, Shape<kHeadDim>::kBlocks)
     window_attention_kernel(const WindowAttention call) {
   using Tile = Shape<kHeadDim>;
   PYDLLM_DYNAMIC_SHARED(dynamic);
-  T* shared = reinterpret_cast<T*>(dynamic);  // stages: a tile of keys, then one of values
+  T* queries = reinterpret_cast<T*>(dynamic);
+  T* shared = queries + kQueries * kHeadDim;  // stages: a tile of keys, then one of values
 
   __shared__ Sequence<T> sequence;
   __shared__ Walk walk;
@@ -334,25 +342,6 @@ __global__ void __launch_bounds__(kThreads, Shape<kHeadDim>::kBlocks)
   }
   __syncthreads();
   const int steps = walk.steps();
-
-  const auto fetch_step = [&](int step) {
-    if (step < steps) {
-      int tile, branch;
-      walk.find(step, tile, branch);
-      T* stage = shared + step % Tile::kStages * 2 * Tile::kTile;
-      fetch<T, kHeadDim>(stage, stage + Tile::kTile, call, sequence, tile, branch);
-    }
-    ptx::cp_async_commit();
-  };
-#pragma unroll 1
-  for (int step = 0; step < Tile::kStages - 1; ++step) fetch_step(step);
-
-  // The last stage is filled in the first step: until then it holds the queries.
-  T* queries = shared + (Tile::kStages - 1) * 2 * Tile::kTile;
-  if (steps > 0) fetch_queries<T, kHeadDim>(queries, call, sequence, walk.first_m);
-  if (walk.split == 0) commit_rows<T, kHeadDim>(call, sequence, walk.first_m);
-  __syncthreads();
-
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const int warp_m = walk.first_m + static_cast<int>(threadIdx.x) / kWarpSize * 16;
   Limits limits[2];
@@ -365,26 +354,41 @@ __global__ void __launch_bounds__(kThreads, Shape<kHeadDim>::kBlocks)
   const int high_branch = (warp_m + 15) / sequence.group / sequence.window;
   const float softcap = call.softcap * kLog2E;
   const float factor = call.softcap == 0.f ? call.scale * kLog2E : call.scale / call.softcap;
-  Queries<kHeadDim> q;
-  if (steps > 0) load_queries<T, kHeadDim>(q, queries + (warp_m - walk.first_m) * kHeadDim);
   Online<kHeadDim> online = {};
   online.best[0] = online.best[1] = -INFINITY;
 
+  // Of the ring of stages, the one that a step reads, and the one that it fills: that of the step
+  // before. Steps before the first fill the others.
+  int reads = 0, fills = 0;
 #pragma unroll 1
-  for (int step = 0; step < steps; ++step) {
-    ptx::cp_async_wait<Tile::kStages - 2>();
-    __syncthreads();  // the step's tile is there, and all are done with the one before
-    fetch_step(step + Tile::kStages - 1);
-
+  for (int step = 1 - call.stages; step < steps; ++step) {
+    if (step >= 0) {
+      wait_for_oldest(call.stages);
+      __syncthreads();  // the step's tile is there, and all are done with the one before
+    }
     int tile, branch;
+    if (step + call.stages - 1 < steps) {
+      walk.find(step + call.stages - 1, tile, branch);
+      T* stage = shared + fills * 2 * Tile::kTile;
+      fetch<T, kHeadDim>(stage, stage + Tile::kTile, call, sequence, tile, branch);
+    }
+    ptx::cp_async_commit();
+    fills = fills + 1 == call.stages ? 0 : fills + 1;
+    if (step < 0) {
+      if (step < -1) continue;
+      if (steps > 0) fetch_queries<T, kHeadDim>(queries, call, sequence, walk.first_m);
+      if (walk.split == 0) commit_rows<T, kHeadDim>(call, sequence, walk.first_m);
+      continue;
+    }
+    const T* keys = shared + reads * 2 * Tile::kTile;
+    reads = reads + 1 == call.stages ? 0 : reads + 1;
     walk.find(step, tile, branch);
     if (warp_m >= call.rows * sequence.group) continue;
     if (branch >= 0 && (branch < low_branch || branch > high_branch)) continue;
-    const T* keys = shared + step % Tile::kStages * 2 * Tile::kTile;
     const bool mine[2] = {branch < 0 || branch == limits[0].branch,
                           branch < 0 || branch == limits[1].branch};
     float s[kKeys / 8][4];
-    multiply_keys<T, kHeadDim, kKeys>(s, q, keys);
+    multiply_keys<T, kHeadDim, kKeys>(s, queries + (warp_m - walk.first_m) * kHeadDim, keys);
     const bool all_seen = (branch < 0 || low_branch == high_branch) &&
                           tile * kKeys >= walk.all_begin && (tile + 1) * kKeys <= walk.all_end &&
                           (tile + 1) * kKeys <= sequence.visible_end;
@@ -468,11 +472,17 @@ cudaError_t launch(const WindowAttention& call, cudaStream_t stream) {
       (int64_t{call.rows} * (call.heads / call.kv_heads) + kQueries - 1) / kQueries;
   const int64_t blocks = tiles * call.splits * call.kv_heads * call.batch;
   if (blocks > INT_MAX) return cudaErrorInvalidValue;
-  constexpr int kBytes = Shape<kHeadDim>::kBytes;
-  const cudaError_t error = allow_shared(window_attention_kernel<T, kHeadDim>, kBytes);
+  WindowAttention staged = call;
+  if (call.stages == 0) {
+    // Room for two blocks on a multiprocessor, with what the driver takes of each.
+    const int available = shared_of_multiprocessor() / 2 - 1536;
+    staged.stages = Shape<kHeadDim>::bytes(3) <= available ? 3 : 2;
+  }
+  const int bytes = Shape<kHeadDim>::bytes(staged.stages);
+  const cudaError_t error = allow_shared(window_attention_kernel<T, kHeadDim>, bytes);
   if (error != cudaSuccess) return error;
   const dim3 grid(static_cast<unsigned>(blocks)), block(kThreads);
-  PYDLLM_LAUNCH((window_attention_kernel<T, kHeadDim>), grid, block, kBytes, stream, call);
+  PYDLLM_LAUNCH((window_attention_kernel<T, kHeadDim>), grid, block, bytes, stream, staged);
   const cudaError_t launched = cudaGetLastError();
   if (launched != cudaSuccess || call.part == nullptr) return launched;
 
@@ -516,7 +526,8 @@ bool fits(const WindowAttention& call) {
   const bool small = call.rows >= 0 && call.heads >= 0 &&
                      int64_t{call.rows} * call.heads <= INT_MAX - kQueries && call.slots >= 0 &&
                      call.slots <= INT_MAX / 4;
-  return whole && paged && splits && small;
+  const bool staged = call.stages == 0 || call.stages == 2 || call.stages == 3;
+  return staged && whole && paged && splits && small;
 }
 
 }  // namespace

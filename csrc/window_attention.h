@@ -44,6 +44,7 @@ struct WindowAttention {
   int page;         // slots of a page, where there is a table
   int splits;       // parts that the keys are in, 1 without part
   int split_tiles;  // key tiles of a split, where there is part
+  int stages;       // key tiles in shared memory: 2, 3, or 0: as many as leave room for two blocks
   int block_size;   // of the block-causal mask, 0: none
   int span;         // of the sliding window, 0: none
   bool causal;

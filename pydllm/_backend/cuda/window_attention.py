@@ -1,0 +1,170 @@
+"""``window_attention`` in CUDA: fp16 and bf16, head sizes 64 and 128, on tensor cores."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pydllm._backend.cuda import call
+
+KEYS = 64  # kAttentionKeys in csrc/window_attention.h
+
+_DTYPES = (torch.float16, torch.bfloat16)
+_HEAD_DIMS = (64, 128)
+_VECTOR = 8  # elements of 16 bytes
+_LARGEST = 2**31 - 1
+
+# Windows of up to so many rows (of one branch), over caches of more slots than this, are split into
+# so many positions. By the shape of one sequence alone: its bits must not hang on the batch.
+SPLIT_ROWS = 128
+SPLIT_ABOVE = 1024
+SPLIT = 512
+
+# Key tiles in shared memory, 2 or 3; 0: as many as leave room for two blocks on a multiprocessor.
+STAGES = 0
+
+
+def supports(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    start: Tensor,
+    length: Tensor,
+    kv_len: Tensor,
+    commit: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    pad: Tensor | None,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    block_table: Tensor | None = None,
+) -> str | None:
+    """None if the kernel can run this call, otherwise why not; arguments as of the launcher."""
+    if q.dtype not in _DTYPES:
+        return f"the kernel takes fp16 and bf16, got {q.dtype}"
+    if q.shape[-1] not in _HEAD_DIMS:
+        return f"the kernel takes head sizes 64 and 128, got {q.shape[-1]}"
+    if cos.shape[1] % _VECTOR:
+        return f"the kernel rotates a multiple of 16 dimensions, got {2 * cos.shape[1]}"
+    heads = {"q": q, "k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache}
+    for name, tensor in heads.items():
+        *strides, last = tensor.stride()
+        if last != 1:
+            return f"{name} must have contiguous heads, got strides {tensor.stride()}"
+        if tensor.storage_offset() % _VECTOR or any(stride % _VECTOR for stride in strides):
+            return (
+                f"heads of {name} must begin at 16 bytes, got strides {tensor.stride()} "
+                f"and offset {tensor.storage_offset()} in elements"
+            )
+    vectors = {"cos": cos, "sin": sin, "q_norm": q_norm, "k_norm": k_norm}
+    numbers = {"start": start, "length": length, "kv_len": kv_len, "commit": commit, "pad": pad}
+    for name, dense in (vectors | numbers | {"block_table": block_table}).items():
+        if dense is None:
+            continue
+        if not dense.is_contiguous():
+            return f"{name} must be contiguous, got strides {dense.stride()}"
+        if name in vectors and dense.storage_offset() * dense.itemsize % 16:
+            return f"{name} must begin at 16 bytes, got offset {dense.storage_offset()} in elements"
+    if q.shape[1] * q.shape[2] > _LARGEST - KEYS or slots_of(k_cache, block_table) > _LARGEST // 4:
+        return f"sizes must fit 32 bits, got q {tuple(q.shape)}, k_cache {tuple(k_cache.shape)}"
+    return None
+
+
+def slots_of(k_cache: Tensor, block_table: Tensor | None) -> int:
+    """Slots of a sequence."""
+    return k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+
+
+def splits_of(rows: int, slots: int) -> tuple[int, int]:
+    """How many splits, and the key tiles of one; (1, 0) for none."""
+    if rows > SPLIT_ROWS or slots <= SPLIT_ABOVE:
+        return 1, 0
+    return -(-slots // SPLIT), SPLIT // KEYS
+
+
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    start: Tensor,
+    length: Tensor,
+    kv_len: Tensor,
+    commit: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    pad: Tensor | None,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    block_table: Tensor | None = None,
+    *,
+    scale: float,
+    branches: int = 1,
+    causal: bool = False,
+    block_size: int | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """Launch the kernel; arguments as in ``pydllm.ops.window_attention``."""
+    batch, rows, heads, head_dim = q.shape
+    slots = slots_of(k_cache, block_table)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if out.numel() == 0:
+        return out
+    splits, split_tiles = splits_of(rows // branches, slots)
+    part = state = None
+    if split_tiles:
+        part = torch.empty(splits, *q.shape, dtype=torch.float32, device=q.device)
+        state = torch.empty(2, splits, batch, rows, heads, dtype=torch.float32, device=q.device)
+    strides = {
+        f"stride_{name}_{axis}": stride
+        for name, tensor in {"q": q, "k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache}.items()
+        for axis, stride in zip(("batch", "row", "head"), tensor.stride(), strict=False)
+    }
+    call(
+        "window_attention",
+        q.device,
+        out=out,
+        k_cache=k_cache,
+        v_cache=v_cache,
+        q=q,
+        k=k,
+        v=v,
+        start=start,
+        length=length,
+        kv_len=kv_len,
+        commit=commit,
+        pad=pad,
+        cos=cos,
+        sin=sin,
+        q_norm=q_norm,
+        k_norm=k_norm,
+        table=block_table,
+        part=part,
+        state=state,
+        dtype=q.dtype,
+        batch=batch,
+        rows=rows,
+        heads=heads,
+        kv_heads=k.shape[2],
+        head_dim=head_dim,
+        half=cos.shape[1],
+        branches=branches,
+        slots=slots,
+        page=0 if block_table is None else k_cache.shape[1],
+        stages=STAGES,
+        splits=splits,
+        split_tiles=split_tiles,
+        block_size=min(block_size or 0, _LARGEST),
+        span=min(window or 0, _LARGEST),
+        causal=causal,
+        eps=eps,
+        scale=scale,
+        softcap=softcap or 0.0,
+        **strides,
+    )
+    return out
