@@ -6,10 +6,6 @@
 
 namespace pydllm {
 
-constexpr int kAttentionWarps = 4;
-constexpr int kAttentionThreads = kAttentionWarps * kWarpSize;
-constexpr int kAttentionQueries = 16 * kAttentionWarps;  // rows of an mma tile each warp
-
 // Elements of 16 bytes: what a thread copies, and what ldmatrix reads of a row.
 constexpr int kChunk = 8;
 
