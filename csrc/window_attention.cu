@@ -343,15 +343,13 @@ cudaError_t launch(const WindowAttention& call, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-bool aligned(const void* pointer) {
-  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
-}
-
-bool fits(const WindowAttention& call) {
-  const void* pointers[] = {call.out, call.q,   call.k,    call.v,      call.k_cache, call.v_cache,
-                            call.cos, call.sin, call.part, call.q_norm, call.k_norm};
+// Whether every head and table begins at 16 bytes.
+bool aligned(const WindowAttention& call) {
+  const void* const pointers[] = {call.out,     call.q,       call.k,     call.v,
+                                  call.k_cache, call.v_cache, call.cos,   call.sin,
+                                  call.part,    call.q_norm,  call.k_norm};
   for (const void* pointer : pointers) {
-    if (!aligned(pointer)) return false;
+    if (reinterpret_cast<uintptr_t>(pointer) % 16 != 0) return false;
   }
   const int64_t strides[] = {
       call.stride_q_batch,       call.stride_q_row,       call.stride_q_head,
@@ -362,6 +360,10 @@ bool fits(const WindowAttention& call) {
   for (const int64_t stride : strides) {
     if (stride % kChunk != 0) return false;
   }
+  return true;
+}
+
+bool fits(const WindowAttention& call) {
   const bool whole = call.kv_heads > 0 && call.heads % call.kv_heads == 0 && call.branches > 0 &&
                      call.rows % call.branches == 0 && call.half >= 0 && call.half % kChunk == 0 &&
                      2 * call.half <= call.head_dim;
@@ -382,6 +384,7 @@ bool fits(const WindowAttention& call) {
 
 cudaError_t window_attention(const WindowAttention& call, Dtype dtype, cudaStream_t stream) {
   if (!fits(call)) return cudaErrorInvalidValue;
+  if (!aligned(call)) return cudaErrorMisalignedAddress;
   if (call.batch == 0 || call.rows == 0 || call.heads == 0) return cudaSuccess;
   const bool bf16 = dtype == Dtype::kBFloat16;
   if (!bf16 && dtype != Dtype::kFloat16) return cudaErrorInvalidValue;

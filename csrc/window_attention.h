@@ -55,7 +55,8 @@ struct WindowAttention {
 
 // The definition is pydllm/reference/window_attention.py. dtype is fp16 or bf16.
 //
-// Returns the error of the launch; cudaErrorInvalidValue for a call that the kernel does not take.
+// Returns the error of the launch; cudaErrorInvalidValue for a call that the kernel does not take,
+// cudaErrorMisalignedAddress where a head does not begin at 16 bytes.
 // A row's bits depend on its query and the keys that it sees, by position, alone.
 cudaError_t window_attention(const WindowAttention& call, Dtype dtype, cudaStream_t stream);
 

@@ -53,10 +53,10 @@ def supports(
         *strides, last = tensor.stride()
         if last != 1:
             return f"{name} must have contiguous heads, got strides {tensor.stride()}"
-        if tensor.storage_offset() % _VECTOR or any(stride % _VECTOR for stride in strides):
+        if any(stride % _VECTOR for stride in strides) or _offset(tensor) % _VECTOR:
             return (
                 f"heads of {name} must begin at 16 bytes, got strides {tensor.stride()} "
-                f"and offset {tensor.storage_offset()} in elements"
+                f"and offset {_offset(tensor)} in elements"
             )
     vectors = {"cos": cos, "sin": sin, "q_norm": q_norm, "k_norm": k_norm}
     numbers = {"start": start, "length": length, "kv_len": kv_len, "commit": commit, "pad": pad}
@@ -65,11 +65,16 @@ def supports(
             continue
         if not dense.is_contiguous():
             return f"{name} must be contiguous, got strides {dense.stride()}"
-        if name in vectors and dense.storage_offset() * dense.itemsize % 16:
-            return f"{name} must begin at 16 bytes, got offset {dense.storage_offset()} in elements"
+        if name in vectors and _offset(dense) * dense.itemsize % 16:
+            return f"{name} must begin at 16 bytes, got offset {_offset(dense)} in elements"
     if q.shape[1] * q.shape[2] > _LARGEST - KEYS or slots_of(k_cache, block_table) > _LARGEST // 4:
         return f"sizes must fit 32 bits, got q {tuple(q.shape)}, k_cache {tuple(k_cache.shape)}"
     return None
+
+
+def _offset(tensor: Tensor) -> int:
+    """Elements before the first; the compiler cannot ask, and leaves it to the launch."""
+    return 0 if torch.compiler.is_compiling() else int(tensor.storage_offset())
 
 
 def slots_of(k_cache: Tensor, block_table: Tensor | None) -> int:
