@@ -2,6 +2,10 @@
 
 PYDLLM_BUILD_CUDA  auto (default): compile csrc/ if nvcc is there; 1: it must be; 0: do not
 PYDLLM_CUDA_ARCHS  e.g. "80;90a;100"; "+PTX" behind one adds code that newer GPUs can translate
+MAX_JOBS           compilers at a time; default: as many as there are cores, at 2 GiB of memory each
+
+With ninja on PATH only what changed is compiled again. A wheel with CUDA kernels says in its version
+which toolkit compiled them for what: 0.1.0+cu130.sm90a.
 """
 
 import os
@@ -10,6 +14,8 @@ import shlex
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -20,6 +26,7 @@ USUAL_PLACE = Path("/usr/local/cuda")
 
 # PTX of the oldest one: what has no code of its own (Jetson, the next generation) translates that.
 DEFAULT_ARCHS = ("80+PTX", "86", "89", "90a", "100", "120")
+JOB_BYTES = 2 * 2**30
 
 
 def build_cuda() -> str:
@@ -66,12 +73,13 @@ def choose_archs(cuda: Path) -> list[str]:
     value = os.environ.get("PYDLLM_CUDA_ARCHS")
     if value is None:
         return [arch for arch in DEFAULT_ARCHS if supported(arch)]
-    archs = [arch.strip() for arch in value.split(";") if arch.strip()]
+    archs = [arch for arch in re.split(r"[;,\s]+", value) if arch]
     bad = [arch for arch in archs if not re.fullmatch(r"\d{2,3}[af]?(\+PTX)?", arch)]
     if bad or not archs:
         raise SystemExit(
             "PYDLLM_CUDA_ARCHS: expected architectures separated by semicolons, "
-            f"such as '80;90a;100+PTX', got {value!r}"
+            f"such as '80;90a;100+PTX', got {value!r} "
+            f"({cuda / 'bin/nvcc'} compiles for {', '.join(known)})"
         )
     if unknown := [arch for arch in archs if not supported(arch)]:
         raise SystemExit(
@@ -87,37 +95,90 @@ def gencode(arch: str) -> list[str]:
     return ["-gencode", f"arch=compute_{number},code={code}"]
 
 
+def jobs() -> int:
+    """How many compilers to run at a time."""
+    if value := os.environ.get("MAX_JOBS"):
+        if not re.fullmatch(r"[1-9]\d*", value):
+            raise SystemExit(f"MAX_JOBS: expected a number from 1, got {value!r}")
+        return int(value)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    try:
+        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+        memory = int(found[1]) * 1024
+    except (OSError, TypeError):
+        memory = JOB_BYTES
+    return max(1, min(cores or 1, memory // JOB_BYTES))
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of the build."""
+
+    output: Path
+    inputs: tuple[Path, ...]
+    command: tuple[str, ...]
+
+
 class BuildCuda(build_ext):
     """nvcc for the .cu files, the C++ compiler for the binding, the CUDA runtime linked in."""
 
     def build_extension(self, ext: Extension) -> None:
+        folder = Path(self.build_temp).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        at_a_time = jobs()
+        threads = max(1, min(len(ext.archs), at_a_time // len(ext.sources)))
+        steps = [self.compile_step(ext, source, folder, threads) for source in ext.sources]
+        objects = tuple(step.output for step in steps)
+        link = (str(ext.cuda / "bin/nvcc"), "-shared", "-cudart", "static", "-Xlinker=-s")
+        link += ("-Xlinker=--as-needed", *map(str, objects), "-o", str(target))
+        steps.append(Step(target, objects, link))
+        ninja = shutil.which("ninja")
+        if ninja is None:
+            with ThreadPoolExecutor(max(1, at_a_time // threads)) as pool:
+                list(pool.map(lambda step: run(*step.command), steps[:-1]))
+            run(*steps[-1].command)
+            return
+        (folder / "build.ninja").write_text(ninja_file(steps))
+        target.unlink(missing_ok=True)  # of another build, perhaps, and newer than the objects
+        run(ninja, "-C", str(folder), "-j", str(max(1, at_a_time // threads)))
+
+    def compile_step(self, ext: Extension, source: str, folder: Path, threads: int) -> Step:
         import pybind11
 
-        cuda, archs = ext.cuda, ext.archs
-        objects = Path(self.build_temp)
-        objects.mkdir(parents=True, exist_ok=True)
-        target = Path(self.get_ext_fullpath(ext.name))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        nvcc = str(cuda / "bin/nvcc")
-        cxx = shlex.split(os.environ.get("CXX", "c++"))
-        linked = []
-        for source in ext.sources:
-            built = str(objects / Path(source).with_suffix(".o").name)
-            linked.append(built)
-            if source.endswith(".cu"):
-                codes = [flag for arch in archs for flag in gencode(arch)]
-                flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"]
-                flags += ["-Xfatbin=-compress-all", "--threads=0"]
-                run(nvcc, *flags, *codes, "-c", source, "-o", built)
-            else:
-                version = self.distribution.get_version()
-                flags = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden"]
-                flags += [f'-DPYDLLM_VERSION="{version}"', f'-DPYDLLM_ARCHS="{";".join(archs)}"']
-                includes = [pybind11.get_include(), str(cuda / "include"), *self.include_dirs]
-                flags += [f"-I{folder}" for folder in includes]
-                run(*cxx, *flags, "-c", source, "-o", built)
-        libraries = ["-cudart", "static", "-Xlinker=-s"]
-        run(nvcc, "-shared", *libraries, *linked, "-o", str(target))
+        built = folder / Path(source).with_suffix(".o").name
+        depends = ["-MD", "-MF", f"{built}.d"]
+        if source.endswith(".cu"):
+            flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+            flags += ["-Xfatbin=-compress-all", f"--threads={threads}"]
+            flags += [flag for arch in ext.archs for flag in gencode(arch)]
+            command = [str(ext.cuda / "bin/nvcc"), *flags]
+        else:
+            flags = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden"]
+            flags += [f'-DPYDLLM_VERSION="{VERSION}"', f'-DPYDLLM_ARCHS="{";".join(ext.archs)}"']
+            includes = [pybind11.get_include(), str(ext.cuda / "include"), *self.include_dirs]
+            flags += [f"-I{include}" for include in includes]
+            command = [*shlex.split(os.environ.get("CXX", "c++")), *flags]
+        path = ROOT.resolve() / source
+        command += [*depends, "-c", str(path), "-o", str(built)]
+        return Step(built, (path,), tuple(command))
+
+
+def ninja_file(steps: list[Step]) -> str:
+    """What ninja has to know; dependencies on headers are in the files that compilers write."""
+
+    def escaped(value: object) -> str:
+        return str(value).replace("$", "$$").replace(":", "$:").replace(" ", "$ ")
+
+    lines = ["rule compile", "  command = $line", "  depfile = $out.d", "  deps = gcc"]
+    lines += ["rule link", "  command = $line"]
+    for number, step in enumerate(steps):
+        rule = "link" if number == len(steps) - 1 else "compile"
+        inputs = " ".join(map(escaped, step.inputs))
+        lines.append(f"build {escaped(step.output)}: {rule} {inputs}")
+        lines.append("  line = " + shlex.join(step.command).replace("$", "$$"))
+    return "\n".join(lines) + "\n"
 
 
 def run(*command: str) -> None:
@@ -155,10 +216,29 @@ def cuda_extension() -> list[Extension]:
     return [extension]
 
 
+def tag(cuda: Path, archs: list[str]) -> str:
+    """What a wheel's version says of its CUDA kernels: ``cu130.sm80ptx.sm90a``."""
+    shown = subprocess.run([cuda / "bin/nvcc", "--version"], capture_output=True, text=True)
+    found = re.search(r"release (\d+)\.(\d+)", shown.stdout)
+    toolkit = f"cu{found[1]}{found[2]}" if found else "cu"
+    return ".".join([toolkit, *(f"sm{arch.lower().replace('+', '')}" for arch in archs)])
+
+
+def version(extensions: list[Extension]) -> str:
+    # Sources are the same for all.
+    if not extensions or "sdist" in sys.argv:
+        return VERSION
+    return f"{VERSION}+{tag(extensions[0].cuda, extensions[0].archs)}"
+
+
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "pydllm/__init__.py").read_text(), re.M)[1]
+EXTENSIONS = cuda_extension()
+
 setup(
+    version=version(EXTENSIONS),
     # kernels/ has no __init__.py (a package called "kernels" would hide Hugging Face's), so it has
     # to be named; pydllm/kernels is a link to it and becomes plain files in a wheel.
     packages=[*find_packages(include=["pydllm", "pydllm.*"]), "pydllm.kernels"],
-    ext_modules=cuda_extension(),
+    ext_modules=EXTENSIONS,
     cmdclass={"build_ext": BuildCuda},
 )

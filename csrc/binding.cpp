@@ -7,7 +7,12 @@
 #include <string>
 #include <type_traits>
 
+#include "commit_branch.h"
+#include "draft.h"
+#include "head_stats.h"
 #include "rms_norm.h"
+#include "swiglu.h"
+#include "verify.h"
 #include "vocab_stats.h"
 #include "window_attention.h"
 
@@ -90,11 +95,35 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "CUDA kernels of pydllm.";
   m.def("version", [] { return PYDLLM_VERSION; }, "Version of pydllm these kernels belong to.");
   m.def("archs", [] { return PYDLLM_ARCHS; }, "Architectures compiled for, as PYDLLM_CUDA_ARCHS.");
+  // Limits that pydllm/_backend/cuda has to know; a test compares both sides.
+  m.attr("DRAFT_ROWS") = pydllm::kDraftRows;
   m.attr("MAX_BANNED") = pydllm::kMaxBanned;
+  m.attr("MAX_PIECES") = pydllm::kMaxPieces;
+  m.attr("RMS_NORM_WIDTH") = pydllm::kRmsNormWidth;
+  m.attr("VERIFY_BRANCHES") = pydllm::kVerifyBranches;
+  m.attr("VOCAB_PIECE") = pydllm::kVocabPiece;
+  define(m, "commit_branch", pydllm::commit_branch, "k_cache", "v_cache", "k", "v", "branch",
+         "start", "commit", "pad", "cos", "sin", "k_norm", "block_table", "dtype", "batch",
+         "window", "branches", "kv_heads", "head_dim", "half", "slots", "page", "eps",
+         "stride_k_batch", "stride_k_row", "stride_k_head", "stride_v_batch", "stride_v_row",
+         "stride_v_head", "stride_k_cache_batch", "stride_k_cache_row", "stride_k_cache_head",
+         "stride_v_cache_batch", "stride_v_cache_row", "stride_v_cache_head", "stream");
+  define(m, "draft", pydllm::draft, "candidates", "x", "token", "score", "start", "length", "dtype",
+         "batch", "slots", "rows", "branches", "mask_id", "block_size", "stride_x_row",
+         "stride_token_row", "stride_score_row", "stream");
+  define(m, "merge_stats", pydllm::merge_stats, "token", "prob", "entropy", "margin", "logsumexp",
+         "values", "ids", "rows", "pieces", "sampled", "stream");
   define(m, "rms_norm", pydllm::rms_norm, "y", "residual", "x", "weight", "dtype", "rows", "width",
          "eps", "stride_x_row", "stride_residual_row", "stream");
-  define(m, "vocab_stats", pydllm::vocab_stats, "token", "logsumexp", "prob", "entropy", "margin",
-         "logits", "banned", "dtype", "rows", "vocab", "banned_count", "stride_logits_row",
-         "stream");
+  define(m, "swiglu", pydllm::swiglu, "y", "gate_up", "dtype", "rows", "width", "stream");
+  define(m, "verify", pydllm::verify, "following", "branch", "accepted", "remaining", "complete",
+         "x", "step_map", "nfe", "candidates", "token", "score", "start", "length", "dtype",
+         "batch", "slots", "rows", "branches", "drafts", "mask_id", "block_size", "stride_x_row",
+         "stride_step_map_row", "stream");
+  define(m, "vocab_stats", pydllm::vocab_stats, "token", "prob", "entropy", "margin", "logsumexp",
+         "values", "ids", "logits", "row_list", "counter", "temperatures", "banned", "dtype",
+         "rows", "sources", "vocab", "banned_count", "long_row_list", "tempered", "seed",
+         "inverse_temperature", "softcap", "stride_logits_row", "stride_counter_row",
+         "stride_counter_word", "stream");
   m.def("window_attention", &window_attention);
 }

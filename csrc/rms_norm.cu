@@ -97,7 +97,8 @@ __global__ void __launch_bounds__(kThreads)
 cudaError_t rms_norm(void* y, void* residual, const void* x, const void* weight, Dtype dtype,
                      int64_t rows, int64_t width, float eps, int64_t stride_x_row,
                      int64_t stride_residual_row, cudaStream_t stream) {
-  if (rows < 0 || rows > INT_MAX || width < 0 || width > kMaxWidth) return cudaErrorInvalidValue;
+  if (rows < 0 || rows > INT_MAX || width < 0 || width > kRmsNormWidth)
+    return cudaErrorInvalidValue;
   if (rows == 0 || width == 0) return cudaSuccess;
 
   return with_type(dtype, [&](auto* type) {
@@ -116,13 +117,15 @@ cudaError_t rms_norm(void* y, void* residual, const void* x, const void* weight,
                     stride_x_row, stride_residual_row, aligned);
       return cudaGetLastError();
     };
-    // One vector a thread where 1024 threads can hold the row so; up to eight where they cannot.
+    // One vector a thread where 1024 threads can hold the row so.
     constexpr int64_t kVector = Vector<T>::kSize;
     if (width <= 128 * kVector) return launch(Constant<128>{}, Constant<1>{});
     if (width <= 512 * kVector) return launch(Constant<512>{}, Constant<1>{});
     if (width <= 1024 * kVector) return launch(Constant<1024>{}, Constant<1>{});
     if (width <= 1024 * 4 * kVector) return launch(Constant<1024>{}, Constant<4>{});
-    return launch(Constant<1024>{}, Constant<8>{});
+    // Only fp32 has rows that are longer.
+    if constexpr (kVector == 4) return launch(Constant<1024>{}, Constant<8>{});
+    return cudaErrorInvalidValue;
   });
 }
 

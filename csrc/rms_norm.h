@@ -8,7 +8,7 @@
 namespace pydllm {
 
 // What a block keeps of its row in registers.
-constexpr int64_t kMaxWidth = 32768;
+constexpr int64_t kRmsNormWidth = 32768;
 
 // For each row: h = x + residual, rounded to the dtype, which residual becomes; then
 // y = (h / sqrt(mean(h^2) + eps)), rounded, * weight. Without a residual (null) h is x.

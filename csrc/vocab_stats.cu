@@ -1,65 +1,107 @@
 #include "vocab_stats.h"
 
 #include "common.cuh"
+#include "head_stats.h"
+#include "philox.cuh"
 
 namespace pydllm {
 namespace {
 
-constexpr int kThreads = 512;
+constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpSize;
-// Vectors that a thread has in flight: enough bytes to hide the latency of memory.
-constexpr int kUnroll = 4;
+// e to this power is 0, and times 0 it is not NaN, as -inf would be.
+constexpr float kNegligible = -1e4f;
 
-// Statistics of some of a row's ids. The sums are taken relative to the maximum, so that neither
-// overflows and the entropy, log(sum) - weighted / sum, does not cancel for large logits.
-struct Stats {
-  float best;      // largest logit; -inf: none above -inf seen
-  float second;    // second largest
-  float sum;       // sum of e^(x - best); NaN once a NaN or +inf was seen
-  float weighted;  // sum of (x - best) e^(x - best)
-  int id;          // lowest id with the largest logit; INT_MAX: none
+// The largest logits among some of a row's ids.
+struct Best {
+  float best;
+  float second;
+  int id;  // lowest id with the largest; INT_MAX: none above -inf seen
 };
 
-__device__ __forceinline__ Stats empty_stats() {
-  return {-INFINITY, -INFINITY, 0.f, 0.f, INT_MAX};
-}
+// The best score among some of a row's ids: its lowest id, and the logit there.
+struct Sample {
+  float score;
+  float chosen;
+  int id;  // INT_MAX: none seen
+};
 
-// Take the sums relative to a new maximum, which is not below the old one.
-__device__ __forceinline__ void rescale(Stats& stats, float best) {
-  if (stats.best == -INFINITY || stats.best == best) return;  // nothing, or a NaN, summed so far
-  const float shift = stats.best - best;
-  const float factor = __expf(shift);
-  stats.weighted = factor == 0.f ? 0.f * stats.sum : factor * (stats.weighted + shift * stats.sum);
-  stats.sum *= factor;
-}
+// What becomes of a row's logits.
+struct Rule {
+  Inverse inverse;  // of the temperature
+  float softcap;    // 0: none
+  bool tempered;
+  NoiseKey key;
+};
 
-__device__ __forceinline__ Stats merge(Stats a, Stats b) {
+__device__ __forceinline__ Best merge(Best a, Best b) {
   const bool take_b = b.best > a.best || (b.best == a.best && b.id < a.id);
-  const float best = fmaxf(a.best, b.best);
-  rescale(a, best);
-  rescale(b, best);
   const float second = fmaxf(fminf(a.best, b.best), fmaxf(a.second, b.second));
-  return {best, second, a.sum + b.sum, a.weighted + b.weighted, take_b ? b.id : a.id};
+  return {fmaxf(a.best, b.best), second, take_b ? b.id : a.id};
 }
 
-__device__ __forceinline__ Stats merge_warp(Stats stats) {
+__device__ __forceinline__ Sample merge(Sample a, Sample b) {
+  return b.score > a.score || (b.score == a.score && b.id < a.id) ? b : a;
+}
+
+__device__ __forceinline__ Best from_lane(const Best& x, int lanes) {
+  return {__shfl_xor_sync(kFullWarp, x.best, lanes), __shfl_xor_sync(kFullWarp, x.second, lanes),
+          __shfl_xor_sync(kFullWarp, x.id, lanes)};
+}
+__device__ __forceinline__ Sample from_lane(const Sample& x, int lanes) {
+  return {__shfl_xor_sync(kFullWarp, x.score, lanes), __shfl_xor_sync(kFullWarp, x.chosen, lanes),
+          __shfl_xor_sync(kFullWarp, x.id, lanes)};
+}
+
+// Merged over the block, for every thread.
+template <typename Part>
+__device__ __forceinline__ Part merge_block(Part part, Part (&shared)[kWarps]) {
+  const int thread = static_cast<int>(threadIdx.x);
 #pragma unroll
   for (int lanes = kWarpSize / 2; lanes > 0; lanes /= 2) {
-    Stats other;
-    other.best = __shfl_xor_sync(kFullWarp, stats.best, lanes);
-    other.second = __shfl_xor_sync(kFullWarp, stats.second, lanes);
-    other.sum = __shfl_xor_sync(kFullWarp, stats.sum, lanes);
-    other.weighted = __shfl_xor_sync(kFullWarp, stats.weighted, lanes);
-    other.id = __shfl_xor_sync(kFullWarp, stats.id, lanes);
-    stats = merge(stats, other);
+    part = merge(part, from_lane(part, lanes));
   }
-  return stats;
+  if (thread % kWarpSize == 0) shared[thread / kWarpSize] = part;
+  __syncthreads();
+  part = shared[0];
+#pragma unroll
+  for (int warp = 1; warp < kWarps; ++warp) part = merge(part, shared[warp]);
+  return part;
 }
 
-// Add the logits of ids first .. first + kCount - 1, which lie behind all ids added before.
+// In pairs, so that the largest term is not rounded with each of the others.
 template <int kCount>
-__device__ __forceinline__ void add(Stats& stats, float (&x)[kCount], int first,
-                                    const int32_t* banned, int banned_count) {
+__device__ __forceinline__ float sum_of(float (&x)[kCount]) {
+#pragma unroll
+  for (int half = kCount / 2; half > 0; half /= 2) {
+#pragma unroll
+    for (int i = 0; i < half; ++i) x[i] += x[i + half];
+  }
+  return x[0];
+}
+
+__device__ __forceinline__ float add_warp(float x) {
+#pragma unroll
+  for (int lanes = kWarpSize / 2; lanes > 0; lanes /= 2) x += __shfl_xor_sync(kFullWarp, x, lanes);
+  return x;
+}
+
+// c tanh(x / c); infinities and NaN stay.
+__device__ __forceinline__ float cap(float x, float softcap) {
+  const float decay = expf(fabsf(x) * (-2.f / softcap));  // at most 1: no overflow
+  const float size = softcap - softcap * (2.f * decay / (1.f + decay));
+  return fabsf(x) == INFINITY ? x : x < 0.f ? -size : size;
+}
+
+// Take the logits of ids first .. first + kCount - 1, which lie behind all ids taken before, for
+// what the rule makes of them; the first is a multiple of 4.
+template <bool kSampled, int kCount>
+__device__ __forceinline__ void take(Best& best, Sample& sample, float (&x)[kCount], int first,
+                                     const Rule& rule, const int32_t* banned, int banned_count) {
+  if (rule.softcap != 0.f) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) x[i] = cap(x[i], rule.softcap);
+  }
   for (int b = 0; b < banned_count; ++b) {
     const unsigned hit = static_cast<unsigned>(banned[b]) - static_cast<unsigned>(first);
 #pragma unroll
@@ -67,126 +109,196 @@ __device__ __forceinline__ void add(Stats& stats, float (&x)[kCount], int first,
       if (hit == i) x[i] = -INFINITY;
     }
   }
-  float best = stats.best;
+  if constexpr (kSampled) {
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) best = fmaxf(best, x[i]);
-  rescale(stats, best);
+    for (int quad = 0; quad < kCount / 4; ++quad) {
+      Words words{};
+      if (rule.inverse.noisy) words = rule.key.words(first / 4 + quad);
+#pragma unroll
+      for (int i = 4 * quad; i < 4 * quad + 4; ++i) {
+        const float scaled = __fmul_rn(x[i], rule.inverse.value);
+        const float score =
+            rule.inverse.noisy ? __fadd_rn(scaled, gumbel(words.word[i % 4])) : scaled;
+        if (rule.tempered) x[i] = scaled;
+        sample = merge(sample, {score, x[i], first + i});
+      }
+    }
+  }
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    if (x[i] > stats.best) {  // strictly: the lowest id keeps a tie
-      stats.second = stats.best;
-      stats.best = x[i];
-      stats.id = first + i;
-    } else if (x[i] > stats.second) {
-      stats.second = x[i];
+    if (x[i] > best.best) {  // strictly: the lowest id keeps a tie
+      best.second = best.best;
+      best.best = x[i];
+      best.id = first + i;
+    } else if (x[i] > best.second) {
+      best.second = x[i];
     }
-    const float shift = x[i] - best;
-    const float exponential = __expf(shift);
-    const bool adds = x[i] != -INFINITY;  // 0 * inf would add a NaN; a NaN itself comes through
-    stats.sum += adds ? exponential : 0.f;
-    stats.weighted += adds ? shift * exponential : 0.f;
   }
 }
 
-// One block a row; every thread strides over the row, then warps and the block merge.
-template <typename T>
+// One block a piece of a row. Thread t has the vectors t, t + kThreads, ... of the piece, wherever
+// the row begins in memory: alignment decides how a vector is read, not who sums it. The logits
+// stay in registers until the piece's largest is known: relative to it no sum overflows, and the
+// entropy does not cancel for large logits.
+template <typename T, bool kSampled>
 __global__ void __launch_bounds__(kThreads)
-    vocab_stats_kernel(int64_t* __restrict__ token,         // (rows,)
-                       float* __restrict__ logsumexp,       // (rows,)
-                       float* __restrict__ prob,            // (rows,)
-                       float* __restrict__ entropy,         // (rows,)
-                       float* __restrict__ margin,          // (rows,)
-                       const T* __restrict__ logits,        // (rows, vocab)
-                       const int32_t* __restrict__ banned,  // (banned_count,)
-                       int vocab, int banned_count, int64_t stride_logits_row) {
+    vocab_stats_kernel(float* __restrict__ values,              // (6 or 4, rows, pieces)
+                       int32_t* __restrict__ ids,               // (2 or 1, rows, pieces)
+                       const T* __restrict__ logits,            // (sources, vocab)
+                       const void* __restrict__ row_list,       // (rows,) or null
+                       const int32_t* __restrict__ counter,     // (rows, 3)
+                       const float* __restrict__ temperatures,  // (rows,) or null
+                       const int32_t* __restrict__ banned,      // (banned_count,)
+                       int64_t rows, int64_t sources, int vocab, int pieces, int banned_count,
+                       bool long_row_list, bool aligned, Rule rule, int64_t stride_logits_row,
+                       int64_t stride_counter_row, int64_t stride_counter_word) {
   constexpr int kVector = Vector<T>::kSize;
+  constexpr int kVectors = kVocabPiece / kThreads / kVector;
   __shared__ int32_t shared_banned[kMaxBanned];
-  __shared__ Stats shared_stats[kWarps];
+  __shared__ int shared_count;
+  __shared__ Best shared_best[kWarps];
+  __shared__ float shared_sums[kWarps][2];
+  __shared__ Sample shared_sample[kSampled ? kWarps : 1];
 
-  const int64_t row = blockIdx.x;
+  const int64_t row = blockIdx.x / static_cast<unsigned>(pieces);
+  const int piece = static_cast<int>(blockIdx.x % static_cast<unsigned>(pieces));
   const int thread = static_cast<int>(threadIdx.x);
-  for (int i = thread; i < banned_count; i += kThreads) shared_banned[i] = banned[i];
+  const int begin = piece * static_cast<int>(kVocabPiece);
+  const int end = min(begin + static_cast<int>(kVocabPiece), vocab);
+
+  // Those that lie in the piece; mostly none do.
+  if (thread == 0) shared_count = 0;
   __syncthreads();
-
-  const T* x = logits + row * stride_logits_row;
-  const int head = min(unaligned_head(x), vocab);
-  const int vectors = (vocab - head) / kVector;
-  const int tail = head + vectors * kVector;
-  Stats stats = empty_stats();
-
-  const auto add_one = [&](int id) {
-    float one[1] = {to_float(x[id])};
-    add(stats, one, id, shared_banned, banned_count);
-  };
-  const auto add_vector = [&](const Vector<T>& vector, int index) {
-    float many[kVector];
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) many[i] = to_float(vector.lane[i]);
-    add(stats, many, head + index * kVector, shared_banned, banned_count);
-  };
-
-  if (thread < head) add_one(thread);
-  const auto* body = reinterpret_cast<const Vector<T>*>(x + head);
-  int index = thread;
-  for (; index + (kUnroll - 1) * kThreads < vectors; index += kUnroll * kThreads) {
-    Vector<T> loaded[kUnroll];
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) loaded[u] = body[index + u * kThreads];
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) add_vector(loaded[u], index + u * kThreads);
+  if (thread < banned_count && banned[thread] >= begin && banned[thread] < end) {
+    shared_banned[atomicAdd(&shared_count, 1)] = banned[thread];
   }
-  for (; index < vectors; index += kThreads) add_vector(body[index], index);
-  if (tail + thread < vocab) add_one(tail + thread);
-
-  stats = merge_warp(stats);
-  const int lane = thread % kWarpSize, warp = thread / kWarpSize;
-  if (lane == 0) shared_stats[warp] = stats;
   __syncthreads();
-  if (warp != 0) return;
-  stats = merge_warp(lane < kWarps ? shared_stats[lane] : empty_stats());
-  if (lane != 0) return;
+  banned_count = shared_count;
 
-  const bool poisoned = stats.sum != stats.sum;
-  const bool none = stats.best == -INFINITY;
-  const float log_sum = logf(stats.sum);
-  token[row] = poisoned || none ? 0 : stats.id;
-  logsumexp[row] = poisoned ? NAN : stats.best + log_sum;
-  prob[row] = poisoned ? NAN : none ? 0.f : 1.f / stats.sum;
-  entropy[row] = poisoned ? NAN : none ? 0.f : log_sum - stats.weighted / stats.sum;
-  margin[row] = poisoned ? NAN : none ? 0.f : -expm1f(stats.second - stats.best) / stats.sum;
+  if constexpr (kSampled) {
+    const int32_t* const words = counter + row * stride_counter_row;
+    rule.key.position = static_cast<uint32_t>(words[0]);
+    rule.key.request = static_cast<uint32_t>(words[stride_counter_word]);
+    rule.key.draw = static_cast<uint32_t>(words[2 * stride_counter_word]);
+    if (temperatures != nullptr) rule.inverse = inverse_of(temperatures[row]);
+  }
+
+  int64_t source = row;
+  if (row_list != nullptr) {
+    source = long_row_list ? static_cast<const int64_t*>(row_list)[row]
+                           : static_cast<const int32_t*>(row_list)[row];
+  }
+  Best best{-INFINITY, -INFINITY, INT_MAX};
+  Sample sample{-INFINITY, -INFINITY, INT_MAX};
+  float x[kVectors][kVector];
+  const bool exists = source >= 0 && source < sources;
+  const T* const row_logits = logits + (exists ? source * stride_logits_row : 0);
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+    const int first = begin + (v * kThreads + thread) * kVector;
+    Vector<T> loaded;
+    if (exists && aligned && first + kVector <= end) {
+      loaded = load_vector(row_logits + first);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        const bool inside = exists && first + i < end;
+        loaded.lane[i] = inside ? row_logits[first + i] : from_float<T>(-INFINITY);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) x[v][i] = to_float(loaded.lane[i]);
+  }
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+    const int first = begin + (v * kThreads + thread) * kVector;
+    if (first < end) {
+      take<kSampled>(best, sample, x[v], first, rule, shared_banned, banned_count);
+    }
+  }
+  best = merge_block(best, shared_best);
+  if constexpr (kSampled) sample = merge_block(sample, shared_sample);
+
+  const float base = best.best == -INFINITY ? 0.f : best.best;
+  float sum = 0.f, weighted = 0.f;
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+    float shifted[kVector];
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      float shift = x[v][i] - base;
+      shift = shift < kNegligible ? kNegligible : shift;  // a NaN comes through
+      x[v][i] = __expf(shift);
+      shifted[i] = shift * x[v][i];
+    }
+    sum += sum_of(x[v]);
+    weighted += sum_of(shifted);
+  }
+  sum = add_warp(sum);
+  weighted = add_warp(weighted);
+  if (thread % kWarpSize == 0) {
+    shared_sums[thread / kWarpSize][0] = sum;
+    shared_sums[thread / kWarpSize][1] = weighted;
+  }
+  __syncthreads();
+  if (thread != 0) return;
+  for (int warp = 1; warp < kWarps; ++warp) {
+    sum += shared_sums[warp][0];
+    weighted += shared_sums[warp][1];
+  }
+
+  const int64_t stride_field = rows * pieces, at = row * pieces + piece;
+  values[at] = best.best;
+  values[at + stride_field] = best.second;
+  values[at + 2 * stride_field] = sum;
+  values[at + 3 * stride_field] = weighted;
+  ids[at] = best.id;
+  if constexpr (kSampled) {
+    values[at + 4 * stride_field] = sample.score;
+    values[at + 5 * stride_field] = sample.chosen;
+    ids[at + stride_field] = sample.id;
+  }
 }
 
 }  // namespace
 
-cudaError_t vocab_stats(int64_t* token, float* logsumexp, float* prob, float* entropy,
-                        float* margin, const void* logits, const int32_t* banned, Dtype dtype,
-                        int64_t rows, int64_t vocab, int64_t banned_count,
-                        int64_t stride_logits_row, cudaStream_t stream) {
-  // Ids are int in the kernel, with room for one stride of the block behind the last.
-  constexpr int64_t kMaxVocab = INT_MAX - kUnroll * kThreads * 8;
-  if (rows < 0 || rows > INT_MAX || vocab < 0 || vocab > kMaxVocab || banned_count < 0 ||
+cudaError_t vocab_stats(int64_t* token, float* prob, float* entropy, float* margin,
+                        float* logsumexp, float* values, int32_t* ids, const void* logits,
+                        const void* row_list, const int32_t* counter, const float* temperatures,
+                        const int32_t* banned, Dtype dtype, int64_t rows, int64_t sources,
+                        int64_t vocab, int64_t banned_count, bool long_row_list, bool tempered,
+                        int64_t seed, float inverse_temperature, float softcap,
+                        int64_t stride_logits_row, int64_t stride_counter_row,
+                        int64_t stride_counter_word, cudaStream_t stream) {
+  const int64_t pieces = (vocab + kVocabPiece - 1) / kVocabPiece;
+  if (rows < 0 || vocab < 1 || pieces > kMaxPieces || rows > INT_MAX / pieces || banned_count < 0 ||
       banned_count > kMaxBanned) {
     return cudaErrorInvalidValue;
   }
   if (rows == 0) return cudaSuccess;
 
-  const dim3 grid(static_cast<unsigned>(rows)), block(kThreads);
-  const auto launch = [&](const auto* typed_logits) {
-    using T = std::remove_cv_t<std::remove_pointer_t<decltype(typed_logits)>>;
-    PYDLLM_LAUNCH(vocab_stats_kernel<T>, grid, block, 0, stream, token, logsumexp, prob, entropy,
-                  margin, typed_logits, banned, static_cast<int>(vocab),
-                  static_cast<int>(banned_count), stride_logits_row);
-    return cudaGetLastError();
-  };
-  switch (dtype) {
-    case Dtype::kFloat32:
-      return launch(static_cast<const float*>(logits));
-    case Dtype::kFloat16:
-      return launch(static_cast<const __half*>(logits));
-    case Dtype::kBFloat16:
-      return launch(static_cast<const __nv_bfloat16*>(logits));
-  }
-  return cudaErrorInvalidValue;
+  const Rule rule = {{inverse_temperature, counter != nullptr},
+                     softcap,
+                     tempered,
+                     {0, 0, 0, static_cast<uint64_t>(seed)}};
+  const dim3 grid(static_cast<unsigned>(rows * pieces)), block(kThreads);
+  const cudaError_t error = with_type(dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const auto* const typed = static_cast<const T*>(logits);
+    const bool aligned = rows_are_aligned(typed, stride_logits_row);
+    const auto launch = [&](auto* kernel) {
+      PYDLLM_LAUNCH(kernel, grid, block, 0, stream, values, ids, typed, row_list, counter,
+                    temperatures, banned, rows, sources, static_cast<int>(vocab),
+                    static_cast<int>(pieces), static_cast<int>(banned_count), long_row_list,
+                    aligned, rule, stride_logits_row, stride_counter_row, stride_counter_word);
+      return cudaGetLastError();
+    };
+    return counter == nullptr ? launch(vocab_stats_kernel<T, false>)
+                              : launch(vocab_stats_kernel<T, true>);
+  });
+  if (error != cudaSuccess) return error;
+  return merge_stats(token, prob, entropy, margin, logsumexp, values, ids, rows, pieces,
+                     counter != nullptr, stream);
 }
 
 }  // namespace pydllm

@@ -1,4 +1,4 @@
-// Statistics of rows of logits in one pass over them.
+// Statistics of rows of logits, and a sampled token, in one pass over them.
 #pragma once
 
 #include <cstdint>
@@ -7,26 +7,37 @@
 
 namespace pydllm {
 
-// Shared memory holds the banned ids.
-constexpr int64_t kMaxBanned = 128;
+// Ids of a piece, which a block reads; head_stats.h says how many pieces there may be. The same for
+// every number of rows, so that the bits of a row depend on it alone.
+constexpr int64_t kVocabPiece = 8192;
 
-// For each row: the arg-max id (the lowest wins a tie), the natural log of the sum of exponentials,
-// the probability of the arg-max, the entropy in nats, and how far the best probability is above
-// the second best. A banned id counts as -inf in all of them.
+// Shared memory holds the banned ids.
+constexpr int64_t kMaxBanned = 16;
+
+// For each row: the arg-max id, or where counter is given that of x / temperature + Gumbel noise;
+// the token's probability, the entropy, how far the best probability is above the second best, and
+// the log-sum-exp, as pydllm/reference/vocab_stats.py defines them.
 //
-// A row in which every id is -inf or banned gives 0, -inf, 0, 0, 0. A row with a NaN or +inf in an
-// id that is not banned gives token 0 and NaN.
-//
-// Returns the error of the launch. Rows are independent: the bits of one depend on it alone.
-cudaError_t vocab_stats(int64_t* token,         // (rows,)
-                        float* logsumexp,       // (rows,)
-                        float* prob,            // (rows,)
-                        float* entropy,         // (rows,)
-                        float* margin,          // (rows,)
-                        const void* logits,     // (rows, vocab) of dtype, unit column stride
-                        const int32_t* banned,  // (banned_count,); ids outside the row ban nothing
-                        Dtype dtype, int64_t rows, int64_t vocab, int64_t banned_count,
-                        int64_t stride_logits_row,  // in elements
-                        cudaStream_t stream);
+// Two kernels: a block a piece, which leaves values and ids behind, and merge_stats.
+cudaError_t vocab_stats(
+    int64_t* token,             // (rows,), as the next four
+    float* prob,                //
+    float* entropy,             // nats
+    float* margin,              //
+    float* logsumexp,           //
+    float* values,              // (4, with a counter 6, rows, pieces), written
+    int32_t* ids,               // (1, with a counter 2, rows, pieces), written
+    const void* logits,         // (sources, vocab) of dtype, unit column stride
+    const void* row_list,       // (rows,) which row of logits; not in [0, sources): -inf. null: all
+    const int32_t* counter,     // (rows, 3): position, request, draw; null: no noise
+    const float* temperatures,  // (rows,): noise only where in [1e-6, inf); null: one for all
+    const int32_t* banned,      // (banned_count,); ids outside the row ban nothing
+    Dtype dtype, int64_t rows, int64_t sources, int64_t vocab, int64_t banned_count,
+    bool long_row_list,  // int64 rather than int32
+    bool tempered,       // statistics of x / temperature
+    int64_t seed, float inverse_temperature,
+    float softcap,              // 0: none
+    int64_t stride_logits_row,  // in elements, as the next two
+    int64_t stride_counter_row, int64_t stride_counter_word, cudaStream_t stream);
 
 }  // namespace pydllm

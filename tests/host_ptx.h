@@ -2,9 +2,9 @@
 // warp does together, its lanes do behind a barrier, and what they hand over lies in one of two
 // boxes: whoever is at the next instruction knows that all have read the box before the last.
 //
-// An asynchronous copy lands as late as it may, in the wait for it; with PYDLLM_EARLY_COPIES as
-// early as it may, at once. A kernel that is right under both waits for what it reads, and
-// overwrites nothing that is still read.
+// An asynchronous copy lands as late as it may, in the wait for it, where threads run in ascending
+// order, and as early as it may, at once, where they run in descending order. A kernel that is
+// right in both waits for what it reads, and overwrites nothing that is still read.
 #pragma once
 
 #include "common.cuh"
@@ -100,11 +100,11 @@ inline void cp_async_16(void* shared, const void* global, bool read) {
   emulation::check_aligned(shared, 16);
   emulation::check_aligned(global, 16);
   const Copy copy = {shared, read ? global : nullptr};
-#ifdef PYDLLM_EARLY_COPIES
-  land(copy);
-#else
-  open_group[emulation::current].push_back(copy);
-#endif
+  if (emulation::descending) {
+    land(copy);
+  } else {
+    open_group[emulation::current].push_back(copy);
+  }
 }
 
 inline void cp_async_commit() {

@@ -20,7 +20,9 @@ module, _, name = sys.argv[2].partition(":")
 check = getattr(importlib.import_module(module), name)
 from pydllm._backend import cuda
 from tests import emulation
-for path in sys.argv[3:]:
+for entry in sys.argv[3:]:
+    path, _, number = entry.partition("@")
+    os.environ["PYDLLM_MUTANT"] = number or "0"
     child = os.fork()
     if child == 0:
         signal.alarm(60)
@@ -30,7 +32,7 @@ for path in sys.argv[3:]:
                 os.environ["PYDLLM_EMULATION_ORDER"] = order
                 check()
         except (AssertionError, RuntimeError, ValueError):
-            if path == sys.argv[3]:
+            if entry == sys.argv[3]:
                 traceback.print_exc()
             os._exit(70)
         except BaseException:
@@ -54,6 +56,47 @@ def assert_caught(check, source, mutants, folder):
     """
     paths = [emulation.build(folder)]
     paths += [emulation.build(folder, {source: change}) for change in mutants.values()]
+    _assert_caught(check, mutants, paths)
+
+
+# The mutant that runs, 0 for none. A header of ours may be included twice with it.
+SWITCH = """
+#ifndef PYDLLM_MUTANT
+#define PYDLLM_MUTANT
+#include <cstdlib>
+static int pydllm_mutant() {
+  static const int number = std::atoi(std::getenv("PYDLLM_MUTANT"));
+  return number;
+}
+#endif
+"""
+
+
+def assert_switched_caught(check, mutants, folder):
+    """``assert_caught`` for a source that takes long to compile: all mutants in one module.
+
+    Args:
+        check, folder: as of ``assert_caught``.
+        mutants: name -> (file in csrc/, old, new), both expressions, or both statements that end in
+            a semicolon or a brace.
+    """
+    texts = {}
+    for number, (file, old, new) in enumerate(mutants.values(), 1):
+        text = texts.get(file) or SWITCH + (emulation.CSRC / file).read_text()
+        if text.count(old) != 1:
+            raise ValueError(f"{file}: expected {old!r} once, found it {text.count(old)} times")
+        here = f"pydllm_mutant() == {number}"
+        if old.rstrip().endswith((";", "}")):
+            switched = f"if ({here}) {{ {new} }} else {{ {old} }}"
+        else:
+            switched = f"({here} ? ({new}) : ({old}))"
+        texts[file] = text.replace(old, switched)
+    switched = emulation.build(folder, texts=texts)
+    paths = [switched, *(f"{switched}@{number}" for number in range(1, len(mutants) + 1))]
+    _assert_caught(check, mutants, paths)
+
+
+def _assert_caught(check, mutants, paths):
     command = [sys.executable, "-c", RUN, str(ROOT), check, *map(str, paths)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pydllm import reference
-from pydllm._backend.dispatch import choose
+from pydllm._backend.dispatch import choose, launcher
 from pydllm._backend.library import register
 from pydllm.ops._checks import check_device, check_dtype, check_no_grad, check_shape
 from pydllm.ops.window_attention import check_tensors, check_weight
@@ -45,7 +45,7 @@ def commit_branch(
         commit: ``(B,)`` int32, rows to write, 0 to ``T / branches``.
         cos, sin, pad, k_norm, eps, block_table: as in ``window_attention``.
         branches: candidates in ``k`` and ``v``.
-        backend: None (``PYDLLM_BACKEND``), ``"auto"``, ``"triton"`` or ``"torch"``.
+        backend: None (``PYDLLM_BACKEND``), ``"auto"``, ``"cuda"``, ``"triton"`` or ``"torch"``.
 
     Raises:
         ValueError: shapes or devices do not fit, a gradient is wanted, or an unknown backend.
@@ -55,7 +55,7 @@ def commit_branch(
     Determinism: without ``k_norm`` the stored bits are those that ``window_attention`` stores and
     attends to, on the same backend. CUDA graphs: safe. ``torch.compile``: one op.
 
-    Kernels: ``kernels/commit_branch.py``.
+    Kernels: ``kernels/commit_branch.py``, ``csrc/commit_branch.cu``.
 
     Example:
         >>> k = v = torch.tensor([5.0, 6.0, 7.0, 8.0]).view(1, 4, 1, 1).expand(1, 4, 1, 2)
@@ -76,12 +76,17 @@ def commit_branch(
     check_no_grad("commit_branch", k=k, v=v, k_cache=k_cache, v_cache=v_cache)
     tensors = (k, v, k_cache, v_cache, branch, start, commit, cos, sin, pad, k_norm, block_table)
 
+    def cuda() -> str | None:
+        from pydllm._backend.cuda import commit_branch as kernel
+
+        return kernel.supports(*tensors)
+
     def triton() -> str | None:
         from pydllm.kernels import commit_branch as kernel
 
         return kernel.supports(*tensors)
 
-    chosen = choose("commit_branch", backend, k.device, triton=triton)
+    chosen = choose("commit_branch", backend, k.device, triton=triton, cuda=cuda)
     if chosen == "torch":
         reference.commit_branch(*tensors, branches, eps)
     else:
@@ -109,9 +114,7 @@ def _run(
     if backend == "torch":
         reference.commit_branch(*tensors, branches, eps)
     else:
-        from pydllm.kernels import commit_branch as kernel
-
-        kernel.commit_branch(*tensors, branches, eps)
+        launcher("commit_branch", backend)(*tensors, branches, eps)
 
 
 def _fake(*_: object) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pydllm import reference
-from pydllm._backend.dispatch import choose
+from pydllm._backend.dispatch import choose, launcher
 from pydllm._backend.library import register
 from pydllm.ops._checks import FLOATS, check_device, check_dtype, check_no_grad, check_shape
 
@@ -44,7 +44,7 @@ def draft(
         branches: candidates, 1 to 32.
         block_size: positions of a block; blocks are filled one after the other and begin at
             multiples of it. None: the window is one block.
-        backend: None (``PYDLLM_BACKEND``), ``"auto"``, ``"triton"`` or ``"torch"``.
+        backend: None (``PYDLLM_BACKEND``), ``"auto"``, ``"cuda"``, ``"triton"`` or ``"torch"``.
 
     Returns:
         ``(B, branches, L)`` int64; candidate 0 is ``x``.
@@ -58,7 +58,7 @@ def draft(
     Determinism: the same on every backend, bit for bit; a sequence does not depend on the others.
     CUDA graphs: safe. One launch, no host read. ``torch.compile``: one op.
 
-    Kernels: ``kernels/draft.py``.
+    Kernels: ``kernels/draft.py``, ``csrc/draft.cu``.
 
     Example:
         >>> at = lambda n: torch.tensor([n], dtype=torch.int32)
@@ -73,12 +73,17 @@ def draft(
     check_no_grad("draft", score=score)
     arguments = (x, token, score, mask_id, start, length, branches, block_size)
 
+    def cuda() -> str | None:
+        from pydllm._backend.cuda import draft as kernel
+
+        return kernel.supports(x, token, score, start, length)
+
     def triton() -> str | None:
         from pydllm.kernels import draft as kernel
 
         return kernel.supports(x, token, score, start, length)
 
-    chosen = choose("draft", backend, x.device, triton=triton)
+    chosen = choose("draft", backend, x.device, triton=triton, cuda=cuda)
     if chosen == "torch":
         return reference.draft(*arguments)
     return torch.ops.pydllm.draft(*arguments, chosen)
@@ -121,9 +126,7 @@ def check_window(
 def _run(*arguments: Any) -> Tensor:
     if arguments[-1] == "torch":
         return reference.draft(*arguments[:-1])
-    from pydllm.kernels import draft as kernel
-
-    return kernel.draft(*arguments[:-1])
+    return launcher("draft", arguments[-1])(*arguments[:-1])
 
 
 def _fake(x: Tensor, token: Tensor, *rest: Any) -> Tensor:

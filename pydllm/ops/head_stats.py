@@ -67,7 +67,7 @@ def head_stats(
     depend on the number of rows. Memory: in Triton 12 MB, in torch a few MB, whatever R and V.
     CUDA graphs: safe; the seed is captured, counter and rows are read. ``torch.compile``: one op.
 
-    Kernels: ``kernels/head_stats.py``.
+    Kernels: ``kernels/head_stats.py``; ``merge_stats``: ``csrc/head_stats.cu``.
 
     Example:
         >>> stats = head_stats(torch.eye(2), torch.tensor([[0.0, 3.0], [2.0, 1.0]]))
@@ -132,7 +132,7 @@ def merge_stats(*partials: StatsPartial, backend: str | None = None) -> VocabSta
 
     Args:
         partials: what ``head_stats_partial`` returned for the same rows and options, on one device.
-        backend: None (``PYDLLM_BACKEND``), ``"auto"``, ``"triton"`` or ``"torch"``.
+        backend: None (``PYDLLM_BACKEND``), ``"auto"``, ``"cuda"``, ``"triton"`` or ``"torch"``.
 
     Returns:
         ``VocabStats``, each field ``(R,)``.
@@ -153,12 +153,17 @@ def merge_stats(*partials: StatsPartial, backend: str | None = None) -> VocabSta
         values = torch.cat([partial.values for partial in partials], -1)
         ids = torch.cat([partial.ids for partial in partials], -1)
 
+    def cuda() -> str | None:
+        from pydllm._backend.cuda import head_stats as kernel
+
+        return kernel.merge_supports(values, ids)
+
     def triton() -> str | None:
         from pydllm.kernels import head_stats as kernel
 
         return kernel.merge_supports(values, ids)
 
-    chosen = choose("merge_stats", backend, values.device, triton=triton)
+    chosen = choose("merge_stats", backend, values.device, triton=triton, cuda=cuda)
     return VocabStats(*torch.ops.pydllm.merge_stats(values, ids, chosen))
 
 
@@ -206,6 +211,10 @@ def _run_partial(hidden: Tensor, *arguments) -> tuple[Tensor, ...]:  # noqa: ANN
 
 
 def _run_merge(values: Tensor, ids: Tensor, backend: str) -> tuple[Tensor, ...]:
+    if backend == "cuda":
+        from pydllm._backend.cuda import head_stats as kernel
+
+        return kernel.merge_stats(values, ids)
     return _implementation(backend).merge_stats(values, ids)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pydllm import reference
-from pydllm._backend.dispatch import choose
+from pydllm._backend.dispatch import choose, launcher
 from pydllm._backend.library import register
 from pydllm.ops._checks import FLOATS, check_dtype, check_no_grad
 
@@ -21,7 +21,7 @@ def swiglu(gate_up: Tensor, *, backend: str | None = None) -> Tensor:
     Args:
         gate_up: ``(..., 2H)`` fp32, fp16, bf16 or (torch backend) fp64; the output of one matrix
             product with the gate's weight over the up-projection's.
-        backend: None (``PYDLLM_BACKEND``), ``"auto"``, ``"triton"`` or ``"torch"``.
+        backend: None (``PYDLLM_BACKEND``), ``"auto"``, ``"cuda"``, ``"triton"`` or ``"torch"``.
 
     Returns:
         ``(..., H)`` contiguous, dtype of ``gate_up``.
@@ -35,7 +35,7 @@ def swiglu(gate_up: Tensor, *, backend: str | None = None) -> Tensor:
     Determinism: an element's bits depend on its gate and up alone. CUDA graphs: safe.
     ``torch.compile``: one op.
 
-    Kernels: ``kernels/swiglu.py``.
+    Kernels: ``kernels/swiglu.py``, ``csrc/swiglu.cu``.
 
     Example:
         >>> swiglu(torch.tensor([[1.0, 2.0, 10.0, 100.0]]))
@@ -46,12 +46,17 @@ def swiglu(gate_up: Tensor, *, backend: str | None = None) -> Tensor:
         raise ValueError(f"gate_up: expected shape (..., 2H), got {tuple(gate_up.shape)}")
     check_no_grad("swiglu", gate_up=gate_up)
 
+    def cuda() -> str | None:
+        from pydllm._backend.cuda import swiglu as kernel
+
+        return kernel.supports(gate_up)
+
     def triton() -> str | None:
         from pydllm.kernels import swiglu as kernel
 
         return kernel.supports(gate_up)
 
-    chosen = choose("swiglu", backend, gate_up.device, triton=triton)
+    chosen = choose("swiglu", backend, gate_up.device, triton=triton, cuda=cuda)
     if chosen == "torch":
         return reference.swiglu(gate_up)
     return torch.ops.pydllm.swiglu(gate_up, chosen)
@@ -60,9 +65,7 @@ def swiglu(gate_up: Tensor, *, backend: str | None = None) -> Tensor:
 def _run(gate_up: Tensor, backend: str) -> Tensor:
     if backend == "torch":
         return reference.swiglu(gate_up)
-    from pydllm.kernels import swiglu as kernel
-
-    return kernel.swiglu(gate_up)
+    return launcher("swiglu", backend)(gate_up)
 
 
 def _fake(gate_up: Tensor, backend: str) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pydllm import reference
-from pydllm._backend.dispatch import choose
+from pydllm._backend.dispatch import choose, launcher
 from pydllm._backend.library import register
 from pydllm.ops._checks import check_device, check_dtype, check_no_grad, check_shape
 from pydllm.ops.draft import check_window
@@ -63,7 +63,7 @@ def verify(
         drafts: how many next candidates, 1 to 32.
         mask_id, start, length, block_size: as in ``draft``; the window has to hold all in which the
             candidates differ.
-        backend: None (``PYDLLM_BACKEND``), ``"auto"``, ``"triton"`` or ``"torch"``.
+        backend: None (``PYDLLM_BACKEND``), ``"auto"``, ``"cuda"``, ``"triton"`` or ``"torch"``.
 
     Returns:
         ``Verified(candidates, branch, accepted, remaining, complete)``. ``complete`` counts window
@@ -79,7 +79,7 @@ def verify(
     Determinism: the same on every backend, bit for bit; a sequence does not depend on the others.
     CUDA graphs: safe. One launch, no host read. ``torch.compile``: one op.
 
-    Kernels: ``kernels/verify.py``.
+    Kernels: ``kernels/verify.py``, ``csrc/verify.cu``.
 
     Example:
         >>> at = lambda *n: torch.tensor(n, dtype=torch.int32)
@@ -110,12 +110,17 @@ tensor([1], dtype=torch.int32), tensor([1], dtype=torch.int32))
     state = (x, step_map, nfe, candidates, token, score)
     arguments = (*state, mask_id, start, length, drafts, block_size)
 
+    def cuda() -> str | None:
+        from pydllm._backend.cuda import verify as kernel
+
+        return kernel.supports(*state, start, length)
+
     def triton() -> str | None:
         from pydllm.kernels import verify as kernel
 
         return kernel.supports(*state, start, length)
 
-    chosen = choose("verify", backend, x.device, triton=triton)
+    chosen = choose("verify", backend, x.device, triton=triton, cuda=cuda)
     if chosen == "torch":
         return Verified(*reference.verify(*arguments))
     return Verified(*torch.ops.pydllm.verify(*arguments, chosen))
@@ -124,9 +129,7 @@ tensor([1], dtype=torch.int32), tensor([1], dtype=torch.int32))
 def _run(*arguments: Any) -> tuple[Tensor, ...]:
     if arguments[-1] == "torch":
         return reference.verify(*arguments[:-1])
-    from pydllm.kernels import verify as kernel
-
-    return kernel.verify(*arguments[:-1])
+    return launcher("verify", arguments[-1])(*arguments[:-1])
 
 
 def _fake(

@@ -72,8 +72,8 @@ def vocab_stats(
         top_p: in (0, 1]: only the largest logits count whose mass, of all that are not banned and
             at the row's temperature, first exceeds ``top_p``. Both filters look at the whole row,
             and what both keep is kept; logits that tie with the last one kept are kept too.
-        backend: None (``PYDLLM_BACKEND``), ``"auto"``, ``"cuda"`` (temperature 0, and none of
-            softcap, rows, top_k and top_p), ``"triton"`` or ``"torch"``.
+        backend: None (``PYDLLM_BACKEND``), ``"auto"``, ``"cuda"`` (no top_k or top_p),
+            ``"triton"`` or ``"torch"``.
 
     Returns:
         ``VocabStats``, each field ``(R,)``. A row whose ids are all -inf or banned has token 0,
@@ -120,11 +120,7 @@ def vocab_stats(
     def cuda() -> str | None:
         from pydllm._backend.cuda import vocab_stats as kernel
 
-        if each is not None or fixed != 0 or softcap is not None:
-            return "the kernel takes temperature 0 and no softcap"
-        if not (rows is None and top_k is None and top_p is None):
-            return "the kernel takes no rows, top_k or top_p"
-        return kernel.supports(logits, banned, each, rows)
+        return kernel.supports(logits, banned, each, rows, top_k, top_p)
 
     def triton() -> str | None:
         from pydllm.kernels import vocab_stats as kernel

@@ -6,7 +6,8 @@ from pydllm.testing import error_budget, max_error, random_normal
 from tests.ops.test_window_attention import copy, rotate
 from tests.ops.test_window_attention_masks import NAN, branched, normed, of_branch
 
-BACKENDS = ["torch", "triton"]
+BACKENDS = ["torch", "triton", "cuda"]
+ATTENDING = ["torch", "triton"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SEQUENCES = [(62, 12, 150, 0, 0), (70, 9, 79, 0, 75), (145, 5, 150, 0, 0), (3, 4, 9, 0, 1)]
 
@@ -58,7 +59,7 @@ def test_agrees_with_the_definition(backend, dtype, has_norm):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ATTENDING)
 def test_the_bits_that_the_branch_alone_would_commit(backend, dtype):
     inputs = branched([(62, 4, 150, 0, 0), (70, 3, 74, 0, 6)], 8, dtype, rows=4)
     for branch in (0, 5):
@@ -135,7 +136,7 @@ def test_nothing_to_do(backend):
         ({"branch": torch.ones(4)}, TypeError, "branch: expected dtype torch.int32"),
         ({"start": torch.ones(3).int()}, ValueError, r"start: expected shape \(4\), got \(3,\)"),
         ({"k_norm": torch.ones(3)}, ValueError, r"k_norm: expected shape \(64\), got \(3,\)"),
-        ({"backend": "cuda"}, RuntimeError, "commit_branch has no cuda kernel"),
+        ({"backend": "cuda"}, RuntimeError, "CUDA kernels need a CUDA tensor, got one on cpu"),
     ],
 )
 def test_bad_input(change, error, message):
@@ -143,19 +144,42 @@ def test_bad_input(change, error, message):
         ops.commit_branch(**({"branches": 3} | make_commit() | change))
 
 
-def test_what_the_kernel_does_not_take():
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_what_the_kernel_does_not_take(backend):
     inputs = make_commit()
     inputs["branch"] = inputs["branch"][:1].expand(4)
     with pytest.raises(RuntimeError, match="branch must be contiguous, got strides"):
-        ops.commit_branch(**inputs, branches=3, backend="triton")
+        ops.commit_branch(**inputs, branches=3, backend=backend)
+
+
+def test_a_part_of_the_head_is_turned_and_memory_may_begin_anywhere(cuda_on_cpu):
+    """Partial rotary, heads of an odd number of vectors, and rows off 16-byte boundaries."""
+    generator = torch.Generator().manual_seed(0)
+    for head_dim, half, offset in ((80, 16, 0), (12, 3, 0), (64, 32, 1)):
+        shapes = {"k": (2, 6, 2), "v": (2, 6, 2), "k_cache": (2, 9, 2), "v_cache": (2, 9, 2)}
+        heads = {
+            name: torch.randn(*shape, head_dim + offset, generator=generator)[..., offset:]
+            for name, shape in shapes.items()
+        }
+        angle = torch.rand(9, half, generator=generator)
+        numbers = {"branch": (1, 0), "start": (2, 5), "commit": (3, 2), "pad": (1, 0)}
+        rest = {n: torch.tensor(t, dtype=torch.int32) for n, t in numbers.items()}
+        rest |= {"cos": angle.cos(), "sin": angle.sin(), "branches": 2}
+        rest["k_norm"] = torch.rand(head_dim, generator=generator)
+        other = {name: tensor.clone() for name, tensor in heads.items()}
+        ops.commit_branch(**heads, **rest, backend="cuda")
+        ops.commit_branch(**other, **rest, backend="torch")
+        assert torch.equal(heads["v_cache"], other["v_cache"])
+        torch.testing.assert_close(heads["k_cache"], other["k_cache"], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("backend", BACKENDS[1:])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_on_a_gpu(dtype):
+def test_on_a_gpu(dtype, backend):
     inputs = make_commit(dtype)
     on_gpu = {name: tensor.cuda() for name, tensor in inputs.items()}
-    ops.commit_branch(**on_gpu, branches=3, backend="triton")
+    ops.commit_branch(**on_gpu, branches=3, backend=backend)
     exact, plain = (written(inputs, kind, 3) for kind in (torch.float64, dtype))
     for name, want, same in zip(("k_cache", "v_cache"), exact, plain, strict=False):
         assert max_error(on_gpu[name].cpu(), want) <= error_budget(want, same)

@@ -8,7 +8,7 @@ import torch
 from pydllm import ops
 
 MASK = 5
-BACKENDS = ["torch", "triton"]
+BACKENDS = ["torch", "triton", "cuda"]
 # branches, window rows, positions, block_size
 SIZES = [
     (1, 1, 1, None),
@@ -106,7 +106,7 @@ BAD = [
     ({"score": torch.zeros(4, 5)}, ValueError, r"score: expected shape \(4, 6\), got \(4, 5\)"),
     ({"start": numbers(0)}, ValueError, r"start: expected shape \(4\), got \(1,\)"),
     ({"x": torch.zeros(4, 5).long()}, ValueError, "token: expected 1 to 5 positions"),
-    ({"backend": "cuda"}, RuntimeError, "cuda"),
+    ({"backend": "cuda"}, RuntimeError, "CUDA kernels need a CUDA tensor"),
 ]
 
 
@@ -125,3 +125,15 @@ def test_what_the_kernel_does_not_take():
             ops.draft(**case, mask_id=MASK, branches=2, backend="triton")
         got = ops.draft(**case, mask_id=MASK, branches=2)
         assert torch.equal(got, expected(case, 2, None))
+
+
+def test_windows_that_only_the_cuda_kernel_takes(cuda_on_cpu):
+    case = make_case(1000, 1030, batch=2)
+    got = ops.draft(**case, mask_id=MASK, branches=32, block_size=50, backend="cuda")
+    assert torch.equal(got, expected(case, 32, 50))
+    for case, message in (
+        (make_case(1025, 1030), "windows of up to 1024 positions, got 1025"),
+        (make_case(6, 9, dtype=torch.float64), "fp32, fp16 and bf16 scores, got torch.float64"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            ops.draft(**case, mask_id=MASK, branches=2, backend="cuda")

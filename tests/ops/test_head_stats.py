@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from pydllm import ops
+from pydllm.ops.head_stats import StatsPartial
 from pydllm.ops.vocab_stats import VocabStats
 from pydllm.testing import random_normal
 
@@ -90,7 +91,7 @@ def test_every_option_at_once(backend):
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_shards_merge_to_the_whole(backend, temperature):
+def test_shards_merge_to_the_whole(cuda_on_cpu, backend, temperature):
     hidden, weight = _operands(7, 3000, 32)
     weight[2500:2600] = weight[100:200]  # ties between shards
     bias = random_normal(3000, seed=9)
@@ -112,7 +113,7 @@ def test_shards_merge_to_the_whole(backend, temperature):
     one = ops.head_stats_partial(hidden, weight, bias=bias, **options)
     _assert_same(ops.merge_stats(one, backend=backend), whole)
     # What one backend left behind, the other can merge.
-    for other in BACKENDS:
+    for other in (*BACKENDS, "cuda"):
         _assert_near(ops.merge_stats(*partials, backend=other), whole)
 
 
@@ -252,6 +253,47 @@ def test_opcheck(backend):
         torch.library.opcheck(ours.head_stats_partial.default, arguments)
         values, ids = ours.head_stats_partial(*arguments)
         torch.library.opcheck(ours.merge_stats.default, (values, ids, backend))
+
+
+def test_merging_in_cuda(cuda_on_cpu):
+    """Many pieces, without a distribution some of them, as the Triton merge has them."""
+    hidden, weight = _operands(7, 2400, 16)
+    weight[300:340] = weight[2000:2040]
+    bias = torch.zeros(2400)
+    bias[:1200] = -INF
+    for options in ({}, {"temperature": 0.8, "counter": _counter(7), "tempered": True}):
+        for shards in (1, 5, 33, 100):
+            width = 2400 // shards // 4 * 4
+            partials = [
+                ops.head_stats_partial(
+                    hidden,
+                    weight[a : a + width],
+                    bias=bias[a : a + width],
+                    vocab_offset=a,
+                    **options,
+                )
+                for a in range(0, 2400, width)
+            ]
+            expected = ops.merge_stats(*partials)
+            got = ops.merge_stats(*partials, backend="cuda")
+            _assert_near(got, expected)
+            partials[-1].values[2, 3] = math.nan
+            got = ops.merge_stats(*partials, backend="cuda")
+            assert got.token[3] == 0 and all(field[3].isnan() for field in got[1:])
+            _assert_near(VocabStats(*(f[:3] for f in got)), VocabStats(*(f[:3] for f in expected)))
+    values, ids = torch.full((4, 2, 3), -INF), torch.zeros(1, 2, 3, dtype=torch.int32)
+    values[2:] = 0
+    got = ops.merge_stats(StatsPartial(values, ids), backend="cuda")
+    assert [field[1].item() for field in got] == [0, 0, 0, 0, -INF]
+    op = torch.ops.pydllm.merge_stats.default
+    torch.library.opcheck(op, (values, ids, "cuda"))
+    for partial, message in (
+        ((values.double(), ids), "takes fp32 values"),
+        ((values.transpose(1, 2), ids.transpose(1, 2)), "values and ids must be contiguous"),
+        ((values[..., :0], ids[..., :0]), "takes 1 to 2048 pieces"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            ops.merge_stats(StatsPartial(*partial), backend="cuda")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

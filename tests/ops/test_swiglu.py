@@ -6,20 +6,23 @@ import torch
 from pydllm import ops, reference
 from pydllm.testing import assert_within_budget, random_normal
 
+KERNELS = ["triton", "cuda"]
+BACKENDS = ["torch", *KERNELS]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(1, 2), (3, 14), (2, 5, 256), (4, 2050), (2, 5002), (0, 64), (3, 0), (10,)]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_triton_stays_within_the_error_budget(dtype, shape):
+@pytest.mark.parametrize("backend", KERNELS)
+def test_kernels_stay_within_the_error_budget(backend, dtype, shape):
     gate_up = 4 * random_normal(*shape, seed=0, dtype=dtype)
-    y = ops.swiglu(gate_up, backend="triton")
+    y = ops.swiglu(gate_up, backend=backend)
     assert y.shape == (*shape[:-1], shape[-1] // 2) and y.dtype == dtype and y.is_contiguous()
     assert_within_budget(y, reference.swiglu, gate_up)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_the_formula(backend):
     gate_up = 8 * random_normal(6, 20, seed=1)
     y = ops.swiglu(gate_up, backend=backend)
@@ -29,14 +32,14 @@ def test_the_formula(backend):
             assert abs(got - expected) <= 4 * 2**-23 * abs(expected)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_silu_is_rounded_before_the_product(backend):
     # silu(1.25) = 0.97162 is 0.97266 in bf16; times 2.5 that is 2.4375, unrounded it is 2.4219.
     gate_up = torch.tensor([[1.25, 2.5]], dtype=torch.bfloat16)
     assert ops.swiglu(gate_up, backend=backend).item() == 2.4375
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # NumPy's, in the interpreter
 def test_large_gates_saturate(backend):
     gate_up = torch.tensor([[-1e4, 1e4, -20.0, 2.0, 2.0, 2.0]])
@@ -45,7 +48,7 @@ def test_large_gates_saturate(backend):
     assert tail == pytest.approx(-40 / (1 + math.exp(20)), rel=1e-6)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_row_depends_on_itself_alone(backend):
     gate_up = random_normal(8, 96, seed=2)
     alone = ops.swiglu(gate_up[5:6], backend=backend)
@@ -56,13 +59,13 @@ def test_a_row_depends_on_itself_alone(backend):
     assert not together[[0, 1, 2, 4, 5, 6, 7]].isnan().any()
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend):
     gate_up = random_normal(3, 2, 16, seed=3)
     torch.library.opcheck(torch.ops.pydllm.swiglu.default, (gate_up, backend))
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_fullgraph_compile(backend):
     gate_up = random_normal(3, 16, seed=4)
 
@@ -87,10 +90,22 @@ def test_a_view_is_read_in_place_by_torch():
         ({"gate_up": torch.ones(4, requires_grad=True)}, ValueError, "got gate_up with requires_"),
         ({"gate_up": torch.ones(4, 3).t(), "backend": "triton"}, RuntimeError, "must be contig"),
         ({"gate_up": torch.ones(4).double(), "backend": "triton"}, RuntimeError, "takes fp32, fp1"),
-        ({"backend": "cuda"}, RuntimeError, "swiglu has no cuda kernel"),
+        ({"backend": "cuda"}, RuntimeError, "CUDA kernels need a CUDA tensor, got one on cpu"),
         ({"backend": "gpu"}, ValueError, "backend: expected one of auto, cuda, triton, torch"),
     ],
 )
 def test_bad_input(change, error, message):
     with pytest.raises(error, match=message):
         ops.swiglu(**{"gate_up": torch.ones(3, 4)} | change)
+
+
+def test_what_the_cuda_kernel_does_not_take(cuda_on_cpu):
+    with pytest.raises(RuntimeError, match="must be contiguous"):
+        ops.swiglu(torch.ones(4, 3).t(), backend="cuda")
+    with pytest.raises(RuntimeError, match="takes fp32, fp16 and bf16"):
+        ops.swiglu(torch.ones(4).double(), backend="cuda")
+    # Where memory does not begin at 16 bytes, elements are read one by one.
+    gate_up = random_normal(3 * 48 + 1, seed=6)[1:].view(3, 48)
+    assert torch.equal(
+        ops.swiglu(gate_up, backend="cuda"), ops.swiglu(gate_up.clone(), backend="cuda")
+    )

@@ -154,16 +154,17 @@ def test_bad_input_is_refused_before_anything_is_written(change, error, message)
 
 
 @pytest.mark.gpu
-def test_capture_and_replay():
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_capture_and_replay(backend):
     """Nothing is read on the host: a captured round gives what an eager one does."""
     case = {name: tensor.cuda() for name, tensor in make_round(8, 32, 64, 8, seed=3).items()}
     eager = {name: tensor.clone() for name, tensor in case.items()}
-    ops.verify(**eager, mask_id=MASK, drafts=3, block_size=8, backend="triton")
+    ops.verify(**eager, mask_id=MASK, drafts=3, block_size=8, backend=backend)
     state = {name: tensor.clone() for name, tensor in case.items()}
     stream = torch.cuda.Stream()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
-        got = ops.verify(**state, mask_id=MASK, drafts=3, block_size=8, backend="triton")
+        got = ops.verify(**state, mask_id=MASK, drafts=3, block_size=8, backend=backend)
     graph.replay()
     torch.cuda.synchronize()
     want = expected({name: tensor.cpu() for name, tensor in case.items()}, 8)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pydllm._backend.cuda import DTYPES, call
 
-MAX_WIDTH = 32768  # kMaxWidth in csrc/rms_norm.h
+MAX_WIDTH = 32768  # kRmsNormWidth in csrc/rms_norm.h
 
 
 def supports(x: Tensor, weight: Tensor, residual: Tensor | None) -> str | None:
