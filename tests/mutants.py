@@ -77,8 +77,8 @@ def assert_switched_caught(check, mutants, folder):
 
     Args:
         check, folder: as of ``assert_caught``.
-        mutants: name -> (file in csrc/, old, new), both expressions, or both statements that end in
-            a semicolon or a brace.
+        mutants: name -> (file in csrc/, old, new), both expressions or both statements, which end
+            in a semicolon; or a new piece that asks for MUTANT itself.
     """
     texts = {}
     for number, (file, old, new) in enumerate(mutants.values(), 1):
@@ -86,7 +86,9 @@ def assert_switched_caught(check, mutants, folder):
         if text.count(old) != 1:
             raise ValueError(f"{file}: expected {old!r} once, found it {text.count(old)} times")
         here = f"pydllm_mutant() == {number}"
-        if old.rstrip().endswith((";", "}")):
+        if "MUTANT" in new:
+            switched = new.replace("MUTANT", f"({here})")
+        elif old.endswith(";"):
             switched = f"if ({here}) {{ {new} }} else {{ {old} }}"
         else:
             switched = f"({here} ? ({new}) : ({old}))"
