@@ -127,9 +127,9 @@ __device__ __forceinline__ float capped(float s, float softcap) {
 // lane / 4 + 8, as in the accumulator of mma_m16n8k16.
 template <int kHeadDim>
 struct Online {
-  float acc[kHeadDim / 8][4];
-  float best[2];  // of the row, in base 2
-  float sum[2];   // of this lane's columns
+  float acc[kHeadDim / 8][4] = {};
+  float best[2] = {-INFINITY, -INFINITY};  // of the row, in base 2
+  float sum[2] = {0.f, 0.f};               // of this lane's columns
 };
 
 // Scores of 16 query rows with 64 keys.

@@ -8,6 +8,7 @@ namespace pydllm {
 
 constexpr int kQueries = 64;  // query rows of a block
 constexpr int kKeys = kAttentionKeys;
+constexpr int kAttentionThreads = kQueries / 16 * kWarpSize;  // a warp has 16 rows, as an mma tile
 
 // What a block knows of its sequence and KV head; in shared memory, since registers are for the
 // multiplications. Numbers are clamped, so that none overflows.
@@ -79,6 +80,13 @@ struct Query {
     limit(call);
   }
 
+  // The row in (batch, rows, heads).
+  template <typename T>
+  __device__ __forceinline__ int64_t index(const WindowAttention& call,
+                                           const Sequence<T>& sequence) const {
+    return (int64_t{sequence.batch} * call.rows + row) * call.heads + head;
+  }
+
   // The masks by position; both ends grow with the position.
   __device__ __forceinline__ void limit(const WindowAttention& call) {
     if (!used) return;
@@ -99,8 +107,8 @@ struct Limits {
   int branch, begin, end;
 };
 
-// The key tiles of a block, in order: [first, before) cached, [before, behind) for each of its
-// branches, [behind, last) cached.
+// The key tiles of a block, in order: [first, before) cached, [before, behind) each once for every
+// one of its branches, [behind, last) cached.
 struct Walk {
   int first_m, split;  // the block's first query row, and its split of the keys
   int first, before, behind, last;
@@ -130,7 +138,7 @@ struct Walk {
     all_end = lowest.end;
     first = lowest.begin / kKeys;
     last = (max(highest.end, 0) + kKeys - 1) / kKeys;
-    if (call.part != nullptr) {
+    if (call.splits > 1) {
       first = max(first, split * call.split_tiles);
       last = min(last, (split + 1) * call.split_tiles);
     }
@@ -148,14 +156,13 @@ struct Walk {
     branch = -1;
     tile = first + step;
     if (tile < before) return;
-    const int on_window = behind - before;
     const int inside = tile - before;
-    if (inside < on_window * branches) {
-      const int turn = inside / on_window;
-      branch = first_branch + turn;
-      tile = before + inside - turn * on_window;
+    if (inside < (behind - before) * branches) {
+      const int on_window = inside / branches;
+      branch = first_branch + inside - on_window * branches;
+      tile = before + on_window;
     } else {
-      tile -= on_window * (branches - 1);
+      tile -= (behind - before) * (branches - 1);
     }
   }
 };

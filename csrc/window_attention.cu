@@ -7,19 +7,22 @@
 // that a row does not see leaves it as it was: a row's bits do not depend on the batch, on other
 // branches, on padding, or on which keys are cached.
 //
-// Short windows over long caches are split (the launcher in pydllm/_backend/cuda decides): a block
-// walks the tiles of one split, always the same positions, and a second kernel joins them in order.
+// Keys are summed in splits, always the same positions, and splits are joined in order of position:
+// by the block that walks over all of them, or, where there would be too few blocks for the device,
+// by a second kernel behind a block for each split. Both do the same operations, so that the bits
+// do not depend on which it is.
 #include "window_attention.h"
 
 #include <climits>
 
+#include "attention_split.cuh"
 #include "attention_tile.cuh"
 #include "attention_walk.cuh"
 
 namespace pydllm {
 namespace {
 
-constexpr int kThreads = kQueries / 16 * kWarpSize;  // a warp has the 16 rows of an mma tile
+constexpr int kThreads = kAttentionThreads;
 constexpr float kLog2E = 1.4426950408889634f;
 
 template <int kHeadDim>
@@ -202,8 +205,10 @@ __global__ void __launch_bounds__(kThreads, Shape<kHeadDim>::kBlocks)
   const int high_branch = (warp_m + 15) / sequence.group / sequence.window;
   const float softcap = call.softcap * kLog2E;
   const float factor = call.softcap == 0.f ? call.scale * kLog2E : call.scale / call.softcap;
-  Online<kHeadDim> online = {};
-  online.best[0] = online.best[1] = -INFINITY;
+  Online<kHeadDim> online;
+  Total total;
+  int split = walk.split;  // that is being computed
+  bool joined = false;     // splits before it are in memory
 
   // Of the ring of stages, the one that a step reads, and the one that it fills: that of the step
   // before. Steps before the first fill the others.
@@ -233,6 +238,15 @@ __global__ void __launch_bounds__(kThreads, Shape<kHeadDim>::kBlocks)
     walk.find(step, tile, branch);
     if (warp_m >= call.rows * sequence.group) continue;
     if (branch >= 0 && (branch < low_branch || branch > high_branch)) continue;
+    if (call.splits == 1 && tile / call.split_tiles != split) {
+      float* rows[2] = {part_row<kHeadDim>(call, sequence, walk, warp_m, 0),
+                        part_row<kHeadDim>(call, sequence, walk, warp_m, 1)};
+      join(online, total, {joined ? rows[0] : nullptr, joined ? rows[1] : nullptr});
+      store_part(rows, online);
+      online = {};
+      joined = true;
+      split = tile / call.split_tiles;
+    }
     const bool mine[2] = {branch < 0 || branch == limits[0].branch,
                           branch < 0 || branch == limits[1].branch};
     float s[kKeys / 8][4];
@@ -244,74 +258,27 @@ __global__ void __launch_bounds__(kThreads, Shape<kHeadDim>::kBlocks)
     add_values<T, kHeadDim, kKeys>(online, s, keys + Tile::kTile, mine);
   }
 
+  float* rows[2] = {part_row<kHeadDim>(call, sequence, walk, warp_m, 0),
+                    part_row<kHeadDim>(call, sequence, walk, warp_m, 1)};
+  if (call.splits > 1) {
+    store_state(call, sequence, walk, warp_m, online);
+    if (steps > 0) store_part(rows, online);  // nobody reads what has sum 0
+    return;
+  }
+  join(online, total, {joined ? rows[0] : nullptr, joined ? rows[1] : nullptr});
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    float sum = online.sum[r];
-    sum += __shfl_xor_sync(kFullWarp, sum, 1);
-    sum += __shfl_xor_sync(kFullWarp, sum, 2);
     const Query query(call, sequence, warp_m + lane / 4 + 8 * r);
     if (query.row >= call.rows) continue;
-    const int64_t row = (int64_t{sequence.batch} * call.rows + query.row) * call.heads + query.head;
-    const int column = 2 * (lane % 4);
-    if (call.part != nullptr) {
-      const int64_t rows = int64_t{call.batch} * call.rows * call.heads;
-      const int64_t split_row = walk.split * rows + row;
-      if (lane % 4 == 0) {
-        call.state[split_row] = online.best[r];
-        call.state[call.splits * rows + split_row] = query.used ? sum : 0.f;
-      }
-      if (steps == 0) continue;  // nobody reads what has sum 0
-      float* part = call.part + split_row * kHeadDim + column;
+    const float factor = total.sum[r] == 0.f ? 1.f : 1.f / total.sum[r];
+    T* out = static_cast<T*>(call.out) + query.index(call, sequence) * kHeadDim + 2 * (lane % 4);
 #pragma unroll
-      for (int n = 0; n < kHeadDim / 8; ++n) {
-        part[8 * n] = online.acc[n][2 * r];
-        part[8 * n + 1] = online.acc[n][2 * r + 1];
-      }
-    } else {
-      const float factor = sum == 0.f ? 1.f : 1.f / sum;
-      T* out = static_cast<T*>(call.out) + row * kHeadDim + column;
-#pragma unroll
-      for (int n = 0; n < kHeadDim / 8; ++n) {
-        const unsigned pair =
-            pack<T>(online.acc[n][2 * r] * factor, online.acc[n][2 * r + 1] * factor);
-        *reinterpret_cast<unsigned*>(out + 8 * n) = query.used ? pair : 0u;
-      }
+    for (int n = 0; n < kHeadDim / 8; ++n) {
+      const unsigned pair =
+          pack<T>(online.acc[n][2 * r] * factor, online.acc[n][2 * r + 1] * factor);
+      *reinterpret_cast<unsigned*>(out + 8 * n) = query.used ? pair : 0u;
     }
   }
-}
-
-// Splits joined in order of position; one without keys has sum 0 and changes nothing. A thread has
-// four dimensions of a row.
-template <typename T, int kHeadDim>
-__global__ void __launch_bounds__(kThreads)
-    window_attention_merge_kernel(T* __restrict__ out,              // (rows, head_dim)
-                                  const float* __restrict__ part,   // (splits, rows, head_dim)
-                                  const float* __restrict__ state,  // (2, splits, rows)
-                                  int64_t rows, int splits) {
-  constexpr int kThreadsRow = kHeadDim / 4;
-  const int thread = static_cast<int>(threadIdx.x);
-  const int64_t row = int64_t{blockIdx.x} * (kThreads / kThreadsRow) + thread / kThreadsRow;
-  if (row >= rows) return;
-  const int column = thread % kThreadsRow * 4;
-  float acc[4] = {}, best = -INFINITY, sum = 0.f;
-  for (int split = 0; split < splits; ++split) {
-    const int64_t from = split * rows + row;
-    const float part_sum = state[splits * rows + from];
-    if (part_sum == 0.f) continue;  // a NaN is not 0
-    const float part_best = state[from];
-    const auto add = load_vector(part + from * kHeadDim + column);
-    const float both = fmaxf(best, part_best);
-    const float shift = both == -INFINITY ? 0.f : both;
-    const float alpha = ptx::exp2_approx(best - shift), beta = ptx::exp2_approx(part_best - shift);
-    sum = fmaf(sum, alpha, part_sum * beta);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) acc[i] = fmaf(acc[i], alpha, add.lane[i] * beta);
-    best = both;
-  }
-  const float factor = sum == 0.f ? 1.f : 1.f / sum;
-  auto* pairs = reinterpret_cast<unsigned*>(out + row * kHeadDim + column);
-  pairs[0] = pack<T>(acc[0] * factor, acc[1] * factor);
-  pairs[1] = pack<T>(acc[2] * factor, acc[3] * factor);
 }
 
 template <typename T, int kHeadDim>
@@ -332,7 +299,7 @@ cudaError_t launch(const WindowAttention& call, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(blocks)), block(kThreads);
   PYDLLM_LAUNCH((window_attention_kernel<T, kHeadDim>), grid, block, bytes, stream, staged);
   const cudaError_t launched = cudaGetLastError();
-  if (launched != cudaSuccess || call.part == nullptr) return launched;
+  if (launched != cudaSuccess || call.splits == 1) return launched;
 
   constexpr int kRows = kThreads / (kHeadDim / 4);
   const int64_t rows = int64_t{call.batch} * call.rows * call.heads;
@@ -369,15 +336,15 @@ bool fits(const WindowAttention& call) {
                      2 * call.half <= call.head_dim;
   const bool paged = call.table == nullptr || (call.page > 0 && call.slots % call.page == 0);
   const int64_t split = int64_t{call.split_tiles} * kKeys;
-  const bool splits = call.part == nullptr ? call.splits == 1
-                                           : call.state != nullptr && split > 0 &&
-                                                 call.splits == (call.slots + split - 1) / split;
+  const int64_t splits = split > 0 ? (call.slots + split - 1) / split : 0;
+  const bool alone = call.splits == 1 && (splits <= 1 || call.part != nullptr);
+  const bool apart = call.splits == splits && call.part != nullptr && call.state != nullptr;
   // Room for the tiles and the group behind the last row and slot.
   const bool small = call.rows >= 0 && call.heads >= 0 &&
                      int64_t{call.rows} * call.heads <= INT_MAX - kQueries && call.slots >= 0 &&
                      call.slots <= INT_MAX / 4;
   const bool staged = call.stages == 0 || call.stages == 2 || call.stages == 3;
-  return staged && whole && paged && splits && small;
+  return split > 0 && (alone || apart) && staged && whole && paged && small;
 }
 
 }  // namespace

@@ -26,8 +26,8 @@ struct WindowAttention {
   const void* q_norm;     // (head_dim,) weights of the RMS norm of each head, or null
   const void* k_norm;     // (head_dim,), or null
   const int32_t* table;   // (batch, slots / page) pages of each sequence, or null
-  float* part;            // (splits, batch, rows, heads, head_dim), or null: keys are not split
-  float* state;           // (2, splits, batch, rows, heads): maximum and sum, where there is part
+  float* part;            // (splits, batch, rows, heads, head_dim): values of splits, or null
+  float* state;           // (2, splits, batch, rows, heads): their maxima and sums, or null
   int64_t stride_q_batch, stride_q_row, stride_q_head;
   int64_t stride_k_batch, stride_k_row, stride_k_head;
   int64_t stride_v_batch, stride_v_row, stride_v_head;
@@ -42,8 +42,9 @@ struct WindowAttention {
   int branches;     // a divisor of rows
   int slots;        // of a sequence
   int page;         // slots of a page, where there is a table
-  int splits;       // parts that the keys are in, 1 without part
-  int split_tiles;  // key tiles of a split, where there is part
+  int splits;       // blocks for each one's keys, or 1: a block walks over all of them. With part
+                    // unless the slots are one split, with state unless 1
+  int split_tiles;  // key tiles that are summed before they are joined to the others
   int stages;       // key tiles in shared memory: 2, 3, or 0: as many as leave room for two blocks
   int block_size;   // of the block-causal mask, 0: none
   int span;         // of the sliding window, 0: none

@@ -115,9 +115,9 @@ def window_attention(
 
     Determinism: with the kernels a row's bits depend on its query and its visible keys alone,
     not on the batch, other branches, padding, pages, or on which of the keys are cached; nor on
-    ``T / branches`` and ``L``, as long as both calls split the keys or both do not (short windows
-    over long caches do: ``attention_splits`` in ``kernels/_tiles.py``, ``splits_of`` in
-    ``_backend/cuda/window_attention.py``).
+    ``T / branches`` and ``L``: with the CUDA kernel never, with the Triton kernel as long as both
+    calls split the keys or both do not (short windows over long caches do, ``attention_splits`` in
+    ``kernels/_tiles.py``).
     CUDA graphs: safe. ``torch.compile``: one op.
 
     Kernels: ``kernels/window_attention.py``, ``csrc/window_attention.cu``.

@@ -51,6 +51,34 @@ def test_a_refresh_over_many_tiles(cuda_on_cpu, monkeypatch, order):
     agrees(make([(0, 200, 200, 200, 0)], torch.bfloat16, heads=(3, 1), head_dim=128, slots=200))
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_one_block_for_all_splits_or_one_for_each(cuda_on_cpu, monkeypatch, head_dim):
+    """The same bits, whatever the device, the batch and the length of the cache make of it."""
+    monkeypatch.setattr(launcher, "SPLIT", 64)
+    sequences = [(200, 5, 300, 5, 3), (0, 9, 9, 2, 0), (10, 9, 280, 9, 20), (62, 4, 66, 0, 0)]
+    inputs = branched(sequences, 2, torch.bfloat16, rows=9, head_dim=head_dim, slots=300)
+    for options in ({}, {"causal": True}, {"window": 70}):
+        one = run(inputs, "cuda", branches=2, **options)
+        with monkeypatch.context() as patch:
+            patch.setattr(launcher, "multiprocessors", lambda device: 10**6)
+            many = run(inputs, "cuda", branches=2, **options)
+        assert all(
+            torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(one, many, strict=True)
+        )
+
+
+def test_the_bits_do_not_depend_on_the_rows_or_the_slots(cuda_on_cpu):
+    """A short window over a long cache, and its last row in a window over all of a short one."""
+    whole = make([(0, 600, 600, 600, 0)], torch.float16, heads=(1, 1), slots=600)
+    out = ops.window_attention(**whole, backend="cuda")
+    tail = {name: whole[name][:, 590:] for name in ("q", "k", "v")}
+    tail |= {name: torch.cat((whole[name], whole[name]), 1) for name in ("k_cache", "v_cache")}
+    tail |= {name: torch.cat((whole[name], whole[name])) for name in ("cos", "sin")}
+    tail |= {"start": whole["start"] + 590, "length": whole["length"] - 590}
+    again = ops.window_attention(**(whole | tail | {"commit": tail["length"]}), backend="cuda")
+    assert torch.equal(again, out[:, 590:])
+
+
 def test_a_committed_key_is_the_one_that_was_attended_to(cuda_on_cpu):
     """Bit for bit: attending to the cache afterwards gives what attending to the window gave."""
     for head_dim in (64, 128):
@@ -141,9 +169,15 @@ def check():
     inputs["q"][0, :4], inputs["k"][0, :4], inputs["v"][0, :4] = (torch.nan,) * 3
     out = ops.window_attention(**copy(inputs), branches=2, backend="cuda")
     assert out[0, :4].isnan().all() and not out[0, 4:].isnan().any()
-    launcher.SPLIT, launcher.SPLIT_ABOVE = 64, 64
-    agrees(make([(70, 9, 150, 9, 0), (60, 8, 128, 3, 5)], torch.bfloat16, head_dim=128))
-    launcher.SPLIT, launcher.SPLIT_ABOVE = 512, 1024
+    inputs = make([(70, 9, 150, 9, 0), (60, 8, 128, 3, 5)], torch.bfloat16, head_dim=128)
+    split, multiprocessors = launcher.SPLIT, launcher.multiprocessors
+    launcher.SPLIT = 64
+    agrees(inputs)
+    one = run(inputs, "cuda")
+    launcher.multiprocessors = lambda device: 10**6
+    agrees(inputs)
+    assert torch.equal(one[0], run(inputs, "cuda")[0])
+    launcher.SPLIT, launcher.multiprocessors = split, multiprocessors
     inputs = make([(66, 9, 150, 9, 0), (60, 7, 128, 3, 5)], torch.float16)
     table = torch.arange(60).flip(0).view(2, 30).int()
     for name in ("k_cache", "v_cache"):
@@ -151,7 +185,12 @@ def check():
     agrees(inputs | {"block_table": table})
 
 
-TILE, WALK, KERNEL = "attention_tile.cuh", "attention_walk.cuh", "window_attention.cu"
+TILE, WALK, SPLIT, KERNEL = (
+    "attention_tile.cuh",
+    "attention_walk.cuh",
+    "attention_split.cuh",
+    "window_attention.cu",
+)
 MUTANTS = {
     "keys: lanes of a fragment": (TILE, "lane / 16 * 8 + lane % 8", "lane % 16"),
     "keys: dimensions of a fragment": (TILE, "lane / 8 % 2", "lane / 16"),
@@ -218,9 +257,21 @@ MUTANTS = {
         "if (!MUTANT) __syncthreads();  // the step's",
     ),
     "ring: fills what is read": (KERNEL, "fills = 0;", "fills = MUTANT ? 1 : 0;"),
-    "sum: half a row": (KERNEL, "sum += __shfl_xor_sync(kFullWarp, sum, 2);", ";"),
-    "merge: a split not scaled": (KERNEL, "part_sum * beta", "part_sum"),
-    "merge: order of the splits' sums": (KERNEL, "state[splits * rows + from]", "state[from]"),
+    "split: not closed at its end": (KERNEL, "tile / call.split_tiles != split", "false"),
+    "split: what came before forgotten": (
+        KERNEL,
+        "join(online, total, {joined ? rows[0] : nullptr, joined ? rows[1] : nullptr});\n#pragma",
+        "if (MUTANT) join(online, total, {nullptr, nullptr}); else join(online, total, "
+        "{joined ? rows[0] : nullptr, joined ? rows[1] : nullptr});\n#pragma",
+    ),
+    "split: sum of half a row": (SPLIT, "sum + __shfl_xor_sync(kFullWarp, sum, 2)", "sum"),
+    "split: joined without its scale": (
+        SPLIT,
+        "alpha, sum * beta",
+        "alpha, MUTANT ? sum : sum * beta",
+    ),
+    "merge: a split not scaled": (SPLIT, "part_sum * beta", "part_sum"),
+    "merge: order of the splits' sums": (SPLIT, "state[splits * rows + from]", "state[from]"),
 }
 
 

@@ -250,12 +250,15 @@ def test_pages(backend, options, page):
         assert torch.equal(paged[name][rest].nan_to_num(7), before[name][rest].nan_to_num(7))
 
 
-@pytest.fixture
-def split(monkeypatch):
-    """Splits of 64 positions, one tile."""
+@pytest.fixture(params=["one block", "a block each"])
+def split(request, monkeypatch):
+    """Splits of 64 positions, one tile; CUDA joins them in one block or behind many."""
     monkeypatch.setattr(_tiles, "ATTENTION_SPLIT", 64)
     monkeypatch.setattr(cuda, "SPLIT", 64)
-    monkeypatch.setattr(cuda, "SPLIT_ABOVE", 64)
+    apart = request.param == "a block each"
+    monkeypatch.setattr(cuda, "multiprocessors", lambda device: 10**6 if apart else 0)
+    if not apart and request.node.callspec.params["backend"] == "triton":
+        pytest.skip("Triton has a program for each split")
 
 
 @pytest.mark.parametrize("mask", [{}, *MASKS.values()], ids=["none", *MASKS])
@@ -294,8 +297,8 @@ def test_what_is_split_does_not_hang_on_the_batch_or_the_branches():
     assert _tiles.attention_splits(tile, 128, 1025, 256) == (2, 32)
     assert _tiles.attention_splits(tile, 129, 32768, 256) == (1, 0)
     assert _tiles.attention_splits(tile, 4, 32768, 1024) == (1, 0)
-    assert cuda.splits_of(128, 1024) == cuda.splits_of(129, 32768) == (1, 0)
-    assert cuda.splits_of(128, 1025) == (3, 8)
+    assert cuda.splits_of(264, 32768, 132) == 1
+    assert cuda.splits_of(263, 1025, 132) == 3
     assert cuda.SPLIT % cuda.KEYS == 0
     assert all(
         _tiles.ATTENTION_SPLIT % row.block_n == 0 for row in _tiles.WINDOW_ATTENTION.values()

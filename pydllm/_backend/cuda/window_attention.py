@@ -8,16 +8,15 @@ from torch import Tensor
 from pydllm._backend.cuda import call
 
 KEYS = 64  # kAttentionKeys in csrc/window_attention.h
+QUERIES = 64  # query rows of a block
 
 _DTYPES = (torch.float16, torch.bfloat16)
 _HEAD_DIMS = (64, 128)
 _VECTOR = 8  # elements of 16 bytes
 _LARGEST = 2**31 - 1
 
-# Windows of up to so many rows (of one branch), over caches of more slots than this, are split into
-# so many positions. By the shape of one sequence alone: its bits must not hang on the batch.
-SPLIT_ROWS = 128
-SPLIT_ABOVE = 1024
+# Positions whose keys are summed before they are joined to the others: the same for every call, or
+# a row's bits would hang on it. Kernels join them in one order whether a block has one or all.
 SPLIT = 512
 
 # Key tiles in shared memory, 2 or 3; 0: as many as leave room for two blocks on a multiprocessor.
@@ -82,11 +81,16 @@ def slots_of(k_cache: Tensor, block_table: Tensor | None) -> int:
     return k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
 
 
-def splits_of(rows: int, slots: int) -> tuple[int, int]:
-    """How many splits, and the key tiles of one; (1, 0) for none."""
-    if rows > SPLIT_ROWS or slots <= SPLIT_ABOVE:
-        return 1, 0
-    return -(-slots // SPLIT), SPLIT // KEYS
+def multiprocessors(device: torch.device) -> int:
+    """How many the device has; 0 for none."""
+    if device.type != "cuda":
+        return 0
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def splits_of(blocks: int, slots: int, processors: int) -> int:
+    """For how many splits of the keys there is a block of its own; 1: a block has all of them."""
+    return -(-slots // SPLIT) if blocks < 2 * processors else 1
 
 
 def window_attention(
@@ -120,10 +124,12 @@ def window_attention(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if out.numel() == 0:
         return out
-    splits, split_tiles = splits_of(rows // branches, slots)
+    blocks = -(-rows * heads // k.shape[2] // QUERIES) * k.shape[2] * batch
+    splits = splits_of(blocks, slots, multiprocessors(q.device))
     part = state = None
-    if split_tiles:
+    if slots > SPLIT:
         part = torch.empty(splits, *q.shape, dtype=torch.float32, device=q.device)
+    if splits > 1:
         state = torch.empty(2, splits, batch, rows, heads, dtype=torch.float32, device=q.device)
     strides = {
         f"stride_{name}_{axis}": stride
@@ -163,7 +169,7 @@ def window_attention(
         page=0 if block_table is None else k_cache.shape[1],
         stages=STAGES,
         splits=splits,
-        split_tiles=split_tiles,
+        split_tiles=SPLIT // KEYS,
         block_size=min(block_size or 0, _LARGEST),
         span=min(window or 0, _LARGEST),
         causal=causal,
