@@ -2,10 +2,10 @@
 
 PYDLLM_BUILD_CUDA  auto (default): compile csrc/ if nvcc is there; 1: it must be; 0: do not
 PYDLLM_CUDA_ARCHS  e.g. "80;90a;100"; "+PTX" behind one adds code that newer GPUs can translate
-MAX_JOBS           compilers at a time; default: as many as there are cores, at 2 GiB of memory each
+MAX_JOBS           compilers at a time; default: one a core, as far as 2 GiB are free for each
 
-With ninja on PATH only what changed is compiled again. A wheel with CUDA kernels says in its version
-which toolkit compiled them for what: 0.1.0+cu130.sm90a.
+With ninja on PATH only what changed is compiled again. The version of a wheel with CUDA kernels
+says which toolkit compiled them for what: 0.1.0+cu130.sm90a.
 """
 
 import os
@@ -131,9 +131,11 @@ class BuildCuda(build_ext):
         threads = max(1, min(len(ext.archs), at_a_time // len(ext.sources)))
         steps = [self.compile_step(ext, source, folder, threads) for source in ext.sources]
         objects = tuple(step.output for step in steps)
-        link = (str(ext.cuda / "bin/nvcc"), "-shared", "-cudart", "static", "-Xlinker=-s")
-        link += ("-Xlinker=--as-needed", *map(str, objects), "-o", str(target))
-        steps.append(Step(target, objects, link))
+        # Without architectures the link step would add code of its own, for nvcc's default one.
+        codes = [flag for arch in ext.archs for flag in gencode(arch.removesuffix("+PTX"))]
+        link = [str(ext.cuda / "bin/nvcc"), "-shared", "-cudart", "static", "-Xlinker=-s", *codes]
+        link += ["-Xlinker=--as-needed", *map(str, objects), "-o", str(target)]
+        steps.append(Step(target, objects, tuple(link)))
         ninja = shutil.which("ninja")
         if ninja is None:
             with ThreadPoolExecutor(max(1, at_a_time // threads)) as pool:

@@ -65,12 +65,19 @@ __device__ __forceinline__ void load_turned(Vector<T>& a, Vector<T>& b, const T*
 #pragma unroll
   for (int i = 0; i < kChunk; ++i) wide_a[i] = to_float(a.lane[i]), wide_b[i] = to_float(b.lane[i]);
   if (turn.norm != nullptr) {
-    float squares = 0.f;
+    // By chunks in their order, whichever RoPE turns: commit_branch sums alike.
+    const int chunks[2] = {unit.index, unit.index + Unit<kHeadDim>::kCount};
+    float sums[2] = {0.f, 0.f};
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) {
-      squares = fmaf(wide_a[i], wide_a[i], squares);
-      squares = fmaf(wide_b[i], wide_b[i], squares);
+    for (int half = 0; half < 2; ++half) {
+      if (!used) continue;
+      const auto chunk = load_vector(row + chunks[half] * kChunk);
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) {
+        sums[half] = fmaf(to_float(chunk.lane[i]), to_float(chunk.lane[i]), sums[half]);
+      }
     }
+    float squares = sums[0] + sums[1];
 #pragma unroll
     for (int lanes = Unit<kHeadDim>::kCount / 2; lanes > 0; lanes /= 2) {
       squares += __shfl_xor_sync(kFullWarp, squares, lanes);

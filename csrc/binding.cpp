@@ -10,8 +10,12 @@
 #include "commit_branch.h"
 #include "draft.h"
 #include "head_stats.h"
+#include "mixture_accept.h"
+#include "mixture_draft.h"
+#include "multiblock_step.h"
 #include "rms_norm.h"
 #include "swiglu.h"
+#include "unmask.h"
 #include "verify.h"
 #include "vocab_stats.h"
 #include "window_attention.h"
@@ -20,10 +24,10 @@ namespace {
 
 namespace py = pybind11;
 
-// How Python passes an argument of a launcher: an address as an integer, a Dtype as its number.
+// How Python passes an argument of a launcher: an address as an integer, an enum as its number.
 template <typename T>
 using Passed = std::conditional_t<std::is_pointer_v<T>, int64_t,
-                                  std::conditional_t<std::is_same_v<T, pydllm::Dtype>, int, T>>;
+                                  std::conditional_t<std::is_enum_v<T>, int, T>>;
 
 template <typename T>
 T received(Passed<T> value) {
@@ -34,7 +38,7 @@ T received(Passed<T> value) {
   }
 }
 
-void check(const char* kernel, cudaError_t error) {
+void check(cudaError_t error, const char* kernel) {
   if (error == cudaSuccess) return;
   throw std::runtime_error(std::string(kernel) + ": " + cudaGetErrorString(error) + " (" +
                            cudaGetErrorName(error) + ")");
@@ -48,46 +52,38 @@ void define(py::module_& m, const char* kernel, cudaError_t (*launcher)(Argument
   m.def(
       kernel,
       [kernel, launcher](Passed<Arguments>... arguments) {
-        check(kernel, launcher(received<Arguments>(arguments)...));
+        check(launcher(received<Arguments>(arguments)...), kernel);
       },
       py::kw_only(), py::arg(names)...);
 }
 
-// Keyword arguments that become the fields of a struct, each of them once.
-struct Keywords {
-  const py::kwargs& arguments;
-  size_t taken = 0;
-
-  template <typename T>
-  void take(const char* name, T& field) {
-    if (!arguments.contains(name)) throw py::type_error(std::string("missing argument ") + name);
-    field = received<T>(arguments[name].cast<Passed<T>>());
-    ++taken;
-  }
+// A field of a launcher's arguments, and its name.
+template <typename Call, typename T>
+struct Field {
+  const char* name;
+  T Call::* member;
 };
+template <typename Call, typename T>
+Field(const char*, T Call::*) -> Field<Call, T>;
 
-void window_attention(const py::kwargs& arguments) {
-  pydllm::WindowAttention call;
-  pydllm::Dtype dtype;
-  cudaStream_t stream;
-  Keywords keywords = {arguments};
-  keywords.take("dtype", dtype);
-  keywords.take("stream", stream);
-#define TAKE(field) keywords.take(#field, call.field)
-  TAKE(out), TAKE(k_cache), TAKE(v_cache), TAKE(q), TAKE(k), TAKE(v), TAKE(start), TAKE(length),
-      TAKE(kv_len), TAKE(commit), TAKE(pad), TAKE(cos), TAKE(sin), TAKE(q_norm), TAKE(k_norm),
-      TAKE(table), TAKE(part), TAKE(state), TAKE(stride_q_batch), TAKE(stride_q_row),
-      TAKE(stride_q_head), TAKE(stride_k_batch), TAKE(stride_k_row), TAKE(stride_k_head),
-      TAKE(stride_v_batch), TAKE(stride_v_row), TAKE(stride_v_head), TAKE(stride_k_cache_batch),
-      TAKE(stride_k_cache_row), TAKE(stride_k_cache_head), TAKE(stride_v_cache_batch),
-      TAKE(stride_v_cache_row), TAKE(stride_v_cache_head), TAKE(batch), TAKE(rows), TAKE(heads),
-      TAKE(kv_heads), TAKE(head_dim), TAKE(half), TAKE(branches), TAKE(slots), TAKE(page),
-      TAKE(splits), TAKE(split_tiles), TAKE(stages), TAKE(block_size), TAKE(span), TAKE(causal),
-      TAKE(eps), TAKE(scale), TAKE(softcap);
-#undef TAKE
-  if (keywords.taken != arguments.size()) throw py::type_error("an argument too many");
-  check("window_attention", pydllm::window_attention(call, dtype, stream));
+// Likewise for a launcher whose arguments are one struct: the fields are the keywords. Those that
+// are not listed are 0.
+template <typename Call, typename... Calls, typename... Ts>
+void define_call(py::module_& m, const char* kernel,
+                 cudaError_t (*launcher)(const Call&, cudaStream_t), Field<Calls, Ts>... fields) {
+  m.def(
+      kernel,
+      [kernel, launcher, fields...](Passed<Ts>... values, int64_t stream) {
+        Call call{};
+        ((call.*fields.member = received<Ts>(values)), ...);
+        check(launcher(call, received<cudaStream_t>(stream)), kernel);
+      },
+      py::kw_only(), py::arg(fields.name)..., py::arg("stream"));
 }
+#define FIELD(name)    \
+  Field {              \
+    #name, &Call::name \
+  }
 
 }  // namespace
 
@@ -113,9 +109,64 @@ PYBIND11_MODULE(_C, m) {
          "stride_token_row", "stride_score_row", "stream");
   define(m, "merge_stats", pydllm::merge_stats, "token", "prob", "entropy", "margin", "logsumexp",
          "values", "ids", "rows", "pieces", "sampled", "stream");
+  {
+    using Call = pydllm::MixtureAccept;
+    define_call(m, "mixture_accept", pydllm::mixture_accept, FIELD(accepted), FIELD(correction),
+                FIELD(target), FIELD(least), FIELD(best), FIELD(least_of_tiles), FIELD(token),
+                FIELD(length), FIELD(mixtures), FIELD(temperatures), FIELD(batch), FIELD(rows),
+                FIELD(tiles), FIELD(mixture), FIELD(inverse), FIELD(first_free), FIELD(logits),
+                FIELD(verifier), FIELD(threshold), FIELD(counter), FIELD(banned), FIELD(dtype),
+                FIELD(vocab), FIELD(verifier_vocab), FIELD(shared), FIELD(banned_count),
+                FIELD(seed), FIELD(stride_logits_row), FIELD(stride_verifier_row),
+                FIELD(stride_counter_row), FIELD(stride_counter_word));
+  }
+  {
+    using Call = pydllm::MixtureAcceptSparse;
+    define_call(m, "mixture_accept_sparse", pydllm::mixture_accept_sparse, FIELD(accepted),
+                FIELD(correction), FIELD(target), FIELD(least), FIELD(best), FIELD(least_of_tiles),
+                FIELD(token), FIELD(length), FIELD(mixtures), FIELD(temperatures), FIELD(batch),
+                FIELD(rows), FIELD(tiles), FIELD(mixture), FIELD(inverse), FIELD(first_free),
+                FIELD(ids), FIELD(values), FIELD(noise), FIELD(size), FIELD(hidden), FIELD(head),
+                FIELD(bias), FIELD(dtype), FIELD(capacity), FIELD(width), FIELD(softcap),
+                FIELD(stride_hidden_row), FIELD(stride_head_row));
+  }
+  {
+    using Call = pydllm::MixtureDraft;
+    define_call(m, "mixture_draft", pydllm::mixture_draft, FIELD(token), FIELD(logsumexp),
+                FIELD(threshold), FIELD(ids), FIELD(values), FIELD(noise), FIELD(size),
+                FIELD(overflow), FIELD(noted_ids), FIELD(noted), FIELD(logits), FIELD(rows),
+                FIELD(counter), FIELD(temperatures), FIELD(top_ps), FIELD(banned), FIELD(dtype),
+                FIELD(wide_rows), FIELD(squared), FIELD(count), FIELD(sources), FIELD(vocab),
+                FIELD(shared), FIELD(banned_count), FIELD(capacity), FIELD(notes), FIELD(inverse),
+                FIELD(inverse_squared), FIELD(top_p), FIELD(seed), FIELD(stride_logits_row),
+                FIELD(stride_counter_row), FIELD(stride_counter_word));
+  }
+  {
+    using Call = pydllm::MultiblockStep;
+    define_call(m, "multiblock_step", pydllm::multiblock_step, FIELD(x), FIELD(step_map),
+                FIELD(numbers), FIELD(blocks), FIELD(eligible), FIELD(token), FIELD(entropy),
+                FIELD(prompt), FIELD(eos), FIELD(dtype), FIELD(batch), FIELD(slots), FIELD(columns),
+                FIELD(count), FIELD(ends), FIELD(mask_id), FIELD(generated), FIELD(size),
+                FIELD(limit), FIELD(add), FIELD(full_at), FIELD(delay), FIELD(refresh), FIELD(tail),
+                FIELD(early_stop), FIELD(cached), FIELD(shifted), FIELD(compat),
+                FIELD(stride_x_row), FIELD(stride_step_map_row), FIELD(stride_numbers_row),
+                FIELD(stride_blocks_plane), FIELD(stride_blocks_row), FIELD(stride_eligible_row),
+                FIELD(stride_token_row), FIELD(stride_entropy_row));
+  }
   define(m, "rms_norm", pydllm::rms_norm, "y", "residual", "x", "weight", "dtype", "rows", "width",
          "eps", "stride_x_row", "stride_residual_row", "stream");
   define(m, "swiglu", pydllm::swiglu, "y", "gate_up", "dtype", "rows", "width", "stream");
+  {
+    using Call = pydllm::Unmask;
+    define_call(m, "unmask", pydllm::unmask, FIELD(remaining), FIELD(accepted), FIELD(x),
+                FIELD(step_map), FIELD(nfe), FIELD(token), FIELD(score), FIELD(start),
+                FIELD(length), FIELD(quota), FIELD(request), FIELD(prompt), FIELD(done), FIELD(end),
+                FIELD(eos), FIELD(ends_from), FIELD(dtype), FIELD(batch), FIELD(slots), FIELD(rows),
+                FIELD(mask_id), FIELD(rule), FIELD(variant), FIELD(least), FIELD(limit),
+                FIELD(edit_limit), FIELD(vocab), FIELD(seed), FIELD(ends), FIELD(last),
+                FIELD(stride_x_row), FIELD(stride_step_map_row), FIELD(stride_token_row),
+                FIELD(stride_score_row));
+  }
   define(m, "verify", pydllm::verify, "following", "branch", "accepted", "remaining", "complete",
          "x", "step_map", "nfe", "candidates", "token", "score", "start", "length", "dtype",
          "batch", "slots", "rows", "branches", "drafts", "mask_id", "block_size", "stride_x_row",
@@ -125,5 +176,19 @@ PYBIND11_MODULE(_C, m) {
          "rows", "sources", "vocab", "banned_count", "long_row_list", "tempered", "seed",
          "inverse_temperature", "softcap", "stride_logits_row", "stride_counter_row",
          "stride_counter_word", "stream");
-  m.def("window_attention", &window_attention);
+  {
+    using Call = pydllm::WindowAttention;
+    define_call(
+        m, "window_attention", pydllm::window_attention, FIELD(out), FIELD(k_cache), FIELD(v_cache),
+        FIELD(q), FIELD(k), FIELD(v), FIELD(start), FIELD(length), FIELD(kv_len), FIELD(commit),
+        FIELD(pad), FIELD(cos), FIELD(sin), FIELD(q_norm), FIELD(k_norm), FIELD(table), FIELD(part),
+        FIELD(state), FIELD(stride_q_batch), FIELD(stride_q_row), FIELD(stride_q_head),
+        FIELD(stride_k_batch), FIELD(stride_k_row), FIELD(stride_k_head), FIELD(stride_v_batch),
+        FIELD(stride_v_row), FIELD(stride_v_head), FIELD(stride_k_cache_batch),
+        FIELD(stride_k_cache_row), FIELD(stride_k_cache_head), FIELD(stride_v_cache_batch),
+        FIELD(stride_v_cache_row), FIELD(stride_v_cache_head), FIELD(dtype), FIELD(batch),
+        FIELD(rows), FIELD(heads), FIELD(kv_heads), FIELD(head_dim), FIELD(half), FIELD(branches),
+        FIELD(slots), FIELD(page), FIELD(splits), FIELD(split_tiles), FIELD(stages),
+        FIELD(block_size), FIELD(span), FIELD(causal), FIELD(eps), FIELD(scale), FIELD(softcap));
+  }
 }

@@ -349,12 +349,12 @@ bool fits(const WindowAttention& call) {
 
 }  // namespace
 
-cudaError_t window_attention(const WindowAttention& call, Dtype dtype, cudaStream_t stream) {
+cudaError_t window_attention(const WindowAttention& call, cudaStream_t stream) {
   if (!fits(call)) return cudaErrorInvalidValue;
   if (!aligned(call)) return cudaErrorMisalignedAddress;
   if (call.batch == 0 || call.rows == 0 || call.heads == 0) return cudaSuccess;
-  const bool bf16 = dtype == Dtype::kBFloat16;
-  if (!bf16 && dtype != Dtype::kFloat16) return cudaErrorInvalidValue;
+  const bool bf16 = call.dtype == Dtype::kBFloat16;
+  if (!bf16 && call.dtype != Dtype::kFloat16) return cudaErrorInvalidValue;
   switch (call.head_dim) {
     case 64:
       return bf16 ? launch<__nv_bfloat16, 64>(call, stream) : launch<__half, 64>(call, stream);

@@ -33,6 +33,7 @@ struct WindowAttention {
   int64_t stride_v_batch, stride_v_row, stride_v_head;
   int64_t stride_k_cache_batch, stride_k_cache_row, stride_k_cache_head;  // batch or page
   int64_t stride_v_cache_batch, stride_v_cache_row, stride_v_cache_head;
+  Dtype dtype;  // of out, heads, caches and norms: fp16 or bf16
   int batch;
   int rows;   // of all branches, one branch after the other
   int heads;  // a multiple of kv_heads
@@ -54,11 +55,11 @@ struct WindowAttention {
   float softcap;  // 0: none
 };
 
-// The definition is pydllm/reference/window_attention.py. dtype is fp16 or bf16.
+// The definition is pydllm/reference/window_attention.py.
 //
 // Returns the error of the launch; cudaErrorInvalidValue for a call that the kernel does not take,
 // cudaErrorMisalignedAddress where a head does not begin at 16 bytes.
 // A row's bits depend on its query and the keys that it sees, by position, alone.
-cudaError_t window_attention(const WindowAttention& call, Dtype dtype, cudaStream_t stream);
+cudaError_t window_attention(const WindowAttention& call, cudaStream_t stream);
 
 }  // namespace pydllm

@@ -122,6 +122,10 @@ def _unmask_kernel(
     quota_ptr,  # (B,)
     request_ptr,  # (B,)
     prompt_ptr,  # (B,)
+    done_ptr,  # (B,), read and written
+    end_ptr,  # (B,)
+    eos_ptr,  # (E,)
+    ends_from_ptr,  # (B,)
     # sizes
     batch,
     slots,
@@ -147,6 +151,10 @@ def _unmask_kernel(
     LAST_PAIR: tl.constexpr,
     SPAN: tl.constexpr,
     INCLUSIVE: tl.constexpr,
+    HAS_END: tl.constexpr,
+    HAS_ENDS_FROM: tl.constexpr,
+    N_EOS: tl.constexpr,
+    LAST: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
@@ -156,6 +164,8 @@ def _unmask_kernel(
     start = tl.load(start_ptr + offs_b, mask=mask_b, other=0).to(tl.int64)
     length = tl.load(length_ptr + offs_b, mask=mask_b, other=0)
     nfe = tl.load(nfe_ptr + offs_b, mask=mask_b, other=0)
+    if HAS_END:
+        length = tl.where(tl.load(done_ptr + offs_b, mask=mask_b, other=0) != 0, 0, length)
     end = tl.minimum(tl.minimum(length, rows), slots - start)
     inside = (offs_t >= -start) & (offs_t < end) & mask_b
     x_row = x_ptr + offs_b * stride_x_row + start
@@ -240,19 +250,55 @@ def _unmask_kernel(
         keep = keep | (differs & _reaches(score, edit_limit, ABOVE))
     # Every thread has read the sequence before one writes it.
     tl.debug_barrier()
+    step_map_row = step_map_ptr + offs_b * stride_step_map_row + start
     if RULE == "renoise":
         noise = tl.umulhi(word_1, tl.zeros_like(word_1) + vocab.to(tl.uint32)).to(tl.int64)
         tl.store(x_row + offs_t, tl.where(keep, token, noise), mask=inside)
+        tl.store(step_map_row + offs_t, tl.broadcast_to(nfe, keep.shape), mask=keep)
         remaining = n_part - _count(keep)
     else:
         if RULE != "joint":
             token = tl.load(token_row + offs_t, mask=keep, other=0)
-        tl.store(x_row + offs_t, token, mask=keep)
         if RULE == "joint":
             n_masks += _count(keep & (masked == 0))
-        remaining = n_masks - _count(keep & (token != mask_id))
-    step_map_row = step_map_ptr + offs_b * stride_step_map_row + start
-    tl.store(step_map_row + offs_t, tl.broadcast_to(nfe, keep.shape), mask=keep)
+        written, step = keep, tl.broadcast_to(nfe, keep.shape)
+        if HAS_END:
+            token = tl.where(keep, token, before)
+            counted = inside
+            if HAS_ENDS_FROM:
+                first = tl.load(ends_from_ptr + offs_b, mask=mask_b, other=0)
+                counted = inside & (start + offs_t >= first)
+            complete = mask_b & (length > 0)
+            if not LAST:
+                complete = complete & (_count(counted & (token == mask_id)) == 0)
+            stop = tl.load(end_ptr + offs_b, mask=mask_b, other=0)
+            finished = complete & (start + tl.minimum(length, rows) >= stop)
+            if N_EOS > 0:
+                is_end = token != token
+                for index in tl.static_range(N_EOS):
+                    is_end = is_end | (token == tl.load(eos_ptr + index))
+                is_end = is_end & counted & complete & (start + offs_t < stop)
+                fill = tl.load(eos_ptr)
+                place = tl.min(tl.where(is_end, offs_t, BLOCK_T), 1, keep_dims=True)
+                finished = finished | (place < BLOCK_T)
+                behind = inside & (offs_t > place) & (start + offs_t < stop)
+                token, step = tl.where(behind, fill, token), tl.where(behind, -1, step)
+                written = written | behind
+                # What is behind the window, a tile at a time; nothing where there is no end.
+                first = tl.where(place < BLOCK_T, start + end, slots)
+                stop = tl.minimum(stop, slots)
+                x_all = x_ptr + offs_b * stride_x_row
+                step_map_all = step_map_ptr + offs_b * stride_step_map_row
+                for offset in range(0, tl.max(stop - first), BLOCK_T):
+                    at = first + offset + offs_t
+                    tl.store(x_all + at, tl.zeros_like(token) + fill, mask=at < stop)
+                    tl.store(step_map_all + at, tl.zeros_like(step) - 1, mask=at < stop)
+            tl.store(done_ptr + offs_b, finished, mask=finished)
+            remaining = _count(inside & (token == mask_id))
+        else:
+            remaining = n_masks - _count(keep & (token != mask_id))
+        tl.store(x_row + offs_t, token, mask=written)
+        tl.store(step_map_row + offs_t, step, mask=written)
     tl.store(nfe_ptr + offs_b, nfe + 1, mask=mask_b & (n_part > 0))
     tl.store(remaining_ptr + offs_b, remaining, mask=mask_b)
     tl.store(accepted_ptr + offs_b, _count(keep), mask=mask_b)
@@ -274,6 +320,7 @@ def supports(
             f"got {token.shape[1]}"
         )
     names = ("nfe", "start", "length", "quota", "request", "prompt_length")
+    names += ("done", "end", "ends_from")
     numbers = dict(zip(names, per_sequence, strict=True))
     rows = {"x": x, "step_map": step_map, "token": token, "score": score}
     for name, tensor in (rows | numbers).items():
@@ -301,6 +348,11 @@ def unmask(
     seed: int,
     request: torch.Tensor | None,
     prompt: torch.Tensor | None,
+    done: torch.Tensor | None,
+    end: torch.Tensor | None,
+    eos: torch.Tensor | None,
+    ends_from: torch.Tensor | None,
+    last: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch the kernel; arguments as in ``pydllm.reference.unmask``."""
     batch, rows = token.shape
@@ -321,6 +373,10 @@ def unmask(
         quota_ptr=nfe if quota is None else quota,
         request_ptr=nfe if request is None else request,
         prompt_ptr=nfe if prompt is None else prompt,
+        done_ptr=nfe if done is None else done,
+        end_ptr=nfe if end is None else end,
+        eos_ptr=x if eos is None else eos,
+        ends_from_ptr=nfe if ends_from is None else ends_from,
         batch=batch,
         slots=x.shape[1],
         rows=rows,
@@ -343,6 +399,10 @@ def unmask(
         LAST_PAIR="last_pair" in variant,
         SPAN="span" in variant,
         INCLUSIVE="inclusive" in variant,
+        HAS_END=done is not None,
+        HAS_ENDS_FROM=ends_from is not None,
+        N_EOS=0 if eos is None else eos.shape[0],
+        LAST=last,
         BLOCK_B=tile.block_b,
         BLOCK_T=max(32, triton.next_power_of_2(rows)),
         num_warps=tile.num_warps,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import importlib.util
 import json
+import pkgutil
 import platform
 import shutil
 import subprocess
@@ -16,8 +18,8 @@ from typing import Any
 
 import torch
 
-from pydllm import __version__
-from pydllm._backend import cuda, dispatch, env
+from pydllm import __version__, ops
+from pydllm._backend import cuda, dispatch, env, preference
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "tokenizers", "transformers")
 
@@ -30,8 +32,11 @@ def report() -> dict[str, Any]:
         missing. ``torch_cuda``, ``driver``, ``nvcc``: versions, None if there is none. ``gpus``: a
         list of ``name``, ``capability``, ``memory_gib``. ``cuda_kernels``: the architectures that
         ``pydllm._C`` is compiled for, empty without it. ``backends``: name -> None if it works,
-        otherwise why not. ``settings``: the environment variables as they were read.
+        otherwise why not. ``ops``: name -> ``kernels`` that there are, ``auto``, the backend that
+        it asks first on the first GPU (on the CPU if there is none), and ``why``. ``settings``: the
+        environment variables as they were read.
     """
+    backends = {"cuda": cuda.available(), "triton": _triton(), "torch": None}
     return {
         "pydllm": __version__,
         "python": platform.python_version(),
@@ -42,7 +47,8 @@ def report() -> dict[str, Any]:
         "driver": _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "nvcc": _nvcc(),
         "cuda_kernels": cuda.archs(),
-        "backends": {"cuda": cuda.available(), "triton": _triton(), "torch": None},
+        "backends": backends,
+        "ops": {op: _plan(op, backends) for op in _ops()},
         "settings": {
             "PYDLLM_BACKEND": env.BACKEND,
             "PYDLLM_LOG": env.LOG,
@@ -66,6 +72,30 @@ def _gpus() -> list[dict[str, Any]]:
         memory = round(properties.total_memory / 2**30, 1)
         gpus.append({"name": properties.name, "capability": capability, "memory_gib": memory})
     return gpus
+
+
+def _ops() -> list[str]:
+    names = (module.name for module in pkgutil.iter_modules(ops.__path__))
+    return sorted(name for name in names if not name.startswith("_"))
+
+
+def _plan(op: str, backends: dict[str, str | None]) -> dict[str, Any]:
+    rooms = {"triton": f"pydllm.kernels.{op}", "cuda": f"pydllm._backend.cuda.{op}"}
+    kernels = [name for name, room in rooms.items() if importlib.util.find_spec(room) is not None]
+    plan: dict[str, Any] = {"kernels": kernels}
+    if not torch.cuda.is_available():
+        return plan | {"auto": "torch", "why": "there is no GPU"}
+    major, minor = torch.cuda.get_device_capability()
+    working = [name for name in kernels if backends[name] is None]
+    if len(working) == 2:
+        first = preference.prefers_cuda(op, torch.device("cuda"))
+        why = preference.why(op, 10 * major + minor)
+        return plan | {"auto": "cuda" if first else "triton", "why": why}
+    if not working:
+        return plan | {"auto": "torch", "why": "no kernel can run here"}
+    other = "cuda" if working[0] == "triton" else "triton"
+    missing = "there is no such kernel" if other not in kernels else backends[other]
+    return plan | {"auto": working[0], "why": f"not {other}: {missing}"}
 
 
 def _triton() -> str | None:
@@ -110,6 +140,9 @@ def to_text(facts: dict[str, Any]) -> str:
         lines.append(("GPU", f"{gpu['name']}, capability {capability}, {memory} GiB"))
     for name, reason in facts["backends"].items():
         lines.append((f"backend {name}", "works" if reason is None else f"no: {reason}"))
+    for name, plan in facts["ops"].items():
+        kernels = " and ".join(plan["kernels"]) or "no"
+        lines.append((f"op {name}", f"{kernels} kernels; auto: {plan['auto']}, {plan['why']}"))
     lines += facts["settings"].items()
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)

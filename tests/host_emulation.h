@@ -3,8 +3,9 @@
 // take part have, they go on. One that a part of the warp or block reaches, a shuffle from a lane
 // that takes no part, or a launch that no GPU would accept is an error with a message.
 //
-// Threads run in ascending order; with PYDLLM_EMULATION_ORDER=descending in the environment, in
-// descending order, which shows where a barrier between a low writer and a high reader is missing.
+// Threads and blocks run in ascending order; with PYDLLM_EMULATION_ORDER=descending in the
+// environment, in descending order, which shows where a barrier between a low writer and a high
+// reader is missing.
 // Dynamic shared memory is poisoned before each block. It says nothing of speed, and a kernel that
 // waits for another block hangs.
 #pragma once
@@ -262,13 +263,13 @@ void launch(const char* name, dim3 grid, dim3 block, size_t shared, Kernel kerne
   threads = static_cast<unsigned>(size);
   dynamic_shared.resize((shared + sizeof(Chunk) - 1) / sizeof(Chunk));
   body = kernel;
-  for (unsigned z = 0; z < grid.z; ++z) {
-    for (unsigned y = 0; y < grid.y; ++y) {
-      for (unsigned x = 0; x < grid.x; ++x) {
-        block_index = dim3(x, y, z);
-        run_block();
-      }
-    }
+  const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
+  for (uint64_t i = 0; i < blocks; ++i) {
+    const uint64_t number = descending ? blocks - 1 - i : i;
+    block_index = dim3(static_cast<unsigned>(number % grid.x),
+                       static_cast<unsigned>(number / grid.x % grid.y),
+                       static_cast<unsigned>(number / grid.x / grid.y));
+    run_block();
   }
 }
 

@@ -16,13 +16,13 @@ import importlib, os, signal, sys, traceback
 import torch
 torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[1])
-module, _, name = sys.argv[2].partition(":")
-check = getattr(importlib.import_module(module), name)
 from pydllm._backend import cuda
 from tests import emulation
-for entry in sys.argv[3:]:
-    path, _, number = entry.partition("@")
+for argument in sys.argv[2:]:
+    module, name, path = argument.split(":", 2)
+    path, _, number = path.partition("@")
     os.environ["PYDLLM_MUTANT"] = number or "0"
+    check = getattr(importlib.import_module(module), name)
     child = os.fork()
     if child == 0:
         signal.alarm(60)
@@ -32,8 +32,6 @@ for entry in sys.argv[3:]:
                 os.environ["PYDLLM_EMULATION_ORDER"] = order
                 check()
         except (AssertionError, RuntimeError, ValueError):
-            if entry == sys.argv[3]:
-                traceback.print_exc()
             os._exit(70)
         except BaseException:
             traceback.print_exc()
@@ -54,12 +52,23 @@ def assert_caught(check, source, mutants, folder):
         mutants: name -> (old, new).
         folder: that of the ``cuda_folder`` fixture.
     """
-    paths = [emulation.build(folder)]
-    paths += [emulation.build(folder, {source: change}) for change in mutants.values()]
-    _assert_caught(check, mutants, paths)
+    assert_all_caught({source: (check, mutants)}, folder)
 
 
-# The mutant that runs, 0 for none. A header of ours may be included twice with it.
+def assert_all_caught(cases, folder):
+    """``assert_caught`` for several files, source -> (check, mutants), in one process."""
+    runs, expected = {}, {}
+    plain = emulation.build(folder)
+    for source, (check, mutants) in cases.items():
+        runs[source, "unchanged"] = f"{check}:{plain}"
+        expected[source, "unchanged"] = SURVIVED
+        for name, change in mutants.items():
+            runs[source, name] = f"{check}:{emulation.build(folder, {source: change})}"
+            expected[source, name] = CAUGHT
+    _assert_codes(runs, expected)
+
+
+# The mutant that runs, 0 for none.
 SWITCH = """
 #ifndef PYDLLM_MUTANT
 #define PYDLLM_MUTANT
@@ -93,15 +102,17 @@ def assert_switched_caught(check, mutants, folder):
         else:
             switched = f"({here} ? ({new}) : ({old}))"
         texts[file] = text.replace(old, switched)
-    switched = emulation.build(folder, texts=texts)
-    paths = [switched, *(f"{switched}@{number}" for number in range(1, len(mutants) + 1))]
-    _assert_caught(check, mutants, paths)
+    built = f"{check}:{emulation.build(folder, texts=texts)}"
+    runs = {"unchanged": built}
+    runs |= {name: f"{built}@{number}" for number, name in enumerate(mutants, 1)}
+    _assert_codes(runs, {"unchanged": SURVIVED} | dict.fromkeys(mutants, CAUGHT))
 
 
-def _assert_caught(check, mutants, paths):
-    command = [sys.executable, "-c", RUN, str(ROOT), check, *map(str, paths)]
+def _assert_codes(runs, expected):
+    """Run ``case -> check:module`` and compare how each ended."""
+    command = [sys.executable, "-c", RUN, str(ROOT), *runs.values()]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    codes = dict(zip(("unchanged", *mutants), done.stdout.split(), strict=True))
-    expected = {"unchanged": SURVIVED} | dict.fromkeys(mutants, CAUGHT)
-    assert codes == expected, f"{codes}\n{done.stderr[-4000:]}"
+    codes = dict(zip(runs, done.stdout.split(), strict=True))
+    wrong = {case: code for case, code in codes.items() if code != expected[case]}
+    assert not wrong, f"{wrong}\n{done.stderr[-4000:]}"

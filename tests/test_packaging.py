@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -150,42 +151,68 @@ def test_editable_install(checkout, tmp_path):
     assert str(checkout) not in eval(path) and csrc == "None"
 
 
+def tool(name):
+    """A CUDA tool that comes with Triton."""
+    triton = importlib.util.find_spec("triton")
+    path = triton and Path(triton.origin).parent / "backends/nvidia/bin" / name
+    if not path or not path.exists():
+        pytest.skip(f"needs Triton's {name}")
+    return path
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not NVCC, reason="needs nvcc")
-def test_cuda_wheel_is_tied_to_no_torch_and_no_driver(built, no_torch, tmp_path):
+def test_cuda_wheel_holds_what_was_asked_for_and_needs_nothing(built, no_torch, tmp_path):
+    """All of csrc/ for one architecture: no warning, no spill, no torch, no driver, no CUDA."""
     with tarfile.open(built[0]) as archive:
         archive.extractall(tmp_path, filter="data")
     (source,) = tmp_path.glob("pydllm-*")
     settings = {"PYDLLM_BUILD_CUDA": "1", "PYDLLM_CUDA_ARCHS": "90a", "PYTHONPATH": no_torch}
+    settings["NVCC_APPEND_FLAGS"] = "-Werror=all-warnings"
     build = (sys.executable, "-m", "build", "--wheel", "--outdir", tmp_path)
     passed(run(*build, cwd=source, **settings))
     (wheel,) = tmp_path.glob("*.whl")
+    from pydllm import __version__
+
+    assert re.match(rf"pydllm-{re.escape(__version__)}\+cu\d+\.sm90a-cp", wheel.name)
     installed = tmp_path / "installed"
     zipfile.ZipFile(wheel).extractall(installed)
 
     (library,) = installed.glob("pydllm/_C*.so")
-    needed = run("readelf", "-d", library, cwd=tmp_path).stdout
-    needed = {line.split("[")[1].rstrip("]") for line in needed.splitlines() if "NEEDED" in line}
-    allowed = {"libstdc++.so.6", "libgcc_s.so.1", "libm.so.6", "libc.so.6", "libdl.so.2"}
-    allowed |= {"libpthread.so.0", "librt.so.1", "ld-linux-x86-64.so.2"}
-    assert needed <= allowed, needed - allowed
+    needed = passed(run("readelf", "-d", library, cwd=tmp_path)).splitlines()
+    needed = {line.split("[")[1].rstrip("]") for line in needed if "NEEDED" in line}
+    assert needed <= {
+        "libstdc++.so.6",
+        "libgcc_s.so.1",
+        "libm.so.6",
+        "libc.so.6",
+        "ld-linux-x86-64.so.2",
+    }
 
     # Loads without a GPU, and a launch says which kernel could not run and why.
     call = (
         "import json, sys\n"
         "from pydllm import _C\n"
-        "before = [_C.version(), _C.archs(), _C.MAX_BANNED]\n"
-        "names = 'token logsumexp prob entropy margin logits banned dtype vocab banned_count '\n"
-        "zeros = dict.fromkeys((names + 'stride_logits_row stream').split(), 0)\n"
-        "try:\n    _C.vocab_stats(rows=1, **zeros)\n"
+        "before = [_C.version(), _C.archs(), [name for name in dir(_C) if name[0] != '_']]\n"
+        "names = 'y residual x weight dtype eps stride_x_row stride_residual_row stream'\n"
+        "zeros = dict.fromkeys(names.split(), 0)\n"
+        "try:\n    _C.rms_norm(rows=1, width=1, **zeros)\n"
         "except RuntimeError as error:\n    before.append(str(error))\n"
         "print(json.dumps(before))"
     )
-    version, archs, most, error = imported(installed, call, CUDA_VISIBLE_DEVICES="")
-    from pydllm import __version__
-    from pydllm._backend import cuda
+    version, archs, names, error = imported(installed, call, CUDA_VISIBLE_DEVICES="")
+    assert (version, archs) == (__version__, "90a")
+    assert error.startswith("rms_norm: ") and "(cudaError" in error
+    launchers = {path.stem for path in (ROOT / "pydllm/_backend/cuda").glob("[a-z]*.py")}
+    assert launchers - {"head_stats"} <= set(names)
 
-    assert (version, archs, most) == (__version__, "90a", cuda.MAX_BANNED)
-    assert error.startswith("vocab_stats: ") and "(cudaError" in error
+    listed = run(tool("cuobjdump"), "--list-elf", "--list-ptx", library, cwd=tmp_path)
+    assert set(re.findall(r"sm_\w+", listed.stdout)) == {"sm_90a"}
+    assert "ptx" not in listed.stdout.lower()
+    usage = passed(run(tool("cuobjdump"), "-res-usage", library, cwd=tmp_path))
+    kernels = re.findall(r"Function (\S+?):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    assert len(kernels) > 20
+    assert [kernel for kernel in kernels if (kernel[2], kernel[3]) != ("0", "0")] == []
 
 
 def test_env_is_a_module_to_run_and_a_function_to_call():
@@ -237,6 +264,7 @@ BAD_SETTINGS = {
     "not a toolkit": ({"CUDA_HOME": "/etc"}, "expected a folder with bin/nvcc"),
     "no archs": ({"PYDLLM_CUDA_ARCHS": ";"}, "expected architectures separated by semicolons"),
     "not an arch": ({"PYDLLM_CUDA_ARCHS": "abc"}, "such as '80;90a;100+PTX', got 'abc'"),
+    "and which there are": ({"PYDLLM_CUDA_ARCHS": "sm_90"}, "compiles for 80, 90)"),
     "unknown arch": ({"PYDLLM_CUDA_ARCHS": "80;200a"}, "compiles for 80, 90, got 200a"),
 }
 
@@ -249,6 +277,84 @@ def test_bad_settings_get_a_sentence(setup_module, monkeypatch, tmp_path, settin
     with pytest.raises(SystemExit) as error:
         setup_module.cuda_extension()
     assert message in str(error.value)
+
+
+def test_archs_may_be_separated_by_spaces(setup_module, monkeypatch, tmp_path):
+    toolkit = fake_toolkit(
+        tmp_path, f"[ $1 = --version ] && echo release 13.1, || {LISTS_80_AND_90}"
+    )
+    monkeypatch.setenv("PYDLLM_CUDA_ARCHS", "80+PTX 90a,")
+    archs = setup_module.choose_archs(toolkit)
+    assert archs == ["80+PTX", "90a"]
+    assert setup_module.tag(toolkit, archs) == "cu131.sm80ptx.sm90a"
+
+
+def test_the_version_of_sources_names_no_architecture(setup_module, monkeypatch, tmp_path):
+    toolkit = fake_toolkit(tmp_path, LISTS_80_AND_90)
+    monkeypatch.setenv("CUDA_HOME", str(toolkit))
+    extensions = setup_module.cuda_extension()
+    for command, tagged in (("sdist", False), ("bdist_wheel", True), ("dist_info", True)):
+        monkeypatch.setattr(sys, "argv", ["setup.py", command])
+        version = setup_module.version(extensions)
+        assert version == setup_module.VERSION + ("+cu.sm80ptx.sm90a" if tagged else "")
+    assert setup_module.version([]) == setup_module.VERSION
+
+
+def test_compilers_at_a_time(setup_module, monkeypatch):
+    monkeypatch.delenv("MAX_JOBS", raising=False)
+    assert 1 <= setup_module.jobs() <= os.cpu_count()
+    monkeypatch.setattr(setup_module, "JOB_BYTES", 2**60)
+    assert setup_module.jobs() == 1
+    monkeypatch.setenv("MAX_JOBS", "7")
+    assert setup_module.jobs() == 7
+    monkeypatch.setenv("MAX_JOBS", "all")
+    with pytest.raises(SystemExit, match="MAX_JOBS: expected a number from 1, got 'all'"):
+        setup_module.jobs()
+
+
+@pytest.mark.parametrize("with_ninja", [True, False])
+def test_only_what_changed_is_compiled_again(setup_module, monkeypatch, tmp_path, with_ninja):
+    """A compiler that notes its calls: with ninja a second build makes what depends on a change."""
+    ninja = shutil.which("ninja", path=os.defpath + ":/usr/local/bin")
+    if with_ninja and ninja is None:
+        pytest.skip("needs ninja")
+    script = f"""
+    [ "$1" = --list-gpu-code ] && {{ {LISTS_80_AND_90}; exit; }}
+    for last; do [ "$previous" = -c ] && input=$last; [ "$previous" = -MF ] && depends=$last
+      previous=$last; done
+    echo ${{input:-link}} >> {tmp_path}/calls; echo > $last
+    [ -z "$input" ] || echo "$last: $input {tmp_path}/header.h" > $depends"""
+    toolkit = fake_toolkit(tmp_path / "toolkit", script)
+    (tmp_path / "csrc").mkdir()
+    for name in ("header.h", "csrc/a.cu", "csrc/b.cu"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(setup_module, "ROOT", tmp_path)
+    monkeypatch.setattr(setup_module.shutil, "which", lambda name: ninja if with_ninja else None)
+    monkeypatch.setenv("PATH", os.defpath)
+    monkeypatch.setenv("CUDA_HOME", str(toolkit))
+    (extension,) = setup_module.cuda_extension()
+    extension.sources = ["csrc/a.cu", "csrc/b.cu"]
+    command = setup_module.BuildCuda(setuptools.Distribution())
+    command.build_temp, command.build_lib = str(tmp_path / "temp"), str(tmp_path / "lib")
+    command.inplace, command.package = False, None
+    command.extensions = [extension]
+
+    def calls():
+        (tmp_path / "calls").write_text("")
+        command.build_extension(extension)
+        lines = (tmp_path / "calls").read_text().splitlines()
+        return sorted(Path(line).name for line in lines)
+
+    everything = ["a.cu", "b.cu", "link"]
+    assert calls() == everything
+    if not with_ninja:
+        assert calls() == everything
+        return
+    assert calls() == ["link"]
+    os.utime(tmp_path / "csrc/a.cu", (2e9, 2e9))
+    assert calls() == ["a.cu", "link"]
+    extension.archs = ["90a"]
+    assert calls() == everything
 
 
 def test_bad_setting_prints_no_traceback():

@@ -77,7 +77,8 @@ def _positional(inputs: dict, semantics: str = "exact") -> tuple:
     vocab, quota = given.get("vocab_size", 0), None if rule in NUMBERS else quota
     request = inputs["nfe"] if rule in ("random", "renoise") else None
     options = (rule, SEMANTICS[semantics][rule], quota, 1, limit, edit_limit, vocab, 0, request)
-    return (*inputs.values(), MASK, start, length, *options, None)
+    ending = (None, None, None, None, False)
+    return (*inputs.values(), MASK, start, length, *options, None, *ending)
 
 
 def _compiled() -> Callable[[dict], tuple[Tensor, ...]]:
@@ -99,8 +100,19 @@ def bytes_moved(inputs: dict) -> int:
 
 
 def launches() -> Iterator[tuple[str, Callable[[], object]]]:
-    """Every rule and semantics at every tile, and a window shorter than a block."""
+    """Every rule and semantics at every tile, a window shorter than a block, and endings."""
     from pydllm.kernels import unmask as kernel
+
+    for rule in ("quota", "left_to_right", "threshold"):
+        for rows in (20, 4096):
+            inputs = make(torch.float32, "meta", rule=rule, batch=4, rows=rows)
+            arguments = _positional(inputs)[:-5]
+            done, eos = inputs["nfe"].bool(), inputs["x"][0, :3]
+            ending = (done, inputs["nfe"], eos, inputs["nfe"], False)
+            yield (
+                f"{rule} exact {rows} ending",
+                lambda arguments=(*arguments, *ending): kernel.unmask(*arguments),
+            )
 
     for rows in (20, 128, 1024, 4096):
         for rule, semantics in CASES:

@@ -1,8 +1,8 @@
 """Which backend runs a call: decided here, from metadata alone.
 
-``auto`` takes the first of cuda, triton, torch that supports the call and logs once why the ones
-before it do not. A backend asked for by name, in the call or in ``PYDLLM_BACKEND``, never falls
-back.
+``auto`` takes the first of triton, cuda, torch that supports the call, or of cuda, triton, torch
+where ``preference.py`` has a measurement that says so, and logs once why the ones before it do not.
+A backend asked for by name, in the call or in ``PYDLLM_BACKEND``, never falls back.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from pydllm._backend import env
 from pydllm._backend.cuda import available as cuda_missing
 from pydllm._backend.errors import BackendError
+from pydllm._backend.preference import prefers_cuda
 
 Reason = str | None  # None: supported; otherwise why not, worded for a user
 
@@ -103,7 +104,7 @@ def choose(
         return wanted
     if device.type == "cpu":  # the interpreter is a debugging aid: only ever by name
         return "torch"
-    for name in ("cuda", "triton"):
+    for name in ("cuda", "triton") if prefers_cuda(op, device) else ("triton", "cuda"):
         reason = why_not(name)
         if reason is None:
             return name
@@ -112,7 +113,10 @@ def choose(
     return "torch"
 
 
-def launcher(op: str, backend: str) -> Callable[..., Any]:
-    """The function that launches ``op``'s kernels: that of ``kernels/`` or ``_backend/cuda/``."""
+def launcher(op: str, backend: str, form: str | None = None) -> Callable[..., Any]:
+    """The function that launches ``op``'s kernels: that of ``kernels/`` or ``_backend/cuda/``.
+
+    ``form`` is the function's name where it is not the op's.
+    """
     room = {"cuda": "pydllm._backend.cuda", "triton": "pydllm.kernels"}[backend]
-    return getattr(importlib.import_module(f"{room}.{op}"), op)
+    return getattr(importlib.import_module(f"{room}.{op}"), form or op)

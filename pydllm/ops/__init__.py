@@ -9,7 +9,7 @@ from pydllm.ops.mixture_draft import Candidates, MixtureDraft, mixture_draft, ro
 from pydllm.ops.multiblock_step import MultiBlockState, multiblock_step
 from pydllm.ops.rms_norm import rms_norm
 from pydllm.ops.swiglu import swiglu
-from pydllm.ops.unmask import Unmasked, unmask
+from pydllm.ops.unmask import Ending, Unmasked, unmask
 from pydllm.ops.verify import Verified, verify
 from pydllm.ops.vocab_stats import VocabStats, vocab_stats
 from pydllm.ops.window_attention import window_attention
@@ -17,6 +17,7 @@ from pydllm.ops.window_attention import window_attention
 __all__ = [
     "Accepted",
     "Candidates",
+    "Ending",
     "MixtureDraft",
     "MultiBlockState",
     "StatsPartial",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pydllm import reference
-from pydllm._backend.dispatch import choose
+from pydllm._backend.dispatch import choose, launcher
 from pydllm._backend.library import register
 from pydllm.ops._checks import FLOATS, check_device, check_dtype, check_no_grad, check_shape
 from pydllm.ops.mixture_draft import RULES, Candidates, check_emit, check_shared
@@ -78,7 +78,7 @@ def mixture_accept(
         critical: also return the smallest weight at which each row's draft is its target. For a
             token that is the draft under the same options, a row is accepted at every mixture in
             (0, 1] from it on. Not with ``rule="reference"``.
-        backend: None (``PYDLLM_BACKEND``), ``"auto"``, ``"triton"`` or ``"torch"``.
+        backend: None (``PYDLLM_BACKEND``), ``"auto"``, ``"cuda"``, ``"triton"`` or ``"torch"``.
 
     Returns:
         ``Accepted``. A row has target -1, which no draft equals, if it is not in use, if all that
@@ -98,7 +98,7 @@ def mixture_accept(
     Of pieces of the vocabulary without an id of the nucleus only ``logits`` are read: 2 bytes.
     CUDA graphs: safe; the seed is captured, everything else is read. ``torch.compile``: one op.
 
-    Kernels: ``kernels/mixture_accept.py``.
+    Kernels: ``kernels/mixture_accept.py``, ``csrc/mixture_accept.cu``.
 
     Example:
         >>> draft, length = torch.tensor([[0.0, 2.0], [1.0, 0.0]]), torch.tensor([2]).int()
@@ -127,13 +127,19 @@ def mixture_accept(
         raise ValueError(f"critical: expected False with rule {rule!r}, got True")
     check_no_grad("mixture_accept", logits=logits, verifier_logits=verifier_logits)
 
+    lists = (token, length, weights, threshold, each, banned)
+
+    def cuda() -> str | None:
+        from pydllm._backend.cuda import mixture_accept as kernel
+
+        return kernel.supports(logits, verifier_logits, *lists)
+
     def triton() -> str | None:
         from pydllm.kernels import mixture_accept as kernel
 
-        lists = (token, length, weights, threshold, each, banned)
         return kernel.supports(logits, verifier_logits, *lists)
 
-    chosen = choose("mixture_accept", backend, logits.device, triton=triton)
+    chosen = choose("mixture_accept", backend, logits.device, triton=triton, cuda=cuda)
     options = (
         fixed,
         each,
@@ -192,7 +198,7 @@ def mixture_accept_sparse(
             0 for all is refused.
         bias: ``(V_A,)``, dtype of ``hidden``, or None.
         softcap: a positive number c, ``c * tanh(x / c)`` is taken for the verifier's logits x.
-        backend: None (``PYDLLM_BACKEND``), ``"auto"``, ``"triton"`` or ``"torch"``.
+        backend: None (``PYDLLM_BACKEND``), ``"auto"``, ``"cuda"``, ``"triton"`` or ``"torch"``.
 
     Returns:
         ``Accepted``, as ``mixture_accept`` (the verifier's logits are sums in fp32, never rounded).
@@ -207,7 +213,7 @@ def mixture_accept_sparse(
     of the whole head and both logits: 0 bytes an element of the vocabulary.
     CUDA graphs: safe. ``torch.compile``: one op.
 
-    Kernels: ``kernels/mixture_accept.py``.
+    Kernels: ``kernels/mixture_accept.py``, ``csrc/_mixture_accept_sparse.cu``.
     """
     ids, logits, noise, size, overflow = candidates
     check_shape("candidates.ids", ids, "R", "C")
@@ -248,13 +254,19 @@ def mixture_accept_sparse(
     check_emit(emit)
     check_no_grad("mixture_accept_sparse", hidden=hidden, weight=weight, bias=bias)
 
+    rows = (ids, logits, noise, size, bias, token, length, weights, each)
+
+    def cuda() -> str | None:
+        from pydllm._backend.cuda import mixture_accept as kernel
+
+        return kernel.supports(hidden, weight, *rows)
+
     def triton() -> str | None:
         from pydllm.kernels import mixture_accept as kernel
 
-        lists = (ids, logits, noise, size, bias, token, length, weights, each)
-        return kernel.supports(hidden, weight, *lists)
+        return kernel.supports(hidden, weight, *rows)
 
-    chosen = choose("mixture_accept_sparse", backend, hidden.device, triton=triton)
+    chosen = choose("mixture_accept_sparse", backend, hidden.device, triton=triton, cuda=cuda)
     lists = (ids, logits, noise, size, hidden, weight, bias, token, length)
     options = (weight_of, weights, fixed, each, softcap, emit != "target", critical)
     results = torch.ops.pydllm.mixture_accept_sparse(*lists, *options, chosen)
@@ -287,19 +299,16 @@ def _check_round(
 
 
 def _run(logits: Tensor, *arguments) -> tuple[Tensor, ...]:  # noqa: ANN002
-    return _implementation(arguments[-1]).mixture_accept(logits, *arguments[:-1])
+    if arguments[-1] == "torch":
+        return reference.mixture_accept(logits, *arguments[:-1])
+    return launcher("mixture_accept", arguments[-1])(logits, *arguments[:-1])
 
 
 def _run_sparse(ids: Tensor, *arguments) -> tuple[Tensor, ...]:  # noqa: ANN002
-    return _implementation(arguments[-1]).mixture_accept_sparse(ids, *arguments[:-1])
-
-
-def _implementation(backend: str):  # noqa: ANN202
-    if backend == "torch":
-        return reference
-    from pydllm.kernels import mixture_accept as kernel
-
-    return kernel
+    if arguments[-1] == "torch":
+        return reference.mixture_accept_sparse(ids, *arguments[:-1])
+    launch = launcher("mixture_accept", arguments[-1], "mixture_accept_sparse")
+    return launch(ids, *arguments[:-1])
 
 
 def _fake(logits: Tensor, verifier: Tensor, token: Tensor, length: Tensor, *arguments):  # noqa: ANN002, ANN202

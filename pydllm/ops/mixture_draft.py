@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pydllm import reference
-from pydllm._backend.dispatch import choose
+from pydllm._backend.dispatch import choose, launcher
 from pydllm._backend.library import register
 from pydllm.ops._checks import FLOATS, check_device, check_dtype, check_no_grad, check_shape
 from pydllm.ops.vocab_stats import check_options, check_rows, signed, vocab_stats
@@ -85,7 +85,7 @@ def mixture_draft(
         capacity: in [0, 1024], room for the nucleus's ids; 0 makes no list.
         rule: ``"paper"``, or ``"reference"``: as the published code does, the nucleus is that of
             the temperature, the draft is drawn at its square (at least 1e-3 then, or 0).
-        backend: None (``PYDLLM_BACKEND``), ``"auto"``, ``"triton"`` or ``"torch"``.
+        backend: None (``PYDLLM_BACKEND``), ``"auto"``, ``"cuda"``, ``"triton"`` or ``"torch"``.
 
     Returns:
         ``MixtureDraft``. Logits that tie with the smallest in the nucleus are in it. A row that has
@@ -110,7 +110,7 @@ def mixture_draft(
     are stored. In torch a sort.
     CUDA graphs: safe; the seed is captured, the counter is read. ``torch.compile``: one op.
 
-    Kernels: ``kernels/mixture_draft.py``, ``kernels/vocab_stats.py``.
+    Kernels: ``kernels/mixture_draft.py``, ``csrc/mixture_draft.cu``, and those of ``vocab_stats``.
 
     Example:
         >>> draft = mixture_draft(torch.tensor([[0.0, 2.0, 1.0]]), banned=torch.tensor([1]).int())
@@ -136,12 +136,17 @@ def mixture_draft(
             logits[:, :shared], temperature, seed, counter, banned, rows, capacity, squared, backend
         )
 
+    def cuda() -> str | None:
+        from pydllm._backend.cuda import mixture_draft as kernel
+
+        return kernel.supports(logits, banned, each, rows, limits)
+
     def triton() -> str | None:
         from pydllm.kernels import mixture_draft as kernel
 
         return kernel.supports(logits, banned, each, rows, limits)
 
-    chosen = choose("mixture_draft", backend, logits.device, triton=triton)
+    chosen = choose("mixture_draft", backend, logits.device, triton=triton, cuda=cuda)
     where = (counter, banned, each, rows, shared)
     arguments = (fixed, signed(seed), *where, limit, limits, capacity, squared)
     # One op in torch too: the generator would be hundreds of nodes of a graph.
@@ -260,9 +265,7 @@ def _draft_from_all(
 def _run(logits: Tensor, *arguments) -> tuple[Tensor, ...]:  # noqa: ANN002
     if arguments[-1] == "torch":
         return reference.mixture_draft(logits, *arguments[:-1])
-    from pydllm.kernels import mixture_draft as kernel
-
-    return kernel.mixture_draft(logits, *arguments[:-1])
+    return launcher("mixture_draft", arguments[-1])(logits, *arguments[:-1])
 
 
 def _fake(logits: Tensor, *arguments) -> tuple[Tensor, ...]:  # noqa: ANN002

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pydllm import reference
-from pydllm._backend.dispatch import choose
+from pydllm._backend.dispatch import choose, launcher
 from pydllm._backend.library import register
 from pydllm.ops._checks import FLOATS, check_device, check_dtype, check_no_grad, check_shape
 
@@ -161,7 +161,7 @@ def multiblock_step(
             in 10001 forwards, or without them in LLaDA's cached decoder; commits go before
             refreshes, LLaDA's are one at a time, Dream's refresh keeps keys in two places
             (``stale``). ``tail`` has to be None.
-        backend: None (``PYDLLM_BACKEND``), ``"auto"``, ``"triton"`` or ``"torch"``.
+        backend: None (``PYDLLM_BACKEND``), ``"auto"``, ``"cuda"``, ``"triton"`` or ``"torch"``.
 
     Raises:
         ValueError: shapes or devices do not fit, a number is out of range, a gradient is wanted, or
@@ -172,7 +172,7 @@ def multiblock_step(
     Determinism: the same on every backend; ties go to the lowest position; a sequence does not
     depend on the others. CUDA graphs: safe. One launch, no host read. ``torch.compile``: one op.
 
-    Kernels: ``kernels/multiblock_step.py``.
+    Kernels: ``kernels/multiblock_step.py``, ``csrc/multiblock_step.cu``.
 
     Example:
         >>> x = torch.tensor([[7, 0, 0, 0, 0]])
@@ -223,13 +223,19 @@ def multiblock_step(
     inputs = (x, step_map, *state, token, entropy, mask_id, prompt_length, eos_ids)
     arguments: tuple[Any, ...] = (*inputs, *rule, *flags)
 
+    shape = (max_new_tokens, block_length, compat)
+
+    def cuda() -> str | None:
+        from pydllm._backend.cuda import multiblock_step as kernel
+
+        return kernel.supports(x, step_map, *state, token, entropy, prompt_length, eos_ids, *shape)
+
     def triton() -> str | None:
         from pydllm.kernels import multiblock_step as kernel
 
-        shape = (max_new_tokens, block_length, compat)
         return kernel.supports(x, step_map, *state, token, entropy, prompt_length, eos_ids, *shape)
 
-    chosen = choose("multiblock_step", backend, x.device, triton=triton)
+    chosen = choose("multiblock_step", backend, x.device, triton=triton, cuda=cuda)
     # One op in torch too: what it unrolls into would be hundreds of nodes of a graph.
     torch.ops.pydllm.multiblock_step(*arguments, chosen)
 
@@ -275,9 +281,7 @@ def _run(*arguments: Any) -> None:
     if arguments[-1] == "torch":
         reference.multiblock_step(*arguments[:-1])
         return
-    from pydllm.kernels import multiblock_step as kernel
-
-    kernel.multiblock_step(*arguments[:-1])
+    launcher("multiblock_step", arguments[-1])(*arguments[:-1])
 
 
 def _fake(*_: object) -> None:

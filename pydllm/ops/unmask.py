@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pydllm import reference
-from pydllm._backend.dispatch import choose
+from pydllm._backend.dispatch import choose, launcher
 from pydllm._backend.library import register
 from pydllm.ops._checks import FLOATS, check_device, check_dtype, check_no_grad, check_shape
 
@@ -62,6 +62,30 @@ class Unmasked(NamedTuple):
     accepted: Tensor  # (B,) int32: tokens written
 
 
+class Ending(NamedTuple):
+    """How ``unmask`` finds out that a sequence is finished, and fills what is behind its end.
+
+    A window is complete with its last mask (those before ``ends_from`` do not count). Then its
+    first id from ``eos_ids`` at a position from ``ends_from`` on and before ``end`` is the
+    sequence's end: all positions behind it, up to ``end``, become ``eos_ids[0]`` with -1 in
+    ``step_map``, masks and tokens alike, and ``done`` becomes true. It also does where a complete
+    window reaches ``end``.
+
+    Attributes:
+        done: ``(B,)`` bool, **updated in place**. A sequence that is done is not touched.
+        end: ``(B,)`` int32, the first position behind the sequence.
+        eos_ids: ``(E,)`` int64, contiguous, E at least 1; None: no id ends a sequence.
+        ends_from: ``(B,)`` int32, the end of the prompt for instance. None: the window's start.
+        last: the window is complete after this step even if masks are left.
+    """
+
+    done: Tensor
+    end: Tensor
+    eos_ids: Tensor | None = None
+    ends_from: Tensor | None = None
+    last: bool = False
+
+
 def unmask(
     x: Tensor,
     step_map: Tensor,
@@ -84,6 +108,7 @@ def unmask(
     semantics: str = "exact",
     seed: int = 0,
     request: Tensor | None = None,
+    ending: Ending | None = None,
     backend: str | None = None,
 ) -> Unmasked:
     """Write the tokens of the masks that a rule accepts, per sequence, in place, on the device.
@@ -153,7 +178,10 @@ def unmask(
             random id is ``second word * vocab_size >> 32``.
         request: ``(B,)`` int32, which stream of random numbers a sequence uses; required for
             ``random`` and ``renoise``, otherwise ignored.
-        backend: None (``PYDLLM_BACKEND``), ``"auto"``, ``"triton"`` or ``"torch"``.
+        ending: an ``Ending``, to look for the end of a sequence in the same launch and to leave
+            out sequences that are done. Default None: none ends, all take part. Not for ``joint``
+            and ``renoise``, whose windows do not end with their last mask.
+        backend: None (``PYDLLM_BACKEND``), ``"auto"``, ``"cuda"``, ``"triton"`` or ``"torch"``.
 
     Semantics: the accept rules of published code differ where it decides tokens. Scores have to
     come in the precision given; where that code leaves ties to ``torch.topk`` or ``argmax``, the
@@ -183,8 +211,10 @@ def unmask(
     ============  ==============================================================================
 
     Returns:
-        ``Unmasked(remaining, accepted)``, both ``(B,)`` int32. For ``renoise`` what remains are the
-        positions that were not accepted; for ``joint`` edits count as accepted.
+        ``Unmasked(remaining, accepted)``, both ``(B,)`` int32. What an ``ending`` fills does not
+        remain and does not count as accepted; of a sequence that was done both are 0. For
+        ``renoise`` what remains are the positions that were not accepted; for ``joint`` edits count
+        as accepted.
 
     Raises:
         ValueError: shapes or devices do not fit, a rule or semantics is unknown, an option is
@@ -197,7 +227,7 @@ def unmask(
     CUDA graphs: safe; every option that is no tensor is captured. One launch,
     no host read. ``torch.compile``: one op.
 
-    Kernels: ``kernels/unmask.py``.
+    Kernels: ``kernels/unmask.py``, ``csrc/unmask.cu``.
 
     Example:
         >>> at = lambda *n: torch.tensor(n, dtype=torch.int32)
@@ -230,6 +260,7 @@ def unmask(
     _check_number("quota" if quota is not min_tokens else "min_tokens", quota, x)
     _check_number("request", request, x)
     _check_number("prompt_length", prompt_length, x)
+    _check_ending(rule, ending, x)
     if not isinstance(mask_id, int):
         raise TypeError(f"mask_id: expected an int, got {mask_id!r}")
     check_no_grad("unmask", score=score)
@@ -237,15 +268,23 @@ def unmask(
     rule = "quota" if rule == "margin" else rule
     window = (x, step_map, nfe, token, score, mask_id, start, length)
     numbers = (quota, least, limit, edit_limit, vocab_size or 0, seed)
-    arguments = (*window, rule, variant, *numbers, request, prompt_length)
+    done, end, eos, ends_from, last = (None, None, None, None, False) if ending is None else ending
+    ends = (done, end, eos, ends_from, last)
+    arguments = (*window, rule, variant, *numbers, request, prompt_length, *ends)
+
+    per_sequence = (nfe, start, length, quota, request, prompt_length, done, end, ends_from)
+
+    def cuda() -> str | None:
+        from pydllm._backend.cuda import unmask as kernel
+
+        return kernel.supports(x, step_map, token, score, *per_sequence)
 
     def triton() -> str | None:
         from pydllm.kernels import unmask as kernel
 
-        per_sequence = (nfe, start, length, quota, request, prompt_length)
         return kernel.supports(x, step_map, token, score, *per_sequence)
 
-    chosen = choose("unmask", backend, x.device, triton=triton)
+    chosen = choose("unmask", backend, x.device, triton=triton, cuda=cuda)
     if chosen == "torch":
         return Unmasked(*reference.unmask(*arguments))
     return Unmasked(*torch.ops.pydllm.unmask(*arguments, chosen))
@@ -329,6 +368,32 @@ def _check_tensors(x: Tensor, step_map: Tensor, nfe: Tensor, token: Tensor, scor
         )
 
 
+def _check_ending(rule: str, ending: Ending | None, x: Tensor) -> None:
+    if ending is None:
+        return
+    if not isinstance(ending, Ending):
+        raise TypeError(f"ending: expected an Ending or None, got {ending!r}")
+    if rule in ("joint", "renoise"):
+        raise ValueError(f"ending: expected None for rule {rule!r}, got an Ending")
+    check_shape("ending.done", ending.done, x.shape[0])
+    check_dtype("ending.done", ending.done, torch.bool)
+    check_device("ending.done", ending.done, "x", x)
+    check_shape("ending.end", ending.end, x.shape[0])
+    _check_number("ending.end", ending.end, x)
+    _check_number("ending.ends_from", ending.ends_from, x)
+    eos = ending.eos_ids
+    if eos is None:
+        return
+    check_shape("ending.eos_ids", eos, "E")
+    check_dtype("ending.eos_ids", eos, torch.int64)
+    check_device("ending.eos_ids", eos, "x", x)
+    if eos.shape[0] < 1 or not eos.is_contiguous():
+        raise ValueError(
+            "ending.eos_ids: expected one or more contiguous ids, "
+            f"got shape {tuple(eos.shape)}, strides {eos.stride()}"
+        )
+
+
 def _check_number(name: str, tensor: Tensor | None, x: Tensor) -> None:
     """A number a sequence, on the device."""
     if tensor is not None:
@@ -340,9 +405,7 @@ def _check_number(name: str, tensor: Tensor | None, x: Tensor) -> None:
 def _run(*arguments: Any) -> tuple[Tensor, Tensor]:
     if arguments[-1] == "torch":
         return reference.unmask(*arguments[:-1])
-    from pydllm.kernels import unmask as kernel
-
-    return kernel.unmask(*arguments[:-1])
+    return launcher("unmask", arguments[-1])(*arguments[:-1])
 
 
 def _fake(x: Tensor, step_map: Tensor, nfe: Tensor, *_: object) -> tuple[Tensor, Tensor]:
@@ -353,6 +416,7 @@ register(
     "unmask(Tensor(a!) x, Tensor(b!) step_map, Tensor(c!) nfe, Tensor token, Tensor score, "
     "int mask_id, Tensor start, Tensor length, str rule, str variant, Tensor? quota, int least, "
     "float limit, float edit_limit, int vocab, int seed, Tensor? request, Tensor? prompt, "
+    "Tensor(d!)? done, Tensor? end, Tensor? eos, Tensor? ends_from, bool last, "
     "str backend) -> (Tensor, Tensor)",
     _run,
     _fake,

@@ -32,13 +32,21 @@ def unmask(
     seed: int,
     request: Tensor | None,
     prompt: Tensor | None,
+    done: Tensor | None = None,
+    end: Tensor | None = None,
+    eos: Tensor | None = None,
+    ends_from: Tensor | None = None,
+    last: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Order what each window may take, best first; the first ``n`` become tokens.
 
     ``variant`` names the ways in which a published rule differs, ``SEMANTICS`` of the op;
     ``quota``, or else ``least``, is how many are taken or, by a rule with a limit, at least taken.
+    From ``done`` on, the fields of the op's ``Ending``.
     """
     slots, rows = x.shape[1], token.shape[1]
+    if done is not None:
+        length = length.masked_fill(done, 0)
     row = torch.arange(rows, device=x.device)
     position = start[:, None] + row
     inside = (row < length[:, None]) & (position >= 0) & (position < slots)
@@ -89,8 +97,41 @@ def unmask(
     x.scatter_(1, slot, torch.where(inside, new, before))
     step_map.scatter_(1, slot, torch.where(keep, nfe[:, None], step_map.gather(1, slot)))
     nfe += part.any(1)
+    if done is not None and end is not None:
+        _finish(
+            x, step_map, mask_id, start, length.clamp(max=rows), done, end, eos, ends_from, last
+        )
+        new = x.gather(1, slot)
     left = inside & (~keep if rule == "renoise" else new == mask_id)
     return left.sum(1, dtype=torch.int32), keep.sum(1, dtype=torch.int32)
+
+
+def _finish(
+    x: Tensor,
+    step_map: Tensor,
+    mask_id: int,
+    start: Tensor,
+    length: Tensor,
+    done: Tensor,
+    end: Tensor,
+    eos: Tensor | None,
+    ends_from: Tensor | None,
+    last: bool,
+) -> None:
+    """Fill behind the first end of a window that is complete, and say which sequences are done."""
+    position = torch.arange(x.shape[1], device=x.device)
+    first = start if ends_from is None else torch.maximum(start, ends_from)
+    inside = (position >= first[:, None]) & (position < (start + length)[:, None])
+    complete = (length > 0) & (last | ~(inside & (x == mask_id)).any(1))
+    done |= complete & (start + length >= end)
+    if eos is None:
+        return
+    before = position < end[:, None]
+    ends = inside & before & complete[:, None] & torch.isin(x, eos)
+    behind = before & (ends.cumsum(1) - ends.int() > 0)
+    x.copy_(torch.where(behind, eos[0], x))
+    step_map.masked_fill_(behind, -1)
+    done |= ends.any(1)
 
 
 def _reaches(score: Tensor, limit: Tensor, variant: str) -> Tensor:

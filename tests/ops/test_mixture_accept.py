@@ -9,7 +9,8 @@ from pydllm.reference import philox
 from pydllm.testing import random_normal
 
 INF = math.inf
-BACKENDS = ["torch", "triton"]
+KERNELS = ["triton", "cuda"]
+BACKENDS = ["torch", *KERNELS]
 EMITS = ["draft", "draft_then_target", "target"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -94,7 +95,8 @@ def test_against_a_loop(mixture, temperature, top_p, emit):
     [(1030, 0.9, "draft"), (50, None, "target"), (1, 0.9, "draft_then_target")],
     ids=str,
 )
-def test_the_kernel_has_the_bits_of_the_reference(vocab, top_p, emit, dtype):
+@pytest.mark.parametrize("backend", KERNELS)
+def test_a_kernel_has_the_bits_of_the_reference(backend, vocab, top_p, emit, dtype):
     temperature = torch.tensor([0.5, 0.0, 1.0, 0.7, 0.7, 0.7, 0.7, 0.7])
     options = {"banned": ids(3, 40), "dtype": dtype, "capacity": 16}
     options["shared_vocab"] = max(1, vocab - 5)
@@ -105,8 +107,8 @@ def test_the_kernel_has_the_bits_of_the_reference(vocab, top_p, emit, dtype):
     call = {"length": ids(2, 1, 2, 0), "emit": emit, "critical": True, **shared}
     for mixture in (0.6, torch.tensor([1.0, 0.0, 0.3, 2.0])):
         one, other = (
-            accept(logits, wider, draft, call, mixture=mixture, backend=backend)
-            for backend in BACKENDS
+            accept(logits, wider, draft, call, mixture=mixture, backend=name)
+            for name in ("torch", backend)
         )
         assert_same(one[:3], other[:3])
         # Two differences and a quotient, each rounded, of numbers up to 20.
@@ -128,8 +130,9 @@ def test_no_rows(backend):
 @pytest.mark.parametrize("emit", EMITS)
 @pytest.mark.parametrize("temperature", [0.0, 0.2, 1.0])
 @pytest.mark.parametrize("top_p", [None, 0.8, 0.95])
-def test_equal_models_and_mixture_one_accept_everything(top_p, temperature, emit):
-    backends = [("torch", torch.float64), ("torch", torch.bfloat16), ("triton", None)]
+def test_equal_models_and_mixture_one_accept_everything(top_p, temperature, emit, cuda_on_cpu):
+    backends = [("torch", torch.float64), ("torch", torch.bfloat16)]
+    backends += [(kernel, None) for kernel in KERNELS]
     for backend, dtype in backends if emit == "draft" else backends[:2]:
         batch, rows = (3, 8) if backend == "torch" else (1, 3)
         logits, verifier, draft, shared = make(
@@ -369,8 +372,9 @@ def test_fullgraph_compile(backend):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_captured_graph_replays_and_agrees_with_the_cpu(dtype):
+def test_a_captured_graph_replays_and_agrees_with_the_cpu(dtype, backend):
     rows, vocab, temperature = 8, 151936, 0.2
     logits, verifier, draft, shared = make(
         2, rows, vocab, top_p=0.95, temperature=temperature, dtype=dtype, capacity=128
@@ -379,7 +383,7 @@ def test_a_captured_graph_replays_and_agrees_with_the_cpu(dtype):
     call = {"length": ids(8, 5), "mixture": torch.tensor([0.7, 0.3])}
     expected = accept(logits, verifier, draft, shared, backend="torch", **call)
     moved = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in (shared | call).items()}
-    options = {"threshold": draft.threshold.cuda(), "backend": "triton", **moved}
+    options = {"threshold": draft.threshold.cuda(), "backend": backend, **moved}
     static, verifier, token = torch.zeros_like(logits).cuda(), verifier.cuda(), draft.token.cuda()
     ops.mixture_accept(static, verifier, token, **options)  # compiles
     graph = torch.cuda.CUDAGraph()
@@ -427,10 +431,23 @@ def test_a_captured_graph_replays_and_agrees_with_the_cpu(dtype):
         ({"rule": "reference", "critical": True}, ValueError, "critical: expected False with rule"),
         ({"banned": torch.zeros(17).int()}, ValueError, "banned: expected at most 16 ids, got 17"),
         ({"backend": "cuda"}, RuntimeError, "mixture_accept: backend 'cuda' cannot run this call"),
-        ({"logits": torch.ones(5, 4).t(), "backend": "triton"}, RuntimeError, "contiguous"),
     ],
 )
 def test_bad_input(change, error, message):
+    refused(change, error, message)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_what_a_kernel_does_not_take(backend):
+    square = torch.ones(4, 4).double()
+    for change, message in (
+        ({"logits": torch.ones(5, 4).t()}, "contiguous"),
+        ({"logits": square, "verifier_logits": square}, "takes fp32, fp16"),
+    ):
+        refused(change | {"backend": backend}, RuntimeError, message)
+
+
+def refused(change, error, message):
     arguments = {"logits": torch.ones(4, 5), "verifier_logits": torch.ones(4, 5)}
     arguments |= {"token": torch.zeros(4).long(), "length": ids(2, 2), "mixture": 0.5} | change
     with pytest.raises(error, match=message):

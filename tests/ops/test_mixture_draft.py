@@ -8,7 +8,8 @@ from pydllm.reference import philox
 from pydllm.testing import random_normal
 
 INF = math.inf
-BACKENDS = ["torch", "triton"]
+KERNELS = ["triton", "cuda"]
+BACKENDS = ["torch", *KERNELS]
 VOCAB, SHARED = 152064, 151665  # Dream-7B, and what Qwen2.5-0.5B shares
 
 
@@ -90,13 +91,14 @@ def test_nucleus_and_draft_against_a_loop(top_p, squared):
     ],
     ids=str,
 )
-def test_the_kernel_agrees_with_the_reference(dtype, shape, top_p, scale, overflows):
+@pytest.mark.parametrize("backend", KERNELS)
+def test_a_kernel_agrees_with_the_reference(backend, dtype, shape, top_p, scale, overflows):
     rows, vocab, shared = shape
     logits = (random_normal(rows, vocab, seed=1) * scale).to(dtype)
     options = {"temperature": 0.7, "counter": _counter(rows), "top_p": top_p, "seed": 2**63 + 5}
     options |= {"shared_vocab": shared, "capacity": 40}
     options["banned"] = _ids(vocab // 2, 3) if vocab > 3 else None
-    one = ops.mixture_draft(logits, backend="triton", **options)
+    one = ops.mixture_draft(logits, backend=backend, **options)
     other = ops.mixture_draft(logits, backend="torch", **options)
     _assert_near(one, other)
     exact = ops.mixture_draft(logits.double(), **options)
@@ -104,7 +106,8 @@ def test_the_kernel_agrees_with_the_reference(dtype, shape, top_p, scale, overfl
     assert one.candidates.overflow.tolist() == [overflows] * rows
 
 
-def test_the_kernel_agrees_with_the_reference_on_every_option():
+@pytest.mark.parametrize("backend", KERNELS)
+def test_a_kernel_agrees_with_the_reference_on_every_option(backend):
     logits = random_normal(8, 150, seed=3) * 3
     logits[6] = -INF
     rows = _ids(7, 0, -1, 3, 3, 8, 2, 6)
@@ -119,8 +122,8 @@ def test_the_kernel_agrees_with_the_reference_on_every_option():
     }
     for rule in ("paper", "reference"):
         drafts = [
-            ops.mixture_draft(logits, rows=rows.to(dtype), rule=rule, backend=backend, **options)
-            for backend, dtype in (("torch", torch.int32), ("triton", torch.int64))
+            ops.mixture_draft(logits, rows=rows.to(dtype), rule=rule, backend=name, **options)
+            for name, dtype in (("torch", torch.int32), (backend, torch.int64))
         ]
         _assert_near(*drafts)
         overflow = drafts[0].candidates.overflow.tolist()
@@ -365,13 +368,14 @@ def test_fullgraph_compile(backend):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("temperature", [0.2, 1.0])
-def test_a_captured_graph_replays_and_agrees_with_the_cpu(temperature):
+def test_a_captured_graph_replays_and_agrees_with_the_cpu(temperature, backend):
     logits = (random_normal(16, VOCAB, seed=0) * 3).bfloat16()
     options = {"temperature": temperature, "top_p": 0.95, "capacity": 128, "shared_vocab": SHARED}
     expected = ops.mixture_draft(logits, counter=_counter(16), **options)
     static, counter = torch.zeros_like(logits).cuda(), _counter(16).cuda()
-    call = {"counter": counter, "backend": "triton", **options}
+    call = {"counter": counter, "backend": backend, **options}
     ops.mixture_draft(static, **call)  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -410,11 +414,22 @@ def test_a_captured_graph_replays_and_agrees_with_the_cpu(temperature):
         ({"banned": torch.zeros(17).int()}, ValueError, "banned: expected at most 16 ids, got 17"),
         ({"rows": torch.ones(3)}, TypeError, "rows: expected dtype torch.int32, torch.int64"),
         ({"backend": "cuda"}, RuntimeError, "mixture_draft: backend 'cuda' cannot run this call"),
-        ({"logits": torch.ones(4, 3).t(), "backend": "triton"}, RuntimeError, "contiguous"),
-        ({"logits": torch.ones(3, 4).double(), "backend": "triton"}, RuntimeError, "fp32, fp16"),
     ],
 )
 def test_bad_input(change, error, message):
+    refused(change, error, message)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_what_a_kernel_does_not_take(backend):
+    for logits, message in (
+        (torch.ones(4, 3).t(), "contiguous"),
+        (torch.ones(3, 4).double(), "takes fp32, fp16"),
+    ):
+        refused({"logits": logits, "backend": backend}, RuntimeError, message)
+
+
+def refused(change, error, message):
     arguments = {"temperature": 0.5, "top_p": 0.9, "counter": _counter(3)}
     arguments |= {"logits": torch.ones(3, 4)} | change
     with pytest.raises(error, match=message):

@@ -13,7 +13,8 @@ from pydllm import ops
 from pydllm.ops.multiblock_step import MODES, MultiBlockState, decoded_at_least
 
 MASK, ENDS = 0, (9, 8)
-BACKENDS = ["torch", "triton"]
+KERNELS = ["triton", "cuda"]
+BACKENDS = ["torch", *KERNELS]
 
 
 def start(prompts, new, size):
@@ -185,7 +186,8 @@ def test_the_definition_equals_a_plain_loop(seed):
 @pytest.mark.parametrize("compat", [False, True], ids=["fixed", "compat"])
 @pytest.mark.parametrize("shifted", [False, True], ids=["llada", "dream"])
 @pytest.mark.parametrize("cached", [False, True], ids=["plain", "cached"])
-def test_triton_equals_the_definition(cached, shifted, compat):
+@pytest.mark.parametrize("backend", KERNELS)
+def test_a_kernel_equals_the_definition(backend, cached, shifted, compat):
     """Step by step on one trajectory of three sequences, everything that is written."""
     for early_stop, new, dtype in ((True, 20, torch.float32), (False, 12, torch.float16)):
         x, steps, state, lengths = start([2, 1, 5], new, 5)
@@ -202,7 +204,7 @@ def test_triton_equals_the_definition(cached, shifted, compat):
             other = clone(x, steps, state)
             ops.multiblock_step(x, steps, state, token, entropy.to(dtype), **options)
             given = (token, entropy.to(dtype))
-            ops.multiblock_step(*other, *given, backend="triton", **options)
+            ops.multiblock_step(*other, *given, backend=backend, **options)
             for name, want, got in zip(
                 "xsnbe", (x, steps, *state), (*other[:2], *other[2]), strict=True
             ):
@@ -302,7 +304,7 @@ BAD = [
     ({"prompt_length": torch.ones(2)}, TypeError, "prompt_length: expected dtype torch.int32"),
     ({"prompt_length": torch.ones(3).int()}, ValueError, r"prompt_length: expected shape \(2\)"),
     ({"eos_ids": torch.ones(0).long()}, ValueError, "eos_ids: expected None or at least one id"),
-    ({"backend": "cuda"}, RuntimeError, "multiblock_step has no cuda kernel"),
+    ({"backend": "cuda"}, RuntimeError, "CUDA kernels need a CUDA tensor"),
 ]
 
 
@@ -333,27 +335,32 @@ def test_bad_tensors(place, change, error, message):
         ops.multiblock_step(*inputs, **options)
 
 
-def test_what_the_kernel_does_not_take():
+@pytest.mark.parametrize("backend", KERNELS)
+def test_what_a_kernel_does_not_take(backend):
     inputs, options = example()
     inputs = list(inputs)
     wide = inputs[:4] + [inputs[4].double()]
     with pytest.raises(RuntimeError, match="takes fp32, fp16 and bf16 entropies"):
-        ops.multiblock_step(*wide, **options, backend="triton")
+        ops.multiblock_step(*wide, **options, backend=backend)
     inputs[0] = inputs[0].mT.contiguous().mT
     with pytest.raises(RuntimeError, match="x must have contiguous rows, got strides"):
-        ops.multiblock_step(*inputs, **options, backend="triton")
+        ops.multiblock_step(*inputs, **options, backend=backend)
     x, steps, state, _ = start([1, 1], 5000, 1)
     empty = (x[:, :0], torch.empty(2, 0))
     long = options | {"max_new_tokens": 5000, "block_length": 1}
-    for profile, most in (("fixed", 4096), ("compat", 2048)):
-        with pytest.raises(RuntimeError, match=f"up to {most} positions .* got 8192 times 1"):
-            ops.multiblock_step(x, steps, state, *empty, **long, profile=profile, backend="triton")
+    limits = {"fixed": "up to 4096 positions .* got 8192", "compat": "up to 2048 positions"}
+    if backend == "cuda":
+        limits = dict.fromkeys(limits, "8192 positions in up to 1024 blocks, got 5000 in 5000")
+    for profile, message in limits.items():
+        with pytest.raises(RuntimeError, match=message):
+            ops.multiblock_step(x, steps, state, *empty, **long, profile=profile, backend=backend)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("profile", ["fixed", "compat"])
-def test_on_a_gpu(profile, cached):
+def test_on_a_gpu(profile, cached, backend):
     x, steps, state, lengths = start([3, 40, 7], 320, 32)
     options = {"mask_id": MASK, "max_new_tokens": 320, "block_length": 32, "threshold": 0.25}
     options |= {"cached": cached, "profile": profile}
@@ -363,7 +370,7 @@ def test_on_a_gpu(profile, cached):
         ends = torch.tensor(ENDS)
         given = {"prompt_length": lengths, "eos_ids": ends, "backend": "torch"}
         ops.multiblock_step(x, steps, state, token, entropy, **options, **given)
-        given = {"prompt_length": lengths.cuda(), "eos_ids": ends.cuda(), "backend": "triton"}
+        given = {"prompt_length": lengths.cuda(), "eos_ids": ends.cuda(), "backend": backend}
         carried = MultiBlockState(*there[2:])
         ops.multiblock_step(*there[:2], carried, token.cuda(), entropy.cuda(), **options, **given)
         for want, got in zip((x, steps, *state), there, strict=True):

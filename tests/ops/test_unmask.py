@@ -6,7 +6,8 @@ import torch
 from pydllm import ops
 
 MASK = 50
-BACKENDS = ["torch", "triton"]
+KERNELS = ["triton", "cuda"]
+BACKENDS = ["torch", *KERNELS]
 # (rule, semantics, option, values to try)
 RULES = [
     ("quota", "exact", "quota", None),
@@ -397,7 +398,7 @@ def op_arguments(case, rule, quota, limit, variant, backend):
     prompt = case["start"] + 1 if rule == "joint" else None
     numbers = (quota, 1, limit, limit, 9, 7)
     which = (MASK, case["start"], case["length"], rule, variant, *numbers, request, prompt)
-    return (*head, *which, backend)
+    return (*head, *which, None, None, None, None, False, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -433,8 +434,9 @@ def test_fullgraph_compile(rule, semantics, option, values, backend):
     assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
 
 
-def test_long_windows_are_left_to_torch():
+@pytest.mark.parametrize("backend", KERNELS)
+def test_long_windows_are_left_to_torch(backend):
     case = make_case(1, 5000, 5000, seed=0)
     with pytest.raises(RuntimeError, match="windows of up to 4096 positions, got 5000"):
-        call(case, "threshold", "exact", "threshold", 0.5, "triton")
+        call(case, "threshold", "exact", "threshold", 0.5, backend)
     assert_as_expected(case, "factor", "exact", "factor", 1.0, None)

@@ -115,21 +115,24 @@ QUOTA = numbers([1, 1])
             "token: expected at most the 8 positions of x, got 9",
         ),
         ({"mask_id": None}, TypeError, "mask_id: expected an int, got None"),
-        (
-            {"score": torch.ones(2, 4).double(), "backend": "triton"},
-            RuntimeError,
-            "takes fp32, fp1",
-        ),
-        (
-            {"x": torch.ones(8, 2).long().t(), "backend": "triton"},
-            RuntimeError,
-            "x must have contiguous rows",
-        ),
-        ({"backend": "cuda"}, RuntimeError, "unmask has no cuda kernel"),
+        ({"backend": "cuda"}, RuntimeError, "CUDA kernels need a CUDA tensor, got one on cpu"),
         ({"backend": "gpu"}, ValueError, "backend: expected one of auto, cuda, triton, torch"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(change, error, message):
+    refused(change, error, message)
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_what_a_kernel_does_not_take(backend):
+    for change, message in (
+        ({"score": torch.ones(2, 4).double()}, "takes fp32, fp16 and bf16 scores"),
+        ({"x": torch.ones(8, 2).long().t()}, "x must have contiguous rows"),
+    ):
+        refused(change | {"backend": backend}, RuntimeError, message)
+
+
+def refused(change, error, message):
     arguments = {
         "x": torch.full((2, 8), MASK),
         "step_map": torch.full((2, 8), -1, dtype=torch.int32),

@@ -8,7 +8,16 @@ import pytest
 import torch
 
 from pydllm import ops
-from tests.ops.test_unmask import MASK, copied, integers, make_case, numbers, philox_word
+from tests.ops.test_unmask import (
+    BACKENDS,
+    KERNELS,
+    MASK,
+    copied,
+    integers,
+    make_case,
+    numbers,
+    philox_word,
+)
 
 
 def fp32(number):
@@ -161,8 +170,8 @@ CASES = [
     pytest.param(*line[:2], dtype, *line[3:], backend, id=f"{line[0]}-{line[1]}-{dtype}-{backend}")
     for line in TABLE
     for dtype in line[2]
-    for backend in ("torch", "triton")
-    if (dtype, backend) != (F64, "triton")
+    for backend in BACKENDS
+    if dtype != F64 or backend == "torch"
 ]
 
 
@@ -272,7 +281,7 @@ def test_the_table(semantics, rule, dtype, options, statement, backend):
             assert torch.equal(one, other), (name, option, rows)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("least", [0, 1, 3, 100])
 def test_at_least_min_tokens(least, backend):
     """A rule with a limit takes what it takes, or the best ``min_tokens``, whichever is more."""
@@ -301,7 +310,7 @@ def test_at_least_min_tokens(least, backend):
         assert torch.equal(expected, got) and torch.equal(x, top)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_edits_reach_the_exact_threshold_and_spare_the_prompt(backend):
     def step(semantics, prompt):
         x = torch.tensor([[1, 2, 3, MASK]])
@@ -327,7 +336,7 @@ def test_edits_reach_the_exact_threshold_and_spare_the_prompt(backend):
     assert step("diffusers", numbers([4])) == [1, 2, 3, 9]
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_noise_is_uniform_and_keyed_by_sequence_and_position(backend):
     batch, rows, vocab = 64, 64, 16
     case = make_case(batch, rows, rows, seed=0)
@@ -351,14 +360,15 @@ def test_noise_is_uniform_and_keyed_by_sequence_and_position(backend):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("semantics", "rule"), [("sglang", "threshold"), ("llada", "quota")])
-def test_half_precision_scores_on_a_gpu(semantics, rule, dtype):
+def test_half_precision_scores_on_a_gpu(semantics, rule, dtype, backend):
     case = semantic_case(200, 32, 3, dtype, False)
     on_gpu = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in case.items()}
     quota = numbers([3] * 200)
     option = {"threshold": 0.9} if rule == "threshold" else {"quota": quota}
     expected = call(case, rule, semantics, option, "torch")
     option = {"threshold": 0.9} if rule == "threshold" else {"quota": quota.cuda()}
-    for one, other in zip(call(on_gpu, rule, semantics, option, "triton"), expected, strict=True):
+    for one, other in zip(call(on_gpu, rule, semantics, option, backend), expected, strict=True):
         assert torch.equal(one.cpu(), other)

@@ -10,7 +10,7 @@ from tests import emulation
 from tests.mutants import assert_switched_caught
 from tests.ops.test_window_attention import copy, make
 from tests.ops.test_window_attention_forms import run
-from tests.ops.test_window_attention_masks import SEQUENCES, branched
+from tests.ops.test_window_attention_masks import SEQUENCES, branched, of_branch
 
 NAMES = ("q", "k", "v", "k_cache", "v_cache")
 
@@ -91,6 +91,26 @@ def test_a_committed_key_is_the_one_that_was_attended_to(cuda_on_cpu):
         last |= {name: inputs[name] + by for name, by in (("start", 23), ("length", -23))}
         again = ops.window_attention(**(inputs | last), backend="cuda")
         assert torch.equal(again[:, 0], out[:, 23])
+
+
+@pytest.mark.parametrize(("head_dim", "rotary"), [(64, 64), (64, 16), (128, 64), (128, 128)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_commit_branch_writes_the_same_bits(cuda_on_cpu, dtype, head_dim, rotary):
+    sequences = [(62, 4, 150, 0, 0), (70, 3, 74, 0, 6)]
+    inputs = with_norms(branched(sequences, 8, dtype, rows=4, head_dim=head_dim, rotary=rotary))
+    alone, used = of_branch(inputs, 5, 8), copy(inputs)
+    alone["commit"] = alone["length"].clone()
+    ops.window_attention(**alone, backend="cuda")
+    names = ("k", "v", "k_cache", "v_cache", "start", "cos", "sin", "pad", "k_norm")
+    ops.commit_branch(
+        **{name: used[name] for name in names},
+        branch=torch.full((2,), 5, dtype=torch.int32),
+        commit=used["length"],
+        branches=8,
+        backend="cuda",
+    )
+    for name in ("k_cache", "v_cache"):
+        assert torch.equal(used[name].nan_to_num(7), alone[name].nan_to_num(7))
 
 
 def test_numbers_that_make_no_sense_write_nothing(cuda_on_cpu):

@@ -72,10 +72,14 @@ class _Kernels:
         module = self.load()
         if module is None:
             raise RuntimeError(self.missing)
+        launcher = getattr(module, kernel, None)
+        if launcher is None:
+            raise RuntimeError(
+                f"the CUDA kernels are of a time without {kernel} (in a checkout: {REBUILD})"
+            )
         here = device.index in (None, torch.cuda.current_device())
         with nullcontext() if here else torch.cuda.device(device):
-            stream = torch.cuda.current_stream().cuda_stream
-            getattr(module, kernel)(**arguments, stream=stream)
+            launcher(**arguments, stream=torch.cuda.current_stream().cuda_stream)
 
 
 _KERNELS = _Kernels()

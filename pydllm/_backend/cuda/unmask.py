@@ -1,0 +1,112 @@
+"""Launches csrc/unmask.cu."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pydllm._backend.cuda import DTYPES, call
+
+MAX_WINDOW = 4096  # kMaxWindow in csrc/unmask.h
+# Rule and Variant in csrc/unmask.h
+RULES = {
+    "quota": 0,
+    "left_to_right": 1,
+    "random": 2,
+    "threshold": 3,
+    "factor": 4,
+    "entropy": 5,
+    "entropy_bound": 6,
+    "joint": 7,
+    "renoise": 8,
+}
+VARIANTS = {"above": 1, "near_best": 2, "last_pair": 4, "span": 8, "inclusive": 16}
+
+
+def supports(
+    x: Tensor, step_map: Tensor, token: Tensor, score: Tensor, *per_sequence: Tensor | None
+) -> str | None:
+    """None if the kernel can run this call, otherwise why not."""
+    if score.dtype not in DTYPES:
+        return f"the kernel takes fp32, fp16 and bf16 scores, got {score.dtype}"
+    if token.shape[1] > MAX_WINDOW:
+        return f"the kernel takes windows of up to {MAX_WINDOW} positions, got {token.shape[1]}"
+    names = ["nfe", "start", "length", "quota", "request", "prompt_length"]
+    names += ["done", "end", "ends_from"]
+    numbers = dict(zip(names, per_sequence, strict=True))
+    rows = {"x": x, "step_map": step_map, "token": token, "score": score}
+    for name, tensor in (rows | numbers).items():
+        if tensor is not None and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            return f"{name} must have contiguous rows, got strides {tensor.stride()}"
+    return None
+
+
+def unmask(
+    x: Tensor,
+    step_map: Tensor,
+    nfe: Tensor,
+    token: Tensor,
+    score: Tensor,
+    mask_id: int,
+    start: Tensor,
+    length: Tensor,
+    rule: str,
+    variant: str,
+    quota: Tensor | None,
+    least: int,
+    limit: float,
+    edit_limit: float,
+    vocab: int,
+    seed: int,
+    request: Tensor | None,
+    prompt: Tensor | None,
+    done: Tensor | None,
+    end: Tensor | None,
+    eos: Tensor | None,
+    ends_from: Tensor | None,
+    last: bool,
+) -> tuple[Tensor, Tensor]:
+    """Launch the kernel; arguments as in ``pydllm.reference.unmask``."""
+    batch, rows = token.shape
+    remaining, accepted = torch.empty_like(nfe), torch.empty_like(nfe)
+    if batch == 0 or rows == 0:
+        return remaining.zero_(), accepted.zero_()
+    call(
+        "unmask",
+        x.device,
+        remaining=remaining,
+        accepted=accepted,
+        x=x,
+        step_map=step_map,
+        nfe=nfe,
+        token=token,
+        score=score,
+        start=start,
+        length=length,
+        quota=quota,
+        request=request,
+        prompt=prompt,
+        done=done,
+        end=end,
+        eos=eos,
+        ends_from=ends_from,
+        dtype=score.dtype,
+        batch=batch,
+        slots=x.shape[1],
+        rows=rows,
+        mask_id=mask_id,
+        rule=RULES[rule],
+        variant=sum(VARIANTS[way] for way in variant.split()),
+        least=least,
+        limit=limit,
+        edit_limit=edit_limit,
+        vocab=vocab,
+        seed=seed,
+        ends=0 if eos is None else eos.shape[0],
+        last=last,
+        stride_x_row=x.stride(0),
+        stride_step_map_row=step_map.stride(0),
+        stride_token_row=token.stride(0),
+        stride_score_row=score.stride(0),
+    )
+    return remaining, accepted

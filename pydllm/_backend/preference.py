@@ -1,0 +1,31 @@
+"""Where CUDA kernels were measured to be faster than Triton ones: ``auto`` takes them there.
+
+A row is written by hand, from ``python bench/run.py OP --backend cuda triton`` on that GPU, and
+names the file in bench/results/ that shows it. Where nothing was measured, ``auto`` takes Triton.
+"""
+
+from __future__ import annotations
+
+import torch
+
+# op -> compute capability (90 for sm_90) -> the results
+CUDA_FASTER: dict[str, dict[int, str]] = {}
+
+
+def prefers_cuda(op: str, device: torch.device) -> bool:
+    """Whether ``auto`` asks the CUDA kernel of ``op`` before the Triton one on ``device``."""
+    return op in CUDA_FASTER and _capability(device.index) in CUDA_FASTER[op]
+
+
+@torch.compiler.assume_constant_result
+def _capability(index: int | None) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+def why(op: str, capability: int) -> str:
+    """Why ``auto`` asks which one first, in a sentence for ``python -m pydllm.env``."""
+    results = CUDA_FASTER.get(op, {}).get(capability)
+    if results is None:
+        return f"CUDA is not measured to be faster on sm_{capability}"
+    return f"CUDA is faster on sm_{capability}: {results}"
