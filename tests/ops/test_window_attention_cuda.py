@@ -139,6 +139,14 @@ def test_numbers_that_make_no_sense_write_nothing(cuda_on_cpu):
             assert torch.equal(changed, allowed), values
 
 
+def test_the_tiles_of_both_sides_agree():
+    for file, name, value in (
+        ("window_attention.h", "kAttentionKeys", launcher.KEYS),
+        ("attention_walk.cuh", "kQueries", launcher.QUERIES),
+    ):
+        assert f"constexpr int {name} = {value};" in (emulation.CSRC / file).read_text()
+
+
 GOOD = make([(5, 3, 9, 2, 0), (7, 4, 30, 0, 0)], torch.float16, slots=30)
 
 
