@@ -23,7 +23,7 @@ READY := checked
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint wheel aot bench checked
+.PHONY: help demo test lint wheel wheels aot bench resources csrc-sanitize checked
 
 help:
 	@echo 'make demo   decode held-out problems with the bundled model'
@@ -51,8 +51,6 @@ lint: $(READY)
 
 wheel: $(READY)
 	$(PY) -m build
-
-.PHONY: wheels resources csrc-sanitize
 
 # One wheel an architecture; its version says which. An architecture that nvcc does not know ends it.
 wheels: $(READY)
