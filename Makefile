@@ -23,7 +23,7 @@ READY := checked
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint wheel wheels aot bench resources csrc-sanitize checked
+.PHONY: help demo test lint wheel wheels aot bench resources csrc-sanitize gpu gpu-report checked
 
 help:
 	@echo 'make demo   decode held-out problems with the bundled model'
@@ -36,6 +36,7 @@ help:
 	@echo 'make csrc-sanitize  run the CUDA kernels on the CPU under the address and undefined-'
 	@echo '                    behaviour sanitizers'
 	@echo 'make bench  time the ops on this machine'
+	@echo 'make gpu    build, test and time on a GPU (PART=build|tests|sanitize|micro|e2e, DRY=1)'
 
 demo: $(READY)
 	$(PY) -m pydllm demo
@@ -75,6 +76,13 @@ csrc-sanitize: $(READY)
 bench: $(READY)
 	@set -e; for case in bench/cases/[a-z]*.py; do \
 	  $(PY) bench/run.py $$(basename $$case .py) $(BENCH_ARGS); done
+
+# In parts of at most nine minutes; run it again while it exits with 3.
+gpu: $(READY)
+	$(PY) bench/gpu.py $(PART) $(if $(DRY),--dry)
+
+gpu-report: $(READY)
+	$(PY) bench/gpu.py report $(if $(README),--readme $(README))
 
 # What is compiled or declared decides whether the environment is up to date.
 $(VENV)/.ready: pyproject.toml setup.py $(wildcard csrc/*)
