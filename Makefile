@@ -7,6 +7,9 @@ PYTHON ?=
 PIP_ARGS ?=
 PYTEST_ARGS ?= -n 2 --dist worksteal
 BENCH_ARGS ?=
+RESOURCES_ARGS ?=
+SANITIZE_ARGS ?= tests/ops
+ARCHS ?= 80 90a 100
 
 TORCH := torch==2.13.0
 VENV := .venv
@@ -20,15 +23,20 @@ READY := checked
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint wheel aot bench checked
+.PHONY: help demo test lint wheel wheels aot bench resources csrc-sanitize gpu gpu-report checked
 
 help:
 	@echo 'make demo   decode held-out problems with the bundled model'
 	@echo 'make test   run the tests'
 	@echo 'make lint   ruff, mypy, clang-format'
 	@echo 'make wheel  build dist/*.tar.gz and dist/*.whl'
+	@echo 'make wheels ARCHS="80 90a 100"  a wheel with CUDA kernels for each architecture'
 	@echo 'make aot    compile every Triton kernel ahead of time and print its resources'
+	@echo 'make resources      registers, spills, shared memory, occupancy of every CUDA kernel'
+	@echo 'make csrc-sanitize  run the CUDA kernels on the CPU under the address and undefined-'
+	@echo '                    behaviour sanitizers'
 	@echo 'make bench  time the ops on this machine'
+	@echo 'make gpu    build, test and time on a GPU (PART=build|tests|sanitize|micro|e2e, DRY=1)'
 
 demo: $(READY)
 	$(PY) -m pydllm demo
@@ -45,12 +53,36 @@ lint: $(READY)
 wheel: $(READY)
 	$(PY) -m build
 
+# One wheel an architecture; its version says which. An architecture that nvcc does not know ends it.
+wheels: $(READY)
+	@set -e; for arch in $(ARCHS); do \
+	  echo "PYDLLM_CUDA_ARCHS=$$arch"; \
+	  PYDLLM_BUILD_CUDA=1 PYDLLM_CUDA_ARCHS=$$arch \
+	    $(PY) -m pip wheel $(PIP_ARGS) --quiet --no-deps --wheel-dir dist .; \
+	done; ls -l dist/*.whl
+
 aot: $(READY)
 	$(PY) bench/resources.py
+
+resources: $(READY)
+	$(PY) bench/cuda_resources.py $(RESOURCES_ARGS)
+
+# Python itself is not instrumented, so the sanitizers' libraries have to be there before it.
+csrc-sanitize: $(READY)
+	PYDLLM_TEST_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0:use_sigaltstack=0 \
+	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
+	  $(PY) -m pytest -x -k 'cuda and not gpu' $(SANITIZE_ARGS)
 
 bench: $(READY)
 	@set -e; for case in bench/cases/[a-z]*.py; do \
 	  $(PY) bench/run.py $$(basename $$case .py) $(BENCH_ARGS); done
+
+# In parts of at most nine minutes; run it again while it exits with 3.
+gpu: $(READY)
+	$(PY) bench/gpu.py $(PART) $(if $(DRY),--dry)
+
+gpu-report: $(READY)
+	$(PY) bench/gpu.py report $(if $(README),--readme $(README))
 
 # What is compiled or declared decides whether the environment is up to date.
 $(VENV)/.ready: pyproject.toml setup.py $(wildcard csrc/*)

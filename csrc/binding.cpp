@@ -94,8 +94,15 @@ PYBIND11_MODULE(_C, m) {
   // Limits that pydllm/_backend/cuda has to know; a test compares both sides.
   m.attr("DRAFT_ROWS") = pydllm::kDraftRows;
   m.attr("MAX_BANNED") = pydllm::kMaxBanned;
+  m.attr("MAX_CAPACITY") = pydllm::kMaxCapacity;
   m.attr("MAX_PIECES") = pydllm::kMaxPieces;
+  m.attr("MIXTURE_CANDIDATES") = pydllm::kCandidateTile;
+  m.attr("MIXTURE_TILE_BYTES") = pydllm::kTileBytes;
+  m.attr("MIXTURE_VOCAB") = pydllm::kMaxSharedVocab;
+  m.attr("MULTIBLOCK_BLOCKS") = pydllm::kMaxBlocks;
+  m.attr("MULTIBLOCK_POSITIONS") = pydllm::kMaxPositions;
   m.attr("RMS_NORM_WIDTH") = pydllm::kRmsNormWidth;
+  m.attr("UNMASK_WINDOW") = pydllm::kMaxWindow;
   m.attr("VERIFY_BRANCHES") = pydllm::kVerifyBranches;
   m.attr("VOCAB_PIECE") = pydllm::kVocabPiece;
   define(m, "commit_branch", pydllm::commit_branch, "k_cache", "v_cache", "k", "v", "branch",

@@ -14,7 +14,7 @@ constexpr int kUnroll = kTileBytes / (kThreads * 16);
 template <typename T, bool kCritical>
 __global__ void __launch_bounds__(kThreads, 2) mixture_accept_kernel(const MixtureAccept call) {
   constexpr int kVector = Row<T>::kVector;
-  __shared__ int32_t banned[kMaxBannedOfMixture];
+  __shared__ int32_t banned[kMaxBanned];
 
   const MixtureRound& round = call;
   const int64_t row = blockIdx.x / round.tiles, tile = blockIdx.x % round.tiles;
@@ -125,7 +125,7 @@ cudaError_t mixture_accept(const MixtureAccept& call, cudaStream_t stream) {
                     call.shared <= INT_MAX - tile && call.vocab <= INT_MAX - tile &&
                     call.verifier_vocab <= INT_MAX - tile &&
                     round.tiles == (call.shared + tile - 1) / tile && call.banned_count >= 0 &&
-                    call.banned_count <= kMaxBannedOfMixture;
+                    call.banned_count <= kMaxBanned;
   if (!fits) return cudaErrorInvalidValue;
   if (round.batch == 0) return cudaSuccess;
   if (blocks == 0) return mixture_accept_join(round, stream);

@@ -146,7 +146,7 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads) mixture_draft_kernel(const MixtureDraft call) {
   constexpr int kVector = Row<T>::kVector;
   constexpr int kBits = kKeyBits<T>;
-  __shared__ int32_t banned[kMaxBannedOfMixture];
+  __shared__ int32_t banned[kMaxBanned];
   __shared__ uint32_t list[kMaxCapacity];
   __shared__ int noted, listed;
 
@@ -333,7 +333,7 @@ __global__ void __launch_bounds__(kThreads) mixture_draft_kernel(const MixtureDr
 cudaError_t mixture_draft(const MixtureDraft& call, cudaStream_t stream) {
   const bool fits = call.count >= 0 && call.count <= INT_MAX && call.shared >= 1 &&
                     call.shared <= kMaxSharedVocab && call.vocab <= INT_MAX &&
-                    call.banned_count <= kMaxBannedOfMixture && call.capacity <= kMaxCapacity &&
+                    call.banned_count <= kMaxBanned && call.capacity <= kMaxCapacity &&
                     call.notes >= 1 && call.notes <= INT_MAX;
   if (!fits) return cudaErrorInvalidValue;
   if (call.count == 0) return cudaSuccess;

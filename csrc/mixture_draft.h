@@ -4,10 +4,10 @@
 #include <cstdint>
 
 #include "dtype.h"
+#include "vocab_stats.h"  // kMaxBanned
 
 namespace pydllm {
 
-constexpr int64_t kMaxBannedOfMixture = 16;   // MAX_BANNED in pydllm/ops/vocab_stats.py
 constexpr int64_t kMaxCapacity = 1024;        // MAX_CAPACITY in pydllm/ops/mixture_draft.py
 constexpr int64_t kMaxSharedVocab = 1 << 23;  // so many terms of at most 1 fit in 64 bits
 

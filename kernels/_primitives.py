@@ -1,4 +1,4 @@
-"""Device functions that several kernels share.
+"""Device functions that several kernels share: sort keys, and random numbers.
 
 Counter-based random numbers: the same operations in the same order as
 ``pydllm/reference/philox.py``, so that every backend draws the same bits. Kernels that call
@@ -97,3 +97,18 @@ def _log(exponent, f):
     square = f * f
     tail = (polynomial * f - 0.5) * square + f
     return exponent.to(tl.float32) * 0.693147182464599609375 + tail
+
+
+@triton.jit
+def sort_key(x):
+    """Unsigned integers that sort like fp32 numbers, which hold no NaN and no negative zero."""
+    bits = x.to(tl.int32, bitcast=True)
+    # The sign is flipped, and with it all other bits of a negative number.
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.uint32, bitcast=True) ^ 0x80000000
+
+
+@triton.jit
+def sort_value(key):
+    """The fp32 number of a sort key."""
+    bits = (key ^ 0x80000000).to(tl.int32, bitcast=True)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)

@@ -197,6 +197,21 @@ def _row_stats_merge_kernel(
     tl.store(logsumexp_ptr + offs_r, tl.where(poisoned, nan, best + log_total), mask=mask_r)
 
 
+def contiguous(**lists: torch.Tensor | None) -> str | None:
+    """None if all that are given are contiguous, otherwise which is not."""
+    for name, tensor in lists.items():
+        if tensor is not None and not tensor.is_contiguous():
+            return f"{name} must be contiguous, got strides {tensor.stride()}"
+    return None
+
+
+def is_sampled(
+    counter: torch.Tensor | None, temperature: float, temperatures: torch.Tensor | None
+) -> bool:
+    """Whether a token is drawn in some rows."""
+    return counter is not None and (temperatures is not None or temperature > 0)
+
+
 def empty_partial(
     rows: int, tiles: int, sampled: bool, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from . import _tiles
+from ._primitives import sort_key
 
 
 @triton.jit
@@ -17,9 +18,7 @@ def order_keys(score):
     """Unsigned integers of the scores' shape: the better the score, the smaller; NaN is worst."""
     score = score.to(tl.float32)
     score = tl.where(score == score, score, -float("inf"))
-    bits = (0.0 - score).to(tl.int32, bitcast=True)  # a negative zero becomes a zero
-    # The sign is flipped, and with it all other bits of a negative number.
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.uint32, bitcast=True) ^ 0x80000000
+    return sort_key(0.0 - score)  # a negative zero becomes a zero
 
 
 @triton.jit

@@ -12,7 +12,16 @@ import triton
 import triton.language as tl
 
 from . import _tiles
-from ._row_stats import MAX_TILES, empty_partial, merge, options, source_rows, tile_statistics
+from ._row_stats import (
+    MAX_TILES,
+    contiguous,
+    empty_partial,
+    is_sampled,
+    merge,
+    options,
+    source_rows,
+    tile_statistics,
+)
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _PARTIAL_BYTES = 12 * 2**20  # what the tiles of one launch may leave behind
@@ -125,16 +134,10 @@ def supports(
     for name, matrix in {"hidden": hidden, "weight": weight}.items():
         if matrix.shape[1] > 1 and matrix.stride(1) != 1:
             return f"{name} must be rows of contiguous elements, got strides {matrix.stride()}"
-    lists = {"bias": bias, "banned": banned, "temperature": temperatures, "rows": rows}
-    for name, tensor in lists.items():
-        if tensor is not None and not tensor.is_contiguous():
-            return f"{name} must be contiguous, got strides {tensor.stride()}"
     largest = MAX_TILES * _tiles.head_stats_tile(hidden.device, hidden.element_size()).block_v
-    return (
-        None
-        if weight.shape[0] <= largest
-        else (f"the kernel takes up to {largest} ids, got {weight.shape[0]}")
-    )
+    if weight.shape[0] > largest:
+        return f"the kernel takes up to {largest} ids, got {weight.shape[0]}"
+    return contiguous(bias=bias, banned=banned, temperature=temperatures, rows=rows)
 
 
 def tile_count(hidden: torch.Tensor, weight: torch.Tensor) -> int:
@@ -163,7 +166,7 @@ def head_stats_partial(
     tile = _tiles.head_stats_tile(hidden.device, hidden.element_size())
     tiles = tile_count(hidden, weight)
     row_blocks = triton.cdiv(count, tile.block_r)
-    sampled = counter is not None and (temperatures is not None or temperature > 0)
+    sampled = is_sampled(counter, temperature, temperatures)
     values, ids = empty_partial(count, tiles, sampled, hidden.device)
     if count == 0:
         return values, ids

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 
 from . import _tiles
-from ._primitives import id_gumbel, quad_gumbel
-from ._row_stats import inverse_of, signed_word, source_rows
+from ._primitives import id_gumbel, quad_gumbel, sort_value
+from ._row_stats import contiguous, inverse_of, signed_word, source_rows
 from .vocab_stats import KEY_BITS, load_keys
 
 _NO_ID = tl.constexpr(2**31 - 1)
@@ -53,9 +53,7 @@ def _nucleus_cut(
         cut_key += step * unit
     # A negative number's key ends in ones where the number has zeros.
     low_bits = tl.full((), (1 << (32 - BITS)) - 1, tl.uint32)
-    flipped = tl.where(cut_key < 0x80000000, cut_key | low_bits, cut_key) ^ 0x80000000
-    bits = flipped.to(tl.int32, bitcast=True)
-    cut = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    cut = sort_value(tl.where(cut_key < 0x80000000, cut_key | low_bits, cut_key))
     return tl.where(cut_key == 0, float("-inf"), cut)
 
 
@@ -255,11 +253,7 @@ def supports(
         return f"the kernel takes fp32, fp16 and bf16, got {logits.dtype}"
     if logits.shape[1] > 1 and logits.stride(1) != 1:
         return f"logits must be rows of contiguous elements, got strides {logits.stride()}"
-    lists = {"banned": banned, "temperature": temperatures, "rows": rows, "top_p": top_ps}
-    for name, tensor in lists.items():
-        if tensor is not None and not tensor.is_contiguous():
-            return f"{name} must be contiguous, got strides {tensor.stride()}"
-    return None
+    return contiguous(banned=banned, temperature=temperatures, rows=rows, top_p=top_ps)
 
 
 def mixture_draft(

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from . import _tiles
-from ._primitives import philox
+from ._primitives import philox, sort_key
 
 # As in the reference: entropies are summed in units of 2^-40 nats and count as at most 128 nats.
 _PER_NAT = tl.constexpr(2.0**40)
@@ -33,14 +33,6 @@ def _reaches(score, limit, ABOVE: tl.constexpr):
     else:
         good = score >= limit
     return good
-
-
-@triton.jit
-def _ordered(cost):
-    """Unsigned integers that sort like the numbers, which hold no NaN and no negative zero."""
-    bits = cost.to(tl.int32, bitcast=True)
-    # The sign is flipped, and with it all other bits of a negative number.
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.uint32, bitcast=True) ^ 0x80000000
 
 
 @triton.jit
@@ -210,7 +202,7 @@ def _unmask_kernel(
             value = -score
         value = tl.where(value == value, value, -float("inf"))
         cost = 0.0 - value  # a negative zero becomes a zero
-        key = _ordered(cost)
+        key = sort_key(cost)
         good = able & (cost < float("inf"))
         if RULE == "quota":
             keep = _first(able, key, n)

@@ -10,11 +10,14 @@ import triton
 import triton.language as tl
 
 from . import _tiles
+from ._primitives import sort_key, sort_value
 from ._row_stats import (
     MAX_TILES,
     cap,
+    contiguous,
     empty_partial,
     inverse_of,
+    is_sampled,
     merge,
     options,
     source_rows,
@@ -33,10 +36,7 @@ def load_keys(row_ptr, banned_ptr, start, vocab, N_BANNED: tl.constexpr, BLOCK_V
     for i in tl.static_range(N_BANNED):
         x = tl.where(offs_v == tl.load(banned_ptr + i), float("-inf"), x)
     x += 0.0  # a negative zero becomes a zero
-    bits = x.to(tl.int32, bitcast=True)
-    # The sign is flipped, and with it all other bits of a negative number.
-    key = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.uint32, bitcast=True) ^ 0x80000000
-    return x, key, offs_v < vocab
+    return x, sort_key(x), offs_v < vocab
 
 
 @triton.jit(do_not_specialize=["rows", "sources", "top_k"])
@@ -122,10 +122,7 @@ def _vocab_stats_cut_kernel(
                 step += (tl.sum(mass_2, 0) > limit).to(tl.uint32)
                 step += (tl.sum(mass_3, 0) > limit).to(tl.uint32)
                 by_mass += step * unit
-        key = tl.maximum(by_count, by_mass) ^ 0x80000000
-        bits = key.to(tl.int32, bitcast=True)
-        cut = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-        tl.store(cut_ptr + row, cut)
+        tl.store(cut_ptr + row, sort_value(tl.maximum(by_count, by_mass)))
 
 
 # A new batch size or seed must not compile the kernel again.
@@ -219,11 +216,7 @@ def supports(
     largest = MAX_TILES * _tiles.vocab_stats_tile(logits.device, vocab).block_v
     if vocab > largest:
         return f"the kernel takes up to {largest} ids, got {vocab}"
-    lists = {"banned": banned, "temperature": temperatures, "rows": rows}
-    for name, tensor in lists.items():
-        if tensor is not None and not tensor.is_contiguous():
-            return f"{name} must be contiguous, got strides {tensor.stride()}"
-    return None
+    return contiguous(banned=banned, temperature=temperatures, rows=rows)
 
 
 def vocab_stats(
@@ -247,7 +240,7 @@ def vocab_stats(
     count = sources if rows is None else rows.shape[0]
     tile = _tiles.vocab_stats_tile(logits.device, vocab)
     tiles = triton.cdiv(vocab, tile.block_v)
-    sampled = counter is not None and (temperatures is not None or temperature > 0)
+    sampled = is_sampled(counter, temperature, temperatures)
     values, ids = empty_partial(count, tiles, sampled, logits.device)
     if count:
         shared = options(

@@ -18,6 +18,7 @@ from pydllm.decoding import (
     Step,
     Threshold,
     generate,
+    warmup,
 )
 from pydllm.models import load
 
@@ -42,6 +43,7 @@ __all__ = [
     "load",
     "metrics",
     "ops",
+    "warmup",
 ]
 
 

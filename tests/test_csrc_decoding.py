@@ -14,14 +14,16 @@ from pydllm._backend.cuda import mixture_accept as accept_launcher
 from pydllm._backend.cuda import mixture_draft as draft_launcher
 from pydllm._backend.cuda import multiblock_step as multiblock_launcher
 from pydllm._backend.cuda import unmask as unmask_launcher
+from pydllm.ops.mixture_draft import MAX_CAPACITY
 from pydllm.reference import philox
 from pydllm.testing import random_normal
 from tests.emulation import CSRC, CXX, ROOT
-from tests.mutants import assert_caught
+from tests.mutants import assert_all_caught
 from tests.ops.test_mixture_draft import _assert_near
 from tests.ops.test_multiblock_step import ENDS, MASK, clone, start, statistics
 from tests.ops.test_philox import KNOWN, WORDS
 from tests.ops.test_unmask import copied, integers, make_case, numbers
+from tests.ops.test_unmask_ending import make_ending
 
 INF = math.inf
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -69,27 +71,15 @@ def test_noise_has_the_known_words_and_the_bits_of_the_definition(tmp_path):
     assert torch.equal(out[None], philox.vocab_gumbel(1003, counter, 2**63 + 5))
 
 
-def test_the_constants_of_both_sides_agree():
-    sides = {
-        "unmask.h": {"kMaxWindow": unmask_launcher.MAX_WINDOW},
-        "multiblock_step.h": {
-            "kMaxPositions": multiblock_launcher.MAX_POSITIONS,
-            "kMaxBlocks": multiblock_launcher.MAX_BLOCKS,
-        },
-        "mixture_draft.h": {
-            "kMaxBannedOfMixture": 16,
-            "kMaxCapacity": 1024,
-            "kMaxSharedVocab": f"1 << {int(math.log2(draft_launcher.MAX_SHARED_VOCAB))}",
-        },
-        "mixture_accept.h": {
-            "kTileBytes": accept_launcher.TILE_BYTES,
-            "kCandidateTile": accept_launcher.CANDIDATE_TILE,
-        },
-    }
-    for header, constants in sides.items():
-        text = (CSRC / header).read_text()
-        for name, value in constants.items():
-            assert f"constexpr int64_t {name} = {value};" in text
+def test_the_constants_of_both_sides_agree(cuda_module):
+    module = cuda_module.module
+    assert module.MAX_CAPACITY == MAX_CAPACITY
+    assert module.MIXTURE_CANDIDATES == accept_launcher.CANDIDATE_TILE
+    assert module.MIXTURE_TILE_BYTES == accept_launcher.TILE_BYTES
+    assert module.MIXTURE_VOCAB == draft_launcher.MAX_SHARED_VOCAB
+    assert module.MULTIBLOCK_BLOCKS == multiblock_launcher.MAX_BLOCKS
+    assert module.MULTIBLOCK_POSITIONS == multiblock_launcher.MAX_POSITIONS
+    assert module.UNMASK_WINDOW == unmask_launcher.MAX_WINDOW
     text = (CSRC / "unmask.h").read_text()
     rules = text[text.index("enum class Rule") : text.index("};")]
     named = [rule.replace("_", "") for rule in unmask_launcher.RULES]
@@ -127,13 +117,17 @@ def check_unmask():
             case["score"] = case["score"].to((F32, F16, BF16)[index % 3])
             if rule in ("quota", "left_to_right", "random"):
                 options = {"quota": numbers(integers(batch, low=0, high=rows + 2, seed=index))}
+            options = dict(options)
             results = []
             for backend in ("torch", "cuda"):
                 own = copied(case)
+                ending = make_ending(batch, slots, index, eos=[7, 3], ends_from=True, last=False)
+                if rule in ("quota", "threshold"):
+                    options["ending"] = ops.Ending(**ending)
                 counts = ops.unmask(
                     **own, rule=rule, semantics=semantics, backend=backend, **options
                 )
-                results.append((own["x"], own["step_map"], own["nfe"], *counts))
+                results.append((own["x"], own["step_map"], own["nfe"], ending["done"], *counts))
             for one, other in zip(*results, strict=True):
                 assert torch.equal(one, other), (rule, semantics, rows)
 
@@ -305,49 +299,74 @@ def test_mixture_accept_sparse_in_several_tiles(cuda_on_cpu):
 
 
 MUTANTS = {
-    ("unmask.cu", "check_unmask"): {
-        "keep is read before it is written": ("  __syncthreads();\n\n  int part", "\n  int part"),
-        "other word of noise": ("words_of(j).word[1]", "words_of(j).word[2]"),
-        "rank off by one": ("static_cast<float>(j + 2)", "static_cast<float>(j + 1)"),
-        "limit is not rounded": ("rounded<Score>(call.limit)", "call.limit"),
-        "ties to a neighbour": ("static_cast<uint32_t>(j);", "static_cast<uint32_t>(j ^ 1);"),
-    },
-    ("multiblock_step.cu", "check_multiblock_step"): {
-        "masks are counted before they are wiped": (
-            "= 0;\n    }\n    __syncthreads();",
-            "= 0;\n    }",
-        ),
-        "limit is strict": ("cost < bound : cost <= bound", "cost < bound : cost < bound"),
-        "young blocks are not waited for": ("k < unfinished && k <= young", "k < unfinished"),
-        "end of sequence is filled too": ("ended && j > last", "ended && j >= last"),
-    },
-    ("mixture_draft.cu", "check_mixture_draft"): {
-        "noise of the next id": ("draft.key.of(id));", "draft.key.of(id + 1));"),
-        "cut is one key too low": ("key >= cut + unit ?", "key > cut + unit ?"),
-        "list in any order": ("sort_block(list, room);", ""),
-        "notes are read before they are there": (
-            "  filtered = filtered && usable;\n  __syncthreads();",
-            "  filtered = filtered && usable;",
-        ),
-    },
-    ("mixture_accept.cu", "check_mixture_accept"): {
-        "words of the first quad": ("key.words((first + quad) / 4)", "key.words(first / 4)"),
-        "the cut itself is outside": ("lane[i]) < threshold", "lane[i]) <= threshold"),
-        "nucleus at mixture 0": ("if (weight != 0.f) inside", "inside"),
-    },
-    ("_mixture_accept_join.cu", "check_mixture_accept"): {
-        "every row is free": ("round.first_free && index == 0", "round.first_free"),
-        "last tile is not looked at": ("tile < round.tiles;", "tile + 1 < round.tiles;"),
-    },
-    ("_mixture_accept_sparse.cu", "check_mixture_accept_sparse"): {
-        "rest of a row of the head": ("i < width; i += kWarpSize", "i < 0; i += kWarpSize"),
-        "every second candidate": ("i < end; i += kWarps", "i < end; i += 2 * kWarps"),
-    },
+    "unmask.cu": (
+        "check_unmask",
+        {
+            "keep is read before it is written": (
+                "  __syncthreads();\n\n  int part",
+                "\n  int part",
+            ),
+            "other word of noise": ("words_of(j).word[1]", "words_of(j).word[2]"),
+            "rank off by one": ("static_cast<float>(j + 2)", "static_cast<float>(j + 1)"),
+            "limit is not rounded": ("rounded<Score>(call.limit)", "call.limit"),
+            "ends before the region count": ("if (start + j < ends_from) continue;", ""),
+            "filled from the end on": ("place + 1 + thread", "place + thread"),
+            "ties to a neighbour": ("static_cast<uint32_t>(j);", "static_cast<uint32_t>(j ^ 1);"),
+        },
+    ),
+    "multiblock_step.cu": (
+        "check_multiblock_step",
+        {
+            "masks are counted before they are wiped": (
+                "= 0;\n    }\n    __syncthreads();",
+                "= 0;\n    }",
+            ),
+            "limit is strict": ("cost < bound : cost <= bound", "cost < bound : cost < bound"),
+            "young blocks are not waited for": ("k < unfinished && k <= young", "k < unfinished"),
+            "end of sequence is filled too": ("ended && j > last", "ended && j >= last"),
+        },
+    ),
+    "mixture_draft.cu": (
+        "check_mixture_draft",
+        {
+            "noise of the next id": ("draft.key.of(id));", "draft.key.of(id + 1));"),
+            "cut is one key too low": ("key >= cut + unit ?", "key > cut + unit ?"),
+            "list in any order": ("sort_block(list, room);", ""),
+            "notes are read before they are there": (
+                "  filtered = filtered && usable;\n  __syncthreads();",
+                "  filtered = filtered && usable;",
+            ),
+        },
+    ),
+    "mixture_accept.cu": (
+        "check_mixture_accept",
+        {
+            "words of the first quad": ("key.words((first + quad) / 4)", "key.words(first / 4)"),
+            "the cut itself is outside": ("lane[i]) < threshold", "lane[i]) <= threshold"),
+            "nucleus at mixture 0": ("if (weight != 0.f) inside", "inside"),
+        },
+    ),
+    "_mixture_accept_join.cu": (
+        "check_mixture_accept",
+        {
+            "every row is free": ("round.first_free && index == 0", "round.first_free"),
+            "last tile is not looked at": ("tile < round.tiles;", "tile + 1 < round.tiles;"),
+        },
+    ),
+    "_mixture_accept_sparse.cu": (
+        "check_mixture_accept_sparse",
+        {
+            "rest of a row of the head": ("i < width; i += kWarpSize", "i < 0; i += kWarpSize"),
+            "every second candidate": ("i < end; i += kWarps", "i < end; i += 2 * kWarps"),
+        },
+    ),
 }
 
 
-@pytest.mark.parametrize(
-    ("source", "check"), MUTANTS, ids=[source.removesuffix(".cu") for source, _ in MUTANTS]
-)
-def test_planted_bugs_are_caught(source, check, cuda_folder):
-    assert_caught(f"tests.test_csrc_decoding:{check}", source, MUTANTS[source, check], cuda_folder)
+@pytest.mark.skipif(CXX is None, reason="needs a C++ compiler")
+def test_planted_bugs_are_caught(cuda_folder):
+    cases = {
+        source: (f"tests.test_csrc_decoding:{check}", mutants)
+        for source, (check, mutants) in MUTANTS.items()
+    }
+    assert_all_caught(cases, cuda_folder)

@@ -2,7 +2,7 @@
 
 from pydllm.decoding.apd import APD, LeftToRight
 from pydllm.decoding.freedave import FreeDave
-from pydllm.decoding.generation import Generation, Step, generate
+from pydllm.decoding.generation import Generation, Step, generate, warmup
 from pydllm.decoding.multiblock import MultiBlock
 from pydllm.decoding.static import EntropyBound, Factor, Static, Threshold
 
@@ -18,4 +18,5 @@ __all__ = [
     "Step",
     "Threshold",
     "generate",
+    "warmup",
 ]

@@ -108,7 +108,7 @@ class APD:
     def run(self, request: Request) -> Decoded:
         batch, slots = request.x.shape
         mixture, window, lookahead = (
-            _per_prompt(name, getattr(self, name), batch)
+            _per_prompt(name, getattr(self, name), batch, request.rows)
             for name in ("mixture", "window", "lookahead")
         )
         shared = None
@@ -179,8 +179,8 @@ class LeftToRight:
         return Rounds(
             None,
             [1.0] * batch,
-            _per_prompt("window", self.window, batch),
-            _per_prompt("lookahead", self.lookahead, batch),
+            _per_prompt("window", self.window, batch, request.rows),
+            _per_prompt("lookahead", self.lookahead, batch, request.rows),
             limit=self.tokens_per_step,
             top_p=self.top_p,
             emit="draft",
@@ -274,10 +274,11 @@ def _expect_each(name: str, value: Any, expect_one: Callable[[str, Any], None]) 
         expect_one(name, one)
 
 
-def _per_prompt(name: str, value: Any, batch: int) -> Sequence[Any]:
-    """One value for each sequence of the batch."""
+def _per_prompt(name: str, value: Any, batch: int, rows: int) -> Sequence[Any]:
+    """One value for each sequence of the batch; those behind the ``rows`` are as the first."""
     if not isinstance(value, list | tuple):
         return [value] * batch
-    if len(value) != batch:
-        raise ValueError(f"{name}: expected one value for each of {batch} prompts, got {value!r}")
-    return value
+    rows = rows or batch
+    if len(value) != rows:
+        raise ValueError(f"{name}: expected one value for each of {rows} prompts, got {value!r}")
+    return [*value, *value[:1] * (batch - rows)]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pydllm import ops
 from pydllm.decoding.generation import Request
+from pydllm.decoding.graph import power_of_two
 from pydllm.decoding.state import Selection, State
 from pydllm.decoding.step import Accept, write
 
@@ -50,11 +51,21 @@ class Drafts:
         branch = torch.arange(branches, dtype=torch.int32, device=state.nfe.device)
         return (state.nfe[:, None] * MOST + branch).flatten()
 
+    def bucket(self, request: Request, branches: int) -> int:
+        """Candidates to look at where so many are wanted: more where shapes are static."""
+        if not request.runner.static:
+            return branches
+        return min(power_of_two(branches), self.most)
+
     def branches(self, wish: int, rows: int) -> int:
         """What the largest wish comes to, where one candidate of all sequences has so many rows."""
         if self.adaptive:
             wish = min(wish, max(1, ROW_BUDGET // max(rows, 1)))
         return max(1, min(wish, self.most))
+
+
+# What the next round needs of the last: a road's own, in the runner's buffers.
+Carried = tuple[Any, ...]
 
 
 class Verified(NamedTuple):
@@ -83,24 +94,30 @@ class Composed:
         known: Selection,
         first: Selection,
         accept: Accept,
-    ) -> None:
+    ) -> Carried:
         """After a forward of the state alone: the step ``accept`` in the rows ``first``."""
         reached = _candidate(state)
         write(self._request, reached, _columns(stats, first.width), first, accept)
         _advance(state, reached)
-        self._stats, self._known = stats, known
+        return self._carry(stats, known)
 
-    def pack(self, state: State, branches: int) -> State:
+    def pack(self, state: State, carried: Carried, branches: int) -> State:
         """Candidates, side by side; the first is the state."""
         drafts = [_candidate(state)]
         for _ in range(branches - 1):
             drafts.append(drafts[-1].copy())
-            self._step(drafts[-1], self._stats, self._known)
+            self._step(drafts[-1], *carried)
         return State.interleave(drafts)
 
     def follow(
-        self, state: State, packed: State, stats: ops.VocabStats, known: Selection, branches: int
-    ) -> Verified:
+        self,
+        state: State,
+        carried: Carried,
+        packed: State,
+        stats: ops.VocabStats,
+        known: Selection,
+        branches: int,
+    ) -> tuple[Verified, Carried]:
         """Accept the longest chain and take the step behind it; returns the chain's last candidate
         and, in a window of several blocks, how many positions of complete blocks it begins with.
         """
@@ -110,14 +127,16 @@ class Composed:
         chosen = torch.arange(len(branch), device=branch.device) * branches + branch
         complete = self._complete(packed.x[chosen], known)
         _advance(state, stepped.keep(chosen))
-        self._stats, self._known = _rows(stats, chosen), known
-        return Verified(branch.int(), complete)
+        return Verified(branch.int(), complete), self._carry(_rows(stats, chosen), known)
 
-    def keep(self, rows: Tensor) -> None:
-        """Drop the other sequences."""
-        known = self._known
-        self._stats = _rows(self._stats, rows)
-        self._known = Selection(known.start[rows], known.length[rows], known.width)
+    def keep(self, carried: Carried, rows: Tensor) -> Carried:
+        """Without the other sequences."""
+        stats, known = carried
+        known = Selection(known.start[rows], known.length[rows], known.width)
+        return self._carry(_rows(stats, rows), known)
+
+    def _carry(self, stats: ops.VocabStats, known: Selection) -> Carried:
+        return self._request.runner.hold("carried", (stats, known))
 
     def _step(self, state: State, stats: ops.VocabStats, known: Selection) -> None:
         """One step; of several blocks in the first with masks, if its statistics are known."""
@@ -161,11 +180,11 @@ class Fused:
         known: Selection,
         first: Selection,
         accept: Accept,
-    ) -> None:
+    ) -> Carried:
         """As ``Composed.begin``."""
         unmasked = write(self._request, state, _columns(stats, first.width), first, accept)
         state.steps += unmasked.accepted
-        self._candidates = ops.draft(
+        candidates = ops.draft(
             state.x,
             stats.token,
             self._score(stats),
@@ -176,12 +195,13 @@ class Fused:
             block_size=self._size,
             backend=self._request.backend,
         )
+        return self._carry(candidates)
 
-    def pack(self, state: State, branches: int) -> State:
+    def pack(self, state: State, carried: Carried, branches: int) -> State:
         """As ``Composed.pack``; only what a forward and its statistics need is repeated."""
         number = torch.arange(branches, dtype=torch.int32, device=state.x.device)
         # One candidate of several is a view with gaps, which verify does not take.
-        x = self._candidates[:, :branches].flatten(0, 1).contiguous()
+        x = carried[0][:, :branches].flatten(0, 1).contiguous()
         return replace(
             state,
             rows=state.rows.repeat_interleave(branches),
@@ -191,8 +211,14 @@ class Fused:
         )
 
     def follow(
-        self, state: State, packed: State, stats: ops.VocabStats, known: Selection, branches: int
-    ) -> Verified:
+        self,
+        state: State,
+        carried: Carried,
+        packed: State,
+        stats: ops.VocabStats,
+        known: Selection,
+        branches: int,
+    ) -> tuple[Verified, Carried]:
         """As ``Composed.follow``."""
         token, score, x = (
             t.unflatten(0, (-1, branches)) for t in (stats.token, self._score(stats), packed.x)
@@ -212,15 +238,17 @@ class Fused:
             block_size=self._size,
             backend=self._request.backend,
         )
-        self._candidates = done.candidates
         state.decoded += done.accepted
         state.steps += done.accepted
         state.run += (done.accepted - state.run) * ((state.nfe > before) / 4)
-        return Verified(done.branch, done.complete)
+        return Verified(done.branch, done.complete), self._carry(done.candidates)
 
-    def keep(self, rows: Tensor) -> None:
-        """Drop the other sequences."""
-        self._candidates = self._candidates[rows]
+    def keep(self, carried: Carried, rows: Tensor) -> Carried:
+        """Without the other sequences."""
+        return self._carry(carried[0][rows])
+
+    def _carry(self, candidates: Tensor) -> Carried:
+        return self._request.runner.hold("carried", (candidates,))
 
     def _score(self, stats: ops.VocabStats) -> Tensor:
         score, rule = self._accept(stats)

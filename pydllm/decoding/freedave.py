@@ -18,9 +18,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from pydllm.decoding.drafts import MOST, Composed, Drafts, Fused
+from pydllm import ops
+from pydllm.decoding.drafts import MOST, Carried, Composed, Drafts, Fused
 from pydllm.decoding.generation import Decoded, Request
 from pydllm.decoding.loop import Block, Blockwise, force_first
 from pydllm.decoding.pipelined import Pipelined
@@ -124,23 +126,63 @@ class _Strict(Blockwise):
     drafts: Drafts
     road: type[Composed] | type[Fused]
 
-    def fill(self, block: Block) -> Iterator[Tensor | None]:
+    def fill(self, block: Block, numbers: HostNumbers) -> Iterator[None]:
         state, selection = block.state, block.block
-        number = HostNumbers(state.x.device, 1)
         road = self.road(block.request, self.accept, self.drafts, None)
-        stats = block.look(state, block.refresh, selection, draw=self.drafts.draw(state, 1))
-        accept = force_first if block.forced else self.accept
-        road.begin(state, stats, selection, selection, accept)
+
+        def begin() -> tuple[Carried, Tensor]:
+            stats = block.look(state, block.refresh, selection, draw=self.drafts.draw(state, 1))
+            accept = force_first if block.forced else self.accept
+            carried = road.begin(state, stats, selection, selection, accept)
+            return carried, self._wish(block)
+
+        carried, wish = block.run("begin", block.refresh, begin)
+        yield
         # As many as the baseline could need: with logits that are NaN a mask can stay a mask.
-        for _ in range(block.size - 1):
-            masks = block.masks_left(state)
-            number.post(self.drafts.wish(state, masks).amax(0, keepdim=True))
-            yield masks
+        for index in range(block.size - 1):
+            numbers.post(wish)
+            most = numbers.read()[0]
+            if block.request.warm:
+                most = 1 + index % self.drafts.most
+            if most == 0:
+                break
             rows = block.window.width * len(state.rows)
-            branches = self.drafts.branches(number.read()[0], rows)
-            packed = road.pack(state, branches)
-            draw = self.drafts.draw(state, branches)
-            wide = selection.repeat(branches)
-            looked = block.look(packed, block.window, wide, branches=branches, draw=draw)
-            road.follow(state, packed, looked, selection, branches)
-        yield block.masks_left(state)
+            branches = self.drafts.bucket(block.request, self.drafts.branches(most, rows))
+
+            def verify(carried: Carried = carried, branches: int = branches) -> tuple:
+                packed = road.pack(state, carried, branches)
+                draw = self.drafts.draw(state, branches)
+                wide = selection.repeat(branches)
+                looked = block.look(packed, block.window, wide, branches=branches, draw=draw)
+                _, following = road.follow(state, carried, packed, looked, selection, branches)
+                return following, self._wish(block)
+
+            carried, wish = block.run(("verify", branches), block.window, verify)
+            yield
+        block.run("close", block.window, lambda: close(block))
+
+    def _wish(self, block: Block) -> Tensor:
+        """The largest number of candidates that a sequence wishes for, ``(1,)``."""
+        wish = self.drafts.wish(block.state, block.masks_left(block.state))
+        return wish.amax(0, keepdim=True)
+
+
+def close(block: Block) -> None:
+    """Say which sequences are done: a step that writes no tokens."""
+    state, request = block.state, block.request
+    nothing = torch.zeros_like(state.nfe)
+    window = state.x[:, : block.block.width]
+    ops.unmask(
+        state.x,
+        state.step_map,
+        nothing,  # not a forward
+        window.clone(),
+        torch.zeros_like(window, dtype=torch.float32),
+        mask_id=request.mask_id,
+        start=block.block.start,
+        length=block.block.length,
+        rule="quota",
+        quota=nothing.clone(),
+        ending=block.ending(last=True),
+        backend=request.backend,
+    )

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from math import lcm
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pydllm.decoding.graph import Eager, Runner, bucket, freeze, graphs_of, power_of_two
 from pydllm.models import Model
+
+_WARM = 3  # dummy batches: the first compiles, the second captures, the third is as any other
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,12 @@ class Request:
         x: ``(B, L)`` int64 on the model's device: prompt, masks, and end of sequence behind them.
         prompt_length: ``(B,)`` int32 on the device.
         request_id: ``(B,)`` int32 on the device, what the noise is keyed by.
+        eos: ``(E,)`` int64 on the device, ids that end a sequence; None where there are none.
+        runner: how steps are run. Where it is static, rows are added up to a power of two, copies
+            of the first, and slots up to a bucket.
+        rows: sequences without those, 0 for all.
+        longest: positions of the longest sequence, 0 for all.
+        warm: take every step that a block may need, needed or not, so that all are captured.
     """
 
     model: Model
@@ -76,6 +86,31 @@ class Request:
     seed: int
     backend: str | None
     on_step: Callable[[Step], None] | None
+    eos: Tensor | None = None
+    runner: Runner = field(default_factory=Eager)
+    rows: int = 0
+    longest: int = 0
+    warm: bool = False
+
+    def report(self, step: Step) -> None:
+        """Hand a step to who wants it, without the rows and slots that were added."""
+        if self.on_step is None:
+            return
+        rows, size = self.rows or len(step.x), self.model.spec.block_size or 1
+        longest = -(-(self.longest or step.x.shape[1]) // size) * size
+        x, step_map = (t[:rows, :longest] for t in (step.x, step.step_map))
+        self.on_step(Step(step.index, x, step_map, step.prompt_length[:rows]))
+
+    @property
+    def width(self) -> int:
+        """Rows of a forward of whole sequences."""
+        slots = self.x.shape[1]
+        return self.runner.width(self.longest or slots, slots)
+
+    @property
+    def longest_prompt(self) -> int:
+        """In tokens."""
+        return (self.longest or self.x.shape[1]) - self.max_new_tokens
 
     def whole_blocks(self) -> Tensor:
         """``x``, copied; with a block-causal model masks fill up the last blocks."""
@@ -109,7 +144,6 @@ class Algorithm(Protocol):
         """Fill the masks of ``request.x``."""
 
 
-@torch.no_grad()
 def generate(
     model: Model,
     prompts: Sequence[Sequence[int]] | Sequence[Tensor] | Sequence[str],
@@ -120,6 +154,7 @@ def generate(
     seed: int = 0,
     request_ids: Sequence[int] | None = None,
     backend: str | None = None,
+    graph: bool | str = "auto",
     on_step: Callable[[Step], None] | None = None,
 ) -> Generation:
     """Decode a continuation of every prompt, ragged prompts in one batch.
@@ -136,6 +171,10 @@ def generate(
             position and the number of tokens decoded before, and on nothing else in the batch.
         request_ids: the prompts' ids in the noise key, int32; default 0, 1, 2, ...
         backend: ``"auto"``, ``"cuda"``, ``"triton"`` or ``"torch"``, for every op.
+        graph: replay the steps as CUDA graphs (docs/cuda-graphs.md): True; False; or ``"auto"``, on
+            a GPU with a model of ``pydllm.load``, once a step has run a few times. The tokens are
+            the same. ``pydllm.warmup`` captures beforehand. Without a GPU True replays the steps'
+            operators, to test with.
         on_step: called after every forward with a ``Step``; reading its tensors waits for the
             device.
 
@@ -150,6 +189,96 @@ def generate(
         ...                              max_new_tokens=64)
         >>> generation.text, generation.nfe
     """
+    return _generate(
+        model,
+        prompts,
+        algorithm,
+        max_new_tokens,
+        temperature,
+        seed,
+        request_ids,
+        backend,
+        graph,
+        on_step,
+    )
+
+
+def warmup(
+    model: Model,
+    algorithm: Algorithm,
+    batch: int,
+    max_len: int,
+    *,
+    max_new_tokens: int | None = None,
+    temperature: float | Sequence[float] = 0.0,
+    seed: int = 0,
+    backend: str | None = None,
+) -> int:
+    """Compile the kernels and capture the steps that calls of ``generate`` will replay.
+
+    Decodes ``batch`` prompts of one repeated token, three times, without looking for ends, and with
+    every step that a block may need. Calls of ``generate`` with the same model, algorithm and
+    keywords, at most so many prompts and at most ``max_len`` positions use the buffers that this
+    makes, cache of keys and values included. What such a call needs and has not been captured here
+    is captured then: steps of fewer sequences for instance, or of a window of another width, as
+    ``MultiBlock`` has.
+
+    Args:
+        model: what ``pydllm.load`` returned.
+        algorithm: as in ``generate``.
+        batch: prompts a call, at least 1; rounded up to a power of two.
+        max_len: prompt and new tokens of the longest sequence; rounded up to a bucket.
+        max_new_tokens: of the dummy batch; default half of ``max_len``.
+        temperature, seed, backend: as in ``generate``; noise is captured with its seed.
+
+    Returns:
+        How many steps are captured for calls of this kind.
+
+    Raises:
+        ValueError, TypeError: as ``generate``.
+        PydllmError: a step cannot be captured.
+    """
+    for name, value, least in (("batch", batch, 1), ("max_len", max_len, 2)):
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{name}: expected an int of at least {least}, got {value!r}")
+    new = max_len // 2 if max_new_tokens is None else max_new_tokens
+    if not isinstance(new, int) or not 1 <= new < max_len:
+        raise ValueError(f"max_new_tokens: expected an int in [1, {max_len}), got {new!r}")
+    token = next(t for t in range(model.spec.vocab_size) if t != model.spec.mask_id)
+    for _ in range(_WARM):
+        _generate(
+            model,
+            [[token] * (max_len - new)] * batch,
+            algorithm,
+            new,
+            temperature,
+            seed,
+            None,
+            backend,
+            True,
+            None,
+            warm=True,
+        )
+    graphs = next(reversed(model.graphs.values()))  # type: ignore[attr-defined]
+    return len(graphs.steps)
+
+
+@torch.no_grad()
+def _generate(
+    model: Model,
+    prompts: Sequence[Sequence[int]] | Sequence[Tensor] | Sequence[str],
+    algorithm: Algorithm,
+    max_new_tokens: int,
+    temperature: float | Sequence[float],
+    seed: int,
+    request_ids: Sequence[int] | None,
+    backend: str | None,
+    graph: bool | str,
+    on_step: Callable[[Step], None] | None,
+    *,
+    warm: bool = False,
+) -> Generation:
+    """``generate``; ``warm``: no token ends a sequence, and every kind of step is taken."""
     mask_id = model.spec.mask_id
     if mask_id is None:
         raise ValueError("model: expected a masked diffusion model, got one without a mask id")
@@ -175,6 +304,13 @@ def generate(
             f"prompts: expected at most {limit} positions with max_new_tokens={max_new_tokens}, "
             f"got {longest}"
         )
+    if graph not in (True, False, "auto"):
+        raise ValueError(f"graph: expected True, False or 'auto', got {graph!r}")
+    can = hasattr(model, "graphs")
+    if graph is True and not can:
+        raise ValueError(
+            f"graph: expected a model of pydllm.load for True, got a {type(model).__name__}"
+        )
     algorithm.check(model, max_new_tokens)
 
     device, spec = model.device, model.spec
@@ -197,8 +333,53 @@ def generate(
         seed=seed,
         backend=backend,
         on_step=on_step,
+        warm=warm,
     )
+    if spec.eos_ids:
+        eos = torch.tensor(spec.eos_ids, device=device)
+        request = replace(request, eos=torch.full_like(eos, -1) if warm else eos)
+    if graph is True or (graph == "auto" and device.type == "cuda" and can):
+        request = _static(request, algorithm, auto=graph == "auto", sampled=max(each) > 0)
     return _collect(model, algorithm.run(request), lengths, max_new_tokens)
+
+
+def _static(request: Request, algorithm: Algorithm, *, auto: bool, sampled: bool) -> Request:
+    """The request over static buffers: rows and slots rounded up, so that calls share them."""
+    model, (rows, longest) = request.model, request.x.shape
+    batch, slots = power_of_two(rows), bucket(longest)
+    size = lcm(16, model.spec.block_size or 1)
+    slots = -(-slots // size) * size
+    limit = model.spec.max_positions
+    if limit is not None:
+        slots = max(longest, min(slots, limit))
+    temperature = request.temperature
+    known = temperature if isinstance(temperature, float) else "each"
+    # What noise is drawn with is captured, where there is any.
+    noise = (known, request.seed if sampled or _is_random(algorithm) else None)
+    kind = (freeze(algorithm), model.spec, noise, request.backend)
+    runner = graphs_of(model, kind, batch, slots, auto=auto)
+    slots = runner.slots
+    copies = torch.arange(batch, device=request.x.device)
+    copies = torch.where(copies < rows, copies, 0)
+    spare = model.spec.eos_ids[0] if model.spec.eos_ids else 0
+    x = F.pad(request.x, (0, slots - longest), value=spare)
+    request = replace(
+        request,
+        x=x[copies],
+        prompt_length=request.prompt_length[copies],
+        request_id=request.request_id[copies],
+        temperature=temperature[copies] if isinstance(temperature, Tensor) else temperature,
+        runner=runner,
+        rows=rows,
+        longest=longest,
+    )
+    return request.runner.hold("request", request)
+
+
+def _is_random(algorithm: object) -> bool:
+    """Whether an order is drawn from the seed."""
+    baseline = getattr(algorithm, "baseline", None) or algorithm
+    return getattr(baseline, "score", None) == "random"
 
 
 def encode_prompts(
@@ -254,7 +435,8 @@ def _collect(
     model: Model, decoded: Decoded, prompt_lengths: list[int], max_new_tokens: int
 ) -> Generation:
     results = (decoded.x, decoded.step_map, decoded.nfe)
-    x, step_map, nfe = (result.to("cpu", torch.int64) for result in results)
+    rows = len(prompt_lengths)
+    x, step_map, nfe = (result[:rows].to("cpu", torch.int64) for result in results)
     verifier_nfe = decoded.verifier_nfe
     new = [slice(n, n + max_new_tokens) for n in prompt_lengths]
     answers = torch.stack([x[row, part] for row, part in enumerate(new)])
@@ -271,5 +453,5 @@ def _collect(
         tokens_per_forward=counted / nfe.clamp(min=1),
         step_map=torch.stack([step_map[row, part] for row, part in enumerate(new)]),
         text=text,
-        verifier_nfe=None if verifier_nfe is None else verifier_nfe.to("cpu", torch.int64),
+        verifier_nfe=None if verifier_nfe is None else verifier_nfe[:rows].to("cpu", torch.int64),
     )

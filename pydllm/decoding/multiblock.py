@@ -9,12 +9,13 @@ Everything that happens between two forwards is one launch, ``ops.multiblock_ste
 the next window on the device. The host reads four numbers a forward: the widths of the window and
 of the head, how many sequences are left, and whether keys have to be copied. Widths bounded by what
 the host knows would be those of a full forward: the windows of cached forwards are a matter of the
-tokens.
+tokens. They choose the CUDA graph that is replayed, so here the host looks at every forward.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -116,7 +117,7 @@ class MultiBlock:
             batch.decode(width, rows, copies > 0)
             if request.on_step is not None:
                 whole = batch.write_back()
-                request.on_step(Step(forwards, whole.x, whole.step_map, whole.prompt_length))
+                request.report(Step(forwards, whole.x, whole.step_map, whole.prompt_length))
         whole = batch.write_back()
         return Decoded(whole.x, whole.step_map, whole.nfe)
 
@@ -127,7 +128,8 @@ class _Batch:
     def __init__(self, algorithm: MultiBlock, request: Request) -> None:
         spec, device = request.model.spec, request.x.device
         new, compat = request.max_new_tokens, algorithm.profile == "compat"
-        self.request, self.whole = request, State.of(request)
+        self.request = request
+        self.whole = request.runner.hold("state", State.of(request))
         eos_ids = spec.eos_ids[:1] if compat else spec.eos_ids
         tail = algorithm.tail
         if isinstance(tail, str):
@@ -137,7 +139,7 @@ class _Batch:
                 n: getattr(algorithm, n) for n in ("block_length", "threshold", "add_at", "full_at")
             },
             **{n: getattr(algorithm, n) for n in ("early_stop", "delay", "refresh", "profile")},
-            "eos_ids": torch.tensor(eos_ids, device=device) if eos_ids else None,
+            "eos_ids": request.eos[: len(eos_ids)] if request.eos is not None else None,
             "cached": algorithm.cache,
             "tail": None if tail >= new else tail,
             "shifted": spec.shift_logits,
@@ -147,16 +149,19 @@ class _Batch:
         }
         self.banned = None
         if not compat:
-            self.banned = torch.tensor([request.mask_id], dtype=torch.int32, device=device)
+            banned = torch.tensor([request.mask_id], dtype=torch.int32, device=device)
+            self.banned = request.runner.hold("banned", banned)
         batch, slots = request.x.shape
         # Dream's published refresh leaves keys in two places; the second is behind the sequence.
         spare = new if compat and spec.shift_logits else 0
-        self.cache = request.model.new_cache(batch, slots + spare if algorithm.cache else 0)
+        kept = slots + spare if algorithm.cache else 0
+        self.cache = request.runner.cache("cache", request.model, batch, kept)
         self.state = self.whole
-        self.step = MultiBlockState.make(request.x, new, algorithm.block_length)
+        step = MultiBlockState.make(request.x, new, algorithm.block_length)
+        self.step = request.runner.hold("step", step)
         self.host = HostNumbers(device, 4)
         nothing = request.x[:, :0]
-        self._advance(nothing, torch.zeros_like(nothing, dtype=torch.float32))
+        self.host.post(self._advance(nothing, torch.zeros_like(nothing, dtype=torch.float32)))
 
     def look_ahead(self) -> list[int]:
         """The next forward in numbers: window rows, head rows, sequences, keys to copy.
@@ -164,18 +169,27 @@ class _Batch:
         Finished sequences leave: those at the end of the batch move into their places.
         """
         width, rows, live, copies = self.host.read()
-        if 0 < live < len(self.state.rows):
-            order = fill_holes(self.step.mode.nonzero().flatten().tolist())
+        runner, batch = self.request.runner, len(self.state.rows)
+        if 0 < live < batch and runner.stay([*range(live)], batch) is not None:
+            going = self.step.mode.nonzero().flatten().tolist()
+            order = fill_holes(runner.stay(going, batch) or going)
             self.write_back()
             index = torch.tensor(order, device=self.request.x.device)
-            self.state = self.state.keep(index)
+            self.state = runner.hold("state", self.state.keep(index))
             numbers, blocks, eligible = self.step
-            self.step = MultiBlockState(numbers[:, index], blocks[:, index], eligible[index])
+            step = MultiBlockState(numbers[:, index], blocks[:, index], eligible[index])
+            self.step = runner.hold("step", step)
             self.cache = self.cache.take(order)
-        return [width, rows, live, copies]
+        slots = self.state.x.shape[1]
+        return [runner.width(width, slots), runner.width(rows, slots), live, copies]
 
     def decode(self, width: int, rows: int, copies: bool) -> None:
         """The planned forward, and what it decides."""
+        key = (width, rows, copies, len(self.state.rows), self.request.max_new_tokens)
+        step = partial(self._decode, width, rows, copies)
+        self.host.post(self.request.runner.run(key, step))
+
+    def _decode(self, width: int, rows: int, copies: bool) -> Tensor:
         request, state, step = self.request, self.state, self.step
         total = state.prompt_length + request.max_new_tokens
         window = Window.make(step.start, step.length, step.kv_len, width=width, commit=step.commit)
@@ -193,7 +207,7 @@ class _Batch:
             banned=self.banned,
             eligible=step.eligible,
         )
-        self._advance(stats.token, stats.entropy)
+        return self._advance(stats.token, stats.entropy)
 
     def write_back(self) -> State:
         """Bring the whole request up to date."""
@@ -201,7 +215,8 @@ class _Batch:
         self.state.write_back(self.whole)
         return self.whole
 
-    def _advance(self, token: Tensor, entropy: Tensor) -> None:
+    def _advance(self, token: Tensor, entropy: Tensor) -> Tensor:
+        """Accept and plan; returns what the host wants to know of the next forward, ``(4,)``."""
         state, step = self.state, self.step
         ops.multiblock_step(
             state.x,
@@ -214,7 +229,7 @@ class _Batch:
         )
         copies = (step.mode == _REFRESH) & (step.stale > 0)
         ahead = (step.length.amax(), step.rows.amax(), (step.mode > 0).sum(), copies.sum())
-        self.host.post(torch.stack([number.int() for number in ahead]))
+        return torch.stack([number.int() for number in ahead])
 
 
 def _copy_twice(cache: StaticCache, step: MultiBlockState, total: Tensor, most: int) -> None:

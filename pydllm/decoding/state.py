@@ -74,6 +74,8 @@ class State:
     request_id: Tensor  # (b,) int32
     steps: Tensor  # (b,) int32: steps of the baseline, where a forward may take several
     run: Tensor  # (b,) fp32: of late, so many steps a forward
+    end: Tensor  # (b,) int32: the first position behind the sequence
+    done: Tensor  # (b,) bool: nothing is left to decode
 
     @classmethod
     def of(cls, request: Request) -> State:
@@ -90,6 +92,8 @@ class State:
             request_id=request.request_id,
             steps=torch.zeros(batch, dtype=torch.int32, device=device),
             run=torch.full((batch,), 2.0, device=device),
+            end=request.prompt_length + request.max_new_tokens,
+            done=torch.zeros(batch, dtype=torch.bool, device=device),
         )
 
     @classmethod
@@ -134,19 +138,6 @@ class HostNumbers:
         if self._event is not None:
             self._event.synchronize()
         return self._values[: self._posted].tolist()
-
-
-class HostFlag:
-    """One boolean that travels as ``HostNumbers`` do."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._number = HostNumbers(device, 1)
-
-    def post(self, value: Tensor) -> None:
-        self._number.post(value.int().view(1))
-
-    def read(self) -> bool:
-        return bool(self._number.read()[0])
 
 
 def fill_holes(live: list[int]) -> list[int]:

@@ -77,7 +77,7 @@ def statistics(
         words = (t[:, None].expand(-1, width) for t in (state.request_id, last))
         counter = torch.stack((position.int(), *words), -1).reshape(-1, 3)
     live = None
-    if hidden.device.type == "cpu":
+    if hidden.device.type == "cpu" and not request.runner.static:
         inside = position.clamp(max=state.x.shape[1] - 1).long()
         wanted = state.x == request.mask_id if eligible is None else eligible
         wanted = wanted.gather(1, inside) & (offsets < selection.length[:, None])
@@ -137,6 +137,8 @@ def write(
     stats: ops.VocabStats,
     selection: Selection,
     accept: Accept,
+    *,
+    ending: ops.Ending | None = None,
 ) -> ops.Unmasked:
     """Write what the rule accepts of the selected positions into the state."""
     score, rule = accept(stats)
@@ -151,6 +153,7 @@ def write(
         length=selection.length,
         seed=request.seed,
         request=state.request_id,
+        ending=ending,
         backend=request.backend,
         **rule,
     )
@@ -163,15 +166,14 @@ def finish_block(state: State, request: Request, start: Tensor, length: int | Te
 
     ``length`` is one number or ``(b, 1)``.
     """
-    eos_ids = request.model.spec.eos_ids
-    total = state.prompt_length + request.max_new_tokens
-    if not eos_ids:
+    total, eos = state.prompt_length + request.max_new_tokens, request.eos
+    if eos is None:
         return torch.zeros_like(total, dtype=torch.bool)
     position = torch.arange(state.x.shape[1], device=state.x.device)
     in_block = (position >= start[:, None]) & (position < start[:, None] + length)
     new = (position >= state.prompt_length[:, None]) & (position < total[:, None])
-    ends = in_block & new & torch.isin(state.x, torch.tensor(eos_ids, device=state.x.device))
+    ends = in_block & new & torch.isin(state.x, eos)
     behind = (ends.cumsum(1) - ends.int() > 0) & (position < total[:, None])
-    state.x.masked_fill_(behind, eos_ids[0])
+    state.x.copy_(torch.where(behind, eos[0], state.x))
     state.step_map.masked_fill_(behind, -1)
     return ends.any(1)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -91,6 +92,8 @@ class NativeModel:
             )
             for prefix in (f"layers.{layer}." for layer in range(sizes.layers))
         ]
+        # What decoding captured over these weights and buffers; clear() gives it back.
+        self.graphs: OrderedDict[Hashable, Any] = OrderedDict()
         self._rope = _Rope(sizes.rope_theta, sizes.rotary, self.dtype, self.device)
 
     @property

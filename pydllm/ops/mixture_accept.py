@@ -94,8 +94,9 @@ def mixture_accept(
 
     Determinism: a sequence's results depend on that sequence alone, and are the same on every
     backend, bit for bit, given the same threshold (``critical`` agrees to rounding).
-    Cost: in Triton one read of each of the logits of the rows in use: 4 bytes an element of bf16.
-    Of pieces of the vocabulary without an id of the nucleus only ``logits`` are read: 2 bytes.
+    Cost: one read of each of the logits of the rows in use: 4 bytes an element of bf16. Where no id
+    is in the nucleus, of a piece of the vocabulary in Triton, of 16 bytes in CUDA, only ``logits``
+    are read: 2 bytes an element.
     CUDA graphs: safe; the seed is captured, everything else is read. ``torch.compile``: one op.
 
     Kernels: ``kernels/mixture_accept.py``, ``csrc/mixture_accept.cu``.

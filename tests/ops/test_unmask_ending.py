@@ -182,3 +182,28 @@ def test_rules_without_a_last_mask_have_no_ending():
         ops.unmask(**case, rule="joint", threshold=0.5, edit_threshold=0.5, ending=ending)
     with pytest.raises(TypeError, match="ending: expected an Ending or None, got 3"):
         ops.unmask(**case, rule="threshold", threshold=0.5, ending=3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_a_gpu_does_what_a_cpu_does(backend, last):
+    for rows, slots in ((7, 8), (33, 40), (300, 4000)):
+        case = make_case(60, rows, slots, seed=rows)
+        ending = make_ending(60, slots, 3, eos=[7, 9], ends_from=True, last=last)
+        results = []
+        for device, chosen in (("cpu", "torch"), ("cuda", backend)):
+            move = {
+                k: v.to(device, copy=True) if isinstance(v, torch.Tensor) else v
+                for k, v in case.items()
+            }
+            told = {
+                k: v.to(device, copy=True) if isinstance(v, torch.Tensor) else v
+                for k, v in ending.items()
+            }
+            counts = ops.unmask(
+                **move, rule="threshold", threshold=0.25, ending=ops.Ending(**told), backend=chosen
+            )
+            results.append((*(move[name] for name in FIELDS), told["done"], *counts))
+        for one, other in zip(*results, strict=True):
+            assert torch.equal(one, other.cpu())

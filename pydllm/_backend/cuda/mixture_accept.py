@@ -26,8 +26,8 @@ def supports(logits: Tensor, verifier: Tensor, *lists: Tensor | None) -> str | N
     return None
 
 
-class _Round:
-    """What both forms allocate and pass."""
+class _Pieces:
+    """What both forms allocate and pass: room for what is found of pieces of rows, and results."""
 
     def __init__(
         self,
@@ -93,11 +93,11 @@ def mixture_accept(
     sampled = counter is not None and (temperatures is not None or temperature > 0)
     tiles = -(-shared * logits.element_size() // TILE_BYTES)
     numbers = (mixture, mixtures, temperature if sampled else 0.0, temperatures)
-    round = _Round(token, length, tiles, *numbers, first_free, critical)
+    pieces = _Pieces(token, length, tiles, *numbers, first_free, critical)
     call(
         "mixture_accept",
         logits.device,
-        **round.arguments,
+        **pieces.arguments,
         logits=logits,
         verifier=verifier,
         threshold=threshold,
@@ -114,7 +114,7 @@ def mixture_accept(
         stride_counter_row=counter.stride(0) if counter is not None else 0,
         stride_counter_word=counter.stride(1) if counter is not None else 0,
     )
-    return round.results()
+    return pieces.results()
 
 
 def mixture_accept_sparse(
@@ -138,11 +138,11 @@ def mixture_accept_sparse(
     """Launch the kernels on lists of candidates."""
     tiles = -(-ids.shape[1] // CANDIDATE_TILE)
     numbers = (mixture, mixtures, temperature, temperatures)
-    round = _Round(token, length, tiles, *numbers, first_free, critical)
+    pieces = _Pieces(token, length, tiles, *numbers, first_free, critical)
     call(
         "mixture_accept_sparse",
         hidden.device,
-        **round.arguments,
+        **pieces.arguments,
         ids=ids,
         values=logits,
         noise=noise,
@@ -157,4 +157,4 @@ def mixture_accept_sparse(
         stride_hidden_row=hidden.stride(0),
         stride_head_row=head.stride(0),
     )
-    return round.results()
+    return pieces.results()

@@ -1,0 +1,451 @@
+"""Time every kind of step that decoding takes, against the least that the machine could take.
+
+    python bench/steps.py --model llada-8b --device cuda --batch 1 --prompt 1024
+    python bench/steps.py --model tiny --device cpu --prompt 16 --new 32
+    python bench/steps.py --model dream-7b --algorithm threshold --trace out/trace.json
+
+The weights are random, of the named model's shape. Each algorithm decodes through
+``pydllm.generate`` with captured steps (on a CPU: recorded ones); what is timed are the replays,
+alone, by kind: the first forward of a block, its others, the verification of so many candidates.
+
+``floor_ms`` is the longer of two times: weights, and keys and values that are seen, over the
+measured copy rate; multiplications over the measured rate of a large matrix product. ``host_us`` is
+what the host spends on a replay; ``launches`` are kernels (on a CPU: operators). ``run_ms`` is a
+forward of the same decoding with ``graph=False``, host and device together.
+
+A random model predicts no better than chance, so few tokens are accepted a forward:
+``tokens_per_s`` is for ``--tokens-per-forward``, at the mean forward of the whole decoding.
+
+Baselines, same run and weights: the plain forward of bench/published.py over the whole sequence and
+over a block with the keys and values before it, the same compiled, and a Hugging Face Llama of the
+same sizes.
+"""
+
+from __future__ import annotations
+
+import csv
+import statistics
+import sys
+import time
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from published import PlainForward
+from run import DTYPES, provenance
+from shapes import CONFIGS, make_model, make_verifier
+from timing import copy_rate, time_calls
+
+import pydllm
+from pydllm.decoding.graph import Graphs
+from pydllm.models import ModelSpec, NativeModel
+
+COLUMNS = (
+    *("model", "dtype", "batch", "prompt", "new", "algorithm", "step", "rows", "seen", "count"),
+    *("ms_p50", "floor_ms", "of_floor", "bound", "host_us", "launches", "run_ms", "tokens_per_s"),
+    *("peak_gb", "copy_gbps", "matmul_tflops"),
+)
+_MORE = ("gpu", "driver", "torch", "triton", "cuda", "commit", "command", "date")
+
+
+@dataclass
+class Rates:
+    """What the machine does: bytes and operations a second, both measured."""
+
+    copy: float
+    matmul: float
+
+    @classmethod
+    def measure(cls, device: str, dtype: torch.dtype) -> Rates:
+        size = 8192 if device.startswith("cuda") else 512
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        timing = time_calls(lambda _: a @ b, dict, device, seconds=0.3)
+        return cls(copy_rate(device), 2 * size**3 / (timing.p50 * 1e-3))
+
+
+@dataclass
+class Work:
+    """One forward of a step."""
+
+    model: NativeModel
+    batch: int
+    rows: int  # whole batch
+    seen: int  # slots of the cache that they see, whole batch
+
+
+@dataclass
+class Kind:
+    """Steps of one kind: what they compute, and how long their replays took."""
+
+    work: list[Work] = field(default_factory=list)
+    heads: list[tuple[NativeModel, int]] = field(default_factory=list)  # rows of the LM head
+    ms: list[float] = field(default_factory=list)
+    host: list[float] = field(default_factory=list)
+    launches: int = 0
+
+    def floor(self, rates: Rates) -> tuple[float, str]:
+        """Milliseconds, and what takes them."""
+        moved = operations = 0
+        for work in self.work:
+            sizes, layers = work.model.sizes, parameters(work.model)[0]
+            slot = 2 * sizes.layers * sizes.kv_heads * sizes.head_dim
+            moved += work.model.dtype.itemsize * (layers + slot * (work.seen + work.rows))
+            pairs = work.rows * (work.seen + work.rows) // work.batch
+            operations += 2 * layers * work.rows
+            operations += 4 * sizes.layers * sizes.heads * sizes.head_dim * pairs
+        for model, rows in self.heads:
+            head = parameters(model)[1]
+            moved += model.dtype.itemsize * head
+            operations += 2 * head * rows
+        moving, computing = moved / rates.copy, operations / rates.matmul
+        return 1e3 * max(moving, computing), "bytes" if moving > computing else "flops"
+
+
+def parameters(model: NativeModel) -> tuple[int, int]:
+    """Of the layers, and of the head; the embedding is looked up."""
+    tensors = (value for layer in model._layers for value in vars(layer).values())
+    return sum(t.numel() for t in tensors if t is not None), model._head.numel()
+
+
+class Watch:
+    """Notes what the steps of one kind of call compute, and times their replays one by one."""
+
+    def __init__(self, graphs: Graphs, context: int, *models: NativeModel | None) -> None:
+        self.kinds: dict[Hashable, Kind] = {}
+        self._graphs, self._plain, self._context = graphs, graphs.run, context
+        self._models = [model for model in models if model is not None]
+        self._now: Kind | None = None
+
+    def __enter__(self) -> Watch:
+        # On these instances alone; captured anew, so that the steps' Python runs once more.
+        self._graphs.steps.clear()
+        self._graphs.run = self._run  # type: ignore[method-assign]
+        for model in self._models:
+            for name, noted in (("forward", self._forward), ("head_stats", self._head)):
+                setattr(model, name, partial(noted, model, getattr(model, name)))
+            model.head = partial(self._head, model, model.head)  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        del self._graphs.run
+        for model in self._models:
+            del model.forward, model.head_stats, model.head
+
+    def _run(self, key: Hashable, step: Callable[[], Any]) -> Any:
+        kind, replays = self.kinds.setdefault(key, Kind()), key in self._graphs.steps
+        self._now = None if replays else kind
+        result, milliseconds, host = self._timed(lambda: self._plain(key, step))
+        self._now = None
+        if replays:
+            kind.ms.append(milliseconds)
+            kind.host.append(host)
+        return result
+
+    def _timed(self, call: Callable[[], Any]) -> tuple[Any, float, float]:
+        on_gpu = self._models[0].device.type == "cuda"
+        if not on_gpu:
+            started = time.perf_counter()
+            result = call()
+            took = time.perf_counter() - started
+            return result, 1e3 * took, 1e6 * took
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        begin.record()
+        result = call()
+        end.record()
+        host = 1e6 * (time.perf_counter() - started)
+        end.synchronize()
+        return result, begin.elapsed_time(end), host
+
+    def _forward(
+        self, model: NativeModel, plain: Callable, ids: Tensor, start: Tensor, cache: Any, **kw: Any
+    ) -> Any:
+        if self._now is not None:
+            branches = kw.get("branches", 1)
+            rows, batch = ids.numel(), len(ids)
+            seen = max(0, self._context - rows // batch // branches) * batch
+            self._now.work.append(Work(model, batch, rows, seen if cache.max_len else 0))
+        return plain(ids, start, cache, **kw)
+
+    def _head(
+        self, model: NativeModel, plain: Callable, hidden: Tensor, rows: Any = None, **kw: Any
+    ) -> Any:
+        if self._now is not None:
+            count = hidden[..., 0].numel() if rows is None else len(rows)
+            self._now.heads.append((model, count))
+        return plain(hidden) if rows is None and not kw else plain(hidden, rows, **kw)
+
+
+def count_launches(step: Any) -> int:
+    """Kernels of a replay; on a CPU operators."""
+    if not torch.cuda.is_available():
+        return step.launches
+    activity = torch.profiler.ProfilerActivity.CUDA
+    with torch.profiler.profile(activities=[activity]) as profile:
+        step.replay()
+        torch.cuda.synchronize()
+    kernels = (e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA)
+    return sum(1 for _ in kernels)
+
+
+def algorithms(
+    model: NativeModel, verifier: NativeModel | None, block: int
+) -> dict[str, pydllm.decoding.generation.Algorithm]:
+    """What is timed, by name."""
+    size = model.spec.block_size or block
+    cache = "none" if model.spec.block_size else "dual"
+    found: dict[str, Any] = {
+        "static": pydllm.Static(size, cache=cache),
+        "threshold": pydllm.Threshold(0.9, size, cache=cache),
+        "freedave": pydllm.FreeDave(8, size, cache=cache),
+    }
+    if model.spec.block_size:
+        return found | {"pipelined": pydllm.FreeDave(8, size, mode="pipelined")}
+    found["static-none"] = pydllm.Static(size)
+    found["multiblock"] = pydllm.MultiBlock(0.5, size)
+    if verifier is not None:
+        found["apd"] = pydllm.APD(verifier)
+    return found
+
+
+def measure(
+    model: NativeModel,
+    verifier: NativeModel | None,
+    algorithm: Any,
+    prompts: list[Tensor],
+    new: int,
+    per_forward: float,
+    rates: Rates,
+) -> Iterator[dict[str, Any]]:
+    """A row for each kind of step, and one for the whole decoding."""
+    on_gpu, batch = model.device.type == "cuda", len(prompts)
+    context = len(prompts[0]) + new
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    pydllm.warmup(model, algorithm, batch, context, max_new_tokens=new)
+    graphs = next(reversed(model.graphs.values()))
+    with Watch(graphs, context, model, verifier) as watch:
+        for _ in range(3):
+            pydllm.generate(model, prompts, algorithm, max_new_tokens=new, graph=True)
+    peak = torch.cuda.max_memory_allocated() / 1e9 if on_gpu else 0.0
+    seconds, forwards = {}, 1
+    for graph in (True, False):
+        started = time.perf_counter()
+        got = pydllm.generate(model, prompts, algorithm, max_new_tokens=new, graph=graph)
+        seconds[graph] = time.perf_counter() - started
+        forwards = int(got.nfe.max())
+    for key, kind in watch.kinds.items():
+        if not kind.ms or not kind.work:
+            continue
+        floor, bound = kind.floor(rates)
+        typical = statistics.median(kind.ms)
+        yield {
+            "step": label(key),
+            "rows": kind.work[0].rows,
+            "seen": kind.work[0].seen,
+            "count": len(kind.ms),
+            "ms_p50": typical,
+            "floor_ms": floor,
+            "of_floor": typical / floor,
+            "bound": bound,
+            "host_us": statistics.median(kind.host),
+            "launches": count_launches(graphs.steps[key]),
+        }
+    yield {
+        "step": "all",
+        "count": forwards,
+        "ms_p50": 1e3 * seconds[True] / forwards,
+        "run_ms": 1e3 * seconds[False] / forwards,
+        "tokens_per_s": batch * per_forward * forwards / seconds[True],
+        "peak_gb": peak,
+    }
+
+
+def label(key: Any) -> str:
+    """A step's key in few letters: True is +, False is -."""
+    if isinstance(key, tuple):
+        return " ".join(label(part) for part in key)
+    return {True: "+", False: "-"}.get(key, str(key)) if isinstance(key, bool) else str(key)
+
+
+def baselines(
+    model: NativeModel, prompts: list[Tensor], new: int, block: int, compiled: bool
+) -> Iterator[dict[str, Any]]:
+    """What a forward takes elsewhere, on the same weights or sizes."""
+    ids = torch.stack(prompts).to(model.device)
+    whole = torch.nn.functional.pad(ids, (0, new), value=3)
+    forward, before = PlainForward(model), ids.shape[1]
+    _, past = forward(ids)
+    window = whole[:, before : before + block]
+    contenders: dict[str, Callable[[], Any]] = {
+        "published-style, whole": lambda: forward(whole),
+        "published-style, block": lambda: forward(window, before, past),
+    }
+    if compiled:
+        faster = torch.compile(forward, mode="reduce-overhead", dynamic=False)
+        contenders["published-style, whole, compiled"] = lambda: faster(whole)
+        contenders["published-style, block, compiled"] = lambda: faster(window, before, past)
+    llama = make_llama(model)
+    if llama is not None:
+        contenders["Hugging Face Llama, whole"] = lambda: llama(whole, use_cache=False)
+    for name, call in contenders.items():
+        rows = (window if "block" in name else whole).numel()
+        try:
+            with torch.no_grad():
+                timing = time_calls(
+                    lambda _, call=call: call(), dict, model.device.type, seconds=0.5
+                )
+        except Exception as error:  # whatever a compiler raises; the others go on
+            click.echo(f"{name}: failed: {error}"[:500], err=True)
+            continue
+        yield {"step": name, "rows": rows, "ms_p50": timing.p50}
+
+
+def make_llama(model: NativeModel) -> Any:
+    """A causal model of the same sizes, or None without transformers."""
+    try:
+        from transformers import LlamaConfig, LlamaForCausalLM
+    except ImportError:
+        return None
+    sizes = model.sizes
+    config = LlamaConfig(
+        vocab_size=model.spec.vocab_size,
+        hidden_size=sizes.hidden,
+        intermediate_size=sizes.intermediate,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=sizes.heads,
+        num_key_value_heads=sizes.kv_heads,
+        head_dim=sizes.head_dim,
+    )
+    with torch.device(model.device):
+        return LlamaForCausalLM(config).to(model.dtype).eval()
+
+
+def plot(rows: list[dict[str, Any]], rates: Rates, path: Path) -> None:
+    """Each step's time, and of it the floor; and the steps under the machine's roof."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in rows if "floor_ms" in row]
+    figure = Figure(figsize=(12, 0.3 * len(rows) + 2), layout="constrained")
+    bars, roof = figure.subplots(1, 2)
+    names = [f"{row['algorithm']} {row['step']}" for row in rows]
+    bars.barh(names, [row["ms_p50"] for row in rows], color="lightgrey", label="measured")
+    bars.barh(names, [row["floor_ms"] for row in rows], color="tab:blue", label="floor")
+    bars.set_xlabel("ms a step")
+    bars.tick_params(labelsize=6)
+    bars.legend()
+    widths = [row["rows"] for row in rows]
+    roof.scatter(widths, [1 / row["of_floor"] for row in rows], s=12)
+    roof.axhline(1.0, color="black", linewidth=0.5)
+    roof.set(xscale="log", xlabel="rows of a step", ylabel="floor / measured", ylim=(0, 1.1))
+    roof.set_title(f"{rates.copy / 1e9:.0f} GB/s, {rates.matmul / 1e12:.1f} TFLOP/s measured")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def trace(model: NativeModel, algorithm: Any, prompts: list[Tensor], new: int, path: Path) -> None:
+    """A profile of one decoding, for chrome://tracing or Perfetto."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with torch.profiler.profile() as profile:
+        pydllm.generate(model, prompts, algorithm, max_new_tokens=new, graph=True)
+    profile.export_chrome_trace(str(path))
+
+
+@click.command()
+@click.option("--model", "name", default="tiny", type=click.Choice(["tiny", *CONFIGS]))
+@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
+@click.option("--dtype", type=click.Choice(sorted(DTYPES)), help="Default: bf16 on cuda.")
+@click.option("--algorithm", "wanted", multiple=True, help="Default: all.")
+@click.option("--batch", default=1, show_default=True, type=click.IntRange(1))
+@click.option("--prompt", "prompt_length", default=128, show_default=True, type=click.IntRange(1))
+@click.option("--new", default=64, show_default=True, type=click.IntRange(2))
+@click.option("--block", default=32, show_default=True, type=click.IntRange(2))
+@click.option("--tokens-per-forward", default=4.0, show_default=True)
+@click.option("--compiled/--no-compiled", default=True, help="Compile the published-style forward.")
+@click.option("--csv", "csv_file", type=click.Path(path_type=Path), help="Append rows to it.")
+@click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="Write a PNG.")
+@click.option("--trace", "trace_file", type=click.Path(path_type=Path), help="Write a profile.")
+def main(
+    name: str,
+    device: str,
+    dtype: str | None,
+    wanted: tuple[str, ...],
+    batch: int,
+    prompt_length: int,
+    new: int,
+    block: int,
+    tokens_per_forward: float,
+    compiled: bool,
+    csv_file: Path | None,
+    plot_file: Path | None,
+    trace_file: Path | None,
+) -> None:
+    """Time the steps of each algorithm on one model's shape."""
+    dtype = dtype or ("bf16" if device.startswith("cuda") else "fp32")
+    model = make_model(name, device, DTYPES[dtype])
+    # The work is to be the same whatever is predicted; the rotary tables are as long as need be.
+    longest = max(model.spec.max_positions or 0, prompt_length + new)
+    changes = {"eos_ids": (), "max_positions": longest}
+    model.spec = ModelSpec(**(vars(model.spec) | changes))
+    full = model.spec.attention == "full"
+    verifier = None
+    if full and (not wanted or "apd" in wanted):
+        verifier = make_verifier(name, device, DTYPES[dtype])
+        verifier.spec = ModelSpec(**(vars(verifier.spec) | {"max_positions": longest}))
+    known = algorithms(model, verifier, block)
+    unknown = set(wanted) - set(known)
+    if unknown:
+        raise click.UsageError(
+            f"--algorithm: expected one of {', '.join(known)}, got {', '.join(unknown)}"
+        )
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, model.spec.vocab_size - 8, (batch, prompt_length), generator=generator)
+    prompts = [*ids.masked_fill(ids == model.spec.mask_id, 3)]
+    rates = Rates.measure(device, DTYPES[dtype])
+    facts = {"model": name, "dtype": dtype, "batch": batch, "prompt": prompt_length, "new": new}
+    facts |= {"copy_gbps": rates.copy / 1e9, "matmul_tflops": rates.matmul / 1e12}
+    rows = []
+    for label_, algorithm in known.items():
+        if wanted and label_ not in wanted:
+            continue
+        for row in measure(model, verifier, algorithm, prompts, new, tokens_per_forward, rates):
+            rows.append(facts | {"algorithm": label_} | row)
+        model.graphs.clear()  # its cache may be large
+    for row in baselines(model, prompts, new, block, compiled):
+        rows.append(facts | {"algorithm": "baseline"} | row)
+    shown = [column for column in COLUMNS if column not in facts]
+    table = Table(*shown, title=f"{name}, {dtype}, batch {batch}, {prompt_length} + {new} tokens")
+    for row in rows:
+        table.add_row(*(_cell(row.get(column, "")) for column in shown))
+    Console(width=None if sys.stdout.isatty() else 180).print(table)
+    if csv_file is not None:
+        more = provenance(device) | {"command": "python bench/steps.py " + " ".join(sys.argv[1:])}
+        csv_file.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not csv_file.exists()
+        with csv_file.open("a", newline="") as file:
+            writer = csv.DictWriter(file, [*COLUMNS, *_MORE])
+            if is_new:
+                writer.writeheader()
+            writer.writerows(row | more for row in rows)
+    if plot_file is not None:
+        plot(rows, rates, plot_file)
+    if trace_file is not None:
+        trace(model, known[wanted[0] if wanted else "threshold"], prompts, new, trace_file)
+
+
+def _cell(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""The GPU suite without a GPU: its jobs, ledger and report; and the bench of steps on a CPU."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
+import gpu
+import run
+import steps
+
+ROOT = gpu.ROOT
+
+
+def test_every_part_lists_commands_whose_files_exist(tmp_path):
+    parts = [part for part in gpu.PARTS if part != "tests"]  # collecting them all takes a while
+    result = CliRunner().invoke(gpu.main, ["--dry", *parts])
+    assert result.exit_code == 0, result.output
+    assert "no such file" not in result.output
+    for part in gpu.PARTS:
+        listed = gpu.jobs(part, tmp_path, "90a")
+        assert listed and len({job.name for job in listed}) == len(listed)
+        assert all(job.limit < gpu.BUDGET for job in listed), "a job has to fit into one call"
+
+
+def test_every_file_with_gpu_tests_and_every_op_has_a_job(tmp_path):
+    names = [job.command[-1] for job in gpu.jobs("tests", tmp_path, "90a")]
+    assert "tests/decoding/test_host_reads.py" in names and len(names) > 5
+    assert all((ROOT / name).exists() for name in names)
+    micro = {job.name.split()[1] for job in gpu.jobs("micro", tmp_path, "90a")}
+    assert micro == set(run.CASES)
+
+
+def test_a_missing_file_fails_the_dry_run(tmp_path, monkeypatch):
+    job = gpu.Job("x", gpu.python("bench/nothing.py"), 1)
+    monkeypatch.setattr(gpu, "jobs", lambda part, out, arch: [job])
+    assert gpu.dry(("micro",), tmp_path) == 1
+
+
+@pytest.mark.parametrize(
+    ("capability", "arch"), [((8, 0), "80"), ((9, 0), "90a"), ((10, 0), "100"), ((12, 0), "120")]
+)
+def test_arch_of(capability, arch):
+    assert gpu.arch_of(capability) == arch
+
+
+def test_jobs_are_noted_and_taken_up(tmp_path):
+    code = {
+        "good": "print('fine')",
+        "bad": "raise SystemExit(4)",
+        "slow": "import time; time.sleep(9)",
+    }
+    ledger = gpu.Ledger(tmp_path)
+    made = {name: gpu.Job(name, gpu.python("-c", text), 60) for name, text in code.items()}
+    assert gpu.run(made["good"], ledger, 60) == "ok"
+    assert "fine" in (tmp_path / "logs/good.log").read_text()
+    assert gpu.run(made["bad"], ledger, 60) == "failed (4)"
+    assert gpu.run(made["slow"], ledger, 0.5) == "to do"  # the budget's end, not the job's fault
+    short = gpu.Job("short", made["slow"].command, 0.5)
+    assert gpu.run(short, ledger, 60) == "too long"
+    absent = gpu.Job("absent", ("x",), 1, needs="no-such-program")
+    assert gpu.run(absent, ledger, 60).startswith("skipped")
+    again = gpu.Ledger(tmp_path)
+    assert [again.status(name) for name in ("good", "bad", "slow", "never")] == [
+        "ok",
+        "failed (4)",
+        "to do",
+        "to do",
+    ]
+    state = json.loads((tmp_path / "state.json").read_text())
+    (tmp_path / "state.json").write_text(json.dumps(state | {"commit": "another"}))
+    assert gpu.Ledger(tmp_path).status("good") == "to do"
+
+
+@pytest.mark.parametrize(
+    ("codes", "status", "message"),
+    [([0, 0], 0, "0 failed, 0 left"), ([0, 1], 1, "1 failed"), ([0, None], 3, "0 failed, 1 left")],
+)
+def test_exit_status(codes, status, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu.torch.cuda, "get_device_name", lambda: "NVIDIA X 1")
+    monkeypatch.setattr(gpu.torch.cuda, "get_device_capability", lambda: (9, 0))
+    text = {None: "import time; time.sleep(9)"}
+    listed = [
+        gpu.Job(f"job{n}", gpu.python("-c", text.get(code, f"raise SystemExit({code})")), 60)
+        for n, code in enumerate(codes)
+    ]
+    monkeypatch.setattr(gpu, "jobs", lambda part, out, arch: listed)
+    result = CliRunner().invoke(gpu.main, ["build", "--out", str(tmp_path), "--budget", "1"])
+    assert result.exit_code == status and message in result.output, result.output
+
+
+def test_without_a_gpu_it_says_so():
+    result = CliRunner().invoke(gpu.main, ["build"])
+    assert result.exit_code == 1 and "expected a CUDA device" in result.output
+
+
+def write(path, columns, rows):
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def test_report(tmp_path):
+    row = {"op": "unmask", "shape": "quota-1x32", "dtype": "bf16", "gpu": "X", "date": "today"}
+    times = {"cuda": 0.5, "triton": 0.25, "torch": 2.0, "torch.compile": 1.0}
+    write(
+        tmp_path / "ops.csv",
+        run.COLUMNS,
+        [row | {"backend": name, "ms_p50": ms} for name, ms in times.items()],
+    )
+    step = {"model": "llada-8b", "batch": 1, "prompt": 128, "algorithm": "static", "rows": 32}
+    step |= {"floor_ms": 5.0, "of_floor": 1.2, "ms_p50": 6.0, "gpu": "X", "torch": "2.13"}
+    write(
+        tmp_path / "steps.csv",
+        [*steps.COLUMNS, "gpu", "driver", "torch", "triton", "cuda", "commit", "command", "date"],
+        [step | {"count": 3}, step | {"count": 30, "ms_p50": 7.0}, {"step": "all"}],
+    )
+    table = gpu.report(tmp_path)
+    assert (
+        "| unmask | quota-1x32 | bf16 | 0.5000 | 0.2500 | 1.0000 (torch.compile) | 4.00x |" in table
+    )
+    assert "| llada-8b | 1 | 128 | static | 32 | 7.00 | 5.00 | 1.20 |" in table
+    readme = tmp_path / "README.md"
+    readme.write_text("a\n<!-- gpu results -->\nold\n<!-- end of gpu results -->\nb\n")
+    result = CliRunner().invoke(
+        gpu.main, ["report", "--out", str(tmp_path), "--readme", str(readme)]
+    )
+    assert result.exit_code == 0, result.output
+    text = readme.read_text()
+    assert table in text and "old" not in text and text.startswith("a\n") and text.endswith("b\n")
+
+
+def test_steps(tmp_path):
+    file, picture = tmp_path / "steps.csv", tmp_path / "steps.png"
+    options = "--model tiny --device cpu --prompt 6 --new 4 --block 2 --no-compiled --batch 2"
+    options += f" --algorithm threshold --csv {file} --plot {picture}"
+    result = CliRunner().invoke(steps.main, options.split())
+    assert result.exit_code == 0, result.output
+    rows = list(csv.DictReader(file.open()))
+    timed = [row for row in rows if row["floor_ms"]]
+    assert {row["algorithm"] for row in rows} == {"threshold", "baseline"}
+    assert len(timed) >= 2 and picture.stat().st_size > 1000
+    for row in timed:
+        assert float(row["ms_p50"]) > 0 and float(row["floor_ms"]) > 0
+        assert int(row["launches"]) > 10 and int(row["rows"]) in (4, 32)
+    (whole,) = [row for row in rows if row["step"] == "all"]
+    assert float(whole["tokens_per_s"]) > 0 and float(whole["run_ms"]) > 0
+
+
+def test_the_floor_counts_weights_keys_and_products():
+    model = steps.make_model("tiny", "cpu", run.DTYPES["fp32"])
+    layers, head = steps.parameters(model)
+    sizes = model.sizes
+    kind = steps.Kind(work=[steps.Work(model, 2, 8, 100)], heads=[(model, 8)])
+    slot = 2 * sizes.layers * sizes.kv_heads * sizes.head_dim
+    moved = 4 * (layers + head + slot * 108)
+    slow_copy = steps.Rates(copy=1e6, matmul=1e15)
+    milliseconds, bound = kind.floor(slow_copy)
+    assert bound == "bytes" and milliseconds == pytest.approx(1e3 * moved / 1e6)
+    operations = 2 * 8 * (layers + head) + 4 * sizes.layers * sizes.heads * sizes.head_dim * 8 * 54
+    milliseconds, bound = kind.floor(steps.Rates(copy=1e15, matmul=1e6))
+    assert bound == "flops" and milliseconds == pytest.approx(1e3 * operations / 1e6)
