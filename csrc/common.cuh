@@ -108,6 +108,18 @@ cudaError_t with_type(Dtype dtype, Launch launch) {
   return cudaErrorInvalidValue;
 }
 
+// Bytes of shared memory that the blocks on one multiprocessor of the current device have together.
+inline int shared_of_multiprocessor() {
+#ifdef PYDLLM_HOST_EMULATION
+  return emulation::kDynamicLimit;
+#else
+  int device = 0, bytes = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  return bytes;
+#endif
+}
+
 // Let a kernel use more dynamic shared memory than the 48 KiB that every kernel may.
 template <typename Kernel>
 cudaError_t allow_shared(Kernel* kernel, int bytes) {

@@ -56,13 +56,26 @@ def _compile(source, text, headers, folder, flags):
     return made
 
 
-def build(folder, changes=None):
+def _written(texts, folder):
+    """A folder with these files, named by what they hold."""
+    key = hashlib.sha256("\0".join(f"{name}\0{text}" for name, text in texts.items()).encode())
+    made = folder / f"include-{key.hexdigest()[:20]}"
+    made.mkdir(exist_ok=True)
+    for name, text in texts.items():
+        (made / name).write_text(text)
+    return made
+
+
+def build(folder, changes=None, texts=None):
     """Path of the module for the CPU, built in ``folder``.
 
     Args:
         folder: where objects and modules are kept; several processes may share it.
         changes: name of a source in csrc/ -> (old, new), a piece of it that is replaced.
+        texts: name of a source or header in csrc/ -> its text. Sources that include such a header
+            themselves get it.
     """
+    texts = texts or {}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     include = (*CSRC.glob("*.h"), *CSRC.glob("*.cuh"), *(ROOT / "tests").glob("*.h"))
@@ -72,12 +85,14 @@ def build(folder, changes=None):
         fcntl.flock(lock, fcntl.LOCK_EX)
         objects = []
         for source in sorted((*CSRC.glob("*.cu"), CSRC / "binding.cpp")):
-            text = source.read_text()
+            text = texts.get(source.name) or source.read_text()
+            replaced = {name: t for name, t in texts.items() if f'"{name}"' in text}
             old, new = (changes or {}).get(source.name, ("", ""))
             if old not in text:
                 raise ValueError(f"{source.name} has no {old!r}")
             text = text.replace(old, new) if old else text
-            objects.append(_compile(source, text, headers, folder, flags))
+            include = [f"-I{_written(replaced, folder)}"] if replaced else []
+            objects.append(_compile(source, text, headers, folder, include + flags))
         key = hashlib.sha256("".join(path.name for path in objects).encode()).hexdigest()[:20]
         module = folder / key / "_C.so"
         if not module.exists():

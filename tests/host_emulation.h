@@ -42,17 +42,20 @@ enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
   cudaErrorInvalidConfiguration = 9,
+  cudaErrorMisalignedAddress = 716,
 };
 
 inline const char* cudaGetErrorName(cudaError_t error) {
-  return error == cudaSuccess             ? "cudaSuccess"
-         : error == cudaErrorInvalidValue ? "cudaErrorInvalidValue"
-                                          : "cudaErrorInvalidConfiguration";
+  return error == cudaSuccess                  ? "cudaSuccess"
+         : error == cudaErrorInvalidValue      ? "cudaErrorInvalidValue"
+         : error == cudaErrorMisalignedAddress ? "cudaErrorMisalignedAddress"
+                                               : "cudaErrorInvalidConfiguration";
 }
 inline const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaSuccess             ? "no error"
-         : error == cudaErrorInvalidValue ? "invalid argument"
-                                          : "invalid configuration argument";
+  return error == cudaSuccess                  ? "no error"
+         : error == cudaErrorInvalidValue      ? "invalid argument"
+         : error == cudaErrorMisalignedAddress ? "misaligned address"
+                                               : "invalid configuration argument";
 }
 
 struct dim3 {

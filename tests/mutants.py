@@ -20,6 +20,8 @@ from pydllm._backend import cuda
 from tests import emulation
 for argument in sys.argv[2:]:
     module, name, path = argument.split(":", 2)
+    path, _, number = path.partition("@")
+    os.environ["PYDLLM_MUTANT"] = number or "0"
     check = getattr(importlib.import_module(module), name)
     child = os.fork()
     if child == 0:
@@ -63,6 +65,51 @@ def assert_all_caught(cases, folder):
         for name, change in mutants.items():
             runs[source, name] = f"{check}:{emulation.build(folder, {source: change})}"
             expected[source, name] = CAUGHT
+    _assert_codes(runs, expected)
+
+
+# The mutant that runs, 0 for none.
+SWITCH = """
+#ifndef PYDLLM_MUTANT
+#define PYDLLM_MUTANT
+#include <cstdlib>
+static int pydllm_mutant() {
+  static const int number = std::atoi(std::getenv("PYDLLM_MUTANT"));
+  return number;
+}
+#endif
+"""
+
+
+def assert_switched_caught(check, mutants, folder):
+    """``assert_caught`` for a source that takes long to compile: all mutants in one module.
+
+    Args:
+        check, folder: as of ``assert_caught``.
+        mutants: name -> (file in csrc/, old, new), both expressions or both statements, which end
+            in a semicolon; or a new piece that asks for MUTANT itself.
+    """
+    texts = {}
+    for number, (file, old, new) in enumerate(mutants.values(), 1):
+        text = texts.get(file) or SWITCH + (emulation.CSRC / file).read_text()
+        if text.count(old) != 1:
+            raise ValueError(f"{file}: expected {old!r} once, found it {text.count(old)} times")
+        here = f"pydllm_mutant() == {number}"
+        if "MUTANT" in new:
+            switched = new.replace("MUTANT", f"({here})")
+        elif old.endswith(";"):
+            switched = f"if ({here}) {{ {new} }} else {{ {old} }}"
+        else:
+            switched = f"({here} ? ({new}) : ({old}))"
+        texts[file] = text.replace(old, switched)
+    built = f"{check}:{emulation.build(folder, texts=texts)}"
+    runs = {"unchanged": built}
+    runs |= {name: f"{built}@{number}" for number, name in enumerate(mutants, 1)}
+    _assert_codes(runs, {"unchanged": SURVIVED} | dict.fromkeys(mutants, CAUGHT))
+
+
+def _assert_codes(runs, expected):
+    """Run ``case -> check:module`` and compare how each ended."""
     command = [sys.executable, "-c", RUN, str(ROOT), *runs.values()]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pydllm import reference
-from pydllm._backend.dispatch import choose
+from pydllm._backend.dispatch import choose, launcher
 from pydllm._backend.library import register
 from pydllm.ops._checks import FLOATS, check_device, check_dtype, check_no_grad, check_shape
 
@@ -95,7 +95,8 @@ def window_attention(
         block_table: ``(B, n)`` int32, pages of each sequence: slot ``s`` is row ``s % page`` of
             page ``block_table[b, s // page]``, and ``L = n * page``. Entries of pages without
             visible or committed slots are not used. No two sequences may commit to the same page.
-        backend: None (``PYDLLM_BACKEND``), ``"auto"``, ``"triton"`` or ``"torch"``.
+        backend: None (``PYDLLM_BACKEND``), ``"auto"``, ``"cuda"`` (fp16 and bf16, heads of 64 and
+            128), ``"triton"`` or ``"torch"``.
 
     Returns:
         ``(B, T, Hq, D)`` contiguous, dtype of ``q``; zeros in rows from ``length`` on and before
@@ -112,13 +113,14 @@ def window_attention(
     A NaN stays in its sequence and its branch. Behind the masks by position it may show in a row
     that does not see it, as a NaN times a weight of 0.
 
-    Determinism: with the Triton kernel a row's bits depend on its query and its visible keys alone,
+    Determinism: with the kernels a row's bits depend on its query and its visible keys alone,
     not on the batch, other branches, padding, pages, or on which of the keys are cached; nor on
-    ``T / branches`` and ``L``, as long as both calls split the keys or both do not (short windows
-    over long caches do, ``attention_splits`` in ``kernels/_tiles.py``).
+    ``T / branches`` and ``L``: with the CUDA kernel never, with the Triton kernel as long as both
+    calls split the keys or both do not (short windows over long caches do, ``attention_splits`` in
+    ``kernels/_tiles.py``).
     CUDA graphs: safe. ``torch.compile``: one op.
 
-    Kernels: ``kernels/window_attention.py``.
+    Kernels: ``kernels/window_attention.py``, ``csrc/window_attention.cu``.
 
     Example:
         >>> q = k = torch.zeros(1, 1, 1, 2)
@@ -142,12 +144,17 @@ def window_attention(
     extra = (q_norm, k_norm, block_table)
     factor = q.shape[3] ** -0.5 if scale is None else float(scale)
 
+    def cuda() -> str | None:
+        from pydllm._backend.cuda import window_attention as kernel
+
+        return kernel.supports(*tensors, *extra)
+
     def triton() -> str | None:
         from pydllm.kernels import window_attention as kernel
 
         return kernel.supports(*tensors, *extra)
 
-    chosen = choose("window_attention", backend, q.device, triton=triton)
+    chosen = choose("window_attention", backend, q.device, triton=triton, cuda=cuda)
     run = _run if chosen == "torch" else torch.ops.pydllm.window_attention
     return run(*tensors, *extra, factor, branches, causal, block_size, window, softcap, eps, chosen)
 
@@ -262,9 +269,7 @@ def _run(
     tensors = (q, k, v, k_cache, v_cache, start, length, kv_len, commit, cos, sin, pad)
     run = reference.window_attention
     if backend != "torch":
-        from pydllm.kernels import window_attention as kernel
-
-        run = kernel.window_attention
+        run = launcher("window_attention", backend)
     return run(
         *tensors,
         q_norm,

@@ -8,9 +8,19 @@ from pydllm.testing import error_budget, max_error, random_normal
 
 NAN = float("nan")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-BACKENDS = ["torch", "triton"]
+KERNELS = ["triton", "cuda"]
+BACKENDS = ["torch", *KERNELS]
 NUMBERS = ("start", "length", "kv_len", "commit", "pad")
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def dtypes(backend):
+    """What a backend takes, the usual one first."""
+    return DTYPES[1:] if backend == "cuda" else DTYPES
+
+
+KERNELS_DTYPES = [(backend, dtype) for backend in KERNELS for dtype in dtypes(backend)]
+BACKENDS_DTYPES = [("torch", dtype) for dtype in DTYPES] + KERNELS_DTYPES
 
 # A sequence a row: start, length, kv_len, commit, pad. Caches have 150 slots, tiles 64 positions.
 FORMS = {
@@ -124,8 +134,7 @@ def check_untouched(inputs, got, name, fresh):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS_DTYPES, ids=str)
 def test_every_form_agrees_with_the_dense_formulation(backend, dtype, form):
     check(make(form, dtype), backend)
 
@@ -144,15 +153,19 @@ def test_the_definition_in_fp64(form):
 @pytest.mark.parametrize("heads", [(1, 1), (4, 4), (4, 1), (6, 2), (14, 2)], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_groups_of_heads(backend, heads):
-    check(make([(70, 37, 150, 37, 0), (10, 20, 30, 11, 4)], heads=heads), backend)
+    sequences = [(70, 37, 150, 37, 0), (10, 20, 30, 11, 4)]
+    check(make(sequences, dtypes(backend)[0], heads=heads), backend)
+
+
+HEADS = [(64, 64), (64, 0), (64, 16), (128, 64), (128, 128)]
+OTHER_HEADS = [(8, 8), (32, 32), (80, 80), (80, 32), (96, 96), (256, 64), (256, 256), (512, 512)]
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "rotary"),
-    [(8, 8), (32, 32), (64, 64), (80, 80), (80, 32), (96, 96), (128, 64), (128, 128), (256, 64)]
-    + [(256, 256), (512, 512), (64, 0)],
+    ("backend", "head_dim", "rotary"),
+    [(backend, *head) for backend in BACKENDS for head in HEADS]
+    + [(backend, *head) for backend in BACKENDS[:2] for head in OTHER_HEADS],
 )
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_head_sizes_and_partial_rotary(backend, head_dim, rotary):
     check(make("ragged", torch.float16, head_dim=head_dim, rotary=rotary), backend)
 
@@ -165,13 +178,14 @@ def test_only_the_commit_is_written(backend, commit):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_scale(backend):
-    out = check(make("dual"), backend, scale=0.7)
-    assert not torch.equal(out, check(make("dual"), backend))
+    inputs = make("dual", dtypes(backend)[0])
+    out = check(inputs, backend, scale=0.7)
+    assert not torch.equal(out, check(inputs, backend))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_equal_scores_give_the_mean(backend):
-    inputs = make("dual")
+    inputs = make("dual", dtypes(backend)[0])
     inputs["q"].zero_()
     for name in ("v", "v_cache"):
         inputs[name].fill_(3.0)
@@ -195,7 +209,7 @@ def test_views_are_read_and_written_in_place(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_nan_stays_in_its_sequence(backend):
     sequences = [(70, 9, 150, 9, 0), (60, 8, 150, 3, 2)]
-    clean, dirty = make(sequences), make(sequences)
+    clean, dirty = (make(sequences, dtypes(backend)[0]) for _ in range(2))
     for name in ("q", "k", "v", "k_cache", "v_cache"):
         dirty[name][1] = NAN
     out, spoilt = (ops.window_attention(**t, backend=backend) for t in (clean, dirty))
@@ -207,7 +221,7 @@ def test_a_nan_stays_in_its_sequence(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_nan_query_spoils_its_row_alone(backend):
-    inputs = make("dual")
+    inputs = make("dual", dtypes(backend)[0])
     inputs["q"][0, 4, 1] = NAN
     out = ops.window_attention(**inputs, backend=backend)
     assert out[0, 4, 1].isnan().all()
@@ -218,14 +232,14 @@ def test_a_nan_query_spoils_its_row_alone(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_visible_nan_is_not_hidden(backend):
     for name, index in (("k_cache", 3), ("v_cache", 149), ("k", 0), ("v", 8)):
-        inputs = make("dual")
+        inputs = make("dual", dtypes(backend)[0])
         inputs[name][0, index] = NAN
         assert ops.window_attention(**inputs, backend=backend).isnan().all(), name
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_that_do_not_fit_the_cache_are_dropped(backend):
-    cut, whole = make([(145, 5, 150, 5, 0)], rows=9), make([(145, 9, 150, 9, 0)], rows=9)
+    cut, whole = (make([(145, rows, 150, rows, 0)], dtypes(backend)[0], rows=9) for rows in (5, 9))
     out, over = (ops.window_attention(**t, backend=backend) for t in (cut, whole))
     assert torch.equal(out, over) and torch.equal(cut["k_cache"], whole["k_cache"])
     assert torch.equal(cut["v_cache"], whole["v_cache"])
@@ -234,7 +248,7 @@ def test_rows_that_do_not_fit_the_cache_are_dropped(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", [(0, 4), (2, 0)], ids=["no sequences", "no rows"])
 def test_nothing_to_do(backend, shape):
-    inputs = make([(5, 4, 9, 4, 0), (5, 4, 9, 4, 0)])
+    inputs = make([(5, 4, 9, 4, 0), (5, 4, 9, 4, 0)], dtypes(backend)[0])
     batch, rows = shape
     inputs = {name: t if name in ("cos", "sin") else t[:batch] for name, t in inputs.items()}
     inputs |= {name: inputs[name][:, :rows] for name in ("q", "k", "v")}
@@ -243,39 +257,41 @@ def test_nothing_to_do(backend, shape):
     assert torch.equal(inputs["k_cache"].nan_to_num(), before.nan_to_num())
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_bits_of_a_sequence_do_not_depend_on_the_batch(dtype):
+@pytest.mark.parametrize(("backend", "dtype"), KERNELS_DTYPES, ids=str)
+def test_the_bits_of_a_sequence_do_not_depend_on_the_batch(backend, dtype):
     together = make("ragged", dtype)
     alone = {name: t if name in ("cos", "sin") else t[3:] for name, t in copy(together).items()}
-    out, single = (ops.window_attention(**t, backend="triton") for t in (together, alone))
+    out, single = (ops.window_attention(**t, backend=backend) for t in (together, alone))
     assert torch.equal(out[3], single[0])
     assert torch.equal(together["k_cache"][3].nan_to_num(), alone["k_cache"][0].nan_to_num())
 
 
-def test_the_bits_do_not_depend_on_padding():
+@pytest.mark.parametrize("backend", KERNELS)
+def test_the_bits_do_not_depend_on_padding(backend):
     plain = make([(70, 9, 130, 9, 0)], torch.float16)
     padded = make([(80, 9, 140, 9, 10)], torch.float16)
     padded |= {name: plain[name] for name in ("q", "k", "v")}
     for name in ("k_cache", "v_cache"):
         padded[name][:, 10:] = plain[name][:, :140]
-    out, shifted = (ops.window_attention(**t, backend="triton") for t in (plain, padded))
+    out, shifted = (ops.window_attention(**t, backend=backend) for t in (plain, padded))
     assert torch.equal(out, shifted)
     assert torch.equal(plain["k_cache"][:, :130], padded["k_cache"][:, 10:140])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_bits_do_not_depend_on_which_keys_are_cached(dtype):
+@pytest.mark.parametrize(("backend", "dtype"), KERNELS_DTYPES, ids=str)
+def test_the_bits_do_not_depend_on_which_keys_are_cached(backend, dtype):
     whole = make([(50, 24, 150, 24, 0)], dtype)
-    out = ops.window_attention(**whole, backend="triton")
+    out = ops.window_attention(**whole, backend=backend)
     rest = whole | {name: whole[name][:, 12:] for name in ("q", "k", "v")}
     rest |= {name: whole[name].clone() for name in ("k_cache", "v_cache")}
     rest |= {"start": whole["start"] + 12, "length": whole["length"] - 12}
     rest |= {"commit": whole["commit"] - 12}
-    assert torch.equal(ops.window_attention(**rest, backend="triton"), out[:, 12:])
+    assert torch.equal(ops.window_attention(**rest, backend=backend), out[:, 12:])
     assert torch.equal(rest["k_cache"], whole["k_cache"])
 
 
-def test_offsets_beyond_two_to_the_31():
+@pytest.mark.parametrize("backend", KERNELS)
+def test_offsets_beyond_two_to_the_31(backend):
     """Slots 2^26 elements apart: memory that is mapped, and touched only where a slot lies."""
     slots, stride, rows = 140, 2**26, 4  # tiles of 64 before the window, on it and behind it
     memory = mmap.mmap(
@@ -290,8 +306,8 @@ def test_offsets_beyond_two_to_the_31():
     for offset, name in ((0, "k_cache"), (128, "v_cache")):
         view = flat.as_strided((1, slots, 1, 64), (slots * stride, stride, 64, 1), offset)
         far[name] = view.copy_(near[name])
-    expected = ops.window_attention(**near, backend="triton")
-    assert torch.equal(ops.window_attention(**far, backend="triton"), expected)
+    expected = ops.window_attention(**near, backend=backend)
+    assert torch.equal(ops.window_attention(**far, backend=backend), expected)
     for name in ("k_cache", "v_cache"):
         assert torch.equal(far[name], near[name])
     del far, view, flat
@@ -304,8 +320,8 @@ def arguments(inputs, backend):
     return (*tensors, *extra, 0.125, 1, False, None, None, None, 1e-6, backend)
 
 
-def small(form="padded"):
-    inputs = make(form, slots=150)
+def small(form="padded", dtype=torch.float32):
+    inputs = make(form, dtype, slots=150)
     for name in (
         "q",
         "k",
@@ -320,14 +336,15 @@ def small(form="padded"):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend):
     op = torch.ops.pydllm.window_attention.default
-    inputs = small([(5, 3, 9, 2, 0), (7, 4, 30, 0, 8)])
+    inputs = small([(5, 3, 9, 2, 0), (7, 4, 30, 0, 8)], dtypes(backend)[0])
     torch.library.opcheck(op, arguments(inputs, backend))
     torch.library.opcheck(op, arguments(inputs | {"pad": None}, backend))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_fullgraph_compile(backend):
-    inputs = small()
+    dtype = dtypes(backend)[0]
+    inputs = small(dtype=dtype)
     eager, compiled = copy(inputs), copy(inputs)
 
     def call(tensors):
@@ -335,7 +352,7 @@ def test_fullgraph_compile(backend):
 
     results = call(eager), eager["k_cache"], eager["v_cache"]
     out = torch.compile(call, fullgraph=True, backend="aot_eager")(compiled)
-    exact, plain = (dense(small(), kind) for kind in (torch.float64, torch.float32))
+    exact, plain = (dense(small(dtype=dtype), kind) for kind in (torch.float64, dtype))
     got = out, compiled["k_cache"], compiled["v_cache"]
     for one, eager_one, want, same in zip(got, results, exact, plain, strict=True):
         # The compiler splits addcmul, which rounds once, into two operations.
@@ -379,7 +396,7 @@ GOOD = make([(5, 3, 9, 2, 0), (7, 4, 30, 0, 0)], slots=30)
         ("cos", torch.ones(30, 33), ValueError, r"sin: expected shape \(30, 33\), got"),
         ("sin", torch.ones(30, 32).half(), TypeError, "sin: expected dtype torch.float32, got"),
         ("start", torch.ones(2, device="meta").int(), ValueError, "start: expected device cpu"),
-        ("backend", "cuda", RuntimeError, "window_attention has no cuda kernel"),
+        ("backend", "cuda", RuntimeError, "the kernel takes fp16 and bf16, got torch.float32"),
         ("backend", "gpu", ValueError, "backend: expected one of auto, cuda, triton, torch"),
         ("k", torch.ones(2, 4, 2, 64, requires_grad=True), ValueError, "got k with requires_grad"),
     ],
@@ -415,7 +432,7 @@ def test_sizes_that_do_not_fit(change, error, message):
         ops.window_attention(**(GOOD | tensors))
 
 
-def test_what_the_kernel_does_not_take():
+def test_what_the_triton_kernel_does_not_take():
     wide = make([(5, 3, 9, 2, 0)], head_dim=514, slots=30)
     with pytest.raises(RuntimeError, match="even head sizes up to 512, got 514"):
         ops.window_attention(**wide, backend="triton")
@@ -432,11 +449,13 @@ def test_what_the_kernel_does_not_take():
 @pytest.mark.gpu
 @pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_on_a_gpu(dtype, form, head_dim):
+@pytest.mark.parametrize(("backend", "dtype"), KERNELS_DTYPES, ids=str)
+def test_on_a_gpu(backend, dtype, form, head_dim):
+    if backend == "cuda" and head_dim not in (64, 128):
+        pytest.skip("the CUDA kernel takes head sizes 64 and 128")
     inputs = make(form, dtype, head_dim=head_dim)
     on_gpu = {name: tensor.cuda() for name, tensor in inputs.items()}
-    out = ops.window_attention(**on_gpu, backend="triton").cpu()
+    out = ops.window_attention(**on_gpu, backend=backend).cpu()
     exact, plain = (dense(inputs, kind) for kind in (torch.float64, dtype))
     got = (out, on_gpu["k_cache"].cpu(), on_gpu["v_cache"].cpu())
     for one, want, same in zip(got, exact, plain, strict=True):
@@ -446,7 +465,7 @@ def test_on_a_gpu(dtype, form, head_dim):
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_captured_in_a_cuda_graph(backend):
-    inputs = {name: tensor.cuda() for name, tensor in small("ragged").items()}
+    inputs = {name: tensor.cuda() for name, tensor in small("ragged", dtypes(backend)[0]).items()}
     expected = ops.window_attention(**copy(inputs), backend=backend)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -5,7 +5,7 @@ import torch
 
 from pydllm import ops
 from pydllm.testing import error_budget, max_error, random_normal
-from tests.ops.test_window_attention import DTYPES, copy
+from tests.ops.test_window_attention import KERNELS_DTYPES, copy
 from tests.ops.test_window_attention_masks import MASKS, branched
 
 # start, length, kv_len, commit, pad of: prefix, dual cache, refresh, left padding, no row at all.
@@ -42,18 +42,19 @@ def run(inputs, backend, **options):
 @pytest.mark.parametrize("is_paged", [False, True], ids=["whole", "paged"])
 @pytest.mark.parametrize("has_norms", [False, True], ids=["plain", "norms"])
 @pytest.mark.parametrize("branches", [1, 3])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_mask_with_every_other_form(dtype, branches, has_norms, is_paged):
-    inputs = branched(SEQUENCES, branches, dtype, rows=6, head_dim=16, slots=SLOTS)
+@pytest.mark.parametrize(("backend", "dtype"), KERNELS_DTYPES, ids=str)
+def test_every_mask_with_every_other_form(backend, dtype, branches, has_norms, is_paged):
+    head_dim = 64 if backend == "cuda" else 16
+    inputs = branched(SEQUENCES, branches, dtype, rows=6, head_dim=head_dim, slots=SLOTS)
     if has_norms:
         for seed, name in enumerate(("q_norm", "k_norm")):
-            inputs[name] = random_normal(16, seed=seed, dtype=dtype)
+            inputs[name] = random_normal(head_dim, seed=seed, dtype=dtype)
     if is_paged:
         inputs = paged(inputs)
     wide = {k: t.double() if t.is_floating_point() else t for k, t in inputs.items()}
     for mask in ({}, *MASKS.values()):
         options = mask | ({"branches": branches} if branches > 1 else {})
         exact, plain = run(wide, "torch", **options), run(inputs, "torch", **options)
-        got = run(inputs, "triton", **options)
+        got = run(inputs, backend, **options)
         for one, want, same in zip(got, exact, plain, strict=True):
             assert max_error(one, want) <= error_budget(want, same), mask

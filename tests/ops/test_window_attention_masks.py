@@ -4,11 +4,24 @@ import pytest
 import torch
 
 from pydllm import ops
+from pydllm._backend.cuda import window_attention as cuda
 from pydllm.kernels import _tiles
 from pydllm.testing import error_budget, max_error, random_normal
-from tests.ops.test_window_attention import NAN, NUMBERS, copy, make, rotate
+from tests.ops.test_window_attention import (
+    BACKENDS,
+    KERNELS,
+    NAN,
+    NUMBERS,
+    copy,
+    dtypes,
+    make,
+    rotate,
+)
 
-BACKENDS = ["torch", "triton"]
+# fp32 and fp16 as far as a backend has them; bf16 takes the same road.
+BACKENDS_DTYPES = [
+    (backend, dtype) for backend in BACKENDS for dtype in dtypes(backend) if dtype != torch.bfloat16
+]
 # start, length, kv_len, commit, pad; 150 slots, tiles of 64 positions.
 SEQUENCES = [(66, 12, 150, 12, 0), (60, 7, 128, 3, 5), (2, 12, 14, 0, 0), (130, 0, 150, 0, 1)]
 MASKS = {
@@ -112,8 +125,7 @@ def of_branch(inputs, branch, branches, names=("q", "k", "v")):
 
 
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS_DTYPES, ids=str)
 def test_masks(backend, dtype, mask):
     check(make(SEQUENCES, dtype), backend, **MASKS[mask])
 
@@ -121,12 +133,15 @@ def test_masks(backend, dtype, mask):
 @pytest.mark.parametrize("mask", ["causal", "blocks", "window"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_masks_of_a_refresh_over_several_tiles_of_queries(backend, mask):
-    check(make([(0, 150, 150, 150, 0), (0, 140, 140, 0, 9)], heads=(2, 1)), backend, **MASKS[mask])
+    sequences = [(0, 150, 150, 150, 0), (0, 140, 140, 0, 9)]
+    check(make(sequences, dtypes(backend)[0], heads=(2, 1)), backend, **MASKS[mask])
 
 
-def test_a_causal_row_sees_nothing_behind_it():
-    whole, cut = make([(60, 9, 150, 0, 0)]), make([(60, 9, 69, 0, 0)])
-    got, want = (ops.window_attention(**t, causal=True, backend="triton") for t in (whole, cut))
+@pytest.mark.parametrize("backend", KERNELS)
+def test_a_causal_row_sees_nothing_behind_it(backend):
+    forms = [(60, 9, 150, 0, 0)], [(60, 9, 69, 0, 0)]
+    whole, cut = (make(form, dtypes(backend)[0]) for form in forms)
+    got, want = (ops.window_attention(**t, causal=True, backend=backend) for t in (whole, cut))
     assert torch.equal(got, want)
 
 
@@ -134,12 +149,14 @@ def test_a_causal_row_sees_nothing_behind_it():
 @pytest.mark.parametrize("branches", [2, 3])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_branches(backend, branches, options):
-    check(branched(SEQUENCES, branches), backend, branches=branches, **options)
+    inputs = branched(SEQUENCES, branches, dtypes(backend)[0])
+    check(inputs, backend, branches=branches, **options)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rows", [4, 12])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [(name, dtype) for name in BACKENDS for dtype in dtypes(name)], ids=str
+)
 def test_a_branch_is_its_own_separate_call(backend, rows, dtype):
     sequences = [(62, 4, 150, 2, 0), (70, 3, 74, 0, 6)]
     inputs = branched(sequences, 8, dtype, rows=rows)
@@ -154,7 +171,8 @@ def test_a_branch_is_its_own_separate_call(backend, rows, dtype):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_poisoned_branch_changes_no_other(backend):
-    clean = branched([(62, 4, 150, 2, 0), (10, 4, 14, 4, 0)], 8, rows=4)
+    sequences = [(62, 4, 150, 2, 0), (10, 4, 14, 4, 0)]
+    clean = branched(sequences, 8, dtypes(backend)[0], rows=4)
     dirty = copy(clean)
     for name in ("q", "k", "v"):
         dirty[name][0, 12:16] = NAN
@@ -165,10 +183,9 @@ def test_a_poisoned_branch_changes_no_other(backend):
     assert torch.equal(clean["k_cache"].nan_to_num(), dirty["k_cache"].nan_to_num())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_bits_alone_in_slot_7_of_32_and_among_branches(dtype):
-    """What FreeDave needs to be lossless; the kernel alone promises it."""
-    backend = "triton"
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS_DTYPES[2:], ids=str)
+def test_bits_alone_in_slot_7_of_32_and_among_branches(backend, dtype):
+    """What FreeDave needs to be lossless; the kernels alone promise it."""
     mine, other = (62, 4, 140, 4, 3), (17, 2, 60, 1, 0)
     batch = branched([mine if slot == 7 else other for slot in range(32)], 8, dtype, rows=4)
     alone = {n: t if n in ("cos", "sin") else t[7:8] for n, t in copy(batch).items()}
@@ -182,8 +199,7 @@ def test_bits_alone_in_slot_7_of_32_and_among_branches(dtype):
 
 
 @pytest.mark.parametrize("options", [{}, {"branches": 2}], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS_DTYPES, ids=str)
 def test_norm_of_heads(backend, dtype, options):
     inputs = branched(SEQUENCES, 2, dtype) if options else make(SEQUENCES, dtype)
     norms = 1 + random_normal(2, 64, seed=9, dtype=dtype) / 4
@@ -197,7 +213,8 @@ def test_pages(backend, options, page):
     """The same bits through a block table, and not a bit changed elsewhere."""
     slots = 160
     sequences = SEQUENCES[:3]
-    inputs = branched(sequences, 2) if "branches" in options else make(sequences, slots=150)
+    dtype = dtypes(backend)[0]
+    inputs = branched(sequences, 2, dtype) if "branches" in options else make(sequences, dtype)
     plain = copy(inputs)
     out = ops.window_attention(**plain, **options, backend=backend)
     per = slots // page
@@ -207,9 +224,11 @@ def test_pages(backend, options, page):
         used = -(-max(kv_len, start + length) // page)
         paged["block_table"][b, :used] = order[b * per : b * per + used]
     for name in ("k_cache", "v_cache"):
-        pool = torch.full((3 * per + 2, page, 2, 64), NAN)
+        pool = torch.full((3 * per + 2, page, 2, 64), NAN, dtype=dtype)
         for b in range(3):
-            padded = torch.cat((inputs[name][b], torch.full((slots - 150, 2, 64), NAN)))
+            padded = torch.cat(
+                (inputs[name][b], torch.full((slots - 150, 2, 64), NAN, dtype=dtype))
+            )
             for index, number in enumerate(paged["block_table"][b].tolist()):
                 if number >= 0:
                     pool[number] = padded[index * page : (index + 1) * page]
@@ -231,36 +250,43 @@ def test_pages(backend, options, page):
         assert torch.equal(paged[name][rest].nan_to_num(7), before[name][rest].nan_to_num(7))
 
 
-@pytest.fixture
-def split(monkeypatch):
-    """Splits of 64 positions, a tile of the interpreter."""
+@pytest.fixture(params=["one block", "a block each"])
+def split(request, monkeypatch):
+    """Splits of 64 positions, one tile; CUDA joins them in one block or behind many."""
     monkeypatch.setattr(_tiles, "ATTENTION_SPLIT", 64)
+    monkeypatch.setattr(cuda, "SPLIT", 64)
+    apart = request.param == "a block each"
+    monkeypatch.setattr(cuda, "multiprocessors", lambda device: 10**6 if apart else 0)
+    if not apart and request.node.callspec.params["backend"] == "triton":
+        pytest.skip("Triton has a program for each split")
 
 
 @pytest.mark.parametrize("mask", [{}, *MASKS.values()], ids=["none", *MASKS])
-def test_split_keys(split, mask):
-    check(make(SEQUENCES), "triton", **mask)
+@pytest.mark.parametrize("backend", KERNELS)
+def test_split_keys(split, backend, mask):
+    check(make(SEQUENCES, dtypes(backend)[0]), backend, **mask)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_split_keys_of_branches_and_their_bits(split, dtype):
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS_DTYPES[2:], ids=str)
+def test_split_keys_of_branches_and_their_bits(split, backend, dtype):
     """A sequence alone and in slot 7 of 32, one branch and eight."""
     mine, other = (62, 4, 140, 4, 3), (17, 2, 60, 1, 0)
     batch = branched([mine if slot == 7 else other for slot in range(32)], 8, dtype, rows=4)
     alone = {n: t if n in ("cos", "sin") else t[7:8] for n, t in copy(batch).items()}
     single = of_branch(alone, 0, 8)
-    together = ops.window_attention(**batch, branches=8, backend="triton")
-    packed = check(alone, "triton", branches=8)
+    together = ops.window_attention(**batch, branches=8, backend=backend)
+    packed = check(alone, backend, branches=8)
     assert torch.equal(together[7], packed[0])
-    assert torch.equal(packed[:, :4], ops.window_attention(**single, backend="triton"))
+    assert torch.equal(packed[:, :4], ops.window_attention(**single, backend=backend))
 
 
-def test_a_nan_stays_in_its_sequence_when_split(split):
-    clean = make([(70, 9, 150, 9, 0), (60, 8, 150, 3, 2)])
+@pytest.mark.parametrize("backend", KERNELS)
+def test_a_nan_stays_in_its_sequence_when_split(split, backend):
+    clean = make([(70, 9, 150, 9, 0), (60, 8, 150, 3, 2)], dtypes(backend)[0])
     dirty = copy(clean)
     for name in ("q", "k", "v", "k_cache", "v_cache"):
         dirty[name][1] = NAN
-    out, spoilt = (ops.window_attention(**t, backend="triton") for t in (clean, dirty))
+    out, spoilt = (ops.window_attention(**t, backend=backend) for t in (clean, dirty))
     assert torch.equal(out[0], spoilt[0]) and not out.isnan().any()
     assert spoilt[1, :8].isnan().all() and (spoilt[1, 8:] == 0).all()
 
@@ -271,6 +297,9 @@ def test_what_is_split_does_not_hang_on_the_batch_or_the_branches():
     assert _tiles.attention_splits(tile, 128, 1025, 256) == (2, 32)
     assert _tiles.attention_splits(tile, 129, 32768, 256) == (1, 0)
     assert _tiles.attention_splits(tile, 4, 32768, 1024) == (1, 0)
+    assert cuda.splits_of(264, 32768, 132) == 1
+    assert cuda.splits_of(263, 1025, 132) == 3
+    assert cuda.SPLIT % cuda.KEYS == 0
     assert all(
         _tiles.ATTENTION_SPLIT % row.block_n == 0 for row in _tiles.WINDOW_ATTENTION.values()
     )
@@ -278,16 +307,17 @@ def test_what_is_split_does_not_hang_on_the_batch_or_the_branches():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck_with_every_option(backend):
-    inputs = branched([(5, 3, 9, 2, 0), (7, 4, 30, 0, 8)], 2, rows=4)
+    dtype = dtypes(backend)[0]
+    inputs = branched([(5, 3, 9, 2, 0), (7, 4, 30, 0, 8)], 2, dtype, rows=4)
     names = ("q", "k", "v", "k_cache", "v_cache")
     inputs |= {name: inputs[name].nan_to_num(0.5) for name in names}
-    weight = torch.ones(64)
+    weight = torch.ones(64, dtype=dtype)
     order = (*names, *NUMBERS[:4], "cos", "sin", "pad")
     tensors = tuple(inputs[name] for name in order)
     op = torch.ops.pydllm.window_attention.default
     options = (0.125, 2, True, 4, 9, 2.0, 1e-6, backend)
     torch.library.opcheck(op, (*tensors, weight, weight, None, *options))
-    pool = torch.ones(2, 15, 10, 2, 64)
+    pool = torch.ones(2, 15, 10, 2, 64, dtype=dtype)
     table = torch.arange(30, dtype=torch.int32).view(2, 15) % 15
     paged = (*tensors[:3], pool[0], pool[1], *tensors[5:], weight, weight, table)
     torch.library.opcheck(op, (*paged, *options))
