@@ -282,7 +282,7 @@ def test_every_forward_writes_something(models, which, new, lengths, options):
         assert (after == MASK).sum() < (before == MASK).sum()
     # One block more a forward at most, so nothing of block k is written before forward k.
     # (An add_at of 0 opens the second block before the first forward.)
-    block = torch.arange(new) // options["block_length"] - (options["add_at"] == 0)
+    block = torch.arange(new) // options["block_length"] - int(options["add_at"] == 0)
     assert ((got.step_map >= block) | (got.step_map < 0)).all()
     for row, sequence in enumerate(got.sequences):
         answer = sequence[len(prompts[row]) :]
