@@ -112,6 +112,7 @@ def compile_file(source: str, arch: str) -> list[dict[str, int | str | float]]:
     with tempfile.TemporaryDirectory() as folder:
         cubin = f"{folder}/x.cubin"
         command = [nvcc(), "-std=c++17", "-O3", f"-arch=sm_{arch}", "-Xptxas=-v", "-cubin"]
+        command += ["-Werror=all-warnings"]
         command += [str(ROOT / "csrc" / f"{source}.cu"), "-o", cubin]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
@@ -144,7 +145,7 @@ def wheels(archs: tuple[str, ...]) -> Iterator[dict[str, object]]:
             copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
             options = {"symlinks": True} if copy is shutil.copytree else {}
             copy(ROOT / name, Path(folder, name), **options)
-        for chosen in (*archs, ";".join(archs)):
+        for chosen in dict.fromkeys((*archs, ";".join(archs))):
             shutil.rmtree(f"{folder}/build", ignore_errors=True)
             environment = os.environ | {"PYDLLM_CUDA_ARCHS": chosen, "PYDLLM_BUILD_CUDA": "1"}
             out = Path(folder, "dist", chosen.replace(";", "_"))

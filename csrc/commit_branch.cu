@@ -75,9 +75,11 @@ __global__ void __launch_bounds__(kThreads)
   cos += position * sizes.half;
   sin += position * sizes.half;
 
+  // A head is one turn or two of these loops: unrolled further they only take registers.
   float factor = 1.f;
   if (k_norm != nullptr) {
     float squares = 0.f;
+#pragma unroll 1
     for (int i = lane * kSize; i < sizes.head_dim; i += kWarpSize * kSize) {
       const auto chunk = load_chunk<T, kSize>(k + i);
 #pragma unroll
@@ -103,6 +105,7 @@ __global__ void __launch_bounds__(kThreads)
     }
     return chunk;
   };
+#pragma unroll 1
   for (int i = lane * kSize; i < sizes.half; i += kWarpSize * kSize) {
     auto a = load_normed(i), b = load_normed(i + sizes.half);
 #pragma unroll
@@ -116,9 +119,11 @@ __global__ void __launch_bounds__(kThreads)
     store_chunk(k_cache + i, a);
     store_chunk(k_cache + i + sizes.half, b);
   }
+#pragma unroll 1
   for (int i = 2 * sizes.half + lane * kSize; i < sizes.head_dim; i += kWarpSize * kSize) {
     store_chunk(k_cache + i, load_normed(i));
   }
+#pragma unroll 1
   for (int i = lane * kSize; i < sizes.head_dim; i += kWarpSize * kSize) {
     store_chunk(v_cache + i, load_chunk<T, kSize>(v + i));
   }

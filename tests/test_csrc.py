@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from bench import cuda_resources
 from pydllm import ops
 from pydllm._backend import cuda
 from tests import emulation
@@ -21,13 +22,25 @@ NVCC = str(USUAL_NVCC) if USUAL_NVCC.exists() else shutil.which("nvcc")
 
 
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc")
-def test_the_oldest_and_the_newest_architectures_compile(tmp_path):
+@pytest.mark.parametrize("arch", ["80", "120"])
+def test_the_oldest_and_the_newest_architectures_compile(arch):
     """One small file; test_packaging.py has all files for sm_90a, `make resources` all for all."""
-    command = [NVCC, "-std=c++17", "-O3", "-Werror=all-warnings", "-c", str(CSRC / "swiglu.cu")]
-    for arch in (80, 120):
-        command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
-    done = subprocess.run([*command, "-o", str(tmp_path / "x.o")], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    pytest.importorskip("triton")
+    rows = cuda_resources.compile_file("swiglu", arch)
+    names = {f"swiglu_kernel<{name}>" for name in ("float", "__half", "__nv_bfloat16")}
+    assert {row["kernel"] for row in rows} == names
+    for row in rows:
+        assert (row["arch"], row["spills"], row["threads"]) == (f"sm_{arch}", 0, 256)
+        assert 8 <= row["registers"] <= 64 and row["occupancy"] >= 0.5
+
+
+def test_occupancy():
+    # Registers are given in units of 8 a thread, warps in units of 4.
+    assert cuda_resources.occupancy("90a", 32, 1024, 0) == 1
+    assert cuda_resources.occupancy("90a", 33, 1024, 0) == 0.5
+    assert cuda_resources.occupancy("90a", 80, 256, 0) == 3 * 256 / 2048
+    assert cuda_resources.occupancy("86", 16, 128, 15 * 1024) == 6 * 128 / 1536
+    assert cuda_resources.occupancy("86", 16, 32, 0) == 16 * 32 / 1536
 
 
 # Kernels that are right, and kernels with an error that the emulation has to find.
