@@ -1,7 +1,8 @@
 """Where CUDA kernels were measured to be faster than Triton ones: ``auto`` takes them there.
 
-A row is written by hand, from ``python bench/run.py OP --backend cuda triton`` on that GPU, and
-names the file in bench/results/ that shows it. Where nothing was measured, ``auto`` takes Triton.
+A row is written by hand, from ``python bench/run.py OP --backend cuda --backend triton`` on that
+GPU, and names the file in bench/results/ that shows it. Where nothing was measured, ``auto`` takes
+Triton.
 """
 
 from __future__ import annotations
