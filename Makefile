@@ -84,6 +84,9 @@ gpu: $(READY)
 gpu-report: $(READY)
 	$(PY) bench/gpu.py report $(if $(README),--readme $(README))
 
+# Without a GPU the demo and the tests have no use for the CUDA kernels, which take nvcc minutes.
+$(VENV)/.ready checked: export PYDLLM_BUILD_CUDA ?= $(if $(shell command -v nvidia-smi),auto,0)
+
 # What is compiled or declared decides whether the environment is up to date.
 $(VENV)/.ready: pyproject.toml setup.py $(wildcard csrc/*)
 	@set -e; \
