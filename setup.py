@@ -24,6 +24,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 USUAL_PLACE = Path("/usr/local/cuda")
 
+OLDEST_ARCH = 80
 # PTX of the oldest one: what has no code of its own (Jetson, the next generation) translates that.
 DEFAULT_ARCHS = ("80+PTX", "86", "89", "90a", "100", "120")
 JOB_BYTES = 2 * 2**30
@@ -65,7 +66,8 @@ def choose_archs(cuda: Path) -> list[str]:
     listed = subprocess.run(
         [cuda / "bin/nvcc", "--list-gpu-code"], capture_output=True, text=True, check=True
     )
-    known = re.findall(r"sm_(\d+)", listed.stdout)
+    # Older ones lack instructions that the kernels are made of.
+    known = [sm for sm in re.findall(r"sm_(\d+)", listed.stdout) if int(sm) >= OLDEST_ARCH]
 
     def supported(arch: str) -> bool:
         return re.sub(r"[af]?(\+PTX)?$", "", arch) in known
@@ -83,8 +85,8 @@ def choose_archs(cuda: Path) -> list[str]:
         )
     if unknown := [arch for arch in archs if not supported(arch)]:
         raise SystemExit(
-            f"PYDLLM_CUDA_ARCHS: {cuda / 'bin/nvcc'} compiles for {', '.join(known)}, "
-            f"got {', '.join(unknown)}"
+            f"PYDLLM_CUDA_ARCHS: {cuda / 'bin/nvcc'} compiles these kernels for "
+            f"{', '.join(known)}, got {', '.join(unknown)}"
         )
     return archs
 

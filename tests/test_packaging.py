@@ -266,7 +266,14 @@ BAD_SETTINGS = {
     "no archs": ({"PYDLLM_CUDA_ARCHS": ";"}, "expected architectures separated by semicolons"),
     "not an arch": ({"PYDLLM_CUDA_ARCHS": "abc"}, "such as '80;90a;100+PTX', got 'abc'"),
     "and which there are": ({"PYDLLM_CUDA_ARCHS": "sm_90"}, "compiles for 80, 90)"),
-    "unknown arch": ({"PYDLLM_CUDA_ARCHS": "80;200a"}, "compiles for 80, 90, got 200a"),
+    "unknown arch": (
+        {"PYDLLM_CUDA_ARCHS": "80;200a"},
+        "compiles these kernels for 80, 90, got 200a",
+    ),
+    "older than the kernels": (
+        {"PYDLLM_CUDA_ARCHS": "75"},
+        "compiles these kernels for 80, 90, got 75",
+    ),
 }
 
 
