@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from decode import CONFIGS
+from shapes import CONFIGS
 from run import DTYPES
 
 from pydllm.distill import PRESETS, Trajectories

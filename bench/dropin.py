@@ -40,10 +40,11 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import gemma
 import upstream
-from decode import CONFIGS, PROBE, make_model, random_model
+from decode import PROBE
 from published import PlainForward, PublishedLoop, PublishedMultiBlock
 from published_cached import PublishedDream, PublishedDual
 from run import DTYPES, provenance
+from shapes import CONFIGS, make_model, random_model
 
 import pydllm
 from pydllm._backend.errors import PydllmError

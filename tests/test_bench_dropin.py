@@ -11,9 +11,9 @@ from click.testing import CliRunner
 import pydllm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
-import decode
 import dropin
 import published_cached
+import shapes
 import upstream
 
 from tests.decoding.published import PlainLLaDA, fast_dllm_generate  # noqa: E402
@@ -89,7 +89,7 @@ def test_checkouts_that_are_not_there(monkeypatch, tmp_path):
 
 
 def test_widening_reaches_every_matrix_once():
-    model = decode.random_model(dropin.DREAM_100M, "cpu", torch.float32)
+    model = shapes.random_model(dropin.DREAM_100M, "cpu", torch.float32)
     before = model._embedding.std().item(), model._layers[1].gate_up.std().item()
     dropin.widen(model)
     after = model._embedding.std().item(), model._layers[1].gate_up.std().item()

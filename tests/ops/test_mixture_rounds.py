@@ -154,7 +154,7 @@ def test_a_nucleus_of_the_drafts_alone_rejects_at_mixture_one():
     assert (accept(logits, verifier, draft, shared, **call).accepted < 8).any()
 
 
-def test_a_mixture_of_two_products_is_noticed(monkeypatch):
+def test_a_mixture_of_two_products_is_noticed(monkeypatch, cuda_on_cpu):
     """Negative control of "equal logits accept everything": R x + (1 - R) x is not always x."""
 
     def two_products(x, y, weight):
@@ -165,7 +165,9 @@ def test_a_mixture_of_two_products_is_noticed(monkeypatch):
     assert reference.mixture_accept is definition.mixture_accept
     monkeypatch.setattr(definition, "_mix", two_products)
     with pytest.raises(AssertionError):
-        acceptance.test_equal_models_and_mixture_one_accept_everything(None, 0.0, "draft")
+        acceptance.test_equal_models_and_mixture_one_accept_everything(
+            None, 0.0, "draft", cuda_on_cpu
+        )
 
 
 def test_shifts_of_a_row_change_nothing_in_fp32_where_the_margin_decides():

@@ -325,6 +325,7 @@ def test_opcheck(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_fullgraph_compile(backend):
+    torch._dynamo.reset()  # each backend is a compilation of the same function
     logits, counter = random_logits(3, 40), counters(3)
 
     def call(logits, seed, temperature):
