@@ -27,8 +27,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from shapes import CONFIGS
 from run import DTYPES
+from shapes import CONFIGS
 
 from pydllm.distill import PRESETS, Trajectories
 from pydllm.distill.masking import Noisy
