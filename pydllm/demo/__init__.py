@@ -3,9 +3,10 @@
 from pathlib import Path
 
 _WEIGHTS = Path(__file__).parent / "weights"
+_DIFFUSION = ("llada-tiny", "llada-tiny-d3llm", "dream-tiny", "sdar-tiny")
 
 # The diffusion models, by the name of their folder; the first is the default of the command line.
-MODELS = {name: _WEIGHTS / name for name in ("llada-tiny", "llada-tiny-d3llm", "sdar-tiny")}
+MODELS = {name: _WEIGHTS / name for name in _DIFFUSION}
 WEIGHTS = MODELS["llada-tiny"]
 # The causal model that verifies for them.
 VERIFIER = _WEIGHTS / "verifier-tiny"

@@ -26,7 +26,7 @@ from pydllm.demo.task import ANSWER_LENGTH, Problem, read_answer
 from pydllm.models import Model
 
 # The block length that each bundled model is decoded with; sdar-tiny's is that of its attention.
-BLOCKS = {"llada-tiny": 24, "llada-tiny-d3llm": 24, "sdar-tiny": 8}
+BLOCKS = {"llada-tiny": 24, "llada-tiny-d3llm": 24, "dream-tiny": 24, "sdar-tiny": 8}
 
 
 @dataclass(frozen=True)

@@ -112,16 +112,23 @@ def draw_batch(size: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
 
 
 def shifted_diffusion_loss(model: nn.Module, size: int, seed: int) -> Callable[[int], Tensor]:
-    """Cross-entropy of masked answer tokens, each from the row of the position before it."""
+    """Cross-entropy of masked answer tokens, each from the row of the position before it.
+
+    A sequence ends ``ANSWER_LENGTH`` behind its prompt, as in decoding: what fills up the batch is
+    seen by nobody. (A model that sees it counts its steps from where it ends.)
+    """
 
     def loss_of(step: int) -> Tensor:
         ids, is_answer = draw_batch(size, seed, step)
+        place = torch.arange(ids.shape[1])
+        inside = place < is_answer.int().argmax(1, keepdim=True) + ANSWER_LENGTH
+        is_answer &= inside
         noise = torch.Generator().manual_seed(seed * 1_000_003 + step)
         ratio = torch.rand(size, 1, generator=noise)
         masked = is_answer & (torch.rand(ids.shape, generator=noise) < ratio)
         masked |= is_answer & ~masked.any(1, keepdim=True)
-        everything = torch.zeros(1, 1, ids.shape[1], ids.shape[1])
-        logits = model(ids.masked_fill(masked, MASK), attention_mask=everything).logits
+        bias = torch.where(inside, 0.0, -torch.inf)[:, None, None].expand(-1, 1, len(place), -1)
+        logits = model(ids.masked_fill(masked, MASK), attention_mask=bias).logits
         return F.cross_entropy(logits[:, :-1][masked[:, 1:]], ids[masked])
 
     return loss_of
