@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option("--problems", default=50, show_default=True, type=click.IntRange(1, 10000))
+@click.option("--problems", default=30, show_default=True, type=click.IntRange(1, 10000))
 @click.option("--seed", default=0, show_default=True, help="Which held-out problems.")
 @click.option(
     "--model", "names", multiple=True, type=click.Choice(sorted(MODELS)), help="Default: all."
