@@ -87,6 +87,7 @@ def generate(
     from pydllm import decoding
     from pydllm.decoding.settings import ALGORITHMS, parameters
     from pydllm.models import load
+    from pydllm.models.parallel import is_first_process, leave_processes
 
     if list_algorithms:
         for name, kind in ALGORITHMS.items():
@@ -125,7 +126,8 @@ def generate(
         raise click.UsageError("expected --prompt or lines on standard input, got neither")
     model = load(WEIGHTS if source is None else source, **options)
     started = time.perf_counter()
-    with Console(stderr=True).status("decoding") as status:
+    console = Console(stderr=True, quiet=not is_first_process())
+    with console.status("decoding") as status:
         result = decoding.generate(
             model,
             texts,
@@ -137,11 +139,10 @@ def generate(
             on_step=lambda step: status.update(f"decoding, forward {step.index}"),
         )
     seconds = time.perf_counter() - started
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        first = torch.distributed.get_rank() == 0
-        torch.distributed.destroy_process_group()
-        if not first:
-            return
+    first = is_first_process()
+    leave_processes()
+    if not first:
+        return
     for row, prompt in enumerate(texts):
         answer = None if result.text is None else result.text[row]
         if as_json:
@@ -173,12 +174,16 @@ def _run_job(
     as_json: bool,
 ) -> None:
     """Run a job with a progress bar and print what came of it."""
+    import torch
     from rich.progress import Progress
 
     from pydllm.integrations.jobs import Recipe, run_job
+    from pydllm.models.parallel import is_first_process, join_processes, leave_processes
 
+    accelerated = torch.cuda.is_available() if device is None else device.startswith("cuda")
+    join_processes(None, torch.device("cuda" if accelerated else "cpu"))
     started = time.perf_counter()
-    with Progress(console=Console(stderr=True)) as bar:
+    with Progress(console=Console(stderr=True, quiet=not is_first_process())) as bar:
         total = sum(1 for _ in data.open("rb")) if data.is_file() else None
         task = bar.add_task("rows", total=total)
 
@@ -186,6 +191,10 @@ def _run_job(
             bar.update(task, completed=done, description=f"rows, {failed} failed")
 
         summary = run_job(data, out, Recipe(**recipe), device=device, progress=progress, **plan)
+    first = is_first_process()
+    leave_processes()
+    if not first:
+        return
     record = dataclasses.asdict(summary) | {"seconds": round(time.perf_counter() - started, 3)}
     if as_json:
         click.echo(json.dumps(record))

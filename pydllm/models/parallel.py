@@ -54,6 +54,26 @@ def join_processes(size: int | None, device: torch.device) -> int:
     return running
 
 
+def is_first_process() -> bool:
+    """Whether this process is the one that prints and writes."""
+    return not _running() or dist.get_rank() == 0
+
+
+def wait_for_all_processes() -> None:
+    if _running():
+        dist.barrier()
+
+
+def leave_processes() -> None:
+    """End the default process group, at the end of a program."""
+    if _running():
+        dist.destroy_process_group()
+
+
+def _running() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
 class ParallelModel(NativeModel):
     """A process's part of a model; implements ``Model``, whose calls every process has to make.
 

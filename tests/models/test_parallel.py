@@ -1,5 +1,6 @@
 """A model spread over processes (gloo, on the CPU) against the same model in one."""
 
+import json
 import math
 import subprocess
 import sys
@@ -205,3 +206,26 @@ def test_torchrun_generates_once(tmp_path):
         assert done.returncode == 0, done.stderr
         outputs.append(done.stdout)
     assert outputs[0] == outputs[1] and len(outputs[0].splitlines()) == 1
+
+
+def test_torchrun_runs_a_job(tmp_path):
+    """All processes answer, one writes and reports; a finished job is only reported."""
+    data = tmp_path / "x.jsonl"
+    lines = [json.dumps({"prompt": problem.prompt}) + "\n" for problem in held_out_problems(5)]
+    data.write_text("".join(lines))
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    sums = []
+    for out, start in (("one", []), ("two", launcher), ("two", launcher)):
+        job = ["pydllm", "generate", "--data", str(data), "--out", str(tmp_path / out), "--json"]
+        job += ["--batch-size", "2", "--max-new-tokens", "16", "--device", "cpu"]
+        done = subprocess.run(
+            [sys.executable, "-m", *start, *job, "--dtype", "float64"],
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert done.returncode == 0, done.stderr
+        (line,) = done.stdout.splitlines()
+        sums.append(json.loads(line)["sha256"])
+    assert len(set(sums)) == 1
+    assert len(list((tmp_path / "two" / "parts").iterdir())) == 3

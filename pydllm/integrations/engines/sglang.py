@@ -84,14 +84,14 @@ def interface_of(algorithm: type) -> str:
 
 
 class _Rule:
-    """What an algorithm does to one block of each request."""
+    """What an algorithm does to one block of each request.
+
+    ``advance(x, logits, states)`` writes a step into ``x (B, L)`` and returns which blocks were
+    complete before it.
+    """
 
     block_size: int
     mask_id: int
-
-    def advance(self, x: Tensor, logits: Tensor, states: list[Any]) -> list[bool]:
-        """Write a step into ``x (B, L)``; which blocks were complete before it."""
-        raise NotImplementedError
 
     def new_states(self, x: Tensor) -> list[Any]:
         return [None] * x.shape[0]
@@ -105,7 +105,6 @@ class _Threshold(_Rule):
     """A rule of ``ops.unmask`` that looks at masks alone."""
 
     rule, semantics, option, default = "threshold", "sglang", "threshold", 0.95
-    argument = "threshold"
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]
@@ -113,7 +112,7 @@ class _Threshold(_Rule):
 
     def advance(self, x: Tensor, logits: Tensor, states: list[Any]) -> list[bool]:
         done = (x != self.mask_id).all(1)
-        options: dict[str, Any] = {self.argument: self.limit}
+        options: dict[str, Any] = {self.option: self.limit}
         options |= {"rule": self.rule, "semantics": self.semantics}
         decide(logits, x, mask_id=self.mask_id, **options)
         return done.tolist()
@@ -126,7 +125,7 @@ class _LowConfidence(_Threshold):
 class _EntropyBound(_Threshold):
     """EB-Sampler (arXiv 2505.24857): as many as an entropy budget in nats allows."""
 
-    rule, semantics, option, default, argument = "entropy_bound", "exact", "bound", 0.1, "bound"
+    rule, semantics, option, default = "entropy_bound", "exact", "bound", 0.1
 
 
 class _EntropyThreshold(_Threshold):
@@ -138,7 +137,7 @@ class _EntropyThreshold(_Threshold):
 class _Factor(_Threshold):
     """Fast-dLLM's factor rule (arXiv 2505.22618)."""
 
-    rule, semantics, option, default, argument = "factor", "exact", "factor", 1.0, "factor"
+    rule, semantics, option, default = "factor", "exact", "factor", 1.0
 
 
 class _JointThreshold(_Rule):

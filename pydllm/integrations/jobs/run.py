@@ -10,6 +10,7 @@ from typing import Any
 from pydllm._backend.errors import PydllmError
 from pydllm.integrations.jobs.job import Job, Row, Summary
 from pydllm.integrations.jobs.worker import Recipe, Worker
+from pydllm.models.parallel import wait_for_all_processes
 
 ENGINES = ("process", "ray")
 
@@ -59,6 +60,7 @@ def run_job(
         done, failed = done + rows, failed + errors
         if progress is not None:
             progress(done, failed)
+    wait_for_all_processes()  # the first one has written what all of them read now
     return job.finish()
 
 

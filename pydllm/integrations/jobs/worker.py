@@ -15,6 +15,7 @@ from pydllm.decoding import generate
 from pydllm.decoding.settings import make_algorithm
 from pydllm.integrations.jobs.job import Row, part_name, write_whole
 from pydllm.models import load
+from pydllm.models.parallel import is_first_process
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,7 @@ class Worker:
             recipe.algorithm, dict(recipe.settings), lambda: load(recipe.verifier, **options)
         )
         self.algorithm.check(self.model, recipe.max_new_tokens)  # before a row is blamed for it
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        self.writes = not distributed or torch.distributed.get_rank() == 0
+        self.writes = is_first_process()
 
     def __call__(self, rows: Sequence[Row]) -> tuple[int, int]:
         """Answer a batch and write its part; how many rows it had, and how many of them failed."""
