@@ -36,7 +36,8 @@ __device__ __forceinline__ float dot_warp(const T* a, const T* b, int width, boo
 
 // One block a piece of a row's list, a warp a candidate at a time.
 template <typename T, bool kCritical>
-__global__ void __launch_bounds__(kThreads)
+// Without a number of blocks the compiler spills on sm_86 and sm_89 to make room for more of them.
+__global__ void __launch_bounds__(kThreads, 2)
     mixture_accept_sparse_kernel(const MixtureAcceptSparse call) {
   const MixtureRound& round = call;
   const int64_t row = blockIdx.x / round.tiles, tile = blockIdx.x % round.tiles;
