@@ -16,6 +16,7 @@ template <typename T>
 struct Sequence {
   int batch, head, group;  // the KV head, and how many query heads it has
   int start, length, commit, pad;
+  int block_offset;  // in [0, block_size)
   int visible_end;   // positions: cached ones are [0, visible_end) without the window's
   int window_begin;  // positions of the window, [window_begin, window_end)
   int window_end;
@@ -32,6 +33,9 @@ struct Sequence {
     group = call.heads / call.kv_heads;
     window = call.rows / call.branches;
     pad = call.pad == nullptr ? 0 : max(0, min(call.pad[batch], call.slots));
+    const bool shifted = call.block_size > 0 && call.block_offset != nullptr;
+    block_offset = shifted ? call.block_offset[batch] % call.block_size : 0;
+    if (block_offset < 0) block_offset += call.block_size;
     start = max(-window, min(call.start[batch], call.slots));
     length = max(0, min(min(call.length[batch], window), call.slots - start));
     commit = min(call.commit[batch], length);
@@ -77,7 +81,7 @@ struct Query {
     used = row < call.rows && own < sequence.length && position >= 0;
     begin = 0;
     end = used ? max(sequence.visible_end, sequence.window_end) : 0;
-    limit(call);
+    limit(call, sequence.block_offset);
   }
 
   // The row in (batch, rows, heads).
@@ -88,11 +92,12 @@ struct Query {
   }
 
   // The masks by position; both ends grow with the position.
-  __device__ __forceinline__ void limit(const WindowAttention& call) {
+  __device__ __forceinline__ void limit(const WindowAttention& call, int block_offset) {
     if (!used) return;
     if (call.causal) end = min(end, position + 1);
     if (call.block_size > 0) {
-      const int64_t block_end = (position / call.block_size + 1) * int64_t{call.block_size};
+      const int64_t shifted = int64_t{position} + block_offset;
+      const int64_t block_end = (shifted / call.block_size + 1) * call.block_size - block_offset;
       end = block_end < end ? static_cast<int>(block_end) : end;
     }
     if (call.span > 0) {

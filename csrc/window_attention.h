@@ -13,21 +13,22 @@ struct WindowAttention {
   void* out;      // (batch, rows, heads, head_dim) contiguous
   void* k_cache;  // (batch, slots, kv_heads, head_dim); with a block table (pages, page, ...)
   void* v_cache;
-  const void* q;          // (batch, rows, heads, head_dim), not rotated
-  const void* k;          // (batch, rows, kv_heads, head_dim), not rotated
-  const void* v;          // as k
-  const int32_t* start;   // (batch,), slot of row 0
-  const int32_t* length;  // (batch,), rows of a branch in use
-  const int32_t* kv_len;  // (batch,), end of the visible slots
-  const int32_t* commit;  // (batch,), rows of branch 0 that are written to the cache
-  const int32_t* pad;     // (batch,), slots of left padding, or null
-  const float* cos;       // (positions, half)
-  const float* sin;       // (positions, half)
-  const void* q_norm;     // (head_dim,) weights of the RMS norm of each head, or null
-  const void* k_norm;     // (head_dim,), or null
-  const int32_t* table;   // (batch, slots / page) pages of each sequence, or null
-  float* part;            // (splits, batch, rows, heads, head_dim): values of splits, or null
-  float* state;           // (2, splits, batch, rows, heads): their maxima and sums, or null
+  const void* q;                // (batch, rows, heads, head_dim), not rotated
+  const void* k;                // (batch, rows, kv_heads, head_dim), not rotated
+  const void* v;                // as k
+  const int32_t* start;         // (batch,), slot of row 0
+  const int32_t* length;        // (batch,), rows of a branch in use
+  const int32_t* kv_len;        // (batch,), end of the visible slots
+  const int32_t* commit;        // (batch,), rows of branch 0 that are written to the cache
+  const int32_t* pad;           // (batch,), slots of left padding, or null
+  const float* cos;             // (positions, half)
+  const float* sin;             // (positions, half)
+  const void* q_norm;           // (head_dim,) weights of the RMS norm of each head, or null
+  const void* k_norm;           // (head_dim,), or null
+  const int32_t* table;         // (batch, slots / page) pages of each sequence, or null
+  const int32_t* block_offset;  // (batch,), a block is (position + offset) / block_size, or null
+  float* part;                  // (splits, batch, rows, heads, head_dim): values of splits, or null
+  float* state;                 // (2, splits, batch, rows, heads): their maxima and sums, or null
   int64_t stride_q_batch, stride_q_row, stride_q_head;
   int64_t stride_k_batch, stride_k_row, stride_k_head;
   int64_t stride_v_batch, stride_v_row, stride_v_head;

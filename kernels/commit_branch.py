@@ -113,7 +113,7 @@ def supports(
     if not branch.is_contiguous():
         return f"branch must be contiguous, got strides {branch.stride()}"
     cos, sin, pad, k_norm, block_table = dense
-    rest = (cos, sin, pad, k_norm, k_norm, block_table)
+    rest = (cos, sin, pad, k_norm, k_norm, block_table, None)
     return window_attention.supports(k, k, v, k_cache, v_cache, start, start, start, commit, *rest)
 
 

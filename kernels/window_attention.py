@@ -46,6 +46,7 @@ def _window_attention_kernel(
     q_norm_ptr,  # (D,)
     k_norm_ptr,
     table_ptr,  # (B, slots / PAGE) int32
+    block_offset_ptr,  # (B,) int32 or None
     # sizes
     window,  # rows of a branch, T / branches
     branches,
@@ -168,7 +169,12 @@ def _window_attention_kernel(
     if IS_CAUSAL:
         end_m = tl.minimum(end_m, position_m + 1)
     if HAS_BLOCKS:
-        end_m = tl.minimum(end_m, (position_m // block_size + 1) * block_size)
+        offset = 0
+        if block_offset_ptr is not None:
+            offset = tl.load(block_offset_ptr + batch) % block_size
+            offset = tl.where(offset < 0, offset + block_size, offset)
+        block_end = ((position_m + offset) // block_size + 1) * block_size - offset
+        end_m = tl.minimum(end_m, block_end)
     if HAS_SPAN:
         end_m = tl.minimum(end_m, position_m + span)
         begin_m = tl.maximum(position_m - span + 1, 0)
@@ -298,7 +304,7 @@ def supports(
     for name, tensor in heads.items():
         if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
             return f"{name} must have contiguous heads, got strides {tensor.stride()}"
-    names = "start length kv_len commit cos sin pad q_norm k_norm block_table".split()
+    names = "start length kv_len commit cos sin pad q_norm k_norm block_table block_offset".split()
     for name, tensor in zip(names, dense, strict=True):
         if tensor is not None and not tensor.is_contiguous():
             return f"{name} must be contiguous, got strides {tensor.stride()}"
@@ -321,6 +327,7 @@ def window_attention(
     q_norm: torch.Tensor | None = None,
     k_norm: torch.Tensor | None = None,
     block_table: torch.Tensor | None = None,
+    block_offset: torch.Tensor | None = None,
     *,
     scale: float,
     branches: int = 1,
@@ -366,6 +373,7 @@ def window_attention(
         q_norm_ptr=cos if q_norm is None else q_norm,
         k_norm_ptr=cos if k_norm is None else k_norm,
         table_ptr=start if block_table is None else block_table,
+        block_offset_ptr=block_offset,
         window=rows // branches,
         branches=branches,
         slots=slots,

@@ -35,6 +35,7 @@ def window_attention(
     k_norm: Tensor | None = None,
     eps: float = 1e-6,
     block_table: Tensor | None = None,
+    block_offset: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Attention of a window over cached and fresh keys, with RoPE and cache write.
@@ -86,7 +87,8 @@ def window_attention(
             each. A branch sees the cache and itself; ``commit`` is of branch 0, see
             ``commit_branch`` for another.
         causal: keys at later positions are invisible.
-        block_size: positions of a block; keys of later blocks are invisible.
+        block_size: positions of a block; keys of later blocks are invisible. A position is in
+            block ``(position + block_offset) // block_size``.
         window: keys ``window`` or more positions away are invisible, on both sides.
         softcap: scores become ``softcap * tanh(scores / softcap)``.
         q_norm, k_norm: ``(D,)`` in the dtype of ``q``, both or none: weights of an RMS norm of each
@@ -95,6 +97,8 @@ def window_attention(
         block_table: ``(B, n)`` int32, pages of each sequence: slot ``s`` is row ``s % page`` of
             page ``block_table[b, s // page]``, and ``L = n * page``. Entries of pages without
             visible or committed slots are not used. No two sequences may commit to the same page.
+        block_offset: ``(B,)`` int32, or None for 0. With ``-P % block_size`` blocks are
+            counted from position ``P``, the end of the prompt, on.
         backend: None (``PYDLLM_BACKEND``), ``"auto"``, ``"cuda"`` (fp16 and bf16, heads of 64 and
             128), ``"triton"`` or ``"torch"``.
 
@@ -107,8 +111,9 @@ def window_attention(
         TypeError: a dtype that is not supported, or dtypes that differ.
         BackendError: the named backend cannot run the call.
 
-    The values of ``start``, ``length``, ``kv_len``, ``commit`` and ``pad`` stay on the device and
-    are not checked; window rows that do not fit into the cache give zeros and are not written.
+    The values of ``start``, ``length``, ``kv_len``, ``commit``, ``pad`` and ``block_offset`` stay
+    on the device and are not checked; window rows that do not fit into the cache give zeros and
+    are not written.
 
     A NaN stays in its sequence and its branch. Behind the masks by position it may show in a row
     that does not see it, as a NaN times a weight of 0.
@@ -134,14 +139,18 @@ def window_attention(
     """
     check_tensors(q, k, v, k_cache, v_cache, cos, sin, branches, block_table)
     numbers = {"start": start, "length": length, "kv_len": kv_len, "commit": commit}
-    for name, tensor in (numbers if pad is None else numbers | {"pad": pad}).items():
+    for name, tensor in (numbers | {"pad": pad, "block_offset": block_offset}).items():
+        if tensor is None:
+            continue
         check_shape(name, tensor, q.shape[0])
         check_dtype(name, tensor, torch.int32)
         check_device(name, tensor, "q", q)
+    if block_offset is not None and block_size is None:
+        raise ValueError("block_offset: expected None without block_size, got a tensor")
     _check_options(q, block_size, window, softcap, q_norm, k_norm)
     check_no_grad("window_attention", q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache)
     tensors = (q, k, v, k_cache, v_cache, start, length, kv_len, commit, cos, sin, pad)
-    extra = (q_norm, k_norm, block_table)
+    extra = (q_norm, k_norm, block_table, block_offset)
     factor = q.shape[3] ** -0.5 if scale is None else float(scale)
 
     def cuda() -> str | None:
@@ -257,6 +266,7 @@ def _run(
     q_norm: Tensor | None,
     k_norm: Tensor | None,
     block_table: Tensor | None,
+    block_offset: Tensor | None,
     scale: float,
     branches: int,
     causal: bool,
@@ -275,6 +285,7 @@ def _run(
         q_norm,
         k_norm,
         block_table,
+        block_offset,
         scale=scale,
         branches=branches,
         causal=causal,
@@ -292,8 +303,9 @@ def _fake(q: Tensor, *_: object) -> Tensor:
 register(
     "window_attention(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
     "Tensor start, Tensor length, Tensor kv_len, Tensor commit, Tensor cos, Tensor sin, "
-    "Tensor? pad, Tensor? q_norm, Tensor? k_norm, Tensor? block_table, float scale, int branches, "
-    "bool causal, int? block_size, int? window, float? softcap, float eps, str backend) -> Tensor",
+    "Tensor? pad, Tensor? q_norm, Tensor? k_norm, Tensor? block_table, Tensor? block_offset, "
+    "float scale, int branches, bool causal, int? block_size, int? window, float? softcap, "
+    "float eps, str backend) -> Tensor",
     _run,
     _fake,
 )

@@ -27,6 +27,7 @@ def window_attention(
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
     block_table: Tensor | None = None,
+    block_offset: Tensor | None = None,
     *,
     scale: float,
     branches: int = 1,
@@ -61,7 +62,8 @@ def window_attention(
     if causal:
         seen = seen & (key <= query)
     if block_size is not None:
-        seen = seen & (key // block_size <= query // block_size)
+        offset = 0 if block_offset is None else block_offset[:, None, None]
+        seen = seen & ((key + offset) // block_size <= (query + offset) // block_size)
     if window is not None:
         seen = seen & ((key - query).abs() < window)
 

@@ -316,7 +316,7 @@ def test_offsets_beyond_two_to_the_31(backend):
 def arguments(inputs, backend):
     names = ("q", "k", "v", "k_cache", "v_cache", "start", "length", "kv_len", "commit")
     tensors = (inputs[n] for n in (*names, "cos", "sin", "pad"))
-    extra = (inputs.get(n) for n in ("q_norm", "k_norm", "block_table"))
+    extra = (inputs.get(n) for n in ("q_norm", "k_norm", "block_table", "block_offset"))
     return (*tensors, *extra, 0.125, 1, False, None, None, None, 1e-6, backend)
 
 

@@ -193,6 +193,8 @@ def check():
     agrees(branched(SEQUENCES, 2, torch.float16), branches=2)
     agrees(with_norms(branched(SEQUENCES[:2], 1, torch.float16, rotary=32)), causal=True)
     agrees(make([(0, 100, 100, 40, 0)], torch.float16, slots=150), window=20, softcap=1.5)
+    offset = torch.tensor([3, 1, 0, 2], dtype=torch.int32)
+    agrees(make(SEQUENCES, torch.float16) | {"block_offset": offset}, block_size=5)
     inputs = branched([(66, 4, 150, 2, 0)], 2, torch.float16, rows=4)
     inputs["q"][0, :4], inputs["k"][0, :4], inputs["v"][0, :4] = (torch.nan,) * 3
     out = ops.window_attention(**copy(inputs), branches=2, backend="cuda")
@@ -257,6 +259,12 @@ MUTANTS = {
         "(split + 2) * call.split_tiles",
     ),
     "walk: a causal row sees one more": (WALK, "min(end, position + 1)", "min(end, position + 2)"),
+    "walk: blocks without their offset": (WALK, "int64_t{position} + block_offset", "position"),
+    "walk: a block's end without its offset": (
+        WALK,
+        "(shifted / call.block_size + 1) * call.block_size - block_offset",
+        "(shifted / call.block_size + 1) * call.block_size",
+    ),
     "walk: the window begins late": (WALK, "position - call.span + 1", "position - call.span + 2"),
     "pages: slot of the sequence in the page": (WALK, "slot % call.page", "slot"),
     "copy: one slot too many": (

@@ -37,12 +37,14 @@ MASKS = {
 }
 
 
-def sees(query, key, causal=False, block_size=None, window=None, **_):
+def sees(query, key, causal=False, block_size=None, window=None, offset=0, **_):
     """Whether a query at a position sees a key at another, by the masks."""
     if causal and key > query:
         return False
-    if block_size and key // block_size > query // block_size:
-        return False
+    if block_size:  # does a block begin after the query and not after the key?
+        begins = (p for p in range(query + 1, key + 1) if (p + offset) % block_size == 0)
+        if any(begins):
+            return False
     return not (window and abs(key - query) >= window)
 
 
@@ -62,6 +64,7 @@ def listed(inputs, dtype, branches=1, scale=None, softcap=None, eps=1e-6, **mask
     first_k, first_v = keys.clone(), values.clone()
     for b, numbers in enumerate(zip(*(inputs[name].tolist() for name in NUMBERS), strict=True)):
         start, length, kv_len, commit, pad = numbers
+        offset = int(inputs["block_offset"][b]) if "block_offset" in inputs else 0
         rows = [row for row in range(length) if start + row >= pad]
         cached = [s for s in range(pad, kv_len) if not start <= s < start + length]
         position = torch.tensor([start + row - pad for row in rows], dtype=torch.long)
@@ -71,9 +74,11 @@ def listed(inputs, dtype, branches=1, scale=None, softcap=None, eps=1e-6, **mask
             turned_q, turned_k = turned_q.to(dtype), turned_k.to(dtype)
             for i, row in enumerate(at):
                 mine = start + rows[i] - pad
-                old = [s for s in cached if sees(mine, s - pad, **masks)]
+                old = [s for s in cached if sees(mine, s - pad, **masks, offset=offset)]
                 new = [
-                    j for j, other in enumerate(rows) if sees(mine, start + other - pad, **masks)
+                    j
+                    for j, other in enumerate(rows)
+                    if sees(mine, start + other - pad, **masks, offset=offset)
                 ]
                 own = [at[j] for j in new]
                 for h in range(q.shape[2]):
@@ -128,6 +133,33 @@ def of_branch(inputs, branch, branches, names=("q", "k", "v")):
 @pytest.mark.parametrize(("backend", "dtype"), BACKENDS_DTYPES, ids=str)
 def test_masks(backend, dtype, mask):
     check(make(SEQUENCES, dtype), backend, **MASKS[mask])
+
+
+OFFSETS = [3, 0, 6, 1]
+
+
+@pytest.mark.parametrize(
+    "mask", [{"block_size": 7}, {"block_size": 70}, {"block_size": 7, "causal": True, "window": 20}]
+)
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS_DTYPES, ids=str)
+def test_blocks_that_are_counted_from_an_offset(backend, dtype, mask):
+    inputs = make(SEQUENCES, dtype)
+    inputs["block_offset"] = torch.tensor(OFFSETS, dtype=torch.int32)
+    out = check(inputs, backend, **mask)
+    # An offset counts modulo the block; none may overflow.
+    size = mask["block_size"]
+    far = (2**31 - 1 - size) // size * size
+    for by in (size, far, -size, -far):
+        again = copy(inputs) | {"block_offset": inputs["block_offset"] + by}
+        assert torch.equal(ops.window_attention(**again, **mask, backend=backend), out)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_offset_of_zero_changes_no_bit(backend):
+    inputs = make(SEQUENCES, dtypes(backend)[0])
+    zero = copy(inputs) | {"block_offset": torch.zeros(len(SEQUENCES), dtype=torch.int32)}
+    out = ops.window_attention(**copy(inputs), block_size=4, backend=backend)
+    assert torch.equal(ops.window_attention(**zero, block_size=4, backend=backend), out)
 
 
 @pytest.mark.parametrize("mask", ["causal", "blocks", "window"])
@@ -316,10 +348,11 @@ def test_opcheck_with_every_option(backend):
     tensors = tuple(inputs[name] for name in order)
     op = torch.ops.pydllm.window_attention.default
     options = (0.125, 2, True, 4, 9, 2.0, 1e-6, backend)
-    torch.library.opcheck(op, (*tensors, weight, weight, None, *options))
+    offset = torch.tensor([1, 3], dtype=torch.int32)
+    torch.library.opcheck(op, (*tensors, weight, weight, None, offset, *options))
     pool = torch.ones(2, 15, 10, 2, 64, dtype=dtype)
     table = torch.arange(30, dtype=torch.int32).view(2, 15) % 15
-    paged = (*tensors[:3], pool[0], pool[1], *tensors[5:], weight, weight, table)
+    paged = (*tensors[:3], pool[0], pool[1], *tensors[5:], weight, weight, table, None)
     torch.library.opcheck(op, (*paged, *options))
 
 
@@ -332,6 +365,21 @@ GOOD = make([(5, 3, 9, 2, 0), (7, 4, 30, 0, 0)], slots=30)
         ({"branches": 3}, ValueError, "branches: expected a divisor of the 4 rows, got 3"),
         ({"branches": 0}, ValueError, "branches: expected a divisor of the 4 rows, got 0"),
         ({"block_size": 0}, ValueError, "block_size: expected at least 1, got 0"),
+        (
+            {"block_offset": torch.ones(2).int()},
+            ValueError,
+            "block_offset: expected None without block_size, got a tensor",
+        ),
+        (
+            {"block_offset": torch.ones(3).int(), "block_size": 4},
+            ValueError,
+            r"block_offset: expected shape \(2\), got \(3,\)",
+        ),
+        (
+            {"block_offset": torch.ones(2), "block_size": 4},
+            TypeError,
+            "block_offset: expected dtype torch.int32",
+        ),
         ({"window": -1}, ValueError, "window: expected at least 1, got -1"),
         ({"softcap": 0.0}, ValueError, "softcap: expected a positive number, got 0.0"),
         ({"q_norm": torch.ones(64)}, ValueError, "k_norm: expected weights for both norms or none"),

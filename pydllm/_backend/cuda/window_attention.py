@@ -39,6 +39,7 @@ def supports(
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
     block_table: Tensor | None = None,
+    block_offset: Tensor | None = None,
 ) -> str | None:
     """None if the kernel can run this call, otherwise why not; arguments as of the launcher."""
     if q.dtype not in _DTYPES:
@@ -59,7 +60,8 @@ def supports(
             )
     vectors = {"cos": cos, "sin": sin, "q_norm": q_norm, "k_norm": k_norm}
     numbers = {"start": start, "length": length, "kv_len": kv_len, "commit": commit, "pad": pad}
-    for name, dense in (vectors | numbers | {"block_table": block_table}).items():
+    tables = {"block_table": block_table, "block_offset": block_offset}
+    for name, dense in (vectors | numbers | tables).items():
         if dense is None:
             continue
         if not dense.is_contiguous():
@@ -109,6 +111,7 @@ def window_attention(
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
     block_table: Tensor | None = None,
+    block_offset: Tensor | None = None,
     *,
     scale: float,
     branches: int = 1,
@@ -155,6 +158,7 @@ def window_attention(
         q_norm=q_norm,
         k_norm=k_norm,
         table=block_table,
+        block_offset=block_offset,
         part=part,
         state=state,
         dtype=q.dtype,
