@@ -10,6 +10,7 @@ multinomial, arg-max, and two entropies that normalise each again.
 
 from __future__ import annotations
 
+import importlib
 import types
 from typing import Any
 
@@ -18,12 +19,31 @@ from torch import Tensor
 
 from pydllm import ops
 from pydllm.integrations._board import draw_seed
+from pydllm.integrations._signatures import check_called, check_replaced
 from pydllm.integrations.samplers import choose
 
 __all__ = ["Accelerated", "EntropyBoundSampler", "accelerate"]
 
 _CLASS = "DiffusionGemmaForBlockDiffusion"
+_MODULE = "transformers.models.diffusion_gemma.generation_diffusion_gemma"
 _REPLACED = ("_denoising_step", "_prepare_sampler")
+# What the cache is called: "cache" since transformers 5.24.
+_CACHES = ("cache", "past_key_values")
+_STEP = {
+    cache: "*, decoder_forward, current_canvas, argmax_canvas, input_ids, decoder_position_ids, "
+    f"self_conditioning_logits, mask_mapping, {cache}, finished_denoising, cur_step, sampler, "
+    "logits_processor, diffusion_stopping_criteria, **model_kwargs"
+    for cache in _CACHES
+}
+_FORWARD = (
+    "*, decoder_input_ids, self_conditioning_logits, decoder_attention_mask, "
+    "decoder_position_ids, {cache}"
+)
+_SAMPLER = {
+    "initialize_canvas": "batch_size, device",
+    "accept_canvas": "current_canvas, denoiser_canvas, logits, cur_step",
+    "renoise_canvas": "accepted_canvas, cur_step",
+}
 
 
 class EntropyBoundSampler:
@@ -132,9 +152,11 @@ def accelerate(model: Any, *, compat: bool = True, backend: str | None = None) -
 
     Raises:
         TypeError: another class of model.
+        PydllmError: a transformers whose model has other signatures than those known.
     """
     if not any(kind.__name__ == _CLASS for kind in type(model).__mro__):
         raise TypeError(f"model: expected transformers' {_CLASS}, got {type(model).__name__}")
+    _check_signatures(model)
     done = Accelerated(model)
     step = _Step(compat, backend)
 
@@ -155,8 +177,27 @@ def accelerate(model: Any, *, compat: bool = True, backend: str | None = None) -
     return done
 
 
+def _check_signatures(model: Any) -> None:
+    """Raise unless all that is called or replaced has a known signature."""
+    kind = type(model)
+    cache = check_replaced("transformers", kind._denoising_step, _STEP)
+    for forward in (kind.forward, type(model.model).forward):
+        check_called("transformers", forward, _FORWARD.format(cache=cache))
+    check_replaced("transformers", kind._prepare_sampler, "generation_config")
+    module = importlib.import_module(_MODULE)
+    for name, signature in _SAMPLER.items():
+        check_replaced("transformers", getattr(module.EntropyBoundSampler, name), signature)
+    stop = module.StableAndConfidentStoppingCriteria.__call__
+    check_replaced("transformers", stop, "argmax_canvas, logits, **kwargs")
+    schedule = module.LinearTemperatureScheduleLogitsProcessor.__call__
+    check_called("transformers", schedule, "input_ids, scores, *, cur_step")
+
+
 class _Step:
-    """The replacement of ``_denoising_step``: its keyword arguments and results."""
+    """The replacement of ``_denoising_step``: its keyword arguments and results.
+
+    ``model_kwargs`` has the cache: the forward takes it under the name that the step does.
+    """
 
     def __init__(self, compat: bool, backend: str | None) -> None:
         self.compat, self.backend = compat, backend
@@ -172,7 +213,6 @@ class _Step:
         decoder_position_ids: Tensor,
         self_conditioning_logits: Tensor | None,
         mask_mapping: Any,
-        past_key_values: Any,
         finished_denoising: Tensor,
         cur_step: int,
         sampler: EntropyBoundSampler,
@@ -184,9 +224,8 @@ class _Step:
             "decoder_input_ids": current_canvas,
             "self_conditioning_logits": self_conditioning_logits,
             "decoder_attention_mask": mask_mapping,
-            "past_key_values": past_key_values,
             "decoder_position_ids": decoder_position_ids,
-            **model_kwargs,
+            **model_kwargs,  # and the cache, by its name
         }
         temperature = None if self.compat else _schedule(logits_processor, cur_step)
         if temperature is not None and _plain_forward(model, decoder_forward):

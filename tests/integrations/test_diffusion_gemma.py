@@ -1,15 +1,17 @@
 """DiffusionGemma's generation with the step replaced, against transformers' own."""
 
+import importlib
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from pydllm import PydllmError
 from pydllm.integrations.diffusion_gemma import EntropyBoundSampler, accelerate
 
-gemma = pytest.importorskip(
-    "transformers.models.diffusion_gemma", reason="transformers before 5.12 has no DiffusionGemma"
-)
+transformers = pytest.importorskip("transformers", minversion="5.12")
+gemma = importlib.import_module("transformers.models.diffusion_gemma")
 LENGTH, VOCAB = 16, 256
 
 
@@ -183,7 +185,7 @@ def test_distribution_of_a_step(model):
         decoder_position_ids=None,
         self_conditioning_logits=None,
         mask_mapping=None,
-        past_key_values=None,
+        cache=None,
         finished_denoising=torch.zeros(rows, dtype=torch.bool),
         cur_step=1,
         sampler=sampler,
@@ -221,6 +223,31 @@ def test_the_sampler_alone(model):
 def test_another_model_is_refused():
     with pytest.raises(TypeError, match="expected transformers' DiffusionGemmaForBlockDiffusion"):
         accelerate(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "changed"),
+    [
+        ("model", "_denoising_step", lambda self, *, decoder_forward, states, **model_kwargs: None),
+        ("model", "_prepare_sampler", lambda self, generation_config, canvas_length: None),
+        ("model", "forward", lambda self, decoder_input_ids, states: None),
+        ("inner", "forward", lambda self, decoder_input_ids, states: None),
+        ("EntropyBoundSampler", "accept_canvas", lambda self, current_canvas, logits: None),
+        ("EntropyBoundSampler", "renoise_canvas", lambda self, canvas, cur_step: None),
+        ("EntropyBoundSampler", "initialize_canvas", lambda self, batch_size, device, seed: None),
+        ("StableAndConfidentStoppingCriteria", "__call__", lambda self, argmax_canvas: None),
+        ("LinearTemperatureScheduleLogitsProcessor", "__call__", lambda self, scores: None),
+    ],
+)
+def test_another_signature_is_refused(model, monkeypatch, kind, name, changed):
+    kinds = {"model": type(model), "inner": type(model.model)}
+    changed.__qualname__ = f"{kind}.{name}"
+    owner = kinds.get(kind) or getattr(gemma.generation_diffusion_gemma, kind)
+    monkeypatch.setattr(owner, name, changed)
+    named = re.escape(f"transformers {transformers.__version__}: {kind}.{name}: expected (")
+    with pytest.raises(PydllmError, match=named + r".*\), found \(.*\)"):
+        accelerate(model)
+    assert "_denoising_step" not in vars(model) and "_prepare_sampler" not in vars(model)
 
 
 def test_what_was_there_before_comes_back(model):
