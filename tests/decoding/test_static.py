@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 import pydllm
-from pydllm.demo.train import CONFIG, TinyLLaDA
 from tests.decoding.published import PlainLLaDA, fast_dllm_generate, llada_generate
+from training.llada import CONFIG, TinyLLaDA
 
 MASK = 1
 

@@ -7,16 +7,16 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 import pydllm
-from pydllm.demo import train, train_qwen
 from pydllm.demo.task import ANSWER_LENGTH
+from training import llada, qwen
 
 
 def _train(folder, steps, planned):
     """The first ``steps`` of a training of ``planned`` steps."""
     torch.manual_seed(0)
-    model = train.TinyLLaDA(train.CONFIG)
-    loss_of = train.denoising_loss(model, 4, seed=0)
-    run = train.training_steps(model, loss_of, planned, 1e-3, folder / "training.pt")
+    model = llada.TinyLLaDA(llada.CONFIG)
+    loss_of = llada.denoising_loss(model, 4, seed=0)
+    run = llada.training_steps(model, loss_of, planned, 1e-3, folder / "training.pt")
     losses = []
     for done, loss in run:
         losses.append(loss)
@@ -26,7 +26,7 @@ def _train(folder, steps, planned):
 
 
 def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "SAVE_EVERY", 3)
+    monkeypatch.setattr(llada, "SAVE_EVERY", 3)
     for name in ("whole", "parts"):
         (tmp_path / name).mkdir()
     whole, losses, _ = _train(tmp_path / "whole", 6, 6)
@@ -39,19 +39,19 @@ def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path, monkeypatch):
 
 
 def test_batches_mask_only_answers_and_hide_padding():
-    tokenizer = train.build_tokenizer()
-    ids, masked = train.draw_batch(tokenizer, 16, seed=0, step=3)
+    tokenizer = llada.build_tokenizer()
+    ids, masked = llada.draw_batch(tokenizer, 16, seed=0, step=3)
     start = ids.shape[1] - ANSWER_LENGTH
     assert not masked[:, :start].any()
     assert (masked.sum(1) >= 1).all()
-    assert (ids[:, start:] != train.PAD).all()
-    again, _ = train.draw_batch(tokenizer, 16, seed=0, step=3)
+    assert (ids[:, start:] != llada.PAD).all()
+    again, _ = llada.draw_batch(tokenizer, 16, seed=0, step=3)
     assert torch.equal(ids, again)
 
 
 def test_the_command_writes_a_llada_checkpoint(tmp_path):
     arguments = ["--out", str(tmp_path), "--steps", "2", "--batch-size", "2"]
-    result = CliRunner().invoke(train.main, arguments)
+    result = CliRunner().invoke(llada.main, arguments)
     assert result.exit_code == 0, result.output
     config = json.loads((tmp_path / "config.json").read_text())
     weights = load_file(tmp_path / "model.safetensors")
@@ -66,22 +66,22 @@ def _logits(model, ids):
 
 
 def test_a_model_begins_as_its_parent(tmp_path):
-    parent = train_qwen.build("qwen2")
-    train.save_checkpoint(parent, train_qwen.CONFIGS["qwen2"], tmp_path)
-    child = train_qwen.build("dream", tmp_path)
+    parent = qwen.build("qwen2")
+    llada.save_checkpoint(parent, qwen.CONFIGS["qwen2"], tmp_path)
+    child = qwen.build("dream", tmp_path)
     ids = torch.randint(3, 92, (1, 8))
     assert len(child.model.layers) == len(parent.model.layers) + 1
     torch.testing.assert_close(
         _logits(child, ids), _logits(parent.half().float(), ids), rtol=1e-5, atol=1e-5
     )
     with pytest.raises(click.UsageError, match="expected a model of the layout of 'sdar', lacks"):
-        train_qwen.build("sdar", tmp_path)
+        qwen.build("sdar", tmp_path)
 
 
-@pytest.mark.parametrize("kind", sorted(train_qwen.CONFIGS))
+@pytest.mark.parametrize("kind", sorted(qwen.CONFIGS))
 def test_the_command_writes_checkpoints_that_load(tmp_path, kind):
     arguments = [kind, "--out", str(tmp_path), "--steps", "2", "--batch-size", "2"]
-    result = CliRunner().invoke(train_qwen.main, arguments)
+    result = CliRunner().invoke(qwen.main, arguments)
     assert result.exit_code == 0, result.output
     spec = pydllm.load(tmp_path).spec
     assert (spec.attention, spec.shift_logits) == {

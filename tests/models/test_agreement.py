@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pydllm._backend.errors import CheckpointError
-from pydllm.demo.train import CONFIG, TinyLLaDA
 from pydllm.models import check, load
 from tests.models.plain import CONFIGS, Plain, random_plain
 from tests.models.test_load import oracle, storage_bytes
+from training.llada import CONFIG, TinyLLaDA
 
 
 class LLaDAModelLM(TinyLLaDA):

@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from pydllm._backend.errors import CheckpointError
-from pydllm.demo.train import CONFIG, TinyLLaDA, save_checkpoint
 from pydllm.models import ModelSpec, load
 from tests.models.plain import CONFIGS, random_plain, write_checkpoint
 from tests.models.test_native import EXACT, close, random_ids, refresh
+from training.llada import CONFIG, TinyLLaDA, save_checkpoint
 
 
 def hidden_of(model, ids):

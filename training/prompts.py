@@ -1,4 +1,4 @@
-"""Prompts of the training side, to distil with: ``python -m pydllm.demo.prompts --out FILE``."""
+"""Prompts of the training side, to distil with: ``python -m training.prompts --out FILE``."""
 
 from __future__ import annotations
 

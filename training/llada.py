@@ -1,4 +1,4 @@
-"""Train the bundled model: ``python -m pydllm.demo.train --out out/tiny``.
+"""Train the bundled model: ``python -m training.llada --out out/tiny``.
 
 The model below is plain PyTorch and its ``state_dict`` has exactly the names and shapes of a LLaDA
 checkpoint, so the file it writes is read by the same code that reads LLaDA-8B. It shares nothing

@@ -1,9 +1,9 @@
 """Train the bundled models in Qwen's layout, on the same task and tokenizer as the LLaDA one.
 
-    python -m pydllm.demo.train_qwen qwen2 --out out/verifier-tiny      # autoregressive
-    python -m pydllm.demo.train_qwen dream --init out/verifier-tiny --out out/dream-tiny
-    python -m pydllm.demo.train_qwen qwen3 --out out/qwen3-tiny         # autoregressive
-    python -m pydllm.demo.train_qwen sdar --init out/qwen3-tiny --out out/sdar-tiny
+    python -m training.qwen qwen2 --out out/verifier-tiny      # autoregressive
+    python -m training.qwen dream --init out/verifier-tiny --out out/dream-tiny
+    python -m training.qwen qwen3 --out out/qwen3-tiny         # autoregressive
+    python -m training.qwen sdar --init out/qwen3-tiny --out out/sdar-tiny
 
 The two diffusion models start from an autoregressive one, as Dream and SDAR themselves did: Dream's
 logits stay shifted by one position, SDAR's do not. Training runs transformers' Qwen2 and Qwen3,
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pydllm.demo.task import ANSWER_LENGTH, draw_problem, vocabulary
-from pydllm.demo.train import EOS, MASK, PAD, build_tokenizer, run_training, save_checkpoint
+from training.llada import EOS, MASK, PAD, build_tokenizer, run_training, save_checkpoint
 
 BLOCK = 8
 _CONFIG: dict[str, Any] = {
