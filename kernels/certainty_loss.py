@@ -115,7 +115,7 @@ def _certainty_loss_backward_kernel(
     tl.store(grad_ptr + row * vocab + offs_v, slope.to(grad_ptr.dtype.element_ty), mask=mask_v)
 
 
-def supports(logits: torch.Tensor, target: torch.Tensor) -> str | None:
+def supports(logits: torch.Tensor, target: torch.Tensor, temperature: float) -> str | None:
     """None if the kernels can run this call, otherwise why not."""
     if logits.dtype not in _DTYPES:
         return f"the kernel takes fp32, fp16 and bf16, got {logits.dtype}"

@@ -143,8 +143,11 @@ def supports(
     x: torch.Tensor,
     token: torch.Tensor,
     score: torch.Tensor,
+    mask_id: int,
     start: torch.Tensor,
     length: torch.Tensor,
+    branches: int,
+    block_size: int | None,
 ) -> str | None:
     """None if the kernel can run this call, otherwise why not."""
     if score.dtype == torch.float64:

@@ -124,9 +124,15 @@ def supports(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
+    temperature: float,
+    seed: int,
+    counter: torch.Tensor | None,
     banned: torch.Tensor | None,
-    temperatures: torch.Tensor | None,
-    rows: torch.Tensor | None,
+    tempered: bool,
+    softcap: float | None,
+    temperatures: torch.Tensor | None = None,
+    rows: torch.Tensor | None = None,
+    vocab_offset: int = 0,
 ) -> str | None:
     """None if the kernel can run this call, otherwise why not."""
     if hidden.dtype not in _DTYPES:

@@ -259,9 +259,54 @@ def _mixture_accept_sparse_kernel(
 
 
 def supports(
-    logits: torch.Tensor, verifier: torch.Tensor, *lists: torch.Tensor | None
+    logits: torch.Tensor,
+    verifier: torch.Tensor,
+    token: torch.Tensor,
+    length: torch.Tensor,
+    mixture: float,
+    mixtures: torch.Tensor | None,
+    threshold: torch.Tensor | None,
+    temperature: float,
+    temperatures: torch.Tensor | None,
+    seed: int,
+    counter: torch.Tensor | None,
+    banned: torch.Tensor | None,
+    shared: int,
+    first_free: bool,
+    greedy: bool,
+    critical: bool,
 ) -> str | None:
     """None if the kernel can run this call, otherwise why not."""
+    lists = (token, length, mixtures, threshold, temperatures, banned)
+    return _why_not(logits, verifier, lists)
+
+
+def sparse_supports(
+    ids: torch.Tensor,
+    logits: torch.Tensor,
+    noise: torch.Tensor,
+    size: torch.Tensor,
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    bias: torch.Tensor | None,
+    token: torch.Tensor,
+    length: torch.Tensor,
+    mixture: float,
+    mixtures: torch.Tensor | None,
+    temperature: float,
+    temperatures: torch.Tensor | None,
+    softcap: float | None,
+    first_free: bool,
+    critical: bool,
+) -> str | None:
+    """None if the kernel can run this call, otherwise why not."""
+    lists = (ids, logits, noise, size, bias, token, length, mixtures, temperatures)
+    return _why_not(hidden, head, lists)
+
+
+def _why_not(
+    logits: torch.Tensor, verifier: torch.Tensor, lists: tuple[torch.Tensor | None, ...]
+) -> str | None:
     if logits.dtype not in _DTYPES:
         return f"the kernel takes fp32, fp16 and bf16, got {logits.dtype}"
     for matrix in (logits, verifier):

@@ -243,10 +243,17 @@ def _mixture_draft_kernel(
 
 def supports(
     logits: torch.Tensor,
+    temperature: float,
+    seed: int,
+    counter: torch.Tensor,
     banned: torch.Tensor | None,
     temperatures: torch.Tensor | None,
     rows: torch.Tensor | None,
+    shared: int,
+    top_p: float,
     top_ps: torch.Tensor | None,
+    capacity: int,
+    squared: bool,
 ) -> str | None:
     """None if the kernel can run this call, otherwise why not."""
     if logits.dtype not in KEY_BITS:

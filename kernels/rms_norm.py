@@ -45,7 +45,9 @@ def _rms_norm_kernel(
     tl.store(y_ptr + row * width + offs_d, (normed * weight).to(x.dtype), mask=mask_d)
 
 
-def supports(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None) -> str | None:
+def supports(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None
+) -> str | None:
     """None if the kernel can run this call, otherwise why not."""
     if x.dtype not in _DTYPES:
         return f"the kernel takes fp32, fp16 and bf16, got {x.dtype}"

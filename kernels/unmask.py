@@ -299,9 +299,27 @@ def _unmask_kernel(
 def supports(
     x: torch.Tensor,
     step_map: torch.Tensor,
+    nfe: torch.Tensor,
     token: torch.Tensor,
     score: torch.Tensor,
-    *per_sequence: torch.Tensor | None,
+    mask_id: int,
+    start: torch.Tensor,
+    length: torch.Tensor,
+    rule: str,
+    variant: str,
+    quota: torch.Tensor | None,
+    least: int,
+    limit: float,
+    edit_limit: float,
+    vocab: int,
+    seed: int,
+    request: torch.Tensor | None,
+    prompt: torch.Tensor | None,
+    done: torch.Tensor | None,
+    end: torch.Tensor | None,
+    eos: torch.Tensor | None,
+    ends_from: torch.Tensor | None,
+    last: bool,
 ) -> str | None:
     """None if the kernel can run this call, otherwise why not."""
     if score.dtype == torch.float64:
@@ -311,9 +329,8 @@ def supports(
             f"the kernel takes windows of up to {_tiles.UNMASK[-1][0]} positions, "
             f"got {token.shape[1]}"
         )
-    names = ("nfe", "start", "length", "quota", "request", "prompt_length")
-    names += ("done", "end", "ends_from")
-    numbers = dict(zip(names, per_sequence, strict=True))
+    numbers = {"nfe": nfe, "start": start, "length": length, "quota": quota, "request": request}
+    numbers |= {"prompt_length": prompt, "done": done, "end": end, "ends_from": ends_from}
     rows = {"x": x, "step_map": step_map, "token": token, "score": score}
     for name, tensor in (rows | numbers).items():
         if tensor is not None and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:

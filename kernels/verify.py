@@ -140,8 +140,11 @@ def supports(
     candidates: torch.Tensor,
     token: torch.Tensor,
     score: torch.Tensor,
+    mask_id: int,
     start: torch.Tensor,
     length: torch.Tensor,
+    drafts: int,
+    block_size: int | None,
 ) -> str | None:
     """None if the kernel can run this call, otherwise why not."""
     named = {"nfe": nfe, "candidates": candidates, "token": token, "score": score}
@@ -150,7 +153,7 @@ def supports(
             return f"{name} must be contiguous, got strides {tensor.stride()}"
     if step_map.shape[1] > 1 and step_map.stride(1) != 1:
         return f"step_map must have contiguous rows, got strides {step_map.stride()}"
-    return _draft.supports(x, token, score, start, length)
+    return _draft.supports(x, token, score, mask_id, start, length, drafts, block_size)
 
 
 def verify(

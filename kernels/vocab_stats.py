@@ -203,9 +203,16 @@ def _vocab_stats_tile_kernel(
 
 def supports(
     logits: torch.Tensor,
+    temperature: float,
+    seed: int,
+    counter: torch.Tensor | None,
     banned: torch.Tensor | None,
+    tempered: bool,
+    softcap: float | None,
     temperatures: torch.Tensor | None = None,
     rows: torch.Tensor | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
 ) -> str | None:
     """None if the kernel can run this call, otherwise why not."""
     vocab = logits.shape[1]

@@ -17,7 +17,7 @@ LAYERS = (
     ("decoding", "metrics"),
     ("models",),
     ("ops", "_options"),
-    ("_backend", "reference"),
+    ("_backend", "reference", "_checks"),
     ("kernels", "_C"),
 )
 LAYER = {room: depth for depth, rooms in enumerate(LAYERS) for room in rooms}

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from pydllm._backend import env
+from pydllm._backend.constants import capability, is_rocm
 from pydllm._backend.cuda import available as cuda_missing
 from pydllm._backend.errors import BackendError
 from pydllm._backend.preference import prefers_cuda
@@ -48,6 +49,7 @@ def _make_logger() -> logging.Logger:
 
 
 _LOGGER = _make_logger()
+MIN_CAPABILITY = 80  # below, the kernels spill registers or want more shared memory than there is
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
@@ -55,12 +57,26 @@ def triton_missing(device: torch.device) -> Reason:
     """Why Triton kernels cannot run on ``device``; None if they can."""
     if not _TRITON_INSTALLED:
         return "triton is not installed (pip install 'triton>=3.6')"
-    if device.type == "cuda" or env.TRITON_INTERPRET:
+    if env.TRITON_INTERPRET:
         return None
+    if device.type == "cuda":
+        return _gpu_missing(device.index)
     return (
         f"Triton kernels need a CUDA tensor, got one on {device.type} "
         "(set TRITON_INTERPRET=1 before starting Python to interpret them)"
     )
+
+
+def _gpu_missing(index: int | None) -> Reason:
+    """Why the Triton kernels are not launched on a GPU; None if they are."""
+    if is_rocm():
+        return "the Triton kernels are written for NVIDIA GPUs, this PyTorch is built for ROCm"
+    if torch.cuda.is_available() and capability(index) < MIN_CAPABILITY:
+        return (
+            f"the Triton kernels need compute capability {MIN_CAPABILITY // 10}.0 (Ampere), the "
+            f"device has {capability(index) // 10}.{capability(index) % 10}"
+        )
+    return None
 
 
 def choose(

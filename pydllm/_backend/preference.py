@@ -9,24 +9,20 @@ from __future__ import annotations
 
 import torch
 
+from pydllm._backend.constants import capability
+
 # op -> compute capability (90 for sm_90) -> the results
 CUDA_FASTER: dict[str, dict[int, str]] = {}
 
 
 def prefers_cuda(op: str, device: torch.device) -> bool:
     """Whether ``auto`` asks the CUDA kernel of ``op`` before the Triton one on ``device``."""
-    return op in CUDA_FASTER and _capability(device.index) in CUDA_FASTER[op]
+    return op in CUDA_FASTER and capability(device.index) in CUDA_FASTER[op]
 
 
-@torch.compiler.assume_constant_result
-def _capability(index: int | None) -> int:
-    major, minor = torch.cuda.get_device_capability(index)
-    return 10 * major + minor
-
-
-def why(op: str, capability: int) -> str:
+def why(op: str, architecture: int) -> str:
     """Why ``auto`` asks which one first, in a sentence for ``python -m pydllm.env``."""
-    results = CUDA_FASTER.get(op, {}).get(capability)
+    results = CUDA_FASTER.get(op, {}).get(architecture)
     if results is None:
-        return f"CUDA is not measured to be faster on sm_{capability}"
-    return f"CUDA is faster on sm_{capability}: {results}"
+        return f"CUDA is not measured to be faster on sm_{architecture}"
+    return f"CUDA is faster on sm_{architecture}: {results}"

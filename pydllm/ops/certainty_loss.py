@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from pydllm import reference
-from pydllm._backend.dispatch import choose
-from pydllm._backend.library import register
-from pydllm.ops._checks import FLOATS, check_device, check_dtype, check_shape
+from pydllm._backend.library import Op
+from pydllm._checks import FLOATS, check_number, check_tensor
 
 
 def certainty_loss(
@@ -54,22 +53,12 @@ def certainty_loss(
         >>> certainty_loss(torch.tensor([[3.0, 1.0]]).log(), torch.tensor([0]))
         (tensor([0.2877]), tensor([0.3251]), tensor([True]))
     """
-    check_dtype("logits", logits, *FLOATS)
-    check_shape("logits", logits, "R", "V")
+    check_tensor("logits", logits, ("R", "V"), FLOATS)
     if logits.shape[1] == 0:
         raise ValueError("logits: expected a vocabulary of at least 1 id, got none")
-    check_shape("target", target, logits.shape[0])
-    check_dtype("target", target, torch.int64)
-    check_device("target", target, "logits", logits)
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature: expected a finite number above 0, got {temperature}")
-
-    def triton() -> str | None:
-        from pydllm.kernels import certainty_loss as kernel
-
-        return kernel.supports(logits, target)
-
-    chosen = choose("certainty_loss", backend, logits.device, triton=triton)
+    check_tensor("target", target, logits.shape[:1], torch.int64, logits, "logits")
+    check_number("temperature", temperature, 0, above=True)
+    chosen = _FORWARD.choose(logits, target, float(temperature), backend=backend)
     return _CertaintyLoss.apply(logits, target, float(temperature), chosen)
 
 
@@ -80,7 +69,7 @@ class _CertaintyLoss(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, target: Tensor, temperature: float, backend: str
     ) -> tuple[Tensor, Tensor, Tensor]:
-        row = torch.ops.pydllm.certainty_loss(logits, target, temperature, backend)
+        row = _FORWARD.run(backend, logits, target, temperature)
         cross_entropy, entropy, correct, total, total_tempered = row
         ctx.save_for_backward(logits, target, entropy, correct, total, total_tempered)
         ctx.temperature, ctx.backend = temperature, backend
@@ -90,24 +79,9 @@ class _CertaintyLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         logits, target, *row = ctx.saved_tensors
-        grad = torch.ops.pydllm.certainty_loss_backward(
-            logits,
-            target,
-            ctx.temperature,
-            grads[0].contiguous(),
-            grads[1].contiguous(),
-            *row,
-            ctx.backend,
-        )
+        terms = (grad.contiguous() for grad in grads[:2])
+        grad = _BACKWARD.run(ctx.backend, logits, target, ctx.temperature, *terms, *row)
         return grad, None, None, None
-
-
-def _run(logits: Tensor, target: Tensor, temperature: float, backend: str) -> tuple[Tensor, ...]:
-    if backend == "torch":
-        return reference.certainty_loss(logits, target, temperature)
-    from pydllm.kernels import certainty_loss as kernel
-
-    return kernel.certainty_loss(logits, target, temperature)
 
 
 def _fake(logits: Tensor, target: Tensor, temperature: float, backend: str) -> tuple[Tensor, ...]:
@@ -117,29 +91,23 @@ def _fake(logits: Tensor, target: Tensor, temperature: float, backend: str) -> t
     return rows[0], rows[1], correct, rows[2], rows[3]
 
 
-def _run_backward(logits: Tensor, target: Tensor, temperature: float, *row: Any) -> Tensor:
-    *statistics, backend = row
-    if backend == "torch":
-        return reference.certainty_loss_backward(logits, target, temperature, *statistics)
-    from pydllm.kernels import certainty_loss as kernel
-
-    return kernel.certainty_loss_backward(logits, target, temperature, *statistics)
-
-
 def _fake_backward(logits: Tensor, *_: object) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-register(
+_FORWARD = Op(
     "certainty_loss(Tensor logits, Tensor target, float temperature, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _run,
     _fake,
+    reference.certainty_loss,
+    opaque=True,
 )
-register(
+_BACKWARD = Op(
     "certainty_loss_backward(Tensor logits, Tensor target, float temperature, "
     "Tensor grad_cross_entropy, Tensor grad_entropy, Tensor entropy, Tensor correct, "
     "Tensor logsumexp, Tensor logsumexp_tempered, str backend) -> Tensor",
-    _run_backward,
     _fake_backward,
+    reference.certainty_loss_backward,
+    file="certainty_loss",
+    opaque=True,
 )

@@ -8,9 +8,17 @@ import torch
 from torch import Tensor
 
 from pydllm import reference
-from pydllm._backend.dispatch import choose, launcher
-from pydllm._backend.library import register
-from pydllm.ops._checks import FLOATS, check_device, check_dtype, check_no_grad, check_shape
+from pydllm._backend.library import Op
+from pydllm._checks import (
+    FLOATS,
+    check_int,
+    check_is_tensor,
+    check_no_grad,
+    check_tensor,
+    check_token_id,
+)
+
+MAX_BRANCHES = 32
 
 
 def draft(
@@ -68,25 +76,11 @@ def draft(
                  [7, 0, 2, 0],
                  [7, 0, 2, 3]]])
     """
-    check_window(x, token, score, mask_id, start, length, branches, block_size)
-    check_shape("token", token, x.shape[0], "T")
+    check_window(x, token, score, mask_id, start, length, block_size)
+    check_tensor("token", token, (x.shape[0], "T"), torch.int64)
+    check_int("branches", branches, 1, MAX_BRANCHES)
     check_no_grad("draft", score=score)
-    arguments = (x, token, score, mask_id, start, length, branches, block_size)
-
-    def cuda() -> str | None:
-        from pydllm._backend.cuda import draft as kernel
-
-        return kernel.supports(x, token, score, start, length)
-
-    def triton() -> str | None:
-        from pydllm.kernels import draft as kernel
-
-        return kernel.supports(x, token, score, start, length)
-
-    chosen = choose("draft", backend, x.device, triton=triton, cuda=cuda)
-    if chosen == "torch":
-        return reference.draft(*arguments)
-    return torch.ops.pydllm.draft(*arguments, chosen)
+    return _OP(x, token, score, mask_id, start, length, branches, block_size, backend=backend)
 
 
 def check_window(
@@ -96,37 +90,23 @@ def check_window(
     mask_id: int,
     start: Tensor,
     length: Tensor,
-    branches: int,
     block_size: int | None,
 ) -> None:
     """What ``draft`` and ``verify`` have in common; a window is the last dimension of ``token``."""
-    check_shape("x", x, "B", "L")
-    check_dtype("x", x, torch.int64)
-    check_dtype("token", token, torch.int64)
-    check_shape("score", score, *token.shape)
-    check_dtype("score", score, *FLOATS)
-    for name, tensor in (("start", start), ("length", length)):
-        check_shape(name, tensor, x.shape[0])
-        check_dtype(name, tensor, torch.int32)
-    named = {"token": token, "score": score, "start": start, "length": length}
-    for name, tensor in named.items():
-        check_device(name, tensor, "x", x)
-    if not isinstance(mask_id, int):
-        raise TypeError(f"mask_id: expected an int, got {mask_id!r}")
-    if not isinstance(branches, int) or not 1 <= branches <= 32:
-        raise ValueError(f"branches: expected an int in [1, 32], got {branches!r}")
-    if block_size is not None and (not isinstance(block_size, int) or block_size < 1):
-        raise ValueError(f"block_size: expected an int of at least 1 or None, got {block_size!r}")
-    if not 1 <= token.shape[-1] <= x.shape[1]:
+    check_tensor("x", x, ("B", "L"), torch.int64)
+    check_is_tensor("token", token)
+    check_tensor("token", token, token.shape, torch.int64, x, "x")
+    check_tensor("score", score, token.shape, FLOATS, x, "x")
+    check_tensor("start", start, x.shape[:1], torch.int32, x, "x")
+    check_tensor("length", length, x.shape[:1], torch.int32, x, "x")
+    check_token_id("mask_id", mask_id)
+    if block_size is not None:
+        check_int("block_size", block_size, 1)
+    if token.ndim == 0 or not 1 <= token.shape[-1] <= x.shape[1]:
         raise ValueError(
-            f"token: expected 1 to {x.shape[1]} positions, those of x, got {token.shape[-1]}"
+            f"token: expected 1 to {x.shape[1]} positions, those of x, "
+            f"got shape {tuple(token.shape)}"
         )
-
-
-def _run(*arguments: Any) -> Tensor:
-    if arguments[-1] == "torch":
-        return reference.draft(*arguments[:-1])
-    return launcher("draft", arguments[-1])(*arguments[:-1])
 
 
 def _fake(x: Tensor, token: Tensor, *rest: Any) -> Tensor:
@@ -134,9 +114,9 @@ def _fake(x: Tensor, token: Tensor, *rest: Any) -> Tensor:
     return x.new_empty(x.shape[0], branches, x.shape[1])
 
 
-register(
+_OP = Op(
     "draft(Tensor x, Tensor token, Tensor score, int mask_id, Tensor start, Tensor length, "
     "int branches, int? block_size, str backend) -> Tensor",
-    _run,
     _fake,
+    reference.draft,
 )

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pydllm import reference
-from pydllm._backend.dispatch import choose
-from pydllm._backend.library import register
-from pydllm.ops._checks import FLOATS, check_device, check_dtype, check_no_grad, check_shape
+from pydllm._backend.library import Op
+from pydllm._checks import FLOATS, check_device, check_int, check_no_grad, check_tensor, describe
 from pydllm.ops.vocab_stats import VocabStats, check_options, check_rows, empty_stats, signed
 
 
@@ -78,10 +77,8 @@ def head_stats(
     options = (temperature, seed, counter, banned, tempered, softcap)
     fixed, each = check_options(hidden, count, *options, name="hidden")
     check_no_grad("head_stats", hidden=hidden, weight=weight, bias=bias)
-    chosen = _choose("head_stats", hidden, weight, bias, banned, each, rows, backend)
     checked = (fixed, signed(seed), counter, banned, tempered, softcap, each, rows)
-    # One op in torch too: what it unrolls into would be thousands of nodes of a graph.
-    return VocabStats(*torch.ops.pydllm.head_stats(hidden, weight, bias, *checked, chosen))
+    return VocabStats(*_HEAD_STATS(hidden, weight, bias, *checked, backend=backend))
 
 
 def head_stats_partial(
@@ -113,18 +110,15 @@ def head_stats_partial(
         ``StatsPartial``; S is 1 in torch and the number of tiles in Triton.
     """
     count = _check_operands(hidden, weight, bias, rows)
-    if vocab_offset < 0 or vocab_offset % 4 or vocab_offset + weight.shape[0] > 2**31 - 1:
-        raise ValueError(
-            "vocab_offset: expected a multiple of 4, from 0, and ids below 2^31 - 1, "
-            f"got {vocab_offset}"
-        )
+    check_int("vocab_offset", vocab_offset, 0, 2**31 - 1 - weight.shape[0])
+    if vocab_offset % 4:
+        raise ValueError(f"vocab_offset: expected a multiple of 4, got {vocab_offset}")
     options = (temperature, seed, counter, banned, tempered, softcap)
     fixed, each = check_options(hidden, count, *options, name="hidden")
     check_no_grad("head_stats_partial", hidden=hidden, weight=weight, bias=bias)
-    chosen = _choose("head_stats_partial", hidden, weight, bias, banned, each, rows, backend)
     checked = (fixed, signed(seed), counter, banned, tempered, softcap, each, rows)
-    arguments = (hidden, weight, bias, *checked, vocab_offset, chosen)
-    return StatsPartial(*torch.ops.pydllm.head_stats_partial(*arguments))
+    arguments = (hidden, weight, bias, *checked, vocab_offset)
+    return StatsPartial(*_PARTIAL(*arguments, backend=backend))
 
 
 def fold_stats(partial: StatsPartial) -> StatsPartial:
@@ -152,98 +146,40 @@ def merge_stats(*partials: StatsPartial, backend: str | None = None) -> VocabSta
     """
     if not partials:
         raise ValueError("partials: expected at least one, got none")
-    like = partials[0]
+    for partial in partials:
+        if not isinstance(partial, StatsPartial):
+            raise TypeError(f"partials: expected a StatsPartial, got {describe(partial)}")
+    first = partials[0]
+    check_tensor("values", first.values, ("n", "R", "S"), (torch.float32, torch.float64))
     for values, ids in partials:
-        check_dtype("values", values, torch.float32, torch.float64)
-        check_dtype("ids", ids, torch.int32)
-        check_shape("ids", ids, like.ids.shape[0], "R", "S")
-        fields = 2 * (like.ids.shape[0] + 1)
-        check_shape("values", values, fields, like.ids.shape[1], ids.shape[2])
-        check_device("values", values, "the first", like.values)
+        check_tensor("ids", ids, (first.ids.shape[0], "R", "S"), torch.int32)
+        shape = (2 * (first.ids.shape[0] + 1), first.ids.shape[1], ids.shape[2])
+        check_tensor("values", values, shape, first.values.dtype, first.values, "the first")
         check_device("ids", ids, "values", values)
-    values, ids = partials[0]
+    values, ids = first
     if len(partials) > 1:
         values = torch.cat([partial.values for partial in partials], -1)
         ids = torch.cat([partial.ids for partial in partials], -1)
-
-    def cuda() -> str | None:
-        from pydllm._backend.cuda import head_stats as kernel
-
-        return kernel.merge_supports(values, ids)
-
-    def triton() -> str | None:
-        from pydllm.kernels import head_stats as kernel
-
-        return kernel.merge_supports(values, ids)
-
-    chosen = choose("merge_stats", backend, values.device, triton=triton, cuda=cuda)
-    return VocabStats(*torch.ops.pydllm.merge_stats(values, ids, chosen))
+    return VocabStats(*_MERGE(values, ids, backend=backend))
 
 
 def _check_operands(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None
 ) -> int:
-    check_dtype("hidden", hidden, *FLOATS)
-    check_shape("hidden", hidden, "R", "D")
-    check_shape("weight", weight, "V", hidden.shape[1])
-    check_dtype("weight", weight, hidden.dtype)
-    check_device("weight", weight, "hidden", hidden)
+    check_tensor("hidden", hidden, ("R", "D"), FLOATS)
+    check_tensor("weight", weight, ("V", hidden.shape[1]), hidden.dtype, hidden, "hidden")
     if 0 in weight.shape:
         raise ValueError(f"weight: expected V and D of at least 1, got {tuple(weight.shape)}")
     if bias is not None:
-        check_shape("bias", bias, weight.shape[0])
-        check_dtype("bias", bias, hidden.dtype)
-        check_device("bias", bias, "hidden", hidden)
+        check_tensor("bias", bias, weight.shape[:1], hidden.dtype, hidden, "hidden")
     return check_rows("hidden", hidden, rows)
 
 
-def _choose(
-    op: str,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    banned: Tensor | None,
-    temperatures: Tensor | None,
-    rows: Tensor | None,
-    backend: str | None,
-) -> str:
-    def triton() -> str | None:
-        from pydllm.kernels import head_stats as kernel
-
-        return kernel.supports(hidden, weight, bias, banned, temperatures, rows)
-
-    return choose(op, backend, hidden.device, triton=triton)
-
-
-def _run(hidden: Tensor, *arguments) -> tuple[Tensor, ...]:  # noqa: ANN002
-    return _implementation(arguments[-1]).head_stats(hidden, *arguments[:-1])
-
-
-def _run_partial(hidden: Tensor, *arguments) -> tuple[Tensor, ...]:  # noqa: ANN002
-    return _implementation(arguments[-1]).head_stats_partial(hidden, *arguments[:-1])
-
-
-def _run_merge(values: Tensor, ids: Tensor, backend: str) -> tuple[Tensor, ...]:
-    if backend == "cuda":
-        from pydllm._backend.cuda import head_stats as kernel
-
-        return kernel.merge_stats(values, ids)
-    return _implementation(backend).merge_stats(values, ids)
-
-
-def _implementation(backend: str):  # noqa: ANN202
-    if backend == "torch":
-        return reference
-    from pydllm.kernels import head_stats as kernel
-
-    return kernel
-
-
-def _fake(hidden: Tensor, weight: Tensor, *arguments) -> tuple[Tensor, ...]:  # noqa: ANN002
+def _fake(hidden: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     return empty_stats(hidden, _count(hidden, arguments[8]))
 
 
-def _fake_partial(hidden: Tensor, weight: Tensor, *arguments) -> tuple[Tensor, ...]:  # noqa: ANN002
+def _fake_partial(hidden: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     temperature, counter, temperatures, rows = (arguments[i] for i in (1, 3, 7, 8))
     sampled = counter is not None and (temperatures is not None or temperature > 0)
     pieces = 1
@@ -270,12 +206,21 @@ _OPTIONS = (
     "Tensor? banned, bool tempered, float? softcap, Tensor? temperatures, Tensor? rows"
 )
 _STATS = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
-register(f"head_stats({_OPTIONS}, str backend) -> {_STATS}", _run, _fake)
-register(
-    f"head_stats_partial({_OPTIONS}, int vocab_offset, str backend) -> (Tensor, Tensor)",
-    _run_partial,
-    _fake_partial,
+_HEAD_STATS = Op(
+    f"head_stats({_OPTIONS}, str backend) -> {_STATS}", _fake, reference.head_stats, opaque=True
 )
-register(
-    f"merge_stats(Tensor values, Tensor ids, str backend) -> {_STATS}", _run_merge, _fake_merge
+_PARTIAL = Op(
+    f"head_stats_partial({_OPTIONS}, int vocab_offset, str backend) -> (Tensor, Tensor)",
+    _fake_partial,
+    reference.head_stats_partial,
+    file="head_stats",
+    opaque=True,
+)
+_MERGE = Op(
+    f"merge_stats(Tensor values, Tensor ids, str backend) -> {_STATS}",
+    _fake_merge,
+    reference.merge_stats,
+    file="head_stats",
+    supports="merge_supports",
+    opaque=True,
 )

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pydllm import reference
-from pydllm._backend.dispatch import choose, launcher
-from pydllm._backend.library import register
-from pydllm.ops._checks import FLOATS, check_device, check_dtype, check_no_grad, check_shape
-from pydllm.ops.mixture_draft import RULES, Candidates, check_emit, check_shared
+from pydllm._backend.library import Op
+from pydllm._checks import (
+    FLOATS,
+    check_bool,
+    check_choice,
+    check_no_grad,
+    check_number,
+    check_tensor,
+    describe,
+)
+from pydllm.ops.mixture_draft import EMITS, RULES, Candidates, check_shared
 from pydllm.ops.vocab_stats import check_options, signed
 
 
@@ -107,40 +114,24 @@ def mixture_accept(
         >>> mixture_accept(draft, verifier, token, length=length, mixture=0.5)[:3]
         (tensor([1], dtype=torch.int32), tensor([1]), tensor([0, 1]))
     """
-    check_dtype("logits", logits, *FLOATS)
-    check_shape("logits", logits, "R", "V")
-    check_shape("verifier_logits", verifier_logits, logits.shape[0], "V_A")
-    check_dtype("verifier_logits", verifier_logits, logits.dtype)
-    check_device("verifier_logits", verifier_logits, "logits", logits)
+    check_tensor("logits", logits, ("R", "V"), FLOATS)
+    shape = (logits.shape[0], "V_A")
+    check_tensor("verifier_logits", verifier_logits, shape, logits.dtype, logits, "logits")
     shared = check_shared(shared_vocab, logits=logits, verifier_logits=verifier_logits)
     weight, weights = _check_round("logits", logits, token, length, mixture)
     fixed, each = check_options(
         logits, logits.shape[0], temperature, seed, counter, banned, False, None
     )
     if threshold is not None:
-        check_shape("threshold", threshold, logits.shape[0])
-        check_dtype("threshold", threshold, torch.promote_types(logits.dtype, torch.float32))
-        check_device("threshold", threshold, "logits", logits)
-    check_emit(emit)
-    if rule not in RULES:
-        raise ValueError(f"rule: expected one of {', '.join(RULES)}, got {rule!r}")
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        check_tensor("threshold", threshold, logits.shape[:1], wide, logits, "logits")
+    check_choice("emit", emit, EMITS)
+    check_choice("rule", rule, RULES)
+    check_bool("critical", critical)
     if critical and rule != "paper":
         raise ValueError(f"critical: expected False with rule {rule!r}, got True")
     check_no_grad("mixture_accept", logits=logits, verifier_logits=verifier_logits)
 
-    lists = (token, length, weights, threshold, each, banned)
-
-    def cuda() -> str | None:
-        from pydllm._backend.cuda import mixture_accept as kernel
-
-        return kernel.supports(logits, verifier_logits, *lists)
-
-    def triton() -> str | None:
-        from pydllm.kernels import mixture_accept as kernel
-
-        return kernel.supports(logits, verifier_logits, *lists)
-
-    chosen = choose("mixture_accept", backend, logits.device, triton=triton, cuda=cuda)
     options = (
         fixed,
         each,
@@ -152,8 +143,7 @@ def mixture_accept(
         rule != "paper",
     )
     rounds = (logits, verifier_logits, token, length, weight, weights, threshold)
-    # One op in torch too: the generator would be hundreds of nodes of a graph.
-    results = torch.ops.pydllm.mixture_accept(*rounds, *options, critical, chosen)
+    results = _OP(*rounds, *options, critical, backend=backend)
     accepted, correction, target, least = results
     return Accepted(accepted, correction, target, least if critical else None)
 
@@ -216,33 +206,25 @@ def mixture_accept_sparse(
 
     Kernels: ``kernels/mixture_accept.py``, ``csrc/_mixture_accept_sparse.cu``.
     """
+    if not isinstance(candidates, Candidates):
+        raise TypeError(f"candidates: expected Candidates, got {describe(candidates)}")
     ids, logits, noise, size, overflow = candidates
-    check_shape("candidates.ids", ids, "R", "C")
-    check_dtype("candidates.ids", ids, torch.int32)
-    check_dtype("hidden", hidden, *FLOATS)
-    check_shape("hidden", hidden, ids.shape[0], "H")
-    check_device("candidates.ids", ids, "hidden", hidden)
-    for name, values in (("logits", logits), ("noise", noise)):
-        check_shape(f"candidates.{name}", values, *ids.shape)
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
-        check_dtype(f"candidates.{name}", values, dtype)
-        check_device(f"candidates.{name}", values, "hidden", hidden)
-    for name, values, dtype in (("size", size, torch.int32), ("overflow", overflow, torch.bool)):
-        check_shape(f"candidates.{name}", values, ids.shape[0])
-        check_dtype(f"candidates.{name}", values, dtype)
-        check_device(f"candidates.{name}", values, "hidden", hidden)
-    check_shape("weight", weight, "V_A", hidden.shape[1])
-    check_dtype("weight", weight, hidden.dtype)
-    check_device("weight", weight, "hidden", hidden)
+    check_tensor("hidden", hidden, ("R", "H"), FLOATS)
+    like, count = (hidden, "hidden"), hidden.shape[:1]
+    check_tensor("candidates.ids", ids, (*count, "C"), torch.int32, *like)
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    check_tensor("candidates.logits", logits, ids.shape, wide, *like)
+    check_tensor("candidates.noise", noise, ids.shape, wide, *like)
+    check_tensor("candidates.size", size, count, torch.int32, *like)
+    check_tensor("candidates.overflow", overflow, count, torch.bool, *like)
+    check_tensor("weight", weight, ("V_A", hidden.shape[1]), hidden.dtype, *like)
     if 0 in weight.shape or ids.shape[1] == 0:
         raise ValueError(
             "weight and candidates: expected V_A, H and C of at least 1, got "
             f"{tuple(weight.shape)} and C {ids.shape[1]}"
         )
     if bias is not None:
-        check_shape("bias", bias, weight.shape[0])
-        check_dtype("bias", bias, hidden.dtype)
-        check_device("bias", bias, "hidden", hidden)
+        check_tensor("bias", bias, weight.shape[:1], hidden.dtype, *like)
     weight_of, weights = _check_round("hidden", hidden, token, length, mixture)
     if weights is None and weight_of == 0:
         raise ValueError("mixture: expected a number in (0, 1] for a list of candidates, got 0")
@@ -252,25 +234,13 @@ def mixture_accept_sparse(
     fixed, each = check_options(
         hidden, ids.shape[0], temperature, 0, unread, None, False, softcap, name="hidden"
     )
-    check_emit(emit)
+    check_choice("emit", emit, EMITS)
+    check_bool("critical", critical)
     check_no_grad("mixture_accept_sparse", hidden=hidden, weight=weight, bias=bias)
 
-    rows = (ids, logits, noise, size, bias, token, length, weights, each)
-
-    def cuda() -> str | None:
-        from pydllm._backend.cuda import mixture_accept as kernel
-
-        return kernel.supports(hidden, weight, *rows)
-
-    def triton() -> str | None:
-        from pydllm.kernels import mixture_accept as kernel
-
-        return kernel.supports(hidden, weight, *rows)
-
-    chosen = choose("mixture_accept_sparse", backend, hidden.device, triton=triton, cuda=cuda)
     lists = (ids, logits, noise, size, hidden, weight, bias, token, length)
     options = (weight_of, weights, fixed, each, softcap, emit != "target", critical)
-    results = torch.ops.pydllm.mixture_accept_sparse(*lists, *options, chosen)
+    results = _SPARSE(*lists, *options, backend=backend)
     accepted, correction, target, least = results
     return Accepted(accepted, correction, target, least if critical else None)
 
@@ -280,44 +250,26 @@ def _check_round(
 ) -> tuple[float, Tensor | None]:
     """Check what belongs to a round; the mixture as a number or as a tensor."""
     rows = matrix.shape[0]
-    check_shape("token", token, rows)
-    check_dtype("token", token, torch.int64)
-    check_device("token", token, name, matrix)
-    check_shape("length", length, "B")
-    check_dtype("length", length, torch.int32)
-    check_device("length", length, name, matrix)
+    check_tensor("token", token, (rows,), torch.int64, matrix, name)
+    check_tensor("length", length, ("B",), torch.int32, matrix, name)
     batch = length.shape[0]
     if rows % batch if batch else rows:
         raise ValueError(f"length: expected B that divides the {rows} rows, got {batch}")
     if isinstance(mixture, Tensor):
-        check_shape("mixture", mixture, batch)
-        check_dtype("mixture", mixture, torch.float32)
-        check_device("mixture", mixture, name, matrix)
+        check_tensor("mixture", mixture, (batch,), torch.float32, matrix, name)
         return 0.0, mixture
-    if not 0 <= mixture <= 1:
-        raise ValueError(f"mixture: expected a number in [0, 1], got {mixture}")
+    check_number("mixture", mixture, 0, 1)
     return float(mixture), None
 
 
-def _run(logits: Tensor, *arguments) -> tuple[Tensor, ...]:  # noqa: ANN002
-    if arguments[-1] == "torch":
-        return reference.mixture_accept(logits, *arguments[:-1])
-    return launcher("mixture_accept", arguments[-1])(logits, *arguments[:-1])
-
-
-def _run_sparse(ids: Tensor, *arguments) -> tuple[Tensor, ...]:  # noqa: ANN002
-    if arguments[-1] == "torch":
-        return reference.mixture_accept_sparse(ids, *arguments[:-1])
-    launch = launcher("mixture_accept", arguments[-1], "mixture_accept_sparse")
-    return launch(ids, *arguments[:-1])
-
-
-def _fake(logits: Tensor, verifier: Tensor, token: Tensor, length: Tensor, *arguments):  # noqa: ANN002, ANN202
+def _fake(
+    logits: Tensor, verifier: Tensor, token: Tensor, length: Tensor, *arguments: Any
+) -> tuple[Tensor, ...]:
     dtype = torch.promote_types(logits.dtype, torch.float32)
     return _empty(token, length, dtype, arguments[-2])
 
 
-def _fake_sparse(ids: Tensor, logits: Tensor, *arguments):  # noqa: ANN002, ANN202
+def _fake_sparse(ids: Tensor, logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     token, length = arguments[5:7]
     return _empty(token, length, logits.dtype, arguments[-2])
 
@@ -333,20 +285,24 @@ def _empty(token: Tensor, length: Tensor, dtype: torch.dtype, critical: bool) ->
 
 
 _RESULTS = "(Tensor, Tensor, Tensor, Tensor)"
-register(
+_OP = Op(
     "mixture_accept(Tensor logits, Tensor verifier, Tensor token, Tensor length, float mixture, "
     "Tensor? mixtures, Tensor? threshold, float temperature, Tensor? temperatures, int seed, "
     "Tensor? counter, Tensor? banned, int shared, bool first_free, bool greedy, bool critical, "
     "str backend) "
     f"-> {_RESULTS}",
-    _run,
     _fake,
+    reference.mixture_accept,
+    opaque=True,
 )
-register(
+_SPARSE = Op(
     "mixture_accept_sparse(Tensor ids, Tensor logits, Tensor noise, Tensor size, Tensor hidden, "
     "Tensor head, Tensor? bias, Tensor token, Tensor length, float mixture, Tensor? mixtures, "
     "float temperature, Tensor? temperatures, float? softcap, bool first_free, bool critical, "
     f"str backend) -> {_RESULTS}",
-    _run_sparse,
     _fake_sparse,
+    reference.mixture_accept_sparse,
+    file="mixture_accept",
+    supports="sparse_supports",
+    opaque=True,
 )

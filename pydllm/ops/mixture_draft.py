@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pydllm import reference
-from pydllm._backend.dispatch import choose, launcher
-from pydllm._backend.library import register
-from pydllm.ops._checks import FLOATS, check_device, check_dtype, check_no_grad, check_shape
+from pydllm._backend.library import Op
+from pydllm._checks import (
+    FLOATS,
+    check_choice,
+    check_int,
+    check_no_grad,
+    check_number,
+    check_tensor,
+)
 from pydllm.ops.vocab_stats import check_options, check_rows, signed, vocab_stats
 
 EMITS = ("draft", "draft_then_target", "target")
@@ -70,7 +76,7 @@ def mixture_draft(
     Args:
         logits: ``(R, V)`` fp32, fp16, bf16 or (torch backend) fp64; rows at any stride. An id with
             logit -inf is never drafted.
-        temperature: 0 takes the arg-max; otherwise at least 1e-6. Or ``(R,)`` fp32, one for each
+        temperature: 0 takes the arg-max; otherwise in [1e-6, 1e18]. Or ``(R,)`` fp32, one for each
             row; a row whose own is not in [1e-6, inf) takes the arg-max.
         seed: in [0, 2^64); used at a temperature.
         counter: ``(R, 3)`` int32: absolute position, request id, draw, as ``round_counter`` makes
@@ -117,16 +123,13 @@ def mixture_draft(
         >>> draft.token, draft.logsumexp
         (tensor([2]), tensor([1.3133]))
     """
-    check_dtype("logits", logits, *FLOATS)
-    check_shape("logits", logits, "R", "V")
+    check_tensor("logits", logits, ("R", "V"), FLOATS)
     shared = check_shared(shared_vocab, logits=logits)
     count = check_rows("logits", logits, rows)
     fixed, each = check_options(logits, count, temperature, seed, counter, banned, False, None)
     limit, limits = _check_top_p(top_p, count, logits)
-    if not 0 <= capacity <= MAX_CAPACITY:
-        raise ValueError(f"capacity: expected 0 to {MAX_CAPACITY} ids, got {capacity}")
-    if rule not in RULES:
-        raise ValueError(f"rule: expected one of {', '.join(RULES)}, got {rule!r}")
+    check_int("capacity", capacity, 0, MAX_CAPACITY)
+    check_choice("rule", rule, RULES)
     squared = rule == "reference"
     if squared and 0 < fixed < _MIN_SQUARED:
         raise ValueError(f"temperature: expected 0 or at least 1e-3 for this rule, got {fixed}")
@@ -136,21 +139,9 @@ def mixture_draft(
             logits[:, :shared], temperature, seed, counter, banned, rows, capacity, squared, backend
         )
 
-    def cuda() -> str | None:
-        from pydllm._backend.cuda import mixture_draft as kernel
-
-        return kernel.supports(logits, banned, each, rows, limits)
-
-    def triton() -> str | None:
-        from pydllm.kernels import mixture_draft as kernel
-
-        return kernel.supports(logits, banned, each, rows, limits)
-
-    chosen = choose("mixture_draft", backend, logits.device, triton=triton, cuda=cuda)
     where = (counter, banned, each, rows, shared)
     arguments = (fixed, signed(seed), *where, limit, limits, capacity, squared)
-    # One op in torch too: the generator would be hundreds of nodes of a graph.
-    results = torch.ops.pydllm.mixture_draft(logits, *arguments, chosen)
+    results = _OP(logits, *arguments, backend=backend)
     token, logsumexp, threshold, *found = results
     return MixtureDraft(token, logsumexp, threshold, Candidates(*found) if capacity else None)
 
@@ -178,24 +169,15 @@ def round_counter(start: Tensor, request: Tensor, rows: int, *, emit: str = "dra
         tensor([[7, 3, 1],
                 [8, 3, 0]], dtype=torch.int32)
     """
-    check_shape("start", start, "B")
-    check_dtype("start", start, torch.int32)
-    check_shape("request", request, start.shape[0])
-    check_dtype("request", request, torch.int32)
-    check_device("request", request, "start", start)
-    if rows < 1:
-        raise ValueError(f"rows: expected at least 1, got {rows}")
-    check_emit(emit)
+    check_tensor("start", start, ("B",), torch.int32)
+    check_tensor("request", request, start.shape, torch.int32, start, "start")
+    check_int("rows", rows, 1)
+    check_choice("emit", emit, EMITS)
     index = torch.arange(rows, dtype=torch.int32, device=start.device)
     position = start[:, None] + index
     draw = ((index == 0) & (emit == "draft")).int()
     words = (position, request[:, None].expand_as(position), draw.expand_as(position))
     return torch.stack(words, -1).view(-1, 3)
-
-
-def check_emit(emit: str) -> None:
-    if emit not in EMITS:
-        raise ValueError(f"emit: expected one of {', '.join(EMITS)}, got {emit!r}")
 
 
 def check_shared(shared_vocab: int | None, **matrices: Tensor) -> int:
@@ -208,8 +190,7 @@ def check_shared(shared_vocab: int | None, **matrices: Tensor) -> int:
         if least != max(sizes.values()):
             raise ValueError(f"shared_vocab: expected a number for vocabularies {sizes}, got None")
         return least
-    if not 1 <= shared_vocab <= least:
-        raise ValueError(f"shared_vocab: expected 1 to {least} ids, got {shared_vocab}")
+    check_int("shared_vocab", shared_vocab, 1, least)
     return shared_vocab
 
 
@@ -218,13 +199,12 @@ def _check_top_p(
 ) -> tuple[float, Tensor | None]:
     """One limit for all rows, or one for each."""
     if isinstance(top_p, Tensor):
-        check_shape("top_p", top_p, count)
-        check_dtype("top_p", top_p, torch.float32)
-        check_device("top_p", top_p, "logits", like)
+        check_tensor("top_p", top_p, (count,), torch.float32, like, "logits")
         return 1.0, top_p
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p: expected a number in (0, 1] or None, got {top_p}")
-    return 1.0 if top_p is None else top_p, None
+    if top_p is None:
+        return 1.0, None
+    check_number("top_p", top_p, 0, 1, above=True)
+    return float(top_p), None
 
 
 def _draft_from_all(
@@ -262,13 +242,7 @@ def _draft_from_all(
     return MixtureDraft(token, lse, threshold, candidates)
 
 
-def _run(logits: Tensor, *arguments) -> tuple[Tensor, ...]:  # noqa: ANN002
-    if arguments[-1] == "torch":
-        return reference.mixture_draft(logits, *arguments[:-1])
-    return launcher("mixture_draft", arguments[-1])(logits, *arguments[:-1])
-
-
-def _fake(logits: Tensor, *arguments) -> tuple[Tensor, ...]:  # noqa: ANN002
+def _fake(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     rows, capacity = arguments[5], arguments[9]
     count = logits.shape[0] if rows is None else rows.shape[0]
     dtype = torch.promote_types(logits.dtype, torch.float32)
@@ -284,11 +258,12 @@ def _fake(logits: Tensor, *arguments) -> tuple[Tensor, ...]:  # noqa: ANN002
     )
 
 
-register(
+_OP = Op(
     "mixture_draft(Tensor logits, float temperature, int seed, Tensor counter, Tensor? banned, "
     "Tensor? temperatures, Tensor? rows, int shared, float top_p, Tensor? top_ps, int capacity, "
     "bool squared, str backend) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _run,
     _fake,
+    reference.mixture_draft,
+    opaque=True,
 )

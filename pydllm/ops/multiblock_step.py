@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from pydllm import reference
-from pydllm._backend.dispatch import choose, launcher
-from pydllm._backend.library import register
-from pydllm.ops._checks import FLOATS, check_device, check_dtype, check_no_grad, check_shape
+from pydllm._backend.library import Op
+from pydllm._checks import FLOATS, check_device, check_dtype, check_no_grad, check_shape
 
 MODES = ("finished", "full", "cached", "commit", "refresh")
 # The rows of ``MultiBlockState.numbers``.
@@ -223,21 +222,7 @@ def multiblock_step(
     inputs = (x, step_map, *state, token, entropy, mask_id, prompt_length, eos_ids)
     arguments: tuple[Any, ...] = (*inputs, *rule, *flags)
 
-    shape = (max_new_tokens, block_length, compat)
-
-    def cuda() -> str | None:
-        from pydllm._backend.cuda import multiblock_step as kernel
-
-        return kernel.supports(x, step_map, *state, token, entropy, prompt_length, eos_ids, *shape)
-
-    def triton() -> str | None:
-        from pydllm.kernels import multiblock_step as kernel
-
-        return kernel.supports(x, step_map, *state, token, entropy, prompt_length, eos_ids, *shape)
-
-    chosen = choose("multiblock_step", backend, x.device, triton=triton, cuda=cuda)
-    # One op in torch too: what it unrolls into would be hundreds of nodes of a graph.
-    torch.ops.pydllm.multiblock_step(*arguments, chosen)
+    _OP(*arguments, backend=backend)
 
 
 def _check_tensors(
@@ -277,22 +262,16 @@ def _check_int(name: str, value: object, low: int) -> None:
         raise ValueError(f"{name}: expected an int in [{low}, 2^31), got {value!r}")
 
 
-def _run(*arguments: Any) -> None:
-    if arguments[-1] == "torch":
-        reference.multiblock_step(*arguments[:-1])
-        return
-    launcher("multiblock_step", arguments[-1])(*arguments[:-1])
-
-
 def _fake(*_: object) -> None:
     return None
 
 
-register(
+_OP = Op(
     "multiblock_step(Tensor(a!) x, Tensor(b!) step_map, Tensor(c!) numbers, Tensor(d!) blocks, "
     "Tensor(e!) eligible, Tensor token, Tensor entropy, int mask_id, Tensor prompt, Tensor? eos, "
     "int new, int size, float limit, int add, int full_at, int delay, int refresh, "
     "bool early_stop, bool cached, int tail, bool shifted, bool compat, str backend) -> ()",
-    _run,
     _fake,
+    reference.multiblock_step,
+    opaque=True,
 )

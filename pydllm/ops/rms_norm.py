@@ -6,9 +6,15 @@ import torch
 from torch import Tensor
 
 from pydllm import reference
-from pydllm._backend.dispatch import choose, launcher
-from pydllm._backend.library import register
-from pydllm.ops._checks import FLOATS, check_device, check_dtype, check_no_grad, check_shape
+from pydllm._backend.library import Op
+from pydllm._checks import (
+    FLOATS,
+    check_is_tensor,
+    check_no_grad,
+    check_number,
+    check_tensor,
+    check_written,
+)
 
 
 def rms_norm(
@@ -27,7 +33,7 @@ def rms_norm(
     Args:
         x: ``(..., D)`` fp32, fp16, bf16 or (torch backend) fp64.
         weight: ``(D,)``, dtype of ``x``.
-        eps: added to the mean square.
+        eps: added to the mean square, at least 0.
         residual: ``(..., D)`` like ``x``; **updated in place** to ``x + residual``.
         backend: None (``PYDLLM_BACKEND``), ``"auto"``, ``"cuda"``, ``"triton"`` or ``"torch"``.
 
@@ -35,7 +41,8 @@ def rms_norm(
         ``y`` with the shape and dtype of ``x``.
 
     Raises:
-        ValueError: shapes or devices differ, a gradient is wanted, or an unknown backend.
+        ValueError: shapes or devices differ, ``eps`` is negative or not finite, a gradient is
+            wanted, or an unknown backend.
         TypeError: a dtype that is not supported, or dtypes that differ.
         BackendError: the named backend cannot run the call.
 
@@ -48,46 +55,25 @@ def rms_norm(
         >>> rms_norm(torch.tensor([[3.0, 4.0]]), torch.ones(2), 0.0)
         tensor([[0.8485, 1.1314]])
     """
-    check_dtype("x", x, *FLOATS)
+    check_is_tensor("x", x)
     if x.ndim == 0:
         raise ValueError("x: expected shape (..., D), got ()")
-    check_shape("weight", weight, x.shape[-1])
-    check_dtype("weight", weight, x.dtype)
-    check_device("weight", weight, "x", x)
+    check_tensor("x", x, x.shape, FLOATS)
+    check_tensor("weight", weight, x.shape[-1:], x.dtype, x, "x")
+    check_number("eps", eps, 0)
     if residual is not None:
-        check_shape("residual", residual, *x.shape)
-        check_dtype("residual", residual, x.dtype)
-        check_device("residual", residual, "x", x)
+        check_tensor("residual", residual, x.shape, x.dtype, x, "x")
+        check_written("residual", residual)
     check_no_grad("rms_norm", x=x, weight=weight, residual=residual)
-
-    def cuda() -> str | None:
-        from pydllm._backend.cuda import rms_norm as kernel
-
-        return kernel.supports(x, weight, residual)
-
-    def triton() -> str | None:
-        from pydllm.kernels import rms_norm as kernel
-
-        return kernel.supports(x, weight, residual)
-
-    chosen = choose("rms_norm", backend, x.device, triton=triton, cuda=cuda)
-    if chosen == "torch":
-        return reference.rms_norm(x, weight, eps, residual)
-    return torch.ops.pydllm.rms_norm(x, weight, eps, residual, chosen)
+    return _OP(x, weight, eps, residual, backend=backend)
 
 
-def _run(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, backend: str) -> Tensor:
-    if backend == "torch":
-        return reference.rms_norm(x, weight, eps, residual)
-    return launcher("rms_norm", backend)(x, weight, eps, residual)
-
-
-def _fake(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, backend: str) -> Tensor:
+def _fake(x: Tensor, *_: object) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-register(
+_OP = Op(
     "rms_norm(Tensor x, Tensor weight, float eps, Tensor(a!)? residual, str backend) -> Tensor",
-    _run,
     _fake,
+    reference.rms_norm,
 )

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from pydllm import reference
-from pydllm._backend.dispatch import choose, launcher
-from pydllm._backend.library import register
-from pydllm.ops._checks import FLOATS, check_dtype, check_no_grad
+from pydllm._backend.library import Op
+from pydllm._checks import FLOATS, check_is_tensor, check_no_grad, check_tensor
 
 
 def swiglu(gate_up: Tensor, *, backend: str | None = None) -> Tensor:
@@ -41,35 +39,16 @@ def swiglu(gate_up: Tensor, *, backend: str | None = None) -> Tensor:
         >>> swiglu(torch.tensor([[1.0, 2.0, 10.0, 100.0]]))
         tensor([[  7.3106, 176.1594]])
     """
-    check_dtype("gate_up", gate_up, *FLOATS)
+    check_is_tensor("gate_up", gate_up)
+    check_tensor("gate_up", gate_up, gate_up.shape, FLOATS)
     if gate_up.ndim == 0 or gate_up.shape[-1] % 2:
         raise ValueError(f"gate_up: expected shape (..., 2H), got {tuple(gate_up.shape)}")
     check_no_grad("swiglu", gate_up=gate_up)
-
-    def cuda() -> str | None:
-        from pydllm._backend.cuda import swiglu as kernel
-
-        return kernel.supports(gate_up)
-
-    def triton() -> str | None:
-        from pydllm.kernels import swiglu as kernel
-
-        return kernel.supports(gate_up)
-
-    chosen = choose("swiglu", backend, gate_up.device, triton=triton, cuda=cuda)
-    if chosen == "torch":
-        return reference.swiglu(gate_up)
-    return torch.ops.pydllm.swiglu(gate_up, chosen)
-
-
-def _run(gate_up: Tensor, backend: str) -> Tensor:
-    if backend == "torch":
-        return reference.swiglu(gate_up)
-    return launcher("swiglu", backend)(gate_up)
+    return _OP(gate_up, backend=backend)
 
 
 def _fake(gate_up: Tensor, backend: str) -> Tensor:
     return gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
 
 
-register("swiglu(Tensor gate_up, str backend) -> Tensor", _run, _fake)
+_OP = Op("swiglu(Tensor gate_up, str backend) -> Tensor", _fake, reference.swiglu)

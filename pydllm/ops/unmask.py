@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pydllm import reference
-from pydllm._backend.dispatch import choose, launcher
-from pydllm._backend.library import register
-from pydllm.ops._checks import FLOATS, check_device, check_dtype, check_no_grad, check_shape
+from pydllm._backend.library import Op
+from pydllm._checks import FLOATS, check_device, check_dtype, check_no_grad, check_shape
 
 _ANY = float("inf")
 # rule -> the options that it needs, and the largest value of those that are numbers.
@@ -272,22 +271,7 @@ def unmask(
     ends = (done, end, eos, ends_from, last)
     arguments = (*window, rule, variant, *numbers, request, prompt_length, *ends)
 
-    per_sequence = (nfe, start, length, quota, request, prompt_length, done, end, ends_from)
-
-    def cuda() -> str | None:
-        from pydllm._backend.cuda import unmask as kernel
-
-        return kernel.supports(x, step_map, token, score, *per_sequence)
-
-    def triton() -> str | None:
-        from pydllm.kernels import unmask as kernel
-
-        return kernel.supports(x, step_map, token, score, *per_sequence)
-
-    chosen = choose("unmask", backend, x.device, triton=triton, cuda=cuda)
-    if chosen == "torch":
-        return Unmasked(*reference.unmask(*arguments))
-    return Unmasked(*torch.ops.pydllm.unmask(*arguments, chosen))
+    return Unmasked(*_OP(*arguments, backend=backend))
 
 
 def _check_rule(rule: str, semantics: str) -> str:
@@ -402,22 +386,16 @@ def _check_number(name: str, tensor: Tensor | None, x: Tensor) -> None:
         check_device(name, tensor, "x", x)
 
 
-def _run(*arguments: Any) -> tuple[Tensor, Tensor]:
-    if arguments[-1] == "torch":
-        return reference.unmask(*arguments[:-1])
-    return launcher("unmask", arguments[-1])(*arguments[:-1])
-
-
 def _fake(x: Tensor, step_map: Tensor, nfe: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return nfe.new_empty(nfe.shape), nfe.new_empty(nfe.shape)
 
 
-register(
+_OP = Op(
     "unmask(Tensor(a!) x, Tensor(b!) step_map, Tensor(c!) nfe, Tensor token, Tensor score, "
     "int mask_id, Tensor start, Tensor length, str rule, str variant, Tensor? quota, int least, "
     "float limit, float edit_limit, int vocab, int seed, Tensor? request, Tensor? prompt, "
     "Tensor(d!)? done, Tensor? end, Tensor? eos, Tensor? ends_from, bool last, "
     "str backend) -> (Tensor, Tensor)",
-    _run,
     _fake,
+    reference.unmask,
 )

@@ -8,10 +8,16 @@ import torch
 from torch import Tensor
 
 from pydllm import reference
-from pydllm._backend.dispatch import choose, launcher
-from pydllm._backend.library import register
-from pydllm.ops._checks import check_device, check_dtype, check_no_grad, check_shape
-from pydllm.ops.draft import check_window
+from pydllm._backend.library import Op
+from pydllm._checks import (
+    check_device,
+    check_int,
+    check_is_tensor,
+    check_no_grad,
+    check_tensor,
+    check_written,
+)
+from pydllm.ops.draft import MAX_BRANCHES, check_window
 
 
 class Verified(NamedTuple):
@@ -93,43 +99,24 @@ def verify(
         (tensor([[7, 5, 2, 0]]), tensor([[-1,  4,  4, -1]], dtype=torch.int32), \
 tensor([1], dtype=torch.int32), tensor([1], dtype=torch.int32))
     """
-    branches = candidates.shape[1] if candidates.ndim == 3 else 0
-    check_shape("candidates", candidates, x.shape[0], "branches", x.shape[-1])
-    check_shape("token", token, *candidates.shape[:2], "T")
-    check_window(x, token, score, mask_id, start, length, branches, block_size)
-    check_dtype("candidates", candidates, torch.int64)
-    if not isinstance(drafts, int) or not 1 <= drafts <= 32:
-        raise ValueError(f"drafts: expected an int in [1, 32], got {drafts!r}")
-    check_shape("step_map", step_map, *x.shape)
-    check_shape("nfe", nfe, x.shape[0])
-    for name, tensor in (("step_map", step_map), ("nfe", nfe)):
-        check_dtype(name, tensor, torch.int32)
-    for name, tensor in (("candidates", candidates), ("step_map", step_map), ("nfe", nfe)):
-        check_device(name, tensor, "x", x)
+    check_is_tensor("x", x)
+    check_tensor("candidates", candidates, (x.shape[0], "branches", x.shape[-1]), torch.int64)
+    check_tensor("token", token, (*candidates.shape[:2], "T"), torch.int64)
+    check_window(x, token, score, mask_id, start, length, block_size)
+    if not 1 <= candidates.shape[1] <= MAX_BRANCHES:
+        raise ValueError(
+            f"candidates: expected 1 to {MAX_BRANCHES} branches, got {candidates.shape[1]}"
+        )
+    check_int("drafts", drafts, 1, MAX_BRANCHES)
+    check_tensor("step_map", step_map, x.shape, torch.int32, x, "x")
+    check_tensor("nfe", nfe, x.shape[:1], torch.int32, x, "x")
+    check_device("candidates", candidates, "x", x)
+    for name, tensor in (("x", x), ("step_map", step_map), ("nfe", nfe)):
+        check_written(name, tensor)
     check_no_grad("verify", score=score)
     state = (x, step_map, nfe, candidates, token, score)
-    arguments = (*state, mask_id, start, length, drafts, block_size)
-
-    def cuda() -> str | None:
-        from pydllm._backend.cuda import verify as kernel
-
-        return kernel.supports(*state, start, length)
-
-    def triton() -> str | None:
-        from pydllm.kernels import verify as kernel
-
-        return kernel.supports(*state, start, length)
-
-    chosen = choose("verify", backend, x.device, triton=triton, cuda=cuda)
-    if chosen == "torch":
-        return Verified(*reference.verify(*arguments))
-    return Verified(*torch.ops.pydllm.verify(*arguments, chosen))
-
-
-def _run(*arguments: Any) -> tuple[Tensor, ...]:
-    if arguments[-1] == "torch":
-        return reference.verify(*arguments[:-1])
-    return launcher("verify", arguments[-1])(*arguments[:-1])
+    rule = (mask_id, start, length, drafts, block_size)
+    return Verified(*_OP(*state, *rule, backend=backend))
 
 
 def _fake(
@@ -140,10 +127,10 @@ def _fake(
     return following, *(nfe.new_empty(nfe.shape) for _ in range(4))
 
 
-register(
+_OP = Op(
     "verify(Tensor(a!) x, Tensor(b!) step_map, Tensor(c!) nfe, Tensor candidates, Tensor token, "
     "Tensor score, int mask_id, Tensor start, Tensor length, int drafts, int? block_size, "
     "str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _run,
     _fake,
+    reference.verify,
 )

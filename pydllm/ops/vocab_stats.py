@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pydllm import reference
-from pydllm._backend.dispatch import choose, launcher
-from pydllm._backend.library import register
-from pydllm.ops._checks import FLOATS, check_device, check_dtype, check_no_grad, check_shape
+from pydllm._backend.library import Op
+from pydllm._checks import FLOATS, check_bool, check_int, check_no_grad, check_number, check_tensor
 
 MAX_BANNED = 16
-_MIN_TEMPERATURE = 1e-6  # below, logits / temperature could leave fp32
+MIN_TEMPERATURE = 1e-6  # below, logits / temperature could leave fp32
+MAX_TEMPERATURE = 1e18  # its square is a number of fp32, too
 
 
 class VocabStats(NamedTuple):
@@ -56,7 +55,7 @@ def vocab_stats(
     Args:
         logits: ``(R, V)`` fp32, fp16, bf16 or (torch backend) fp64; rows at any stride. An id with
             logit -inf is never chosen.
-        temperature: 0 takes the arg-max; otherwise at least 1e-6. Or ``(R,)`` fp32, one for each
+        temperature: 0 takes the arg-max; otherwise in [1e-6, 1e18]. Or ``(R,)`` fp32, one for each
             row; a row whose own is not in [1e-6, inf) takes the arg-max.
         seed: in [0, 2^64); used at a temperature.
         counter: ``(R, 3)`` int32, what tells one draw from another: absolute position, request id,
@@ -102,46 +101,28 @@ def vocab_stats(
         >>> stats.token, stats.prob, stats.entropy
         (tensor([1]), tensor([0.6652]), tensor([0.8324]))
     """
-    check_dtype("logits", logits, *FLOATS)
-    check_shape("logits", logits, "R", "V")
+    check_tensor("logits", logits, ("R", "V"), FLOATS)
     if logits.shape[1] == 0:
         raise ValueError(f"logits: expected at least one id, got shape {tuple(logits.shape)}")
     count = check_rows("logits", logits, rows)
     fixed, each = check_options(
         logits, count, temperature, seed, counter, banned, tempered, softcap
     )
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k: expected at least 1 or None, got {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p: expected a number in (0, 1] or None, got {top_p}")
+    if top_k is not None:
+        check_int("top_k", top_k, 1)
+    if top_p is not None:
+        check_number("top_p", top_p, 0, 1, above=True)
     top_p = None if top_p == 1 else top_p
     check_no_grad("vocab_stats", logits=logits)
-
-    def cuda() -> str | None:
-        from pydllm._backend.cuda import vocab_stats as kernel
-
-        return kernel.supports(logits, banned, each, rows, top_k, top_p)
-
-    def triton() -> str | None:
-        from pydllm.kernels import vocab_stats as kernel
-
-        return kernel.supports(logits, banned, each, rows)
-
-    chosen = choose("vocab_stats", backend, logits.device, triton=triton, cuda=cuda)
-    seed = signed(seed)
-    arguments = (logits, fixed, seed, counter, banned, tempered, softcap, each, rows, top_k, top_p)
-    if chosen == "torch":
-        return VocabStats(*reference.vocab_stats(*arguments))
-    return VocabStats(*torch.ops.pydllm.vocab_stats(*arguments, chosen))
+    options = (fixed, signed(seed), counter, banned, tempered, softcap, each, rows, top_k, top_p)
+    return VocabStats(*_OP(logits, *options, backend=backend))
 
 
 def check_rows(name: str, matrix: Tensor, rows: Tensor | None) -> int:
     """Check the list of rows of ``matrix``; how many rows the results have."""
     if rows is None:
         return matrix.shape[0]
-    check_shape("rows", rows, "N")
-    check_dtype("rows", rows, torch.int32, torch.int64)
-    check_device("rows", rows, name, matrix)
+    check_tensor("rows", rows, ("N",), (torch.int32, torch.int64), matrix, name)
     if matrix.shape[0] == 0 and rows.shape[0] > 0:
         raise ValueError(f"{name}: expected a row to take, got shape {tuple(matrix.shape)}")
     return rows.shape[0]
@@ -162,32 +143,35 @@ def check_options(
 
     ``like``, called ``name``, has the device; ``count`` is the number of rows of the results.
     """
-    fixed, each = (0.0, temperature) if isinstance(temperature, Tensor) else (temperature, None)
-    if each is not None:
-        check_shape("temperature", each, count)
-        check_dtype("temperature", each, torch.float32)
-        check_device("temperature", each, name, like)
-    elif not (fixed == 0 or _MIN_TEMPERATURE <= fixed < math.inf):
-        raise ValueError(f"temperature: expected 0 or at least 1e-6, got {temperature}")
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"seed: expected an integer in [0, 2^64), got {seed}")
+    fixed, each = 0.0, None
+    if isinstance(temperature, Tensor):
+        each = temperature
+        check_tensor("temperature", each, (count,), torch.float32, like, name)
+    else:
+        fixed = check_temperature(temperature)
+    check_int("seed", seed, 0, 2**64 - 1)
+    check_bool("tempered", tempered)
     if tempered and each is None and fixed == 0:
         raise ValueError("tempered: expected False at temperature 0, got True")
     if counter is not None:
-        check_shape("counter", counter, count, 3)
-        check_dtype("counter", counter, torch.int32)
-        check_device("counter", counter, name, like)
+        check_tensor("counter", counter, (count, 3), torch.int32, like, name)
     elif each is not None or fixed > 0:
         raise ValueError("counter: expected (R, 3) int32 at a temperature, got None")
     if banned is not None:
-        check_shape("banned", banned, "n")
-        check_dtype("banned", banned, torch.int32)
-        check_device("banned", banned, name, like)
+        check_tensor("banned", banned, ("n",), torch.int32, like, name)
         if banned.shape[0] > MAX_BANNED:
             raise ValueError(f"banned: expected at most {MAX_BANNED} ids, got {banned.shape[0]}")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap: expected a positive number or None, got {softcap}")
+    if softcap is not None:
+        check_number("softcap", softcap, 0, above=True)
     return fixed, each
+
+
+def check_temperature(temperature: float) -> float:
+    """Check a temperature that is one number for all rows."""
+    check_number("temperature", temperature, 0, MAX_TEMPERATURE)
+    if 0 < temperature < MIN_TEMPERATURE:
+        raise ValueError(f"temperature: expected 0 or at least 1e-6, got {temperature}")
+    return float(temperature)
 
 
 def signed(seed: int) -> int:
@@ -195,41 +179,8 @@ def signed(seed: int) -> int:
     return seed - 2**64 if seed >= 2**63 else seed
 
 
-def _run(
-    logits: Tensor,
-    temperature: float,
-    seed: int,
-    counter: Tensor | None,
-    banned: Tensor | None,
-    tempered: bool,
-    softcap: float | None,
-    temperatures: Tensor | None,
-    rows: Tensor | None,
-    top_k: int | None,
-    top_p: float | None,
-    backend: str,
-) -> tuple[Tensor, ...]:
-    options = (temperature, seed, counter, banned, tempered, softcap)
-    arguments = (logits, *options, temperatures, rows, top_k, top_p)
-    if backend == "torch":
-        return reference.vocab_stats(*arguments)
-    return launcher("vocab_stats", backend)(*arguments)
-
-
-def _fake(
-    logits: Tensor,
-    temperature: float,
-    seed: int,
-    counter: Tensor | None,
-    banned: Tensor | None,
-    tempered: bool,
-    softcap: float | None,
-    temperatures: Tensor | None,
-    rows: Tensor | None,
-    top_k: int | None,
-    top_p: float | None,
-    backend: str,
-) -> tuple[Tensor, ...]:
+def _fake(logits: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    rows = options[7]
     return empty_stats(logits, logits.shape[0] if rows is None else rows.shape[0])
 
 
@@ -240,10 +191,10 @@ def empty_stats(like: Tensor, rows: int) -> tuple[Tensor, ...]:
     return like.new_empty(rows, dtype=torch.int64), *statistics
 
 
-register(
+_OP = Op(
     "vocab_stats(Tensor logits, float temperature, int seed, Tensor? counter, Tensor? banned, "
     "bool tempered, float? softcap, Tensor? temperatures, Tensor? rows, int? top_k, float? top_p, "
     "str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _run,
     _fake,
+    reference.vocab_stats,
 )

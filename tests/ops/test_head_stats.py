@@ -363,7 +363,7 @@ def test_a_captured_graph_replays_and_agrees_with_the_cpu(temperature):
             r"counter: expected shape \(2, 3\), got \(3, 3\)",
         ),
         ({"banned": torch.zeros(17).int()}, ValueError, "banned: expected at most 16 ids, got 17"),
-        ({"softcap": -1.0}, ValueError, "softcap: expected a positive number or None, got -1.0"),
+        ({"softcap": -1.0}, ValueError, "softcap: expected a finite number above 0, got -1.0"),
         ({"backend": "cuda"}, RuntimeError, "head_stats: backend 'cuda' cannot run this call"),
         (
             {"weight": torch.ones(4, 5).t(), "backend": "triton"},
@@ -381,7 +381,7 @@ def test_bad_input(change, error, message):
 def test_bad_partials():
     hidden, weight = _operands(3, 20, 8)
     for offset in (-4, 2, 2**31 - 8):
-        with pytest.raises(ValueError, match="vocab_offset: expected a multiple of 4"):
+        with pytest.raises(ValueError, match="vocab_offset: expected "):
             ops.head_stats_partial(hidden, weight, vocab_offset=offset)
     one = ops.head_stats_partial(hidden, weight)
     other = ops.head_stats_partial(hidden, weight, temperature=1.0, counter=_counter(3))

@@ -135,7 +135,11 @@ def test_a_run_ends_before_a_row_without_a_list(backend):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"hidden": torch.ones(3, 2)}, ValueError, r"hidden: expected shape \(4, H\), got \(3, 2"),
+        (
+            {"hidden": torch.ones(3, 2)},
+            ValueError,
+            r"candidates.ids: expected shape \(3, C\), got \(4, 3",
+        ),
         ({"hidden": torch.ones(4, 2).int()}, TypeError, "hidden: expected dtype"),
         ({"hidden": torch.ones(4, 2).double()}, TypeError, "candidates.logits: expected dtype"),
         (
@@ -149,7 +153,7 @@ def test_a_run_ends_before_a_row_without_a_list(backend):
         ({"mixture": 0.0}, ValueError, r"mixture: expected a number in \(0, 1\] for a list"),
         ({"temperature": 0.0}, ValueError, "temperature: expected one above 0 for a list"),
         ({"temperature": torch.ones(3)}, ValueError, r"temperature: expected shape \(4\)"),
-        ({"softcap": 0.0}, ValueError, "softcap: expected a positive number or None, got 0.0"),
+        ({"softcap": 0.0}, ValueError, "softcap: expected a finite number above 0, got 0.0"),
         ({"emit": "all"}, ValueError, "emit: expected one of draft"),
         ({"backend": "cuda"}, RuntimeError, "mixture_accept_sparse: backend 'cuda' cannot run"),
     ],

@@ -92,7 +92,7 @@ QUOTA = numbers([1, 1])
             ValueError,
             "min_tokens: expected None for rule 'quota', which takes a quota",
         ),
-        ({"seed": -1}, ValueError, r"seed: expected an integer in \[0, 2\^64\), got -1"),
+        ({"seed": -1}, ValueError, r"seed: expected an int in \[0, 2\^64\), got -1"),
         ({"x": torch.ones(2, 8).int()}, TypeError, "x: expected dtype torch.int64, got"),
         ({"x": torch.ones(8).long()}, ValueError, r"x: expected shape \(B, L\), got \(8,\)"),
         ({"x": torch.ones(2, 2).long()}, ValueError, r"step_map: expected shape \(2, 2\), got"),

@@ -13,6 +13,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from pydllm._backend.constants import constant_result
+
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # Dtype in csrc/dtype.h
 REBUILD = "PYDLLM_BUILD_CUDA=1 pip install --no-deps --force-reinstall -e ."
 
@@ -98,7 +100,7 @@ def available(device: torch.device | None = None) -> str | None:
     return _why_not(device.type, device.index)
 
 
-@torch.compiler.assume_constant_result  # the compiler asks once instead of tracing an import
+@constant_result
 def _why_not(device_type: str | None, index: int | None) -> str | None:
     return _KERNELS.why_not(device_type, index)
 

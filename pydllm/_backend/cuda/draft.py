@@ -9,7 +9,16 @@ from pydllm._backend.cuda import DTYPES, call
 MAX_ROWS = 1024  # kDraftRows in csrc/draft.h
 
 
-def supports(x: Tensor, token: Tensor, score: Tensor, start: Tensor, length: Tensor) -> str | None:
+def supports(
+    x: Tensor,
+    token: Tensor,
+    score: Tensor,
+    mask_id: int,
+    start: Tensor,
+    length: Tensor,
+    branches: int,
+    block_size: int | None,
+) -> str | None:
     """None if the kernel can run this call, otherwise why not."""
     if score.dtype not in DTYPES:
         return f"the kernel takes fp32, fp16 and bf16 scores, got {score.dtype}"

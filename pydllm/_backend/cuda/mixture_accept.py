@@ -13,8 +13,53 @@ TILE_BYTES = 16384
 CANDIDATE_TILE = 32
 
 
-def supports(logits: Tensor, verifier: Tensor, *lists: Tensor | None) -> str | None:
+def supports(
+    logits: Tensor,
+    verifier: Tensor,
+    token: Tensor,
+    length: Tensor,
+    mixture: float,
+    mixtures: Tensor | None,
+    threshold: Tensor | None,
+    temperature: float,
+    temperatures: Tensor | None,
+    seed: int,
+    counter: Tensor | None,
+    banned: Tensor | None,
+    shared: int,
+    first_free: bool,
+    greedy: bool,
+    critical: bool,
+) -> str | None:
     """None if the kernel can run this call, otherwise why not."""
+    lists = (token, length, mixtures, threshold, temperatures, banned)
+    return _why_not(logits, verifier, lists)
+
+
+def sparse_supports(
+    ids: Tensor,
+    logits: Tensor,
+    noise: Tensor,
+    size: Tensor,
+    hidden: Tensor,
+    head: Tensor,
+    bias: Tensor | None,
+    token: Tensor,
+    length: Tensor,
+    mixture: float,
+    mixtures: Tensor | None,
+    temperature: float,
+    temperatures: Tensor | None,
+    softcap: float | None,
+    first_free: bool,
+    critical: bool,
+) -> str | None:
+    """None if the kernel can run this call, otherwise why not."""
+    lists = (ids, logits, noise, size, bias, token, length, mixtures, temperatures)
+    return _why_not(hidden, head, lists)
+
+
+def _why_not(logits: Tensor, verifier: Tensor, lists: tuple[Tensor | None, ...]) -> str | None:
     if logits.dtype not in DTYPES:
         return f"the kernel takes fp32, fp16 and bf16, got {logits.dtype}"
     for matrix in (logits, verifier):

@@ -14,10 +14,17 @@ NOTES = 8192
 
 def supports(
     logits: Tensor,
+    temperature: float,
+    seed: int,
+    counter: Tensor,
     banned: Tensor | None,
     temperatures: Tensor | None,
     rows: Tensor | None,
+    shared: int,
+    top_p: float,
     top_ps: Tensor | None,
+    capacity: int,
+    squared: bool,
 ) -> str | None:
     """None if the kernel can run this call, otherwise why not."""
     if logits.dtype not in DTYPES:

@@ -10,7 +10,7 @@ from pydllm._backend.cuda import DTYPES, call
 MAX_WIDTH = 32768  # kRmsNormWidth in csrc/rms_norm.h
 
 
-def supports(x: Tensor, weight: Tensor, residual: Tensor | None) -> str | None:
+def supports(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> str | None:
     """None if the kernel can run this call, otherwise why not."""
     if x.dtype not in DTYPES:
         return f"the kernel takes fp32, fp16 and bf16, got {x.dtype}"

@@ -24,16 +24,37 @@ VARIANTS = {"above": 1, "near_best": 2, "last_pair": 4, "span": 8, "inclusive": 
 
 
 def supports(
-    x: Tensor, step_map: Tensor, token: Tensor, score: Tensor, *per_sequence: Tensor | None
+    x: Tensor,
+    step_map: Tensor,
+    nfe: Tensor,
+    token: Tensor,
+    score: Tensor,
+    mask_id: int,
+    start: Tensor,
+    length: Tensor,
+    rule: str,
+    variant: str,
+    quota: Tensor | None,
+    least: int,
+    limit: float,
+    edit_limit: float,
+    vocab: int,
+    seed: int,
+    request: Tensor | None,
+    prompt: Tensor | None,
+    done: Tensor | None,
+    end: Tensor | None,
+    eos: Tensor | None,
+    ends_from: Tensor | None,
+    last: bool,
 ) -> str | None:
     """None if the kernel can run this call, otherwise why not."""
     if score.dtype not in DTYPES:
         return f"the kernel takes fp32, fp16 and bf16 scores, got {score.dtype}"
     if token.shape[1] > MAX_WINDOW:
         return f"the kernel takes windows of up to {MAX_WINDOW} positions, got {token.shape[1]}"
-    names = ["nfe", "start", "length", "quota", "request", "prompt_length"]
-    names += ["done", "end", "ends_from"]
-    numbers = dict(zip(names, per_sequence, strict=True))
+    numbers = {"nfe": nfe, "start": start, "length": length, "quota": quota, "request": request}
+    numbers |= {"prompt_length": prompt, "done": done, "end": end, "ends_from": ends_from}
     rows = {"x": x, "step_map": step_map, "token": token, "score": score}
     for name, tensor in (rows | numbers).items():
         if tensor is not None and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:

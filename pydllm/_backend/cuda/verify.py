@@ -18,8 +18,11 @@ def supports(
     candidates: Tensor,
     token: Tensor,
     score: Tensor,
+    mask_id: int,
     start: Tensor,
     length: Tensor,
+    drafts: int,
+    block_size: int | None,
 ) -> str | None:
     """None if the kernel can run this call, otherwise why not."""
     named = {"nfe": nfe, "candidates": candidates, "token": token, "score": score}
@@ -30,7 +33,7 @@ def supports(
         return f"the kernel takes up to {MAX_BRANCHES} candidates, got {token.shape[1]}"
     if step_map.shape[1] > 1 and step_map.stride(1) != 1:
         return f"step_map must have contiguous rows, got strides {step_map.stride()}"
-    return _draft.supports(x, token, score, start, length)
+    return _draft.supports(x, token, score, mask_id, start, length, drafts, block_size)
 
 
 def verify(

@@ -13,7 +13,12 @@ PIECE = 8192  # kVocabPiece in csrc/vocab_stats.h
 
 def supports(
     logits: Tensor,
+    temperature: float,
+    seed: int,
+    counter: Tensor | None,
     banned: Tensor | None,
+    tempered: bool,
+    softcap: float | None,
     temperatures: Tensor | None = None,
     rows: Tensor | None = None,
     top_k: int | None = None,

@@ -1,0 +1,148 @@
+"""Checks of arguments. Every message says the argument, what was expected and what was got."""
+
+from __future__ import annotations
+
+import math
+import reprlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def describe(value: Any) -> str:
+    """A value in a message: a tensor by shape and dtype, anything else by its short repr."""
+    if isinstance(value, Tensor):
+        return f"a tensor {tuple(value.shape)} {value.dtype}"
+    if value is None or isinstance(value, bool | int | float | str):
+        return reprlib.repr(value)
+    return f"{type(value).__name__} {reprlib.repr(value)}"
+
+
+def check_tensor(
+    name: str,
+    value: Any,
+    shape: tuple[int | str, ...],
+    dtype: torch.dtype | tuple[torch.dtype, ...],
+    like: Tensor | None = None,
+    like_name: str = "",
+) -> None:
+    """A tensor of a shape and a dtype, on the device of ``like``, which messages call by its name.
+
+    Args:
+        shape: sizes, and names for sizes that may be anything: ``("B", "T", 64)``.
+        dtype: one, or several that are allowed.
+
+    Raises:
+        TypeError: not a tensor, or another dtype.
+        ValueError: another shape or device.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {describe(value)}")
+    if value.shape != shape:
+        check_shape(name, value, *shape)
+    if value.dtype != dtype and (not isinstance(dtype, tuple) or value.dtype not in dtype):
+        check_dtype(name, value, *(dtype if isinstance(dtype, tuple) else (dtype,)))
+    if like is not None and value.device != like.device:
+        check_device(name, value, like_name, like)
+
+
+def check_written(name: str, tensor: Tensor) -> None:
+    """An argument that is updated in place: each element has memory of its own."""
+    if 0 in tensor.stride() and any(
+        stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
+    ):
+        raise ValueError(
+            f"{name}: expected a tensor to write to, got an expanded one with strides "
+            f"{tensor.stride()}"
+        )
+
+
+def check_is_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {describe(value)}")
+
+
+def check_shape(name: str, tensor: Tensor, *expected: int | str) -> None:
+    """``expected`` holds sizes, and names for sizes that may be anything: ``("B", "T", 64)``."""
+    check_is_tensor(name, tensor)
+    got = tuple(tensor.shape)
+    fits = len(got) == len(expected) and all(
+        isinstance(want, str) or want == size for want, size in zip(expected, got, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join(str(size) for size in expected)
+        raise ValueError(f"{name}: expected shape ({wanted}), got {got}")
+
+
+def check_dtype(name: str, tensor: Tensor, *allowed: torch.dtype) -> None:
+    check_is_tensor(name, tensor)
+    if tensor.dtype not in allowed:
+        names = ", ".join(str(dtype) for dtype in allowed)
+        raise TypeError(f"{name}: expected dtype {names}, got {tensor.dtype}")
+
+
+def check_device(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
+    if tensor.device != like.device:
+        raise ValueError(
+            f"{name}: expected device {like.device} (that of {like_name}), got {tensor.device}"
+        )
+
+
+def check_int(name: str, value: Any, low: int, high: int = 2**31 - 1) -> None:
+    """An int in [low, high]; a bool is not one."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected an int in {_span(low, high)}, got {describe(value)}")
+    if not low <= value <= high:
+        raise ValueError(f"{name}: expected an int in {_span(low, high)}, got {value}")
+
+
+def check_token_id(name: str, value: Any) -> None:
+    check_int(name, value, -(2**63), 2**63 - 1)
+
+
+def check_number(
+    name: str, value: Any, low: float, high: float = math.inf, *, above: bool = False
+) -> None:
+    """A finite number in [low, high], or in (low, high] with ``above``; NaN is in neither."""
+    wanted = f"a number in {'(' if above else '['}{low:g}, {high:g}]"
+    if high == math.inf:
+        wanted = f"a finite number {'above' if above else 'of at least'} {low:g}"
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected {wanted}, got {describe(value)}")
+    if not low <= value <= high or value == math.inf or (above and value == low):
+        raise ValueError(f"{name}: expected {wanted}, got {value}")
+
+
+def check_bool(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {describe(value)}")
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """One of a few words."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name}: expected one of {', '.join(choices)}, got {describe(value)}")
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+
+
+def check_no_grad(op: str, **tensors: Tensor | None) -> None:
+    """Refuse inputs that want a gradient: the inference ops have no backward pass."""
+    if not torch.is_grad_enabled():
+        return
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.requires_grad:
+            raise ValueError(
+                f"{op}: expected inputs without gradient, got {name} with requires_grad=True "
+                "(call under torch.no_grad())"
+            )
+
+
+def _span(low: int, high: int) -> str:
+    if high + 1 in (2**31, 2**63, 2**64):
+        start = "-2^63" if low == -(2**63) else str(low)
+        return f"[{start}, 2^{(high + 1).bit_length() - 1})"
+    return f"[{low}, {high}]"
