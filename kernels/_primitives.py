@@ -8,6 +8,7 @@ once where the definition rounds twice.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
@@ -112,3 +113,16 @@ def sort_value(key):
     """The fp32 number of a sort key."""
     bits = (key ^ 0x80000000).to(tl.int32, bitcast=True)
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+def are_rows(tensor: torch.Tensor) -> bool:
+    """Whether the tensor is a list of dense rows at one row stride."""
+    if tensor.numel() == 0 or tensor.ndim == 1:
+        return tensor.stride(-1) == 1 or tensor.shape[-1] <= 1
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        return False
+    strides = tensor.stride()
+    return all(
+        strides[i] == strides[i + 1] * tensor.shape[i + 1] or tensor.shape[i] == 1
+        for i in range(tensor.ndim - 2)
+    )

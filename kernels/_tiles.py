@@ -271,3 +271,85 @@ MULTIBLOCK_STEP = ((512, 2), (2048, 8), (4096, 16))
 def multiblock_step_warps(positions: int) -> int:
     """Warps of ``MULTIBLOCK_STEP`` for a tile."""
     return next(warps for limit, warps in MULTIBLOCK_STEP if positions <= limit)
+
+
+class LinearTile(NamedTuple):
+    """One program of ``linear``: columns, depth of a step, splits; then what bits do not depend on.
+
+    ``num_warps`` is that of 64 rows.
+    """
+
+    block_n: int
+    block_k: int
+    splits: int
+    num_warps: int
+    num_stages: int
+
+
+# linear: bytes per weight, width, depth -> columns, splits, stages. Eight-bit weights leave room
+# for two programs per multiprocessor, so that one converts while the other multiplies.
+LINEAR = {
+    # LLaDA-8B: qkv, out, gate_up, down.
+    (2, 12288, 4096): (128, 1, 6),
+    (2, 4096, 4096): (128, 4, 6),
+    (2, 24576, 4096): (128, 1, 4),
+    (2, 4096, 12288): (128, 4, 6),
+    (1, 12288, 4096): (64, 1, 4),
+    (1, 4096, 4096): (128, 8, 3),
+    (1, 24576, 4096): (128, 1, 3),
+    (1, 4096, 12288): (128, 8, 3),
+    # Dream-7B.
+    (2, 4608, 3584): (128, 4, 4),
+    (2, 3584, 3584): (128, 4, 6),
+    (2, 37888, 3584): (128, 1, 3),
+    (2, 3584, 18944): (128, 4, 6),
+    (1, 4608, 3584): (128, 4, 3),
+    (1, 3584, 3584): (128, 7, 3),
+    (1, 37888, 3584): (128, 1, 3),
+    (1, 3584, 18944): (128, 8, 3),
+}
+# Other shapes: splits are doubled up to so many programs while each keeps so many steps.
+LINEAR_PROGRAMS, LINEAR_STEPS = 112, 8
+LINEAR_FP32 = LinearTile(64, 32, 1, 8, 2)  # exact, without tensor cores; not for speed
+LINEAR_INTERPRETER = LinearTile(128, 128, 2, 4, 1)
+LINEAR_JOIN = (1024, 4)  # columns of a program that joins the splits of a row, num_warps
+
+
+def linear_tile(
+    device: torch.device, width: int, depth: int, weight_size: int, x_size: int
+) -> LinearTile:
+    """The tile for a weight ``(width, depth)``; never by the number of rows."""
+    capability = arch(device)
+    if capability == INTERPRETER:
+        return LINEAR_INTERPRETER
+    if x_size == 4:
+        return LINEAR_FP32
+    # mma.sync, and on some of them 99 KB of shared memory.
+    small = capability < 90 or capability >= 120
+    block_k = 128 if weight_size == 1 and not small else 64
+    if (weight_size, width, depth) in LINEAR:
+        block_n, splits, stages = LINEAR[weight_size, width, depth]
+    else:
+        block_n, splits, stages = 128, 1, 3
+        tiles, steps = -(-width // block_n), -(-depth // block_k)
+        while tiles * splits < LINEAR_PROGRAMS and steps >= 2 * splits * LINEAR_STEPS:
+            splits *= 2
+    if small:
+        stages = 5 if weight_size == 1 else 4  # with 4, int8 spills on sm_86
+    return LinearTile(block_n, block_k, splits, 4, stages)
+
+
+def linear_height(device: torch.device, rows: int, weight_size: int, x_size: int) -> int:
+    """Rows of a program; of the heights for which instruction and order of steps are the same.
+
+    wgmma is m64n128k16 and mma.sync m16n8k16 whatever the height; tcgen05.mma has 64 or 128 rows.
+    A taller tile reads, and converts, a weight fewer times.
+    """
+    capability = arch(device)
+    if 100 <= capability < 120:
+        return 128 if x_size == 2 else 64
+    if rows <= 64 or x_size == 4:
+        return 64
+    # With 8-bit weights, 256 rows at three stages do not fit shared memory.
+    tall = 90 <= capability < 100 and weight_size == 2
+    return 256 if rows > 128 and tall else 128

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from . import _tiles
+from ._primitives import are_rows
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -55,22 +56,9 @@ def supports(
     if x.shape[-1] > largest:
         return f"the kernel takes rows of up to {largest} elements, got {x.shape[-1]}"
     for name, tensor in (("x", x), ("weight", weight), ("residual", residual)):
-        if tensor is not None and not _is_rows(tensor):
+        if tensor is not None and not are_rows(tensor):
             return f"{name} must be rows of contiguous elements, got strides {tensor.stride()}"
     return None
-
-
-def _is_rows(tensor: torch.Tensor) -> bool:
-    """Whether the tensor is a list of dense rows at one row stride."""
-    if tensor.numel() == 0 or tensor.ndim == 1:
-        return tensor.stride(-1) == 1 or tensor.shape[-1] <= 1
-    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-        return False
-    strides = tensor.stride()
-    return all(
-        strides[i] == strides[i + 1] * tensor.shape[i + 1] or tensor.shape[i] == 1
-        for i in range(tensor.ndim - 2)
-    )
 
 
 def rms_norm(

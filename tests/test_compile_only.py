@@ -19,7 +19,7 @@ MAIN = "_window_attention_kernel"
 OPS = sorted(path.stem for path in (REPOSITORY / "kernels").glob("[!_]*.py"))
 # Tensor cores, and with them registers and shared memory, are those of an architecture. The code
 # of the other ops is much the same on all: `make aot` compiles those for each, this for one.
-TENSOR_CORES = ("head_stats", "window_attention")
+TENSOR_CORES = ("head_stats", "linear", "window_attention")
 CASES = [(op, arch) for op in OPS for arch in (80, 90, 100) if arch == 90 or op in TENSOR_CORES]
 
 

@@ -10,6 +10,7 @@ from pydllm.ops.head_stats import (
     head_stats_partial,
     merge_stats,
 )
+from pydllm.ops.linear import QuantizedWeight, linear, quantize
 from pydllm.ops.mixture_accept import Accepted, mixture_accept, mixture_accept_sparse
 from pydllm.ops.mixture_draft import Candidates, MixtureDraft, mixture_draft, round_counter
 from pydllm.ops.multiblock_step import MultiBlockState, multiblock_step
@@ -26,6 +27,7 @@ __all__ = [
     "Ending",
     "MixtureDraft",
     "MultiBlockState",
+    "QuantizedWeight",
     "StatsPartial",
     "Unmasked",
     "Verified",
@@ -36,11 +38,13 @@ __all__ = [
     "fold_stats",
     "head_stats",
     "head_stats_partial",
+    "linear",
     "merge_stats",
     "mixture_accept",
     "mixture_accept_sparse",
     "mixture_draft",
     "multiblock_step",
+    "quantize",
     "rms_norm",
     "round_counter",
     "swiglu",

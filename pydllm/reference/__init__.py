@@ -9,6 +9,7 @@ from pydllm.reference.head_stats import (
     head_stats_partial,
     merge_stats,
 )
+from pydllm.reference.linear import linear
 from pydllm.reference.mixture_accept import mixture_accept, mixture_accept_sparse
 from pydllm.reference.mixture_draft import mixture_draft
 from pydllm.reference.multiblock_step import multiblock_step
@@ -27,6 +28,7 @@ __all__ = [
     "fold_stats",
     "head_stats",
     "head_stats_partial",
+    "linear",
     "merge_stats",
     "mixture_accept",
     "mixture_accept_sparse",

@@ -1,0 +1,93 @@
+"""``linear`` at the layers of LLaDA-8B and Dream-7B, with bf16 and 8-bit weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pydllm import ops
+from pydllm.testing import random_normal
+
+LAYERS = {  # width, depth
+    "llada-8b": {
+        "qkv": (12288, 4096),
+        "out": (4096, 4096),
+        "gate_up": (24576, 4096),
+        "down": (4096, 12288),
+    },
+    "dream-7b": {
+        "qkv": (4608, 3584),
+        "out": (3584, 3584),
+        "gate_up": (37888, 3584),
+        "down": (3584, 18944),
+    },
+}
+SHAPES = {
+    f"{model}-{layer}-{rows}": {"rows": rows, "width": width, "depth": depth}
+    for model, layers in LAYERS.items()
+    for layer, (width, depth) in layers.items()
+    for rows in (1, 32, 64, 256)
+}
+SHAPES |= {
+    f"llada-8b-{layer}-32-{kind}": SHAPES[f"llada-8b-{layer}-32"] | {"kind": kind}
+    for layer in LAYERS["llada-8b"]
+    for kind in ("fp8", "fp8_channel", "int8")
+}
+SHAPES["tiny-32"] = {"rows": 32, "width": 384, "depth": 128}
+
+
+def make(
+    dtype: torch.dtype, device: str, *, rows: int, width: int, depth: int, kind: str | None = None
+) -> dict[str, object]:
+    weight = random_normal(width, depth, seed=1, dtype=dtype, device=device) / depth**0.5
+    return {
+        "x": random_normal(rows, depth, seed=0, dtype=dtype, device=device),
+        "weight": weight if kind is None else ops.quantize(weight, kind),
+    }
+
+
+def call(inputs: dict[str, object], backend: str) -> Tensor:
+    return ops.linear(inputs["x"], inputs["weight"], backend=backend)
+
+
+def _dense(inputs: dict[str, object]) -> Tensor:
+    """The product of cuBLAS or MKL; with 8-bit weights, of weights dequantised beforehand."""
+    weight = inputs["weight"]
+    if isinstance(weight, ops.QuantizedWeight):
+        weight = inputs.setdefault("dense", weight.dequantize(inputs["x"].dtype))
+    return F.linear(inputs["x"], weight)
+
+
+BASELINES = {"F.linear": lambda: _dense}
+
+
+def bytes_moved(inputs: dict[str, object]) -> int:
+    x, weight = inputs["x"], inputs["weight"]
+    return weight.nbytes + x.nbytes + x.shape[0] * weight.shape[0] * x.element_size()
+
+
+def launches() -> Iterator[tuple[str, Callable[[], object]]]:
+    from pydllm.kernels import linear as kernel
+
+    def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    bf16, fp16, fp32, fp8 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn
+    kinds = [(bf16, bf16, 0), (bf16, fp8, 2), (bf16, fp8, 1), (bf16, torch.int8, 1)]
+    jobs = [(*kind, "llada-8b", layer) for kind in kinds for layer in LAYERS["llada-8b"]]
+    jobs += [(*kind, "dream-7b", layer) for kind in kinds for layer in ("qkv", "out")]
+    jobs += [(fp16, fp16, 0, "llada-8b", "out"), (fp16, fp8, 2, "llada-8b", "out")]
+    jobs += [(fp32, fp32, 0, "llada-8b", "out"), (fp32, fp8, 2, "llada-8b", "out")]
+    for dtype, stored, scales, model, layer in jobs:
+        width, depth = LAYERS[model][layer]
+        shapes = {0: None, 1: (width,), 2: (-(-width // 128), -(-depth // 128))}
+        weight = empty(width, depth, dtype=stored)
+        scale = empty(*shapes[scales], dtype=fp32) if scales else None
+        bias = empty(width, dtype=dtype) if (model, layer) == ("dream-7b", "qkv") else None
+        for rows in (1, 100, 256):
+            arguments = (empty(rows, depth, dtype=dtype), weight, scale, bias)
+            label = f"{model} {layer} {rows} {dtype} {stored} {scales}"
+            yield label, lambda arguments=arguments: kernel.linear(*arguments)

@@ -1,0 +1,197 @@
+"""The linear layer whose rows do not depend on each other, with 16-bit or 8-bit weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pydllm import reference
+from pydllm._backend.dispatch import choose, launcher
+from pydllm._backend.library import register
+from pydllm.ops._checks import FLOATS, check_device, check_dtype, check_no_grad, check_shape
+from pydllm.reference.linear import SCALE_BLOCK, dequantize
+
+# Largest magnitude of each type of quantised weight.
+_LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
+QUANTIZATIONS = ("fp8", "fp8_channel", "int8")
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedWeight:
+    """A weight of one byte per element and its scales; the weight is ``scale * values``.
+
+    Attributes:
+        values: ``(N, K)`` e4m3fn or int8, rows of contiguous elements, without NaN.
+        scale: fp32 on the device of ``values``; ``(N,)``, one per output channel, or, for e4m3fn,
+            ``(ceil(N / 128), ceil(K / 128))``, one per block of 128 x 128.
+
+    Raises:
+        ValueError: shapes or devices do not fit.
+        TypeError: a dtype that is not supported.
+    """
+
+    values: Tensor
+    scale: Tensor
+
+    def __post_init__(self) -> None:
+        check_dtype("values", self.values, *_LARGEST)
+        check_shape("values", self.values, "N", "K")
+        check_dtype("scale", self.scale, torch.float32)
+        check_device("scale", self.scale, "values", self.values)
+        rows, columns = self.values.shape
+        allowed: list[tuple[int, ...]] = [(rows,)]
+        if self.values.dtype == torch.float8_e4m3fn:
+            allowed.append((-(-rows // SCALE_BLOCK), -(-columns // SCALE_BLOCK)))
+        if tuple(self.scale.shape) not in allowed:
+            wanted = " or ".join(map(str, allowed))
+            raise ValueError(f"scale: expected shape {wanted}, got {tuple(self.scale.shape)}")
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.values.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of values and scales."""
+        return self.values.nbytes + self.scale.nbytes
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight ``(N, K)`` in a floating-point dtype."""
+        return dequantize(self.values, self.scale, dtype)
+
+
+def quantize(weight: Tensor, kind: str) -> QuantizedWeight:
+    """Round a weight to one byte per element.
+
+    The scale is the largest magnitude of a block or channel over that of the type (448 or 127), or
+    1 where all weights are 0; values are ``weight / scale``, rounded to nearest even.
+
+    Args:
+        weight: ``(N, K)`` fp32, fp16, bf16 or fp64.
+        kind: ``"fp8"`` (e4m3fn, one scale per block of 128 x 128), ``"fp8_channel"`` (e4m3fn, one
+            per output channel) or ``"int8"`` (one per output channel).
+
+    Raises:
+        ValueError: an unknown kind, a shape other than (N, K), or a weight that is not finite.
+        TypeError: a dtype that is not supported.
+
+    Reads a value on the host: for loading, not for decoding.
+    """
+    if kind not in QUANTIZATIONS:
+        raise ValueError(f"kind: expected one of {', '.join(QUANTIZATIONS)}, got {kind!r}")
+    check_dtype("weight", weight, *FLOATS)
+    check_shape("weight", weight, "N", "K")
+    rows, columns = weight.shape
+    dtype = torch.int8 if kind == "int8" else torch.float8_e4m3fn
+    magnitude = weight.detach().abs().float()
+    if kind == "fp8":
+        blocks = (-(-rows // SCALE_BLOCK), -(-columns // SCALE_BLOCK))
+        padded = magnitude.new_zeros(blocks[0] * SCALE_BLOCK, blocks[1] * SCALE_BLOCK)
+        padded[:rows, :columns] = magnitude
+        largest = padded.unflatten(1, (-1, SCALE_BLOCK)).unflatten(0, (-1, SCALE_BLOCK))
+        largest = largest.amax((1, 3))
+    else:
+        largest = magnitude.amax(1) if columns else magnitude.new_zeros(rows)
+    if not bool(largest.isfinite().all()):
+        raise ValueError("weight: expected finite numbers, got infinity or NaN")
+    scale = (largest / _LARGEST[dtype]).masked_fill_(largest == 0, 1.0)
+    exact = weight.detach().double() / dequantize(torch.ones_like(magnitude), scale, torch.float64)
+    exact.clamp_(-_LARGEST[dtype], _LARGEST[dtype])
+    values = (exact.round() if dtype == torch.int8 else exact.float()).to(dtype)
+    return QuantizedWeight(values, scale)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor | QuantizedWeight,
+    bias: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Multiply rows by a weight, such that the bits of a row depend on no other row.
+
+    ``y = x @ weight.T + bias``, accumulated in fp32 (fp64 for fp64) and rounded once. The order of
+    a sum is decided by ``(N, K)``, the dtypes and the architecture, never by the number of rows:
+    a row has the same bits alone, among 256 others, and at any place. ``F.linear`` promises
+    nothing of the kind, and on CPUs and GPUs does not do it.
+
+    Args:
+        x: ``(..., K)`` fp32, fp16, bf16 or (torch backend) fp64.
+        weight: ``(N, K)`` in the dtype of ``x``, or a ``QuantizedWeight`` of that shape, which is
+            multiplied as it is: ``x`` stays in its dtype, and nothing dequantised is stored.
+        bias: ``(N,)`` in the dtype of ``x``, or None.
+        backend: None (``PYDLLM_BACKEND``), ``"auto"``, ``"cuda"``, ``"triton"`` or ``"torch"``.
+
+    Returns:
+        ``(..., N)`` contiguous, dtype of ``x``.
+
+    Raises:
+        ValueError: shapes or devices do not fit, a gradient is wanted, or an unknown backend.
+        TypeError: a dtype that is not supported.
+        BackendError: the named backend cannot run the call.
+
+    Determinism: bits of a row as above. Between backends, architectures and quantisations they
+    differ. The torch backend multiplies 32 rows at a time with the matrix library's kernel for 32
+    rows; that a row's place among the 32 does not matter is tested, not promised, by the library.
+    CUDA graphs: safe. ``torch.compile``: one op.
+
+    Kernels: ``kernels/linear.py``.
+
+    Example:
+        >>> linear(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
+        tensor([[11.,  2.]])
+    """
+    check_dtype("x", x, *FLOATS)
+    if x.ndim == 0:
+        raise ValueError("x: expected shape (..., K), got ()")
+    scale = None
+    if isinstance(weight, QuantizedWeight):
+        scale, weight = weight.scale, weight.values
+    else:
+        check_dtype("weight", weight, x.dtype)
+    check_shape("weight", weight, "N", x.shape[-1])
+    if 0 in weight.shape:
+        raise ValueError(f"weight: expected N and K of at least 1, got {tuple(weight.shape)}")
+    check_device("weight", weight, "x", x)
+    if bias is not None:
+        check_shape("bias", bias, weight.shape[0])
+        check_dtype("bias", bias, x.dtype)
+        check_device("bias", bias, "x", x)
+    check_no_grad("linear", x=x, weight=weight, bias=bias)
+
+    def triton() -> str | None:
+        from pydllm.kernels import linear as kernel
+
+        return kernel.supports(x, weight, scale, bias)
+
+    chosen = choose("linear", backend, x.device, triton=triton)
+    if chosen == "torch":
+        return reference.linear(x, weight, scale, bias)
+    return torch.ops.pydllm.linear(x, weight, scale, bias, chosen)
+
+
+def _run(
+    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, backend: str
+) -> Tensor:
+    if backend == "torch":
+        return reference.linear(x, weight, scale, bias)
+    return launcher("linear", backend)(x, weight, scale, bias)
+
+
+def _fake(
+    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, backend: str
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+register(
+    "linear(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, str backend) -> Tensor",
+    _run,
+    _fake,
+)
