@@ -35,7 +35,8 @@ from pydllm.distill.masking import Noisy
 from pydllm.distill.trainer import Objective, draw_batch
 from pydllm.distill.transformer import Transformer
 from pydllm.models.config import Config
-from pydllm.models.families import find_family, make_spec
+from pydllm.models.families import find_family
+from pydllm.models.overrides import make_spec
 
 SMALL = CONFIGS["llada-100m"] | {
     "d_model": 512,

@@ -38,7 +38,7 @@ class PlainForward:
         The logits are shifted by concatenation for the models that need it.
         """
         model, sizes = self.model, self.model.sizes
-        half, stop = sizes.rotary // 2, start + ids.shape[1]
+        half, stop = sizes.rope.rotary // 2, start + ids.shape[1]
         cos, sin = (t[start:stop] for t in model._rope.tables(stop))
 
         def rotate(t: Tensor) -> Tensor:

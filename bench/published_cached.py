@@ -36,7 +36,7 @@ class ReplacingForward:
         ``places (1, L)`` bool marks the window in the cache, which is written in place.
         """
         model, sizes = self.model, self.model.sizes
-        half, length = sizes.rotary // 2, ids.shape[1]
+        half, length = sizes.rope.rotary // 2, ids.shape[1]
         last = length
         index = None
         if places is not None:

@@ -10,7 +10,8 @@ import pydllm
 from pydllm.demo import VERIFIER, WEIGHTS
 from pydllm.models import NativeModel
 from pydllm.models.config import Config
-from pydllm.models.families import find_family, make_spec
+from pydllm.models.families import find_family
+from pydllm.models.overrides import make_spec
 from pydllm.models.weights import slots
 
 _LLADA = {

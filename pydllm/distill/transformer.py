@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pydllm.models.checkpoint import Shards, read_config, read_tokenizer
-from pydllm.models.families import Family, Sizes, find_family, make_spec
+from pydllm.models.families import Family, Sizes, find_family
 from pydllm.models.load import find_mask
+from pydllm.models.overrides import make_spec
 from pydllm.models.spec import ModelSpec
 from pydllm.models.weights import check_tensors, slots
 
@@ -86,10 +87,9 @@ class Transformer(nn.Module):
         place = torch.arange(ids.shape[1], device=ids.device)
         visible = (place < lengths[:, None])[:, None, None, :]
         x = self._at(names.embedding)(ids)
-        exponent = torch.arange(0, sizes.rotary, 2, dtype=torch.float64, device=ids.device)
-        angle = place[:, None] * sizes.rope_theta ** -(exponent / sizes.rotary)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        cos, sin = angle.cos().to(wide), angle.sin().to(wide)
+        angle = place[:, None] * sizes.rope.frequencies().to(ids.device)
+        wide, factor = torch.promote_types(x.dtype, torch.float32), sizes.rope.attention_factor
+        cos, sin = ((t * factor).to(wide) for t in (angle.cos(), angle.sin()))
         for index in range(sizes.layers):
             layer = names.layer.format(index)
             x = x + self._attend(layer, self._at(layer + names.attn_norm)(x), cos, sin, visible)

@@ -140,8 +140,7 @@ def warn_of_damage(
     does), and weights that were drawn anew after they were loaded, which both mind.
     """
     name = type(module).__name__
-    exponent = torch.arange(0, sizes.rotary, 2, dtype=torch.float64) / sizes.rotary
-    frequency = sizes.rope_theta**-exponent
+    frequency = sizes.rope.frequencies()
     broken = [
         key
         for key, buffer in module.named_buffers()
@@ -153,7 +152,7 @@ def warn_of_damage(
     ]
     if broken:
         warnings.warn(
-            f"{name}: {_some(broken)} is not that of rope_theta {sizes.rope_theta:g}: the module's "
+            f"{name}: {_some(broken)} is not that of rope_theta {sizes.rope.theta:g}: the module's "
             "own forward is wrong (transformers 5 leaves rotary buffers uninitialised where a "
             "class has its own _init_weights); pydllm's is not, it computes its own tables",
             RuntimeWarning,

@@ -35,10 +35,20 @@ _CONVERT = (
 
 
 def read_config(folder: Path) -> Config:
-    values = _read_json(folder, "config.json")
+    return _read_object(folder, "config.json")
+
+
+def read_generation_config(folder: Path) -> Config | None:
+    """generation_config.json; None where there is no such file."""
+    name = "generation_config.json"
+    return _read_object(folder, name) if (folder / name).exists() else None
+
+
+def _read_object(folder: Path, name: str) -> Config:
+    values = _read_json(folder, name)
     if not isinstance(values, dict):
-        raise CheckpointError(f"config.json: expected a JSON object, found {type(values).__name__}")
-    return Config(values)
+        raise CheckpointError(f"{name}: expected a JSON object, found {type(values).__name__}")
+    return Config(values, name)
 
 
 def read_tokenizer(folder: Path) -> Tokenizer | None:
@@ -55,11 +65,14 @@ def read_tokenizer(folder: Path) -> Tokenizer | None:
 
 
 def _read_json(folder: Path, name: str) -> Any:
+    path = folder / name
+    if not path.exists():
+        raise CheckpointError(f"{name}: expected this file in {folder}, found none")
+    if not path.is_file():  # a FIFO would block
+        raise CheckpointError(f"{name}: expected a file, found something else at {path}")
     try:
-        return json.loads((folder / name).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{name}: expected this file in {folder}, found none") from None
-    except ValueError as error:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{name}: expected JSON, found {error}") from error
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from pydllm._backend.errors import CheckpointError
+
+_LONGEST = 2**31 - 1  # sizes and positions are int32 on the device
+_SHOWN = 200  # characters of a value in a message
 
 
 class Config:
@@ -21,24 +25,32 @@ class Config:
     def get(self, key: str) -> Any:
         return self._values.get(key)
 
+    def keys(self) -> set[str]:
+        """The keys that are not null."""
+        return {key for key, value in self._values.items() if value is not None}
+
     def wrong(self, key: str, expected: str) -> CheckpointError:
         """The error of a key, for the caller to raise."""
         value = self.get(key)
         found = "none" if value is None else repr(value)
+        found = found if len(found) <= _SHOWN else f"{found[:_SHOWN]}..."
         return CheckpointError(f"{self.where}: {key}: expected {expected}, found {found}")
 
-    def integer(self, key: str, default: int | None = None) -> int:
-        """A number of things, at least 1."""
+    def integer(self, key: str, default: int | None = None, limit: int = _LONGEST) -> int:
+        """A number of things, 1 to ``limit``."""
         value = default if self.get(key) is None else self.get(key)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise self.wrong(key, "an integer of at least 1")
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit:
+            small = not isinstance(value, int) or value < 1
+            raise self.wrong(key, f"an integer {'of at least 1' if small else f'up to {limit}'}")
         return value
 
-    def number(self, key: str) -> float:
-        """A positive number."""
-        value = self.get(key)
+    def number(self, key: str, default: float | None = None) -> float:
+        """A positive, finite number."""
+        value = default if self.get(key) is None else self.get(key)
         if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
             raise self.wrong(key, "a positive number")
+        if value > 1e300 or not math.isfinite(value):
+            raise self.wrong(key, "a positive number that is finite")
         return float(value)
 
     def flag(self, key: str, default: bool = False) -> bool:

@@ -12,9 +12,10 @@ from fnmatch import fnmatchcase
 
 from pydllm._backend.errors import CheckpointError
 from pydllm.models.config import Config
-from pydllm.models.spec import ModelSpec
+from pydllm.models.rope import Rope, read_query_scale, read_rope
 
 Shape = tuple[int, ...]
+_LAYERS = 4096  # far above any model; a configuration is read before its weights
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,13 @@ _LLAMA = Names(
     gate_up=("mlp.gate_proj", "mlp.up_proj"),
     down="mlp.down_proj",
 )
+_ENCODER = replace(
+    _LLAMA,
+    embedding="encoder.embed_tokens",
+    norm="encoder.norm",
+    head="diffusion_head",
+    layer="encoder.layers.{}.",
+)
 
 
 @dataclass(frozen=True)
@@ -71,14 +79,16 @@ class Sizes:
     intermediate: int
     embeddings: int  # rows of the embedding: the vocabulary, or more
     eps: float
-    rope_theta: float
-    rotary: int  # leading dimensions of a head that rotate
+    rope: Rope
     qkv_bias: bool
     out_bias: bool
     mlp_bias: bool
     head_bias: bool
     qk_norm: bool
     tied: bool
+    # q times 1 + beta ln(1 + floor(position / original length)): (beta, original length).
+    query_scale: tuple[float, int] | None = None
+    sliding_windows: tuple[int | None, ...] = ()  # of each layer; empty: no layer has one
 
 
 @dataclass(frozen=True)
@@ -87,6 +97,17 @@ class Family:
 
     Attributes:
         qkv_bias: q, k and v have biases and nothing else has; None: as ``attention_bias`` says.
+        attention, shift_logits, block_origin, context, seeded: as in ``ModelSpec``.
+        causal: as in ``ModelSpec``, while the attention is block-causal.
+        block_key: the configuration's key of the block size.
+        block_size: where the configuration has no such key: what the published code's argument is.
+        optional_blocks: full attention becomes block-causal where the configuration has the key.
+        mask_id, eos_ids: where no file names any: what the published code's arguments are.
+        tied: the head is the embedding where the configuration does not say.
+        sliding: ``"flag"``: as ``use_sliding_window`` and ``max_window_layers`` or ``layer_types``
+            say; ``"always"``: wherever ``sliding_window`` is not null; ``"ignored"``: the published
+            forward attends without; ``"refused"``.
+        draft_adapter: folder of a LoRA that ``forward(adapter=True)`` adds.
     """
 
     names: Names
@@ -95,6 +116,18 @@ class Family:
     shift_logits: bool = False
     qkv_bias: bool | None = None
     qk_norm: bool = False
+    causal: str | None = None
+    block_key: str = "block_size"
+    block_size: int | None = None
+    optional_blocks: bool = False
+    block_origin: str = "zero"
+    context: str = "block"
+    seeded: bool = False
+    mask_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+    tied: bool = False
+    sliding: str = "refused"
+    draft_adapter: str | None = None
 
 
 def _head_dim(config: Config, hidden: int, heads: int, hidden_key: str, heads_key: str) -> int:
@@ -108,11 +141,6 @@ def _head_dim(config: Config, hidden: int, heads: int, hidden_key: str, heads_ke
 def _check_heads(config: Config, sizes: Sizes, kv_key: str) -> Sizes:
     if sizes.heads % sizes.kv_heads:
         raise config.wrong(kv_key, f"a divisor of the {sizes.heads} heads")
-    if sizes.rotary % 2 or not 0 < sizes.rotary <= sizes.head_dim:
-        raise CheckpointError(
-            f"{config.where}: expected an even number of rotary dimensions, at most the head size "
-            f"{sizes.head_dim}, found {sizes.rotary}"
-        )
     return sizes
 
 
@@ -136,15 +164,14 @@ def _llada_sizes(config: Config, family: Family) -> Sizes:
     head_dim = _head_dim(config, hidden, heads, "d_model", "n_heads")
     sizes = Sizes(
         hidden=hidden,
-        layers=config.integer("n_layers"),
+        layers=config.integer("n_layers", limit=_LAYERS),
         heads=heads,
         kv_heads=config.integer("n_kv_heads", 1 if config.flag("multi_query_attention") else heads),
         head_dim=head_dim,
         intermediate=config.integer("mlp_hidden_size", hidden * config.integer("mlp_ratio", 4)),
         embeddings=embeddings,
         eps=config.number("rms_norm_eps"),
-        rope_theta=config.number("rope_theta"),
-        rotary=head_dim,
+        rope=read_rope(config, head_dim),
         qkv_bias=bias or config.flag("include_qkv_bias"),
         out_bias=bias,
         mlp_bias=bias,
@@ -157,64 +184,127 @@ def _llada_sizes(config: Config, family: Family) -> Sizes:
 
 def _llama_sizes(config: Config, family: Family) -> Sizes:
     config.only("hidden_act", "silu", "swish")
-    config.only("use_sliding_window", False)
-    kinds = set(config.get("layer_types") or ()) - {"full_attention"}
-    if kinds:
-        raise CheckpointError(
-            f"{config.where}: layer_types: expected 'full_attention' alone, found {min(kinds)!r}"
-        )
     hidden, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
     head_dim = _head_dim(config, hidden, heads, "hidden_size", "num_attention_heads")
-    theta, factor = _rope(config)
+    layers = config.integer("num_hidden_layers", limit=_LAYERS)
     bias = config.flag("attention_bias") if family.qkv_bias is None else family.qkv_bias
     sizes = Sizes(
         hidden=hidden,
-        layers=config.integer("num_hidden_layers"),
+        layers=layers,
         heads=heads,
         kv_heads=config.integer("num_key_value_heads", heads),
         head_dim=head_dim,
         intermediate=config.integer("intermediate_size"),
         embeddings=config.integer("vocab_size"),
         eps=config.number("rms_norm_eps"),
-        rope_theta=theta,
-        rotary=int(head_dim * factor),
+        rope=read_rope(config, head_dim),
         qkv_bias=bias,
         out_bias=bias and family.qkv_bias is None,
         mlp_bias=config.flag("mlp_bias"),
         head_bias=False,
         qk_norm=family.qk_norm,
-        tied=config.flag("tie_word_embeddings"),
+        tied=config.flag("tie_word_embeddings", family.tied),
+        query_scale=read_query_scale(config),
+        sliding_windows=_sliding_windows(config, family, layers),
     )
     return _check_heads(config, sizes, "num_key_value_heads")
 
 
-def _rope(config: Config) -> tuple[float, float]:
-    """Base and rotating fraction: at the top level, or nested as transformers 5 writes them."""
-    sections = [config.section("rope_parameters"), config.section("rope_scaling"), config]
-    for section in sections[:2]:
-        for key in ("rope_type", "type"):
-            section.only(key, "default")
-    with_theta = next((s for s in sections if s.get("rope_theta") is not None), config)
-    with_factor = next((s for s in sections if s.get("partial_rotary_factor") is not None), None)
-    factor = 1.0 if with_factor is None else with_factor.number("partial_rotary_factor")
-    return with_theta.number("rope_theta"), factor
+def _sliding_windows(config: Config, family: Family, layers: int) -> tuple[int | None, ...]:
+    """Positions that a layer sees, itself included, or None; empty where no layer slides."""
+    kinds = config.get("layer_types")
+    if kinds is not None and (
+        not isinstance(kinds, list | tuple)
+        or len(kinds) != layers
+        or not all(kind in ("full_attention", "sliding_attention") for kind in kinds)
+    ):
+        raise config.wrong(
+            "layer_types", f"'full_attention' or 'sliding_attention' for each of {layers} layers"
+        )
+    if family.sliding == "ignored":
+        return ()
+    if family.sliding == "always":
+        on = config.get("sliding_window") is not None
+    else:
+        on = config.flag("use_sliding_window")
+    if family.sliding == "refused":
+        config.only("use_sliding_window", False)
+    if not on or family.sliding == "refused":
+        if kinds is not None and "sliding_attention" in kinds:
+            raise config.wrong(
+                "layer_types", "'full_attention' alone, since there is no sliding window"
+            )
+        return ()
+    width = config.integer("sliding_window")
+    if kinds is not None:
+        slides = [kind == "sliding_attention" for kind in kinds]
+    else:
+        first = config.get("max_window_layers") if family.sliding == "flag" else 0
+        if type(first) is not int or first < 0:
+            raise config.wrong("max_window_layers", "a number of layers")
+        slides = [layer >= first for layer in range(layers)]
+    return tuple(width if slide else None for slide in slides) if any(slides) else ()
 
 
-_QWEN2 = Family(_LLAMA, _llama_sizes, "causal", qkv_bias=True)
-_QWEN3 = Family(_LLAMA, _llama_sizes, "causal", qk_norm=True)
+_LLAMA_LIKE = Family(_LLAMA, _llama_sizes, "causal")
+_QWEN2 = replace(_LLAMA_LIKE, qkv_bias=True, sliding="flag")
+_QWEN3 = replace(_LLAMA_LIKE, qk_norm=True, sliding="flag")
+_MISTRAL = replace(_LLAMA_LIKE, sliding="always")
+# Autoregressive models retrained with full attention, or (BD3LM) with blocks.
+_A2D = {
+    base: replace(
+        family,
+        attention="full",
+        causal="masked",
+        optional_blocks=True,
+        block_origin="prompt",
+        sliding="ignored",
+    )
+    for base, family in (("Llama", _LLAMA_LIKE), ("Qwen2", _QWEN2), ("Qwen3", _QWEN3))
+}
+_NEMOTRON = replace(
+    _LLAMA_LIKE,
+    names=_ENCODER,
+    attention="block_causal",
+    causal="shifted",
+    block_origin="prompt",
+    context="causal",
+    seeded=True,
+    draft_adapter="linear_spec_lora",
+)
 FAMILIES = {
     "LLaDAModelLM": Family(_LLADA, _llada_sizes, "full"),
-    "DreamModel": replace(_QWEN2, attention="full", shift_logits=True),
-    "SDARForCausalLM": replace(_QWEN3, attention="block_causal"),
+    "DreamModel": replace(_QWEN2, attention="full", shift_logits=True, sliding="ignored"),
+    "SDARForCausalLM": replace(
+        _QWEN3, attention="block_causal", causal="masked", sliding="refused"
+    ),
+    "Fast_dLLM_QwenForCausalLM": replace(
+        _QWEN2,
+        attention="block_causal",
+        shift_logits=True,
+        causal="shifted",
+        block_key="bd_size",
+        block_size=32,
+        seeded=True,
+        mask_id=151665,
+        eos_ids=(151645,),
+        sliding="ignored",
+    ),
+    "StableDiffcoderForCausalLM": replace(
+        _LLAMA_LIKE, attention="block_causal", causal="masked", block_size=4, mask_id=5
+    ),
+    "NemotronLabsDiffusionModel": _NEMOTRON,
+    "DiffEncoderModel": replace(_NEMOTRON, qk_norm=True),
+    "CoDALanguageModel": replace(
+        _QWEN3, attention="full", shift_logits=True, mask_id=151669, tied=True, sliding="ignored"
+    ),
     "Qwen2ForCausalLM": _QWEN2,
     "Qwen3ForCausalLM": _QWEN3,
-    "LlamaForCausalLM": Family(_LLAMA, _llama_sizes, "causal"),
+    "LlamaForCausalLM": _LLAMA_LIKE,
+    "MistralForCausalLM": _MISTRAL,
+    "Ministral3ForCausalLM": _MISTRAL,
 }
-# Autoregressive models retrained with full attention: A2DQwen2LMHeadModel and the like.
-FAMILIES |= {
-    f"A2D{base}*": replace(FAMILIES[f"{base}ForCausalLM"], attention="full")
-    for base in ("Llama", "Qwen2", "Qwen3")
-}
+FAMILIES |= {f"A2D{base}*": family for base, family in _A2D.items()}
 
 
 def find_family(config: Config, *classes: str) -> Family:
@@ -241,26 +331,4 @@ def find_family(config: Config, *classes: str) -> Family:
     raise CheckpointError(
         f"{config.where}: architectures: expected one of {', '.join(sorted(FAMILIES))}, "
         f"found {names[0]!r}"
-    )
-
-
-def make_spec(config: Config, family: Family, sizes: Sizes, mask_id: int | None) -> ModelSpec:
-    """The model's facts. ``mask_id`` is taken where the configuration names none."""
-    vocab = config.integer("vocab_size")
-    masks = config.ids("mask_token_id", sizes.embeddings) or (mask_id,)
-    if family.attention == "causal":
-        masks = (None,)
-    elif masks[0] is None:
-        raise config.wrong("mask_token_id", "the id of the mask token")
-    pads = config.ids("pad_token_id", sizes.embeddings)
-    long = "max_sequence_length" if family.names is _LLADA else "max_position_embeddings"
-    return ModelSpec(
-        vocab_size=vocab,
-        mask_id=masks[0],
-        eos_ids=config.ids("eos_token_id", sizes.embeddings),
-        shift_logits=family.shift_logits,
-        attention=family.attention,
-        block_size=config.integer("block_size") if family.attention == "block_causal" else None,
-        max_positions=config.integer(long),
-        pad_id=pads[0] if pads else None,
     )

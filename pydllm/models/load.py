@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -14,16 +15,17 @@ from torch import Tensor, nn
 from pydllm._backend.errors import CheckpointError
 from pydllm.models.agreement import check as check_module
 from pydllm.models.agreement import warn_of_damage
-from pydllm.models.checkpoint import Shards, read_config, read_tokenizer
+from pydllm.models.checkpoint import Shards, read_config, read_generation_config, read_tokenizer
 from pydllm.models.config import Config
-from pydllm.models.families import find_family, make_spec
+from pydllm.models.families import find_family
 from pydllm.models.native import NativeModel
+from pydllm.models.overrides import Overrides, make_spec
 from pydllm.models.parallel import ParallelModel, join_processes
 from pydllm.models.partition import Partition
 from pydllm.models.weights import FLOATS, Found, check_tensors, share, slots
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_HUB_FILES = ("*.json", "*.safetensors")
+_HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "merges.txt")
 # Looked up in tokenizer.json where config.json has no mask_token_id.
 _MASK_TOKENS = ("<|mask|>", "<|mdm_mask|>")
 
@@ -33,6 +35,14 @@ def load(
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    attention: str | None = None,
+    block_size: int | None = None,
+    block_origin: str | None = None,
+    mask_id: int | None = None,
+    eos_ids: int | Sequence[int] | None = None,
+    shift_logits: bool | None = None,
+    causal: str | None = None,
+    revision: str | None = None,
     tp: int | None = 1,
     check: bool = False,
 ) -> NativeModel:
@@ -40,8 +50,8 @@ def load(
 
     Args:
         source: a directory in Hugging Face layout (config.json, model.safetensors or shards with
-            their index, tokenizer.json if there is one); the hub id of such a repository, where
-            ``huggingface_hub`` is installed; or a loaded module with a ``config``. A module's
+            their index, the tokenizer's files if there are any); the hub id of such a repository,
+            where ``huggingface_hub`` is installed; or a loaded module with a ``config``. A module's
             parameters are shared, not copied: they become views of fused tensors, the module goes
             on working, and moving or casting it afterwards ends the sharing.
         device: where to put the weights; None: the current CUDA device if there is one, else the
@@ -49,6 +59,11 @@ def load(
         dtype: of weights, cache and hidden states: fp32, fp16, bf16, or fp64 (torch backend alone).
             None: what config.json says, else what the embedding is stored in; on a CPU fp32 instead
             of fp16 and bf16, which are slow and less exact there. For a module as with ``device``.
+        attention, block_size, block_origin, mask_id, eos_ids, shift_logits, causal: facts of
+            ``model.spec`` that replace what the files say or lack, see ``ModelSpec``. For a class
+            that does not tell: ``attention="full", shift_logits=True, mask_id=...`` makes a
+            retrained ``Qwen2ForCausalLM`` (Open-dCoder) a diffusion model.
+        revision: branch, tag or commit of a hub id.
         tp: over how many processes the model is spread (tensor parallel); None: over all of the
             default process group, or that ``torchrun`` started, one where there are none. Each
             process reads and holds its part alone, on the CUDA device of its rank if there is one,
@@ -56,23 +71,23 @@ def load(
         check: compare with the module's own forward on some random tokens, ``pydllm.models.check``.
 
     Returns:
-        The model: LLaDA, Dream, SDAR, A2D, Qwen2, Qwen3 or Llama, dense. ``model.tokenizer`` is set
-        where there was a tokenizer.json. Qwen2, Qwen3 and Llama come with causal attention and no
-        mask id; for one that was retrained to attend both ways, set ``model.spec =
-        dataclasses.replace(model.spec, attention="full", mask_id=...)``.
+        The model, of a family in docs/models.md. ``model.tokenizer`` is set where the files of a
+        tokenizer were found. Qwen, Llama and Mistral come with causal attention and no mask id.
 
     Raises:
         CheckpointError: the checkpoint is incomplete, damaged or of an unknown kind; names the key,
             tensor or file, what was expected and what was found. With ``check``: the module's
             forward is another; says by how much.
         TypeError: ``source`` or ``dtype`` is of no accepted type.
-        ValueError: another device or dtype than the module's, a check of something else, or a model
-            that ``tp`` processes cannot share.
+        ValueError: another device or dtype than the module's, a check of something else, a model
+            that ``tp`` processes cannot share, or an override that is impossible: an id that is not
+            in the vocabulary, a block size without blocks.
         PydllmError: there are not ``tp`` processes; says how to start them.
 
-    A module that transformers 5 damaged in silence, its rotary buffers or, where
-    ``config._name_or_path`` is a directory, its weights, gets a RuntimeWarning that names them.
-    No code of a checkpoint is run and no pickle is opened.
+    EOS ids are those of config.json and then those of generation_config.json. A module that
+    transformers 5 damaged in silence, its rotary buffers or, where ``config._name_or_path`` is a
+    directory, its weights, gets a RuntimeWarning that names them. No code of a checkpoint is run
+    and no pickle is opened.
 
     Example:
         >>> model = load("GSAI-ML/LLaDA-8B-Instruct")  # doctest: +SKIP
@@ -83,10 +98,15 @@ def load(
         raise TypeError(f"dtype: expected {', '.join(map(str, FLOATS))}, got {dtype}")
     if tp is not None and tp < 1:
         raise ValueError(f"tp: expected at least 1, got {tp}")
+    overrides = Overrides(
+        attention, block_size, block_origin, mask_id, eos_ids, shift_logits, causal
+    )
     if isinstance(source, nn.Module):
         if tp not in (None, 1):
             raise ValueError(f"tp: expected 1 for a loaded module, which is whole, got {tp}")
-        model = _load_module(source, device, dtype)
+        if revision is not None:
+            raise ValueError(f"revision: expected None for a loaded module, got {revision!r}")
+        model = _load_module(source, device, dtype, overrides)
         if check:
             check_module(model, source)
         return model
@@ -98,13 +118,15 @@ def load(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(device)
     processes = 1 if tp == 1 else join_processes(tp, device)
-    return _load_folder(find_folder(source), device, dtype, processes)
+    return _load_folder(find_folder(source, revision), device, dtype, processes, overrides)
 
 
-def find_folder(source: str | os.PathLike[str]) -> Path:
+def find_folder(source: str | os.PathLike[str], revision: str | None = None) -> Path:
     """The directory of a checkpoint: itself, or where the hub's files were put."""
     folder = Path(source)
     if folder.is_dir():
+        if revision is not None:
+            raise ValueError(f"revision: expected None for a directory, got {revision!r}")
         return folder
     if folder.exists():
         raise CheckpointError(f"{source}: expected a directory, found a file")
@@ -118,7 +140,8 @@ def find_folder(source: str | os.PathLike[str]) -> Path:
             "(pip install huggingface_hub)"
         ) from None
     try:
-        return Path(snapshot_download(source, allow_patterns=list(_HUB_FILES)))
+        patterns = list(_HUB_FILES)
+        return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
     except (OSError, ValueError) as error:  # what the hub's own errors derive from
         raise CheckpointError(
             f"{source}: found no such directory, and not on the hub: {error}"
@@ -126,13 +149,24 @@ def find_folder(source: str | os.PathLike[str]) -> Path:
 
 
 def _load_folder(
-    folder: Path, device: torch.device, dtype: torch.dtype | None, processes: int
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    processes: int,
+    overrides: Overrides,
 ) -> NativeModel:
     config = read_config(folder)
     family = find_family(config)
     sizes = family.sizes(config, family)
     tokenizer = read_tokenizer(folder)
-    spec = make_spec(config, family, sizes, find_mask(tokenizer, sizes.embeddings))
+    spec = make_spec(
+        config,
+        family,
+        sizes,
+        find_mask(tokenizer, sizes.embeddings),
+        generation=read_generation_config(folder),
+        overrides=overrides,
+    )
     shards = Shards(folder)
     wanted = list(slots(family.names, sizes))
     check_tensors(wanted, shards.found, family.names, str(folder))
@@ -158,13 +192,17 @@ def _load_folder(
 
 
 def _load_module(
-    module: nn.Module, device: torch.device | str | None, dtype: torch.dtype | None
+    module: nn.Module,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+    overrides: Overrides,
 ) -> NativeModel:
     name = type(module).__name__
     config = _module_config(module)
     family = find_family(config, *(kind.__name__ for kind in type(module).__mro__))
     sizes = family.sizes(config, family)
-    spec = make_spec(config, family, sizes, None)
+    generation = _module_config(module, "generation_config", required=False)
+    spec = make_spec(config, family, sizes, generation=generation, overrides=overrides)
     wanted = list(slots(family.names, sizes))
     state = module.state_dict(keep_vars=True)
     found = {key: Found(tuple(value.shape), value.dtype) for key, value in state.items()}
@@ -188,16 +226,16 @@ def _load_module(
     return NativeModel(spec, sizes, share(wanted, module), None)
 
 
-def _module_config(module: nn.Module) -> Config:
-    where = f"{type(module).__name__}.config"
-    config = getattr(module, "config", None)
+def _module_config(module: nn.Module, name: str = "config", required: bool = True) -> Config:
+    where = f"{type(module).__name__}.{name}"
+    config: Any = getattr(module, name, None)
     if config is not None and hasattr(config, "to_dict"):
         config = config.to_dict()
     elif config is not None and not isinstance(config, Mapping):
         config = vars(config)
-    if config is None:
+    if config is None and required:
         raise CheckpointError(f"{where}: expected the configuration of the model, found none")
-    return Config(config, where)
+    return Config(config or {}, where)
 
 
 def find_mask(tokenizer: Tokenizer | None, limit: int) -> int | None:

@@ -15,7 +15,8 @@ from pydllm import ops
 from pydllm.models.cache import StaticCache
 from pydllm.models.families import Sizes
 from pydllm.models.protocol import Fresh
-from pydllm.models.spec import ModelSpec
+from pydllm.models.rope import RopeTables
+from pydllm.models.spec import ATTENTIONS, ModelSpec
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -37,30 +38,6 @@ class Layer:
     out_bias: Tensor | None = None
     gate_up_bias: Tensor | None = None
     down_bias: Tensor | None = None
-
-
-class _Rope:
-    """Rotary tables, grown as longer caches are asked for.
-
-    Angles in fp64, rounded once. A table that was replaced is kept: a captured graph may read it.
-    """
-
-    def __init__(self, theta: float, rotary: int, dtype: torch.dtype, device: torch.device) -> None:
-        exponent = torch.arange(0, rotary, 2, dtype=torch.float64) / rotary
-        self._frequency = theta**-exponent
-        self._dtype = torch.promote_types(dtype, torch.float32)
-        self._device = device
-        self._tables: list[tuple[Tensor, Tensor]] = []
-
-    def tables(self, positions: int) -> tuple[Tensor, Tensor]:
-        """cos and sin, ``(at least positions, rotary / 2)``, fp32 or, for an fp64 model, fp64."""
-        longest = self._tables[-1][0].shape[0] if self._tables else 0
-        if positions > longest or not self._tables:
-            size = max(positions, 2 * longest)
-            angle = torch.arange(size, dtype=torch.float64)[:, None] * self._frequency
-            cos, sin = (t.to(self._device, self._dtype) for t in (angle.cos(), angle.sin()))
-            self._tables.append((cos, sin))
-        return self._tables[-1]
 
 
 class NativeModel:
@@ -94,7 +71,7 @@ class NativeModel:
         ]
         # What decoding captured over these weights and buffers; clear() gives it back.
         self.graphs: OrderedDict[Hashable, Any] = OrderedDict()
-        self._rope = _Rope(sizes.rope_theta, sizes.rotary, self.dtype, self.device)
+        self._rope = RopeTables(sizes.rope, self.dtype, self.device)
 
     @property
     def device(self) -> torch.device:
@@ -133,6 +110,7 @@ class NativeModel:
         pad: Tensor | None = None,
         branches: int = 1,
         fresh: Fresh | None = None,
+        attention: str | None = None,
         backend: str | None = None,
     ) -> Tensor:
         """Hidden states ``(B, T, hidden)`` of a window, final norm applied; see ``Model.forward``.
@@ -140,7 +118,8 @@ class NativeModel:
         Rows from ``length`` on hold finite numbers without meaning.
 
         Raises:
-            ValueError: shapes or devices do not fit the model or the cache.
+            ValueError: shapes or devices do not fit the model or the cache, or ``attention`` is
+                one that this model cannot have.
             TypeError: ids are not int64, or a number not int32.
 
         CUDA graphs: safe with a cache that was made before the capture.
@@ -157,13 +136,17 @@ class NativeModel:
         cos, sin = self._rope.tables(keys.shape[2])
         eps = self.sizes.eps
         window: dict = {**numbers, "pad": pad, "cos": cos, "sin": sin, "backend": backend}
-        window |= {"causal": self.spec.attention == "causal", "block_size": self.spec.block_size}
+        window |= self._mask(attention)
         window["branches"] = branches
+        scale = self._query_scale(ids.shape[1] // branches, start, pad, keys.shape[2])
+        if scale is not None:
+            scale = scale.repeat(1, branches, 1, 1)
         residual = self._embed(ids)
         hidden = ops.rms_norm(residual, self._layers[0].attn_norm, eps, backend=backend)
         following = [layer.attn_norm for layer in self._layers[1:]] + [self._norm]
         for index, layer in enumerate(self._layers):
-            hidden = self._attend(layer, hidden, keys[index], values[index], window, fresh)
+            window["window"] = self._sliding_window(index, window["causal"])
+            hidden = self._attend(layer, hidden, keys[index], values[index], window, fresh, scale)
             hidden = ops.rms_norm(hidden, layer.mlp_norm, eps, residual=residual, backend=backend)
             hidden = F.linear(hidden, layer.gate_up, layer.gate_up_bias)
             hidden = self._contract(layer, ops.swiglu(hidden, backend=backend))
@@ -220,6 +203,7 @@ class NativeModel:
         values: Tensor,
         window: dict,
         fresh: Fresh | None,
+        scale: Tensor | None = None,
     ) -> Tensor:
         sizes = self.sizes
         qkv = F.linear(hidden, layer.qkv, layer.qkv_bias).unflatten(-1, (-1, sizes.head_dim))
@@ -234,8 +218,56 @@ class NativeModel:
             )
         if fresh is not None:
             fresh.append((k, v))
+        if scale is not None:  # commutes with the rotation
+            q = q * scale
         attended = ops.window_attention(q, k, v, keys, values, **window)
         return self._project(layer, attended.flatten(-2))
+
+    def _mask(self, attention: str | None) -> dict[str, Any]:
+        """The mask of a forward, in the words of ``ops.window_attention``."""
+        spec = self.spec
+        if attention is None:
+            if spec.context != "block":
+                raise ValueError(
+                    f"attention: expected one of {', '.join(ATTENTIONS)} for a model whose context "
+                    f"is {spec.context!r}, got None"
+                )
+            attention = spec.attention
+        if attention not in ATTENTIONS or (attention == "block_causal" and not spec.block_size):
+            raise ValueError(
+                f"attention: expected 'full', 'causal' or {spec.attention!r}, got {attention!r}"
+            )
+        if attention == "block_causal" and spec.block_origin != "zero":
+            raise ValueError(
+                f"attention: blocks that begin at {spec.block_origin!r} are not supported in one "
+                "forward; load(..., block_origin='zero') counts them from position 0"
+            )
+        blocks = spec.block_size if attention == "block_causal" else None
+        if blocks and self.sizes.sliding_windows:
+            raise ValueError(
+                "attention: expected 'full' or 'causal' for a model with sliding windows, "
+                "got 'block_causal'"
+            )
+        return {"causal": attention == "causal", "block_size": blocks}
+
+    def _sliding_window(self, layer: int, causal: bool) -> int | None:
+        """The op's ``window``: keys at that distance are hidden."""
+        width = self.sizes.sliding_windows[layer] if self.sizes.sliding_windows else None
+        # As transformers: a causal window counts the query itself, one to both sides does not.
+        return width if width is None or causal else width + 1
+
+    def _query_scale(
+        self, rows: int, start: Tensor, pad: Tensor | None, slots: int
+    ) -> Tensor | None:
+        """Factor on the queries by position, ``(B, rows, 1, 1)`` in the model's dtype, if any."""
+        if self.sizes.query_scale is None or slots <= self.sizes.query_scale[1]:
+            return None  # 1 at every position below the original length
+        beta, original = self.sizes.query_scale
+        first = start if pad is None else start - pad
+        position = first[:, None] + torch.arange(rows, device=self.device)
+        turns = position.clamp(min=0).div(original, rounding_mode="floor")
+        scale = 1 + beta * torch.log1p(turns.to(torch.promote_types(self.dtype, torch.float32)))
+        return scale.to(self.dtype)[..., None, None]
 
     def _embed(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self._embedding)

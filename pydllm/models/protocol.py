@@ -55,6 +55,7 @@ class Model(Protocol):
         pad: Tensor | None = None,
         branches: int = 1,
         fresh: Fresh | None = None,
+        attention: str | None = None,
         backend: str | None = None,
     ) -> Tensor:
         """Hidden states of a window of each sequence, final norm applied.
@@ -73,6 +74,8 @@ class Model(Protocol):
                 after the other, all at ``start``; each sees the cache and itself. ``commit`` is of
                 the first.
             fresh: a list that is given what ``commit_branch`` needs of this forward.
+            attention: of this forward: ``"full"``, ``"causal"`` or ``"block_causal"``; None: as the
+                spec says, which a model with ``context="causal"`` leaves open.
             backend: as in ``pydllm.ops``.
 
         Returns:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 ATTENTIONS = ("full", "block_causal", "causal")
+CAUSAL = ("shifted", "masked")
+ORIGINS = ("zero", "prompt")
+CONTEXTS = ("block", "causal")
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,14 @@ class ModelSpec:
         block_size: positions of a block of a block-causal model, otherwise None.
         max_positions: longest sequence the model is made for, in tokens.
         pad_id: id of the padding token, or None.
+        causal: how the model decodes one token at a time. ``"shifted"``: row i of a causal forward
+            predicts token i + 1; ``"masked"``: a mask at i that sees the tokens before it predicts
+            token i; None: it was not trained to.
+        block_origin: position where a block begins: ``"zero"``, or ``"prompt"``, the prompt's end.
+        context: what the cached keys and values of finished blocks are made by: ``"block"``, the
+            forward of the block, or ``"causal"``, a causal forward.
+        seeded: the first token of a block is the next token of the forward that stored the block
+            before it.
     """
 
     vocab_size: int
@@ -31,14 +42,32 @@ class ModelSpec:
     block_size: int | None
     max_positions: int
     pad_id: int | None
+    causal: str | None = None
+    block_origin: str = "zero"
+    context: str = "block"
+    seeded: bool = False
 
     def __post_init__(self) -> None:
-        if self.attention not in ATTENTIONS:
-            raise ValueError(
-                f"attention: expected one of {', '.join(ATTENTIONS)}, got {self.attention!r}"
-            )
-        if (self.attention == "block_causal") != (self.block_size is not None):
+        for name, allowed in (
+            ("attention", ATTENTIONS),
+            ("causal", (None, *CAUSAL)),
+            ("block_origin", ORIGINS),
+            ("context", CONTEXTS),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name}: expected one of {', '.join(map(str, allowed))}, "
+                    f"got {getattr(self, name)!r}"
+                )
+        blocks = self.attention == "block_causal"
+        if blocks != (self.block_size is not None):
             raise ValueError(
                 "block_size: expected a number with attention 'block_causal' and None without, "
                 f"got {self.block_size} with {self.attention!r}"
             )
+        for name, plain in (("block_origin", "zero"), ("context", "block"), ("seeded", False)):
+            if not blocks and getattr(self, name) != plain:
+                raise ValueError(
+                    f"{name}: expected {plain!r} with attention {self.attention!r}, "
+                    f"got {getattr(self, name)!r}"
+                )

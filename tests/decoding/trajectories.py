@@ -15,6 +15,7 @@ from pydllm import ops
 from pydllm.models import ModelSpec
 from pydllm.models.families import Sizes
 from pydllm.models.native import NativeModel
+from pydllm.models.rope import Rope
 
 VOCAB, MASK, EOS, HEADS, SIZE = 14, 1, (5, 9), 2, 8
 HIDDEN = HEADS * SIZE
@@ -135,8 +136,7 @@ def random_pair(seed, *, block=None, shift=False, rounded=False, eos=EOS):
         HIDDEN,
         VOCAB,
         1e-6,
-        100.0,
-        SIZE,
+        Rope(100.0, SIZE),
         **dict.fromkeys(flags, False),
     )
     native = (Rounded if rounded else NativeModel)(spec, sizes, weights | ones)

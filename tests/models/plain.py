@@ -7,6 +7,7 @@ batch, rotation as a product of complex numbers. Nothing is shared with the pack
 from __future__ import annotations
 
 import json
+import math
 
 import torch
 from safetensors.torch import save_file
@@ -84,6 +85,93 @@ CONFIGS = {
     ),
     "sdar": _qwen("SDARForCausalLM", head_dim=16, block_size=4, num_key_value_heads=3),
 }
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 8,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
+# Families of 2025 and 2026; each stands for a row of the table in docs/models.md.
+RECENT = {
+    "nemotron": _qwen(
+        "NemotronLabsDiffusionModel",
+        head_dim=16,
+        block_size=4,
+        rope_theta=None,
+        use_sliding_window=None,
+        rope_parameters=_YARN,
+    ),
+    "nemotron-base": _qwen(
+        "NemotronLabsDiffusionModel",
+        head_dim=16,
+        block_size=4,
+        rope_theta=None,
+        use_sliding_window=None,
+        rope_parameters=_YARN | {"factor": 0.25},
+    ),
+    "diff-encoder": _qwen("DiffEncoderModel", head_dim=16, block_size=4, use_sliding_window=None),
+    "fast-dllm-v2": _qwen("Fast_dLLM_QwenForCausalLM", bd_size=8, tie_word_embeddings=True),
+    "stable-diffcoder": _qwen("StableDiffcoderForCausalLM", mask_token_id=None, eos_token_id=2),
+    "a2d-bd3lm": _qwen("A2DQwen3LMHeadModel", head_dim=16, block_size=8),
+    "coda": _qwen("CoDALanguageModel", head_dim=16, tie_word_embeddings=None),
+    "llama3": _qwen(
+        "LlamaForCausalLM",
+        use_sliding_window=None,
+        rope_scaling={
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    ),
+    "mistral": _qwen("MistralForCausalLM", head_dim=16, sliding_window=5, use_sliding_window=None),
+    "qwen2-sliding": _qwen(
+        "Qwen2ForCausalLM", use_sliding_window=True, sliding_window=4, max_window_layers=1
+    ),
+    "qwen2-yarn": _qwen(
+        "Qwen2ForCausalLM",
+        rope_scaling={"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+    ),
+}
+CAUSAL = ("nemotron", "nemotron-base", "llama3", "mistral", "qwen2-sliding", "qwen2-yarn")
+
+
+def speeds(config, rotary):
+    """Angle a position of every pair of dimensions, and the factor on cos and sin."""
+    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    theta = scaling.get("rope_theta") or config["rope_theta"]
+    plain = [theta ** (-2 * i / rotary) for i in range(rotary // 2)]
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind == "default":
+        return plain, 1.0
+    factor, old = scaling["factor"], scaling["original_max_position_embeddings"]
+    if kind == "llama3":
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        result = []
+        for speed in plain:
+            wavelength = 2 * math.pi / speed
+            if wavelength < old / high:
+                result.append(speed)
+            elif wavelength > old / low:
+                result.append(speed / factor)
+            else:
+                smooth = (old / wavelength - low) / (high - low)
+                result.append((1 - smooth) * speed / factor + smooth * speed)
+        return result, 1.0
+    assert kind == "yarn"
+    # The pair whose wavelength is old / turns, from the definition of its speed.
+    low, high = (-rotary / 2 * math.log(2 * math.pi * turns / old, theta) for turns in (32, 1))
+    low, high = max(math.floor(low), 0), min(math.ceil(high), rotary - 1)
+    result = []
+    for i, speed in enumerate(plain):
+        part = min(max((i - low) / (high - low or 0.001), 0), 1)
+        result.append(speed * (1 - part) + speed / factor * part)
+    both = scaling.get("mscale") and scaling.get("mscale_all_dim")
+    return result, 1.0 if both or factor <= 1 else 0.1 * math.log(factor) + 1
 
 
 class Plain:
@@ -98,7 +186,6 @@ class Plain:
             self.intermediate = c["mlp_hidden_size"]
             self.rows = c["embedding_size"]
             self.tied = c["weight_tying"]
-            self.theta = c["rope_theta"]
             prefix = "model.transformer."
             self.ends = (prefix + "wte", prefix + "ln_f", prefix + "ff_out")
             self.layer = prefix + "blocks.%d."
@@ -109,22 +196,25 @@ class Plain:
             self.hidden, self.heads = c["hidden_size"], c["num_attention_heads"]
             self.layers, self.kv_heads = c["num_hidden_layers"], c["num_key_value_heads"]
             self.intermediate, self.rows = c["intermediate_size"], c["vocab_size"]
-            self.tied = c["tie_word_embeddings"]
-            self.theta = (c.get("rope_parameters") or c)["rope_theta"]
+            self.tied = c.get("tie_word_embeddings", "CoDA" in c["architectures"][0])
             self.ends = ("model.embed_tokens", "model.norm", "lm_head")
             self.layer = "model.layers.%d."
+            if any(part in c["architectures"][0] for part in ("Nemotron", "DiffEncoder")):
+                self.ends = ("encoder.embed_tokens", "encoder.norm", "diffusion_head")
+                self.layer = "encoder.layers.%d."
             self.names = (
                 "input_layernorm self_attn.q_proj self_attn.k_proj self_attn.v_proj "
                 "self_attn.o_proj post_attention_layernorm mlp.gate_proj mlp.up_proj mlp.down_proj"
             )
             name = c["architectures"][0]
-            always = "Qwen2" in name or "Dream" in name
+            always = any(part in name for part in ("Qwen2", "Dream", "Fast_dLLM"))
             said = bool(c.get("attention_bias"))
             self.biased = (always or said, said, bool(c.get("mlp_bias")), False)
         self.names = self.names.split()
         self.head_dim = c.get("head_dim") or self.hidden // self.heads
         self.rotary = int(self.head_dim * c.get("partial_rotary_factor", 1.0))
-        self.qk_norm = any(part in c["architectures"][0] for part in ("Qwen3", "SDAR"))
+        qk_norm = ("Qwen3", "SDAR", "DiffEncoder", "CoDA")
+        self.qk_norm = any(part in c["architectures"][0] for part in qk_norm)
         self.eps = c["rms_norm_eps"]
 
     def shapes(self):
@@ -167,17 +257,34 @@ class Plain:
     def rotate(self, x, positions):
         """Pair (i, i + rotary / 2) of ``x (T, heads, head_dim)`` turned by the position."""
         half = self.rotary // 2
-        speed = torch.tensor([self.theta ** (-i / half) for i in range(half)], dtype=x.dtype)
-        angle = positions.to(x.dtype)[:, None, None] * speed
+        speed, factor = speeds(self.config, self.rotary)
+        angle = positions.to(x.dtype)[:, None, None] * torch.tensor(speed, dtype=x.dtype)
         pairs = torch.complex(x[..., :half], x[..., half : 2 * half])
-        pairs = pairs * torch.polar(torch.ones_like(angle), angle)
+        pairs = pairs * torch.polar(torch.full_like(angle, factor), angle)
         return torch.cat((pairs.real, pairs.imag, x[..., 2 * half :]), -1)
 
-    def __call__(self, ids, first=0, frozen=None, block=None):
+    def query_scale(self, positions):
+        scaling = self.config.get("rope_parameters") or {}
+        if "llama_4_scaling_beta" not in scaling:
+            return 1.0
+        turns = positions // scaling["original_max_position_embeddings"]
+        return (1 + scaling["llama_4_scaling_beta"] * torch.log(1 + turns.double()))[:, None, None]
+
+    def slides(self, layer):
+        """The sliding window of a layer, or None."""
+        c = self.config
+        if "Mistral" in c["architectures"][0]:
+            return c.get("sliding_window")
+        if "Qwen" in c["architectures"][0] and c.get("use_sliding_window"):
+            return c["sliding_window"] if layer >= c["max_window_layers"] else None
+        return None
+
+    def __call__(self, ids, first=0, frozen=None, block=None, causal=False):
         """Hidden states, logits, and (keys, values) of every layer for ``ids (T,)`` from ``first``.
 
         ``frozen`` has (keys, values), each ``(n, heads, head_dim)``, of every layer: what is seen
-        besides the ids themselves. ``block``: own keys of later blocks are hidden.
+        besides the ids themselves. ``block``: own keys of later blocks are hidden. ``causal``: own
+        keys of later positions are, and in sliding layers those too far back.
         """
         wte, norm, head = self.ends
         x, kept = self.weights[wte + ".weight"][ids], []
@@ -192,10 +299,17 @@ class Plain:
             if self.qk_norm:
                 q, k = self.norm(q, at + "self_attn.q_norm"), self.norm(k, at + "self_attn.k_norm")
             q, k = self.rotate(q, positions), self.rotate(k, positions)
+            q = q * self.query_scale(positions)
             kept.append((k, v))
             hidden = torch.zeros(len(ids), len(ids), dtype=torch.bool)
             if block is not None:
                 hidden = positions // block > (positions // block)[:, None]
+            away = positions[:, None] - positions
+            if causal:
+                hidden = away < 0
+            if self.slides(index) is not None:
+                reach = self.slides(index)
+                hidden = hidden | (away >= reach if causal else away.abs() > reach)
             if frozen is not None:
                 k, v = (torch.cat(pair) for pair in zip((k, v), frozen[index], strict=True))
                 hidden = F.pad(hidden, (0, len(k) - len(ids)))

@@ -38,7 +38,7 @@ SPECS = {
     "llada-padded": ModelSpec(61, 60, (59,), False, "full", None, 64, 58),
     "dream": ModelSpec(61, 60, (59, 57), True, "full", None, 64, None),
     "a2d-qwen3": ModelSpec(61, 60, (59, 57), False, "full", None, 64, None),
-    "sdar": ModelSpec(61, 60, (59, 57), False, "block_causal", 4, 64, None),
+    "sdar": ModelSpec(61, 60, (59, 57), False, "block_causal", 4, 64, None, "masked"),
 }
 
 
@@ -301,8 +301,8 @@ def test_hub_ids(tmp_path, monkeypatch):
     folder = write_checkpoint(tmp_path, random_plain(CONFIGS["llada"]))
     asked = []
 
-    def snapshot_download(repository, allow_patterns):
-        asked.append((repository, allow_patterns))
+    def snapshot_download(repository, revision, allow_patterns):
+        asked.append((repository, revision, allow_patterns))
         if repository == "some/nothing":
             raise OSError("no such repository")
         return str(folder)
@@ -310,7 +310,12 @@ def test_hub_ids(tmp_path, monkeypatch):
     hub = types.SimpleNamespace(snapshot_download=snapshot_download)
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     assert load("some/model", device="cpu").spec.vocab_size == 61
-    assert asked == [("some/model", ["*.json", "*.safetensors"])]  # no code, no pickles
+    patterns = ["*.json", "*.safetensors", "*.jinja", "merges.txt"]  # no code, no pickles
+    assert asked == [("some/model", None, patterns)]
+    load("some/model", device="cpu", revision="v1.1")
+    assert asked[-1] == ("some/model", "v1.1", patterns)
+    with pytest.raises(ValueError, match="revision: expected None for a directory, got 'v1.1'"):
+        load(folder, revision="v1.1")
     with pytest.raises(CheckpointError, match="not on the hub: no such repository"):
         load("some/nothing")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)

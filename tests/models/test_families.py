@@ -1,0 +1,194 @@
+"""Every family of the table: logits, caches and batches against the independent forward."""
+
+import pytest
+import torch
+
+from pydllm.models import load
+from tests.models.plain import RECENT, random_plain, write_checkpoint
+from tests.models.test_native import at, close, random_ids
+
+# What each configuration makes of the model: attention, block size, shift, mask, EOS, causal,
+# origin, context, seeded.
+SPECS = {
+    "nemotron": ("block_causal", 4, False, 60, (59, 57), "shifted", "prompt", "causal", True),
+    "nemotron-base": ("block_causal", 4, False, 60, (59, 57), "shifted", "prompt", "causal", True),
+    "diff-encoder": ("block_causal", 4, False, 60, (59, 57), "shifted", "prompt", "causal", True),
+    "fast-dllm-v2": ("block_causal", 8, True, 60, (59, 57), "shifted", "zero", "block", True),
+    "stable-diffcoder": ("block_causal", 4, False, 5, (2,), "masked", "zero", "block", False),
+    "a2d-bd3lm": ("block_causal", 8, False, 60, (59, 57), "masked", "prompt", "block", False),
+    "coda": ("full", None, True, 60, (59, 57), None, "zero", "block", False),
+    "llama3": ("causal", None, False, None, (59, 57), "shifted", "zero", "block", False),
+    "mistral": ("causal", None, False, None, (59, 57), "shifted", "zero", "block", False),
+    "qwen2-sliding": ("causal", None, False, None, (59, 57), "shifted", "zero", "block", False),
+    "qwen2-yarn": ("causal", None, False, None, (59, 57), "shifted", "zero", "block", False),
+}
+
+
+@pytest.fixture(params=RECENT)
+def name(request):
+    return request.param
+
+
+@pytest.fixture
+def pair(tmp_path, name):
+    plain = random_plain(RECENT[name], seed=2)
+    return load(write_checkpoint(tmp_path, plain), device="cpu", dtype=torch.float64), plain
+
+
+def kinds(model):
+    """The masks that a model is run under, as arguments of both forwards."""
+    yield "full", {}
+    yield "causal", {"causal": True}
+    spec = model.spec
+    if spec.attention == "block_causal" and spec.block_origin == "zero":
+        yield "block_causal", {"block": spec.block_size}
+
+
+def run(model, ids, start, cache, length, kv_len, commit, attention, pad=None):
+    numbers = {"length": at(*length), "kv_len": at(*kv_len), "commit": at(*commit)}
+    if pad is not None:
+        numbers["pad"] = at(*pad)
+    return model.forward(ids, at(*start), cache, attention=attention, **numbers)
+
+
+def test_spec(pair, name):
+    spec = pair[0].spec
+    assert SPECS[name] == (
+        spec.attention,
+        spec.block_size,
+        spec.shift_logits,
+        spec.mask_id,
+        spec.eos_ids,
+        spec.causal,
+        spec.block_origin,
+        spec.context,
+        spec.seeded,
+    )
+
+
+def test_full_forward(pair):
+    """Logits to 1e-10 under every mask; 20 positions are more than the original lengths."""
+    model, plain = pair
+    ids = random_ids(2, 20)
+    for attention, options in kinds(model):
+        cache = model.new_cache(2, 20)
+        got = run(model, ids, (0, 0), cache, (20, 20), (20, 20), (20, 20), attention)
+        for row in range(2):
+            hidden, logits, _ = plain(ids[row], **options)
+            close(got[row], hidden)
+            close(model.head(got)[row], logits)
+        assert len(logits.argmax(-1).unique()) > 4
+
+
+def test_cached_windows_are_the_uncached_forward(pair):
+    """Causal, one window after the other: 3, 1, 9 and 7 rows."""
+    model, plain = pair
+    ids, cache, start, rows = random_ids(1, 20, seed=3), model.new_cache(1, 20), 0, []
+    for width in (3, 1, 9, 7):
+        window = ids[:, start : start + width]
+        stop = start + width
+        rows.append(run(model, window, (start,), cache, (width,), (stop,), (width,), "causal"))
+        start = stop
+    close(torch.cat(rows, 1)[0], plain(ids[0], causal=True)[0])
+
+
+def test_batch_is_single(pair):
+    """Ragged rows with left padding, each as if alone."""
+    model, plain = pair
+    ids, pad = random_ids(3, 19, seed=4), (0, 7, 12)
+    for attention, options in kinds(model):
+        cache = model.new_cache(3, 19)
+        length = (19, 19, 19)
+        got = run(model, ids, (0, 0, 0), cache, length, length, length, attention, pad)
+        for row, first in enumerate(pad):
+            close(got[row, first:], plain(ids[row, first:], **options)[0])
+
+
+def test_bidirectional_windows_over_a_causal_cache(pair):
+    """What a draft sees: rows of the window each other, and a cache of a causal forward."""
+    model, plain = pair
+    ids, cache = random_ids(1, 18, seed=5), model.new_cache(1, 18)
+    run(model, ids[:, :12], (0,), cache, (12,), (12,), (12,), "causal")
+    got = run(model, ids[:, 12:], (12,), cache, (6,), (18,), (0,), "full")
+    kept = plain(ids[0, :12], causal=True)[2]
+    if not model.sizes.sliding_windows:  # the independent forward has none over frozen keys
+        close(got[0], plain(ids[0, 12:], 12, kept)[0])
+
+
+@pytest.mark.parametrize("branches", [2, 3])
+def test_query_scale_of_branches(tmp_path, branches):
+    plain = random_plain(RECENT["nemotron"], seed=2)
+    model = load(write_checkpoint(tmp_path, plain), device="cpu", dtype=torch.float64)
+    cache = model.new_cache(1, 16)
+    ids = random_ids(1, 4 * branches)
+    got = model.forward(
+        ids,
+        at(9),
+        cache,
+        length=at(4),
+        kv_len=at(9),
+        commit=at(0),
+        branches=branches,
+        attention="full",
+        pad=at(9),
+    )
+    for branch in range(branches):
+        part = slice(4 * branch, 4 * branch + 4)
+        close(got[0, part], plain(ids[0, part])[0])
+
+
+def test_a_causal_context_leaves_no_default(tmp_path):
+    """Decoding that does not say which mask a forward has must not get one."""
+    plain = random_plain(RECENT["nemotron"])
+    model = load(write_checkpoint(tmp_path, plain), device="cpu")
+    cache, ids = model.new_cache(1, 8), random_ids(1, 4)
+    with pytest.raises(ValueError, match="attention: expected one of full, .* 'causal', got None"):
+        run(model, ids, (0,), cache, (4,), (4,), (0,), None)
+    model = load(tmp_path, device="cpu", block_origin="zero")
+    with pytest.raises(ValueError, match="attention: expected 'full', 'causal' or .* got 'both'"):
+        run(model, ids, (0,), cache, (4,), (4,), (0,), "both")
+
+
+@pytest.mark.parametrize("name", ["a2d-bd3lm"])
+def test_blocks_from_the_prompt_are_not_counted_from_zero(pair):
+    model, _ = pair
+    cache, ids = model.new_cache(1, 8), random_ids(1, 4)
+    for attention in (None, "block_causal"):
+        with pytest.raises(ValueError, match="attention: blocks that begin at 'prompt' .*'zero'"):
+            run(model, ids, (0,), cache, (4,), (4,), (0,), attention)
+
+
+ORACLES = {
+    "llama3": ("Llama", RECENT["llama3"]),
+    "mistral": ("Mistral", RECENT["mistral"]),
+    "qwen2-sliding": ("Qwen2", RECENT["qwen2-sliding"]),
+    "qwen2-yarn": ("Qwen2", RECENT["qwen2-yarn"]),
+    "nemotron": ("Ministral3", RECENT["nemotron"]),
+    "nemotron-base": ("Ministral3", RECENT["nemotron-base"]),
+}
+
+
+@pytest.mark.parametrize("name", ORACLES)
+def test_transformers_models(pair, name):
+    """The same tensors in transformers' own class, causal, 20 positions."""
+    transformers = pytest.importorskip("transformers", reason="compares with transformers' models")
+    model, plain = pair
+    kind, values = ORACLES[name]
+    if not hasattr(transformers, f"{kind}Config"):
+        pytest.skip(f"transformers {transformers.__version__} has no {kind}")
+    values = {k: v for k, v in values.items() if k not in ("architectures", "mask_token_id")}
+    config = getattr(transformers, f"{kind}Config")(**values, attn_implementation="eager")
+    module = getattr(transformers, f"{kind}ForCausalLM")(config).double().eval()
+    renames = (("encoder.", "model."), ("diffusion_head.", "lm_head."))
+    state = {}
+    for key, tensor in plain.weights.items():
+        for old, new in renames:
+            key = key.replace(old, new) if key.startswith(old) else key
+        state[key] = tensor
+    module.load_state_dict(state)
+    ids = random_ids(2, 20)
+    with torch.no_grad():
+        expected = module(ids).logits
+    got = run(model, ids, (0, 0), model.new_cache(2, 20), (20, 20), (20, 20), (20, 20), "causal")
+    # fp32 norms and tables there.
+    close(model.head(got), expected, 64 * 2**-24 * expected.abs().max().item())
