@@ -131,5 +131,5 @@ def register(schema: str, implementation: Callable[..., Any], fake: Callable[...
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     for key in ("CPU", "CUDA"):
-        _LIBRARY.impl(name, implementation, key)
+        _LIBRARY.impl(name, lambda *a: call_in_op_context(a[0].device, implementation, *a), key)
     torch.library.register_fake(f"pydllm::{name}", fake, lib=_LIBRARY)

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from pydllm import reference
+from pydllm._backend.context import call_in_op_context
 from pydllm._backend.dispatch import choose, launcher
 from pydllm._backend.library import register
-from pydllm.ops._checks import check_device, check_dtype, check_no_grad, check_shape
+from pydllm._checks import check_is_tensor, check_no_grad, check_number, check_tensor
 from pydllm.ops.window_attention import check_tensors, check_weight
 
 
@@ -66,12 +67,12 @@ def commit_branch(
         >>> cache[1, 0, :, 0, 0]
         tensor([7., 8., 0.])
     """
+    check_is_tensor("k", k)
+    check_number("eps", eps, 0)
     check_tensors(k, k, v, k_cache, v_cache, cos, sin, branches, block_table)
     numbers = {"branch": branch, "start": start, "commit": commit}
     for name, tensor in (numbers if pad is None else numbers | {"pad": pad}).items():
-        check_shape(name, tensor, k.shape[0])
-        check_dtype(name, tensor, torch.int32)
-        check_device(name, tensor, "k", k)
+        check_tensor(name, tensor, k.shape[:1], torch.int32, k, "k")
     check_weight("k_norm", k_norm, k)
     check_no_grad("commit_branch", k=k, v=v, k_cache=k_cache, v_cache=v_cache)
     tensors = (k, v, k_cache, v_cache, branch, start, commit, cos, sin, pad, k_norm, block_table)
@@ -88,7 +89,7 @@ def commit_branch(
 
     chosen = choose("commit_branch", backend, k.device, triton=triton, cuda=cuda)
     if chosen == "torch":
-        reference.commit_branch(*tensors, branches, eps)
+        call_in_op_context(k.device, reference.commit_branch, *tensors, branches, eps)
     else:
         torch.ops.pydllm.commit_branch(*tensors, branches, eps, chosen)
 

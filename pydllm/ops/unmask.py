@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pydllm import reference
 from pydllm._backend.library import Op
-from pydllm._checks import FLOATS, check_device, check_dtype, check_no_grad, check_shape
+from pydllm._checks import FLOATS, check_device, check_dtype, check_int, check_no_grad, check_shape
 
 _ANY = float("inf")
 # rule -> the options that it needs, and the largest value of those that are numbers.
@@ -321,8 +321,7 @@ def _check_extras(
         raise ValueError(f"request: expected a (B,) int32 tensor for rule {rule!r}, got None")
     if prompt_length is not None and rule != "joint":
         raise ValueError(f"prompt_length: expected None for rule {rule!r}, got a tensor")
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"seed: expected an integer in [0, 2^64), got {seed}")
+    check_int("seed", seed, 0, 2**64 - 1)
     if min_tokens is None or isinstance(min_tokens, Tensor):
         least = 1
     elif isinstance(min_tokens, int) and 0 <= min_tokens < 2**31:

@@ -6,9 +6,20 @@ import torch
 from torch import Tensor
 
 from pydllm import reference
+from pydllm._backend.context import call_in_op_context
 from pydllm._backend.dispatch import choose, launcher
 from pydllm._backend.library import register
-from pydllm.ops._checks import FLOATS, check_device, check_dtype, check_no_grad, check_shape
+from pydllm._checks import (
+    FLOATS,
+    check_bool,
+    check_int,
+    check_no_grad,
+    check_number,
+    check_tensor,
+    check_written,
+)
+
+FP32_MAX = torch.finfo(torch.float32).max
 
 
 def window_attention(
@@ -142,12 +153,14 @@ def window_attention(
     for name, tensor in (numbers | {"pad": pad, "block_offset": block_offset}).items():
         if tensor is None:
             continue
-        check_shape(name, tensor, q.shape[0])
-        check_dtype(name, tensor, torch.int32)
-        check_device(name, tensor, "q", q)
+        check_tensor(name, tensor, q.shape[:1], torch.int32, q, "q")
     if block_offset is not None and block_size is None:
         raise ValueError("block_offset: expected None without block_size, got a tensor")
     _check_options(q, block_size, window, softcap, q_norm, k_norm)
+    check_bool("causal", causal)
+    check_number("eps", eps, 0)
+    if scale is not None:
+        check_number("scale", scale, -FP32_MAX, FP32_MAX)
     check_no_grad("window_attention", q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache)
     tensors = (q, k, v, k_cache, v_cache, start, length, kv_len, commit, cos, sin, pad)
     extra = (q_norm, k_norm, block_table, block_offset)
@@ -165,7 +178,8 @@ def window_attention(
 
     chosen = choose("window_attention", backend, q.device, triton=triton, cuda=cuda)
     run = _run if chosen == "torch" else torch.ops.pydllm.window_attention
-    return run(*tensors, *extra, factor, branches, causal, block_size, window, softcap, eps, chosen)
+    options = (factor, branches, causal, block_size, window, softcap, eps, chosen)
+    return call_in_op_context(q.device, run, *tensors, *extra, *options)
 
 
 def check_tensors(
@@ -180,45 +194,42 @@ def check_tensors(
     block_table: Tensor | None,
 ) -> None:
     """Shapes, dtypes and devices; ``commit_branch`` has no ``q`` and gives ``k`` for it."""
-    check_dtype("q", q, *FLOATS)
-    check_shape("q", q, "B", "T", "Hq", "D")
-    check_shape("k", k, q.shape[0], q.shape[1], "Hkv", q.shape[3])
-    check_shape("v", v, *k.shape)
+    check_tensor("q", q, ("B", "T", "Hq", "D"), FLOATS)
+    batch, count, heads, head_dim = q.shape
+    dtype = q.dtype
+    check_tensor("k", k, (batch, count, "Hkv", head_dim), dtype, q, "q")
+    check_tensor("v", v, k.shape, dtype, q, "q")
     if block_table is None:
-        check_shape("k_cache", k_cache, q.shape[0], "L", *k.shape[2:])
+        check_tensor("k_cache", k_cache, (batch, "L", *k.shape[2:]), dtype, q, "q")
         slots = k_cache.shape[1]
     else:
-        check_shape("k_cache", k_cache, "pages", "page", *k.shape[2:])
-        check_shape("block_table", block_table, q.shape[0], "n")
-        check_dtype("block_table", block_table, torch.int32)
-        check_device("block_table", block_table, "q", q)
+        check_tensor("k_cache", k_cache, ("pages", "page", *k.shape[2:]), dtype, q, "q")
+        check_tensor("block_table", block_table, (batch, "n"), torch.int32, q, "q")
         slots = k_cache.shape[1] * block_table.shape[1]
         if slots == 0 or k_cache.shape[0] == 0:
             raise ValueError(
                 "block_table: expected at least one slot, got "
                 f"{block_table.shape[1]} of {k_cache.shape[0]} pages of {k_cache.shape[1]} slots"
             )
-    check_shape("v_cache", v_cache, *k_cache.shape)
-    for name, tensor in (("k", k), ("v", v), ("k_cache", k_cache), ("v_cache", v_cache)):
-        check_dtype(name, tensor, q.dtype)
-        check_device(name, tensor, "q", q)
-    heads, kv_heads = q.shape[2], k.shape[2]
+    check_tensor("v_cache", v_cache, k_cache.shape, dtype, q, "q")
+    check_written("k_cache", k_cache)
+    check_written("v_cache", v_cache)
+    kv_heads = k.shape[2]
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"q: expected a multiple of the {kv_heads} KV heads, got {heads} heads")
-    if branches < 1 or q.shape[1] % branches:
-        raise ValueError(f"branches: expected a divisor of the {q.shape[1]} rows, got {branches}")
-    rows = q.shape[1] // branches
+    check_int("branches", branches, 1)
+    if count % branches:
+        raise ValueError(f"branches: expected a divisor of the {count} rows, got {branches}")
+    rows = count // branches
     if rows > slots:
         raise ValueError(f"q: expected at most the {slots} rows of the cache, got {rows}")
-    check_shape("cos", cos, "positions", "rotary / 2")
-    check_shape("sin", sin, *cos.shape)
+    table = (torch.float32, torch.float64) if dtype == torch.float64 else torch.float32
+    check_tensor("cos", cos, ("positions", "rotary / 2"), table, q, "q")
+    check_tensor("sin", sin, cos.shape, table, q, "q")
     if cos.shape[0] < slots:
         raise ValueError(f"cos: expected at least {slots} positions, got {cos.shape[0]}")
-    if 2 * cos.shape[1] > q.shape[3]:
-        raise ValueError(f"cos: expected at most {q.shape[3] // 2} columns, got {cos.shape[1]}")
-    for name, tensor in (("cos", cos), ("sin", sin)):
-        check_dtype(name, tensor, torch.float32, *((q.dtype,) if q.dtype == torch.float64 else ()))
-        check_device(name, tensor, "q", q)
+    if 2 * cos.shape[1] > head_dim:
+        raise ValueError(f"cos: expected at most {head_dim // 2} columns, got {cos.shape[1]}")
 
 
 def _check_options(
@@ -230,10 +241,10 @@ def _check_options(
     k_norm: Tensor | None,
 ) -> None:
     for name, value in (("block_size", block_size), ("window", window)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}")
-    if softcap is not None and not 0 < softcap < float("inf"):
-        raise ValueError(f"softcap: expected a positive number, got {softcap}")
+        if value is not None:
+            check_int(name, value, 1)
+    if softcap is not None:
+        check_number("softcap", softcap, 0, above=True)
     if (q_norm is None) != (k_norm is None):
         missing = "q_norm" if q_norm is None else "k_norm"
         raise ValueError(f"{missing}: expected weights for both norms or none, got None")
@@ -244,9 +255,7 @@ def _check_options(
 def check_weight(name: str, weight: Tensor | None, heads: Tensor) -> None:
     """Weights of a norm of ``heads`` (..., D), if any."""
     if weight is not None:
-        check_shape(name, weight, heads.shape[-1])
-        check_dtype(name, weight, heads.dtype)
-        check_device(name, weight, "the heads", heads)
+        check_tensor(name, weight, heads.shape[-1:], heads.dtype, heads, "the heads")
         check_no_grad(name, **{name: weight})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -10,6 +11,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> 
     """``(x + residual) / rms * weight``; ``residual`` becomes the sum. Statistics in fp32 up."""
     if residual is not None:
         x = residual.add_(x)
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (wide * scale).to(x.dtype).contiguous() * weight
+    wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    normed = F.rms_norm(wide, x.shape[-1:], None, eps)
+    return normed.to(x.dtype).contiguous() * weight

@@ -44,19 +44,23 @@ def window_attention(
     """
     if q_norm is not None and k_norm is not None:
         q, k = rms_norm(q, q_norm, eps, None), rms_norm(k, k_norm, eps, None)
-    caches, first = (k_cache, v_cache), torch.zeros_like(start) if pad is None else pad
+    caches = k_cache, v_cache
     if block_table is not None:
         k_cache, v_cache = (cache[block_table.clamp(min=0)].flatten(1, 2) for cache in caches)
-    rows, slots = q.shape[1] // branches, k_cache.shape[1]
+    batch, rows, slots = q.shape[0], q.shape[1] // branches, k_cache.shape[1]
+    start, length, kv_len, commit = (t[:, None] for t in (start, length, kv_len, commit))
     end = (start + length.clamp(max=rows)).clamp(max=slots)
-    start, end, kv_len, commit, first = (t[:, None] for t in (start, end, kv_len, commit, first))
     row, every = (torch.arange(size, device=q.device) for size in (rows, slots))
     slot = start + row  # (B, W)
-    mine = (slot >= first) & (slot < end)
+    mine = (slot >= 0) & (slot < end)
+    visible = (every < kv_len) | ((every >= start) & (every < end))  # (B, L)
+    position, key = slot, every
+    if pad is not None:
+        first = pad[:, None]
+        mine, visible = mine & (slot >= first), visible & (every >= first)
+        position, key = slot - first, (every - first)[:, None]
     kept = mine & (row < commit)
-    visible = (every >= first) & ((every < kv_len) | ((every >= start) & (every < end)))  # (B, L)
 
-    position, key = slot - first, (every - first)[:, None]
     query = position[..., None]
     seen = visible[:, None].expand(-1, rows, -1)  # (B, W, L)
     if causal:
@@ -68,20 +72,26 @@ def window_attention(
         seen = seen & ((key - query).abs() < window)
 
     at_table = position.clamp(0, cos.shape[0] - 1)
-    turn = cos[at_table][:, :, None], sin[at_table][:, :, None]  # (B, W, 1, rotary / 2)
-    # Rows of a sequence go to different slots (W <= L): those behind the end wrap to the front.
-    at = torch.arange(q.shape[0], device=q.device)[:, None], slot % slots
+    if branches > 1:
+        at_table = at_table.repeat(1, branches)
+    turn = cos[at_table].unsqueeze(2), sin[at_table].unsqueeze(2)  # (B, T, 1, rotary / 2)
+    q, k = rotate(torch.cat((q, k), 2), *turn).split((q.shape[2], k.shape[2]), 2)
+    # Rows of a sequence go to different slots (W <= L): those after the end wrap to the front.
+    at = torch.arange(batch, device=q.device)[:, None], slot % slots
+    put, stored = mine[..., None, None], kept[..., None, None]
+    mask_rows, mask_slots = _bit_mask(mine, q), _bit_mask(visible, k_cache)
     parts = []
     for part in range(branches):
         own = slice(part * rows, (part + 1) * rows)
-        turned_q, turned_k = rotate(q[:, own], *turn), rotate(k[:, own], *turn)
-        stored, used = kept if part == 0 else torch.zeros_like(kept), []
-        for cache, fresh in ((k_cache, turned_k), (v_cache, v[:, own])):
-            before = cache[at]
-            cache[at] = torch.where(mine[..., None, None], fresh, before)
-            used.append(_only(visible, cache))
-            cache[at] = torch.where(stored[..., None, None], fresh, before)
-        parts.append(_only(mine, _attention(turned_q, used[0], used[1], seen, scale, softcap)))
+        used = []
+        for cache, fresh in ((k_cache, k), (v_cache, v)):
+            before, fresh = cache[at], fresh[:, own] if branches > 1 else fresh
+            cache[at] = torch.where(put, fresh, before)
+            used.append(_only(mask_slots, cache))
+            cache[at] = torch.where(stored, fresh, before) if part == 0 else before
+        query_rows = q[:, own] if branches > 1 else q
+        attended = _attention(query_rows, used[0], used[1], seen, scale, softcap)
+        parts.append(_only(mask_rows, attended))
     if block_table is not None:
         for cache, gathered in zip(caches, (k_cache, v_cache), strict=True):
             write_pages(cache, gathered[at], block_table, slot, kept)
@@ -94,15 +104,19 @@ def _attention(
     """The heads of a group become rows of their KV head: nothing is repeated."""
     rows, kv_heads = q.shape[1], k.shape[2]
     group = q.shape[2] // kv_heads
-    q = q.unflatten(2, (kv_heads, group)).transpose(1, 2).flatten(2, 3)
-    k, v, mask = k.transpose(1, 2), v.transpose(1, 2), seen[:, None].repeat_interleave(group, 2)
+    q, k, v, mask = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), seen[:, None]
+    if group > 1:
+        q = q.unflatten(1, (kv_heads, group)).transpose(2, 3).flatten(2, 3)
+        mask = mask.repeat_interleave(group, 2)
     if softcap is None:
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     else:
         wide = torch.promote_types(q.dtype, torch.float32)
         scores = torch.tanh(q.to(wide) @ k.to(wide).mT * (scale / softcap)) * softcap
         y = (scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v.to(wide)).to(q.dtype)
-    return y.unflatten(2, (rows, group)).transpose(1, 2).flatten(2, 3).contiguous()
+    if group > 1:
+        y = y.unflatten(2, (rows, group)).transpose(2, 3).flatten(1, 2)
+    return y.transpose(1, 2).contiguous()
 
 
 def write_pages(cache: Tensor, fresh: Tensor, table: Tensor, slot: Tensor, kept: Tensor) -> None:
@@ -129,7 +143,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((turned, rest), -1) if rest.shape[-1] else turned
 
 
-def _only(keep: Tensor, x: Tensor) -> Tensor:
-    """``x`` where ``keep``, zero elsewhere, NaN or not: `where` on bits is 5 x faster on a CPU."""
-    bits = _BITS[x.itemsize]
-    return (x.view(bits) & keep.to(bits).neg()[..., None, None]).view(x.dtype)
+def _bit_mask(keep: Tensor, like: Tensor) -> Tensor:
+    """All bits of an element of ``like`` where ``keep`` (B, N), none elsewhere; (B, N, 1, 1)."""
+    return keep.to(_BITS[like.itemsize]).neg()[..., None, None]
+
+
+def _only(mask: Tensor, x: Tensor) -> Tensor:
+    """``x`` where ``mask``, zero elsewhere, NaN or not: `where` on bits is 5 x faster on a CPU."""
+    return (x.view(mask.dtype) & mask).view(x.dtype)
