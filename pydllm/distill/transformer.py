@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pydllm.models.checkpoint import Shards, read_config, read_tokenizer
+from pydllm.models.checkpoint import Shards, read_config
 from pydllm.models.families import Family, Sizes, find_family
 from pydllm.models.load import find_mask
 from pydllm.models.overrides import make_spec
 from pydllm.models.spec import ModelSpec
+from pydllm.models.tokenizer import read_tokenizer
 from pydllm.models.weights import check_tensors, slots
 
 

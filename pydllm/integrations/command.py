@@ -14,8 +14,8 @@ from rich.table import Table
 from pydllm._backend.errors import PydllmError
 from pydllm.integrations.foreign import find_function, read_prompts
 from pydllm.integrations.sidebyside import compare, load_callable, write_csv
-from pydllm.models.checkpoint import read_tokenizer
 from pydllm.models.load import find_folder
+from pydllm.models.tokenizer import read_tokenizer
 
 
 def side_by_side(

@@ -14,7 +14,7 @@ from typing import Any
 from pydllm.decoding import generate
 from pydllm.decoding.generation import Algorithm
 from pydllm.metrics.likelihood import log_likelihood, matches_greedy
-from pydllm.models import Model
+from pydllm.models import Model, encode
 
 _LOG = logging.getLogger("pydllm")
 # Every name that a task may give the length by, the first that is there counts.
@@ -117,7 +117,11 @@ class Evaluator:
         self.tallies: dict[str, Tally] = {}
 
     def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text).ids
+        return encode(self.tokenizer, text)
+
+    def _bare(self, text: str) -> list[int]:
+        """Without the special tokens that the tokenizer adds."""
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def generate_until(
         self,
@@ -197,7 +201,7 @@ class Evaluator:
         """
         pairs, owner = [], []
         for index, text in enumerate(texts):
-            ids, prefix = self.encode(text), self._prefix()
+            ids, prefix = self._bare(text), self._prefix()
             room = (self.max_length or len(ids) + len(prefix)) - len(prefix)
             for first in range(0, len(ids), room):
                 pairs.append((prefix, ids[first : first + room]))
@@ -224,8 +228,10 @@ class Evaluator:
         return scores.tolist()
 
     def _prefix(self) -> list[int]:
-        """What an empty context stands for: nothing, or an end of sequence for shifted models."""
-        spec = self.model.spec
+        """An empty context: what the tokenizer adds, else nothing, or EOS for shifted models."""
+        spec, added = self.model.spec, self.encode("")
+        if added:
+            return added
         if not spec.shift_logits:
             return []
         if not spec.eos_ids:
@@ -237,7 +243,7 @@ class Evaluator:
         kept = context.rstrip()
         context, continuation = kept, context[len(kept) :] + continuation
         if not context:
-            return self._prefix(), self.encode(continuation)
+            return self._prefix(), self._bare(continuation)
         whole, given = self.encode(context + continuation), self.encode(context)
         return whole[: len(given)], whole[len(given) :]
 

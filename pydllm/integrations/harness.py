@@ -10,7 +10,6 @@ any release. See docs/evaluation.md.
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ from pydllm._backend.errors import CheckpointError
 from pydllm.decoding.settings import make_algorithm
 from pydllm.integrations.evaluation import Evaluator
 from pydllm.models import load
+from pydllm.models.chat import read_chat_template
 from pydllm.models.load import find_folder
 
 if TYPE_CHECKING:
@@ -159,47 +159,26 @@ class PydllmLM(LM):
         """The checkpoint's own template, by name where it has several; None for False."""
         if chat_template is False:
             return None
-        found = self._tokenizer_config().get("chat_template")
-        if isinstance(found, list):
-            named = {entry["name"]: entry["template"] for entry in found}
-            name = chat_template if isinstance(chat_template, str) else "default"
-            if name not in named:
-                raise ValueError(f"chat_template: expected one of {', '.join(named)}, got {name!r}")
-            found = named[name]
-        if not isinstance(found, str):
+        template = read_chat_template(find_folder(self.pretrained))
+        if template is None:
             raise CheckpointError(
-                f"{self.pretrained}: expected a chat_template in tokenizer_config.json, found none"
+                f"{self.pretrained}: expected a chat_template in tokenizer_config.json or "
+                "chat_template.jinja, found none"
             )
-        self._template = found
-        return found
+        name = chat_template if isinstance(chat_template, str) else "default"
+        if name not in template.sources:
+            names = ", ".join(template.sources)
+            raise ValueError(f"chat_template: expected one of {names}, got {name!r}")
+        self._template = template, name
+        return template.sources[name]
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        def refuse(message: str) -> None:
-            raise ValueError(f"chat template: {message}")
-
-        source = getattr(self, "_template", None) or self.chat_template(True)
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        special = {}
-        for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
-            token = self._tokenizer_config().get(name)
-            special[name] = token.get("content") if isinstance(token, dict) else token
-        return environment.from_string(source or "").render(
-            messages=chat_history,
-            add_generation_prompt=add_generation_prompt,
-            raise_exception=refuse,
-            **{name: token for name, token in special.items() if token is not None},
-        )
-
-    def _tokenizer_config(self) -> dict[str, Any]:
-        path = find_folder(self.pretrained) / "tokenizer_config.json"
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path}: expected a JSON file, got {error}") from error
+        if not hasattr(self, "_template"):
+            self.chat_template(True)
+        template, name = self._template
+        return template.render(chat_history, name=name, add_generation_prompt=add_generation_prompt)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""Reading a checkpoint directory: config.json, safetensors (one or many), tokenizer.json.
+"""Reading a checkpoint directory: JSON files and safetensors, one or many.
 
 Everything is checked from headers before the first weight is read. Pickles are never opened.
 """
@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from pydllm._backend.errors import CheckpointError
 from pydllm.models.config import Config
 from pydllm.models.partition import Partition
-from pydllm.models.weights import Found, Index, Slot
+from pydllm.models.weights import Found, Index, Slot, Updates
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {
@@ -28,52 +27,49 @@ _DTYPES = {
     "BF16": torch.bfloat16,
 }
 _CONVERT = (
-    'pickles are not read; convert it once: python -c "import torch, safetensors.torch as s; '
-    "s.save_file({{k: v.clone() for k, v in torch.load('{0}', weights_only=True).items()}}, "
-    "'model.safetensors')\""
+    'pickles are not read; convert it once: python -c "import glob, torch, safetensors.torch as s; '
+    "s.save_file({{k: v.clone() for f in sorted(glob.glob('{0}')) for k, v in "
+    "torch.load(f, weights_only=True).items()}}, 'model.safetensors')\""
 )
 
 
 def read_config(folder: Path) -> Config:
-    return _read_object(folder, "config.json")
+    return read_object(folder, "config.json")
 
 
 def read_generation_config(folder: Path) -> Config | None:
     """generation_config.json; None where there is no such file."""
     name = "generation_config.json"
-    return _read_object(folder, name) if (folder / name).exists() else None
+    return read_object(folder, name) if (folder / name).exists() else None
 
 
-def _read_object(folder: Path, name: str) -> Config:
-    values = _read_json(folder, name)
+def read_object(folder: Path, name: str) -> Config:
+    values = read_json(folder, name)
     if not isinstance(values, dict):
         raise CheckpointError(f"{name}: expected a JSON object, found {type(values).__name__}")
     return Config(values, name)
 
 
-def read_tokenizer(folder: Path) -> Tokenizer | None:
-    """The tokenizer of tokenizer.json; None where there is no such file."""
-    path = folder / "tokenizer.json"
-    if not path.is_file():
+def read_json(folder: Path, name: str, *, required: bool = True) -> Any:
+    """What a JSON file holds; None where it is missing and need not be there."""
+    if not required and not (folder / name).exists():
         return None
     try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing narrower
-        raise CheckpointError(
-            f"tokenizer.json: expected a file of the tokenizers library, found {error}"
-        ) from error
+        return json.loads(read_text(folder, name))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{name}: expected JSON, found {error}") from error
 
 
-def _read_json(folder: Path, name: str) -> Any:
+def read_text(folder: Path, name: str) -> str:
     path = folder / name
     if not path.exists():
         raise CheckpointError(f"{name}: expected this file in {folder}, found none")
     if not path.is_file():  # a FIFO would block
         raise CheckpointError(f"{name}: expected a file, found something else at {path}")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{name}: expected JSON, found {error}") from error
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{name}: expected UTF-8 text, found {error}") from error
 
 
 class Shards:
@@ -94,7 +90,7 @@ class Shards:
             raise CheckpointError(_no_weights(folder))
 
     def _read_index(self, folder: Path) -> None:
-        index = _read_json(folder, _INDEX)
+        index = read_json(folder, _INDEX)
         where = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
             raise CheckpointError(f"{_INDEX}: weight_map: expected a file for each tensor")
@@ -115,7 +111,7 @@ class Shards:
             self._files[name] = folder / file
 
     def _read_header(self, path: Path) -> set[str]:
-        with _opened(path) as file:
+        with open_safetensors(path) as file:
             names = set(file.keys())
             for name in names:
                 entry = file.get_slice(name)
@@ -125,12 +121,12 @@ class Shards:
         return names
 
     def tensor(self, name: str, rows: slice = slice(None)) -> Tensor:
-        with _opened(self._files[name]) as file:
+        with open_safetensors(self._files[name]) as file:
             return file.get_slice(name)[rows]
 
     def rows(self, name: str, count: int) -> Tensor:
         """The first rows of a tensor; the rest is not read."""
-        with _opened(self._files[name]) as file:
+        with open_safetensors(self._files[name]) as file:
             return file.get_slice(name)[:count]
 
     def load(
@@ -139,10 +135,12 @@ class Shards:
         device: torch.device,
         dtype: torch.dtype,
         partition: Partition | None = None,
+        updates: Updates | None = None,
     ) -> dict[str, Tensor]:
         """Allocate the transformer's tensors and read each weight straight into its place.
 
-        With a partition, of its part alone; nothing else is read.
+        With a partition, of its part alone; nothing else is read. ``updates`` are merged on the
+        way, by the name of the weight.
         """
         loaded: dict[str, Tensor] = {}
         targets: dict[Path, list[tuple[str, Index, Tensor]]] = {}
@@ -160,13 +158,15 @@ class Shards:
             for (name, _), index, view in zip(slot.sources, taken, whole.split(rows), strict=True):
                 targets.setdefault(self._files[name], []).append((name, index, view))
         for path, entries in targets.items():
-            with _opened(path) as file:
+            with open_safetensors(path) as file:
                 for name, index, view in entries:
-                    view.copy_(file.get_slice(name)[index])
+                    part = file.get_slice(name)[index]
+                    update = (updates or {}).get(name)
+                    view.copy_(part if update is None else update.merged(part, index, dtype))
         return loaded
 
 
-def _opened(path: Path) -> Any:
+def open_safetensors(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
@@ -181,6 +181,7 @@ def _no_weights(folder: Path) -> str:
     pickles = sorted(path.name for path in folder.glob("*.bin"))
     pickles += sorted(path.name for path in folder.glob("*.pt*"))
     if pickles:
-        return f"{expected}, found {pickles[0]}: {_CONVERT.format(pickles[0])}"
+        every = pickles[0] if len(pickles) == 1 else f"*{Path(pickles[0]).suffix}"
+        return f"{expected}, found {pickles[0]}: {_CONVERT.format(every)}"
     others = sorted(path.name for path in folder.glob("*.safetensors"))
     return f"{expected}, found {', '.join(others[:4]) or 'no weights'}"

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor, nn
+from torch import nn
 
 from pydllm._backend.errors import CheckpointError
+from pydllm.models.adapter import base_of, is_adapter, kept_beside, read_adapter
 from pydllm.models.agreement import check as check_module
-from pydllm.models.agreement import warn_of_damage
-from pydllm.models.checkpoint import Shards, read_config, read_generation_config, read_tokenizer
+from pydllm.models.chat import read_chat_template
+from pydllm.models.checkpoint import Shards, read_config, read_generation_config
 from pydllm.models.config import Config
 from pydllm.models.families import find_family
+from pydllm.models.from_module import load_module
 from pydllm.models.native import NativeModel
 from pydllm.models.overrides import Overrides, make_spec
 from pydllm.models.parallel import ParallelModel, join_processes
 from pydllm.models.partition import Partition
-from pydllm.models.weights import FLOATS, Found, check_tensors, share, slots
+from pydllm.models.tokenizer import read_tokenizer
+from pydllm.models.weights import FLOATS, Found, check_tensors, check_tied, slots
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "merges.txt")
@@ -42,6 +44,7 @@ def load(
     eos_ids: int | Sequence[int] | None = None,
     shift_logits: bool | None = None,
     causal: str | None = None,
+    adapter: str | os.PathLike[str] | None = None,
     revision: str | None = None,
     tp: int | None = 1,
     check: bool = False,
@@ -51,9 +54,11 @@ def load(
     Args:
         source: a directory in Hugging Face layout (config.json, model.safetensors or shards with
             their index, the tokenizer's files if there are any); the hub id of such a repository,
-            where ``huggingface_hub`` is installed; or a loaded module with a ``config``. A module's
-            parameters are shared, not copied: they become views of fused tensors, the module goes
-            on working, and moving or casting it afterwards ends the sharing.
+            where ``huggingface_hub`` is installed; the folder of a LoRA, whose configuration names
+            its model; or a loaded module with a ``config``. A module's parameters are shared, not
+            copied: they become views of fused tensors, the module goes on working, and moving or
+            casting it afterwards ends the sharing. One with LoRA layers of PEFT is copied, with its
+            active adapters merged.
         device: where to put the weights; None: the current CUDA device if there is one, else the
             CPU. A module stays where it is, and None or its own device is all that is accepted.
         dtype: of weights, cache and hidden states: fp32, fp16, bf16, or fp64 (torch backend alone).
@@ -63,6 +68,10 @@ def load(
             ``model.spec`` that replace what the files say or lack, see ``ModelSpec``. For a class
             that does not tell: ``attention="full", shift_logits=True, mask_id=...`` makes a
             retrained ``Qwen2ForCausalLM`` (Open-dCoder) a diffusion model.
+        adapter: folder or hub id of a LoRA as PEFT saves it, merged into the weights in fp32 and
+            rounded once. That of a family's drafts (``linear_spec_lora`` of Nemotron) is kept
+            beside them for ``forward(adapter=True)``, and loaded unasked where the checkpoint has
+            it.
         revision: branch, tag or commit of a hub id.
         tp: over how many processes the model is spread (tensor parallel); None: over all of the
             default process group, or that ``torchrun`` started, one where there are none. Each
@@ -71,8 +80,9 @@ def load(
         check: compare with the module's own forward on some random tokens, ``pydllm.models.check``.
 
     Returns:
-        The model, of a family in docs/models.md. ``model.tokenizer`` is set where the files of a
-        tokenizer were found. Qwen, Llama and Mistral come with causal attention and no mask id.
+        The model, of a family in docs/models.md. ``model.tokenizer`` and ``model.chat_template``
+        are set where their files were found. Qwen, Llama and Mistral come with causal attention
+        and no mask id.
 
     Raises:
         CheckpointError: the checkpoint is incomplete, damaged or of an unknown kind; names the key,
@@ -104,9 +114,10 @@ def load(
     if isinstance(source, nn.Module):
         if tp not in (None, 1):
             raise ValueError(f"tp: expected 1 for a loaded module, which is whole, got {tp}")
-        if revision is not None:
-            raise ValueError(f"revision: expected None for a loaded module, got {revision!r}")
-        model = _load_module(source, device, dtype, overrides)
+        for name, value in (("revision", revision), ("adapter", adapter)):
+            if value is not None:
+                raise ValueError(f"{name}: expected None for a loaded module, got {value!r}")
+        model = load_module(source, device, dtype, overrides)
         if check:
             check_module(model, source)
         return model
@@ -118,7 +129,13 @@ def load(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(device)
     processes = 1 if tp == 1 else join_processes(tp, device)
-    return _load_folder(find_folder(source, revision), device, dtype, processes, overrides)
+    folder = find_folder(source, revision)
+    if is_adapter(folder):
+        if adapter is not None:
+            raise ValueError(f"adapter: expected None for {folder}, which is one, got {adapter}")
+        folder, adapter = find_folder(base_of(folder)), folder
+    own = None if adapter is None else find_folder(adapter)
+    return _load_folder(folder, device, dtype, processes, overrides, own)
 
 
 def find_folder(source: str | os.PathLike[str], revision: str | None = None) -> Path:
@@ -154,6 +171,7 @@ def _load_folder(
     dtype: torch.dtype | None,
     processes: int,
     overrides: Overrides,
+    adapter: Path | None,
 ) -> NativeModel:
     config = read_config(folder)
     family = find_family(config)
@@ -182,60 +200,24 @@ def _load_folder(
         partition = Partition(rank, processes, sizes, spec.vocab_size)
     else:
         partition = None
-    weights = shards.load(wanted, device, dtype, partition)
+    draft = None if family.draft_adapter is None else folder / family.draft_adapter
+    if adapter is not None and draft is not None and adapter.name == draft.name:
+        adapter, draft = None, adapter
+    shapes = {name: shape for slot in wanted for name, shape in slot.sources}
+    updates = None if adapter is None else read_adapter(adapter, shapes)
+    beside = {}
+    if draft is not None and draft.is_dir():
+        beside = kept_beside(read_adapter(draft, shapes), wanted, device, dtype, partition)
+    weights = shards.load(wanted, device, dtype, partition, updates) | beside
     if sizes.tied and head in shards.found:
         rows = slice(None) if partition is None else partition.vocab_rows
-        _check_tied(config, head, weights["embedding"], shards.tensor(head, rows))
+        check_tied(config.where, head, weights["embedding"], shards.tensor(head, rows))
     if partition is not None:
-        return ParallelModel(spec, partition, weights, tokenizer)
-    return NativeModel(spec, sizes, weights, tokenizer)
-
-
-def _load_module(
-    module: nn.Module,
-    device: torch.device | str | None,
-    dtype: torch.dtype | None,
-    overrides: Overrides,
-) -> NativeModel:
-    name = type(module).__name__
-    config = _module_config(module)
-    family = find_family(config, *(kind.__name__ for kind in type(module).__mro__))
-    sizes = family.sizes(config, family)
-    generation = _module_config(module, "generation_config", required=False)
-    spec = make_spec(config, family, sizes, generation=generation, overrides=overrides)
-    wanted = list(slots(family.names, sizes))
-    state = module.state_dict(keep_vars=True)
-    found = {key: Found(tuple(value.shape), value.dtype) for key, value in state.items()}
-    check_tensors(wanted, found, family.names, name)
-    embedding, head = f"{family.names.embedding}.weight", f"{family.names.head}.weight"
-    like = state[embedding]
-    for key in (key for slot in wanted for key, _ in slot.sources):
-        tensor = state[key]
-        if (tensor.device, tensor.dtype) != (like.device, like.dtype):
-            raise CheckpointError(
-                f"{name}: {key}: expected {like.dtype} on {like.device} as {embedding} is, "
-                f"found {tensor.dtype} on {tensor.device}"
-            )
-    if sizes.tied and head in state:
-        _check_tied(config, head, like, state[head])
-    if dtype not in (None, like.dtype):
-        raise ValueError(f"dtype: expected {like.dtype}, that of the shared module, got {dtype}")
-    if device is not None and not _same_device(torch.device(device), like.device):
-        raise ValueError(f"device: expected {like.device}, that of the shared module, got {device}")
-    warn_of_damage(module, getattr(module, "config", None), sizes, wanted, state)
-    return NativeModel(spec, sizes, share(wanted, module), None)
-
-
-def _module_config(module: nn.Module, name: str = "config", required: bool = True) -> Config:
-    where = f"{type(module).__name__}.{name}"
-    config: Any = getattr(module, name, None)
-    if config is not None and hasattr(config, "to_dict"):
-        config = config.to_dict()
-    elif config is not None and not isinstance(config, Mapping):
-        config = vars(config)
-    if config is None and required:
-        raise CheckpointError(f"{where}: expected the configuration of the model, found none")
-    return Config(config or {}, where)
+        model: NativeModel = ParallelModel(spec, partition, weights, tokenizer)
+    else:
+        model = NativeModel(spec, sizes, weights, tokenizer)
+    model.chat_template = read_chat_template(folder)
+    return model
 
 
 def find_mask(tokenizer: Tokenizer | None, limit: int) -> int | None:
@@ -253,17 +235,3 @@ def _stored_dtype(config: Config, embedding: Found) -> torch.dtype:
         if str(dtype).removeprefix("torch.") == str(name).removeprefix("torch."):
             return dtype
     raise config.wrong(key, "float32, float16, bfloat16 or float64")
-
-
-def _check_tied(config: Config, name: str, embedding: Tensor, head: Tensor) -> None:
-    """A head that is stored although it is tied must be the embedding."""
-    if head.data_ptr() == embedding.data_ptr():
-        return
-    if head.shape != embedding.shape or not torch.equal(head.to(embedding), embedding):
-        raise CheckpointError(
-            f"{config.where}: the head is tied to the embedding, found another matrix in {name}"
-        )
-
-
-def _same_device(asked: torch.device, own: torch.device) -> bool:
-    return asked.type == own.type and asked.index in (None, own.index)

@@ -21,6 +21,8 @@ from pydllm.models.spec import ATTENTIONS, ModelSpec
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+    from pydllm.models.chat import ChatTemplate
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -38,6 +40,9 @@ class Layer:
     out_bias: Tensor | None = None
     gate_up_bias: Tensor | None = None
     down_bias: Tensor | None = None
+    # A LoRA of forward(adapter=True): (r, in) and, scaled, (hidden, r).
+    out_lora_a: Tensor | None = None
+    out_lora_b: Tensor | None = None
 
 
 class NativeModel:
@@ -69,6 +74,7 @@ class NativeModel:
             )
             for prefix in (f"layers.{layer}." for layer in range(sizes.layers))
         ]
+        self.chat_template: ChatTemplate | None = None
         # What decoding captured over these weights and buffers; clear() gives it back.
         self.graphs: OrderedDict[Hashable, Any] = OrderedDict()
         self._rope = RopeTables(sizes.rope, self.dtype, self.device)
@@ -80,6 +86,11 @@ class NativeModel:
     @property
     def dtype(self) -> torch.dtype:
         return self._embedding.dtype
+
+    @property
+    def has_draft_adapter(self) -> bool:
+        """Whether ``forward`` takes ``adapter=True``."""
+        return any(layer.out_lora_a is not None for layer in self._layers)
 
     def new_cache(self, batch: int, max_len: int) -> StaticCache:
         """A cache of ``batch`` sequences of ``max_len`` slots; with 0 slots it keeps nothing."""
@@ -111,6 +122,7 @@ class NativeModel:
         branches: int = 1,
         fresh: Fresh | None = None,
         attention: str | None = None,
+        adapter: bool = False,
         backend: str | None = None,
     ) -> Tensor:
         """Hidden states ``(B, T, hidden)`` of a window, final norm applied; see ``Model.forward``.
@@ -119,7 +131,7 @@ class NativeModel:
 
         Raises:
             ValueError: shapes or devices do not fit the model or the cache, or ``attention`` is
-                one that this model cannot have.
+                one that this model cannot have, or there is no draft adapter.
             TypeError: ids are not int64, or a number not int32.
 
         CUDA graphs: safe with a cache that was made before the capture.
@@ -137,6 +149,8 @@ class NativeModel:
         eps = self.sizes.eps
         window: dict = {**numbers, "pad": pad, "cos": cos, "sin": sin, "backend": backend}
         window |= self._mask(attention)
+        if adapter and not self.has_draft_adapter:
+            raise ValueError("adapter: expected a model with a draft adapter, this one has none")
         window["branches"] = branches
         scale = self._query_scale(ids.shape[1] // branches, start, pad, keys.shape[2])
         if scale is not None:
@@ -146,7 +160,9 @@ class NativeModel:
         following = [layer.attn_norm for layer in self._layers[1:]] + [self._norm]
         for index, layer in enumerate(self._layers):
             window["window"] = self._sliding_window(index, window["causal"])
-            hidden = self._attend(layer, hidden, keys[index], values[index], window, fresh, scale)
+            hidden = self._attend(
+                layer, hidden, keys[index], values[index], window, fresh, scale, adapter
+            )
             hidden = ops.rms_norm(hidden, layer.mlp_norm, eps, residual=residual, backend=backend)
             hidden = F.linear(hidden, layer.gate_up, layer.gate_up_bias)
             hidden = self._contract(layer, ops.swiglu(hidden, backend=backend))
@@ -203,7 +219,8 @@ class NativeModel:
         values: Tensor,
         window: dict,
         fresh: Fresh | None,
-        scale: Tensor | None = None,
+        scale: Tensor | None,
+        adapter: bool,
     ) -> Tensor:
         sizes = self.sizes
         qkv = F.linear(hidden, layer.qkv, layer.qkv_bias).unflatten(-1, (-1, sizes.head_dim))
@@ -221,7 +238,7 @@ class NativeModel:
         if scale is not None:  # commutes with the rotation
             q = q * scale
         attended = ops.window_attention(q, k, v, keys, values, **window)
-        return self._project(layer, attended.flatten(-2))
+        return self._project(layer, attended.flatten(-2), adapter)
 
     def _mask(self, attention: str | None) -> dict[str, Any]:
         """The mask of a forward, in the words of ``ops.window_attention``."""
@@ -272,8 +289,11 @@ class NativeModel:
     def _embed(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self._embedding)
 
-    def _project(self, layer: Layer, attended: Tensor) -> Tensor:
-        return F.linear(attended, layer.out, layer.out_bias)
+    def _project(self, layer: Layer, attended: Tensor, adapter: bool) -> Tensor:
+        projected = F.linear(attended, layer.out, layer.out_bias)
+        if adapter and layer.out_lora_a is not None and layer.out_lora_b is not None:
+            projected += F.linear(F.linear(attended, layer.out_lora_a), layer.out_lora_b)
+        return projected
 
     def _contract(self, layer: Layer, inner: Tensor) -> Tensor:
         return F.linear(inner, layer.down, layer.down_bias)

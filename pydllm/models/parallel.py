@@ -137,10 +137,9 @@ class ParallelModel(NativeModel):
         found = F.embedding(own, self._embedding).masked_fill_(~here[..., None], 0)
         return self._sum("embedding", found)
 
-    def _project(self, layer: Layer, attended: Tensor) -> Tensor:
-        return self._sum(
-            "layers", super()._project(layer, attended[..., self.partition.own_values])
-        )
+    def _project(self, layer: Layer, attended: Tensor, adapter: bool) -> Tensor:
+        own = attended[..., self.partition.own_values]
+        return self._sum("layers", super()._project(layer, own, adapter))
 
     def _contract(self, layer: Layer, inner: Tensor) -> Tensor:
         return self._sum("layers", super()._contract(layer, inner))

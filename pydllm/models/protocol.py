@@ -56,6 +56,7 @@ class Model(Protocol):
         branches: int = 1,
         fresh: Fresh | None = None,
         attention: str | None = None,
+        adapter: bool = False,
         backend: str | None = None,
     ) -> Tensor:
         """Hidden states of a window of each sequence, final norm applied.
@@ -76,6 +77,7 @@ class Model(Protocol):
             fresh: a list that is given what ``commit_branch`` needs of this forward.
             attention: of this forward: ``"full"``, ``"causal"`` or ``"block_causal"``; None: as the
                 spec says, which a model with ``context="causal"`` leaves open.
+            adapter: with the model's draft adapter, a LoRA that is not merged.
             backend: as in ``pydllm.ops``.
 
         Returns:

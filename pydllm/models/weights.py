@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,16 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _IGNORED = ("inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
 _SHOWN = 4
 Index = tuple[slice, ...]
+
+
+class Update(Protocol):
+    """What an adapter does to a weight."""
+
+    def merged(self, weight: Tensor, index: Index, dtype: torch.dtype) -> Tensor:
+        """The part ``index`` of the weight with the update, not yet rounded to ``dtype``."""
+
+
+Updates = Mapping[str, Update]
 
 
 class Found(NamedTuple):
@@ -147,3 +157,13 @@ def _joined(parts: Sequence[Tensor]) -> Tensor | None:
         place += part.numel()
     rows = sum(part.shape[0] for part in parts)
     return first.detach().as_strided((rows, *first.shape[1:]), first.stride())
+
+
+def check_tied(where: str, name: str, embedding: Tensor, head: Tensor) -> None:
+    """A head that is stored although it is tied must be the embedding."""
+    if head.data_ptr() == embedding.data_ptr():
+        return
+    if head.shape != embedding.shape or not torch.equal(head.to(embedding), embedding):
+        raise CheckpointError(
+            f"{where}: the head is tied to the embedding, found another matrix in {name}"
+        )

@@ -145,6 +145,23 @@ def test_a_shifted_model_reads_an_end_of_sequence_first(model):
     assert evaluator.generate_until([("", {"max_gen_toks": 24})])[0] is not None
 
 
+def test_a_special_token_is_added_once_and_not_scored():
+    """A tokenizer that adds BOS; a rendered template has it already."""
+    from tokenizers.processors import TemplateProcessing
+
+    model = pydllm.load(MODELS["llada-tiny"], device="cpu")
+    bos = model.tokenizer.token_to_id("<pad>")
+    bare = model.tokenizer.encode("tom has").ids
+    model.tokenizer.post_processor = TemplateProcessing(
+        single="<pad> $A", special_tokens=[("<pad>", bos)]
+    )
+    evaluator = _evaluator(model, mc_num=4)
+    assert evaluator.encode("tom has") == evaluator.encode("<pad> tom has") == [bos, *bare]
+    want = log_likelihood(model, [([bos], bare)], samples=4).item()
+    assert evaluator.loglikelihood([("", "tom has")])[0][0] == pytest.approx(want, rel=1e-5)
+    assert evaluator.loglikelihood_rolling(["tom has"])[0] == pytest.approx(want, rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -1,11 +1,14 @@
 """Wrong and incomplete checkpoints, each with its message, before any weight is allocated."""
 
 import json
+import shlex
 import struct
+import subprocess
+import sys
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pydllm._backend.errors import CheckpointError
@@ -65,6 +68,16 @@ def header(folder):
 def pickled(folder):
     (folder / "model.safetensors").unlink()
     torch.save({}, folder / "pytorch_model.bin")
+
+
+def pickled_shards(folder):
+    """A checkpoint as transformers wrote it before safetensors; ours until then."""
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    for part in range(2):
+        names = [*weights][part::2]
+        file = f"pytorch_model-0000{part + 1}-of-00002.bin"
+        torch.save({name: weights[name] for name in names}, folder / file)
 
 
 def index(change):
@@ -284,3 +297,15 @@ def test_a_module_of_an_unknown_class():
     module.config = {"architectures": ["LLaDAModelLM"]}  # the class counts, not what it says
     with pytest.raises(CheckpointError, match="Linear.config: architectures: .* found 'Linear'"):
         load(module)
+
+
+def test_the_way_out_of_pickles(tmp_path):
+    """The command in the message converts every shard; afterwards the checkpoint loads."""
+    folder = write_checkpoint(tmp_path, random_plain(CONFIGS["llada"]))
+    before = load(folder, device="cpu", dtype=torch.float32).head(torch.eye(48))
+    pickled_shards(folder)
+    with pytest.raises(CheckpointError, match="found pytorch_model-00001-of-00002.bin") as caught:
+        load(folder, device="cpu")
+    _, _, command = str(caught.value).partition("convert it once: python ")
+    subprocess.run([sys.executable, *shlex.split(command)], cwd=folder, check=True)
+    assert torch.equal(load(folder, device="cpu", dtype=torch.float32).head(torch.eye(48)), before)
