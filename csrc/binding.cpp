@@ -14,6 +14,7 @@
 #include "mixture_draft.h"
 #include "multiblock_step.h"
 #include "rms_norm.h"
+#include "route.h"
 #include "swiglu.h"
 #include "unmask.h"
 #include "verify.h"
@@ -102,6 +103,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("MULTIBLOCK_BLOCKS") = pydllm::kMaxBlocks;
   m.attr("MULTIBLOCK_POSITIONS") = pydllm::kMaxPositions;
   m.attr("RMS_NORM_WIDTH") = pydllm::kRmsNormWidth;
+  m.attr("ROUTE_EXPERTS") = pydllm::kRouteExperts;
   m.attr("UNMASK_WINDOW") = pydllm::kMaxWindow;
   m.attr("VERIFY_BRANCHES") = pydllm::kVerifyBranches;
   m.attr("VOCAB_PIECE") = pydllm::kVocabPiece;
@@ -162,6 +164,15 @@ PYBIND11_MODULE(_C, m) {
   }
   define(m, "rms_norm", pydllm::rms_norm, "y", "residual", "x", "weight", "dtype", "rows", "width",
          "eps", "stride_x_row", "stride_residual_row", "stream");
+  {
+    using Call = pydllm::Route;
+    define_call(m, "route", pydllm::route, FIELD(ids), FIELD(weights), FIELD(logits), FIELD(pool),
+                FIELD(hidden), FIELD(router), FIELD(bias), FIELD(start), FIELD(length),
+                FIELD(dtype), FIELD(sigmoid), FIELD(renormalize), FIELD(batch), FIELD(branches),
+                FIELD(rows), FIELD(width), FIELD(experts), FIELD(top_k), FIELD(groups),
+                FIELD(topk_groups), FIELD(capacity), FIELD(block_size), FIELD(blocks),
+                FIELD(scale));
+  }
   define(m, "swiglu", pydllm::swiglu, "y", "gate_up", "dtype", "rows", "width", "stream");
   {
     using Call = pydllm::Unmask;

@@ -353,3 +353,62 @@ def linear_height(device: torch.device, rows: int, weight_size: int, x_size: int
     # With 8-bit weights, 256 rows at three stages do not fit shared memory.
     tall = 90 <= capability < 100 and weight_size == 2
     return 256 if rows > 128 and tall else 128
+
+
+class RouteTile(NamedTuple):
+    """``route``: rows and experts of a program, a step, the split of a sum; rows of the others."""
+
+    block_r: int
+    block_e: int
+    block_h: int
+    split: int
+    num_warps: int
+    pool_rows: int
+    pool_warps: int
+    select_rows: int
+    select_warps: int
+
+
+# route: one tile for any number of rows. 16 x 16 logits over 256 of a row's values: 256 programs
+# for 32 rows of 256 experts at width 2048.
+ROUTE = RouteTile(16, 16, 64, 256, 4, 8, 4, 1, 1)
+ROUTE_INTERPRETER = RouteTile(64, 256, 256, 256, 4, 64, 4, 64, 1)
+
+
+def route_tile(device: torch.device) -> RouteTile:
+    """The tile of ``route``."""
+    return ROUTE_INTERPRETER if arch(device) == INTERPRETER else ROUTE
+
+
+class ExpertsTile(NamedTuple):
+    """One program of ``experts``: pairs, columns, a step of the sum, and how it is compiled."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+# experts: bytes an element -> tile, the same for any number of rows: at 64 rows Hopper would have
+# another matrix instruction than at 16, and with it other bits. A window of 256 rows has 8 rows for
+# each of 256 experts: 16 rows fill no more of a tile than they need.
+EXPERTS = {2: ExpertsTile(16, 64, 64, 4, 4), 4: ExpertsTile(16, 64, 32, 4, 3)}
+EXPERTS_INTERPRETER = ExpertsTile(16, 64, 64, 4, 1)
+
+# experts: pairs that are counted at a time.
+EXPERTS_ORDER = 256
+
+# experts: rows and elements of a program that adds up the slots, num_warps.
+EXPERTS_COMBINE = (1, 1024, 4)
+EXPERTS_COMBINE_INTERPRETER = (64, 256, 4)
+
+
+def experts_tile(device: torch.device, element_size: int) -> ExpertsTile:
+    """The tile of ``EXPERTS`` for a dtype."""
+    return EXPERTS_INTERPRETER if arch(device) == INTERPRETER else EXPERTS[element_size]
+
+
+def experts_combine_tile(device: torch.device) -> tuple[int, int, int]:
+    """The tile of ``EXPERTS_COMBINE``."""
+    return EXPERTS_COMBINE_INTERPRETER if arch(device) == INTERPRETER else EXPERTS_COMBINE

@@ -10,7 +10,7 @@ from pydllm.ops.head_stats import StatsPartial
 from pydllm.testing import assert_within_budget, random_normal
 from tests import emulation
 from tests.mutants import assert_all_caught
-from tests.ops import test_draft, test_verify
+from tests.ops import test_draft, test_route, test_verify
 from tests.ops.test_commit_branch import make_commit
 from tests.ops.test_vocab_stats import counters, ids, random_logits
 
@@ -120,6 +120,17 @@ def check_verify():
     test_verify.check(case, None, "cuda")
 
 
+def check_route():
+    for options in (test_route.LLADA2, test_route.QWEN, test_route.LLADA_MOE):
+        case = test_route.tied(2, 9, 64, 3, torch.bfloat16, options["score"])
+        case["length"] = torch.tensor([7, 9], dtype=torch.int32)
+        numbers = options | {"top_k": 6}
+        routes = ops.route(**case, **numbers, backend="cuda")
+        test_route.assert_equals_plain(routes, test_route.plain(**case, **numbers))
+    test_route.test_block_pools("cuda", 3)
+    test_route.test_random_rows_choose_as_in_fp64("cuda", rows=40)
+
+
 CASES = {
     "rms_norm": {
         "no barrier": ("  __syncthreads();\n  sum = 0.f;", "  sum = 0.f;"),
@@ -170,6 +181,36 @@ CASES = {
         "only 32 pieces": (
             "i = lane; i < pieces; i += kWarpSize) {\n    second",
             "i = lane; i < 32; i += kWarpSize) {\n    second",
+        ),
+    },
+    "route": {
+        "scores are perturbed to break ties": (
+            "keys[e] = contender(choice, e);\n  }",
+            "keys[e] = contender(choice + 3e-7f * e, e);\n  }",
+        ),
+        "bias in the weights": (
+            "scores[e] = sigmoid(logits[e]);\n",
+            "scores[e] = sigmoid(logits[e]) + call.bias[e];\n",
+        ),
+        "best of a group alone": ("value_of(best) + value_of(second)", "value_of(best)"),
+        "no groups": ("call.groups > 1 && pool", "call.groups > 99 && pool"),
+        "logits not rounded": (
+            "scores[e] = rounded<T>(logits[e]);",
+            "scores[e] = logits[e] * 1.001f;",
+        ),
+        "no scale": (" / total * call.scale", " / total"),
+        "not renormalised": ("if (!call.renormalize) {", "if (true) {"),
+        "always renormalised": ("if (!call.renormalize) {", "if (false) {"),
+        "dead rows of the pool": (
+            "row < last; ++row",
+            "row < (number + 1) * block_size - start && row < rows; ++row",
+        ),
+        "pool by the first row": ("row < last; ++row", "row < min(last, first + 1); ++row"),
+        "one too many in a pool": ("before < capacity", "before <= capacity"),
+        "one lane's logits": ("reduce_warp(sum[r], Sum{})", "sum[r]"),
+        "branch": (
+            "window = row / window_rows, sequence",
+            "window = row / window_rows / call.branches * call.branches, sequence",
         ),
     },
     "commit_branch": {

@@ -3,6 +3,7 @@
 from pydllm.ops.certainty_loss import certainty_loss
 from pydllm.ops.commit_branch import commit_branch
 from pydllm.ops.draft import draft
+from pydllm.ops.experts import experts
 from pydllm.ops.head_stats import (
     StatsPartial,
     fold_stats,
@@ -15,6 +16,7 @@ from pydllm.ops.mixture_accept import Accepted, mixture_accept, mixture_accept_s
 from pydllm.ops.mixture_draft import Candidates, MixtureDraft, mixture_draft, round_counter
 from pydllm.ops.multiblock_step import MultiBlockState, multiblock_step
 from pydllm.ops.rms_norm import rms_norm
+from pydllm.ops.route import Routes, route
 from pydllm.ops.swiglu import swiglu
 from pydllm.ops.unmask import Ending, Unmasked, unmask
 from pydllm.ops.verify import Verified, verify
@@ -28,6 +30,7 @@ __all__ = [
     "MixtureDraft",
     "MultiBlockState",
     "QuantizedWeight",
+    "Routes",
     "StatsPartial",
     "Unmasked",
     "Verified",
@@ -35,6 +38,7 @@ __all__ = [
     "certainty_loss",
     "commit_branch",
     "draft",
+    "experts",
     "fold_stats",
     "head_stats",
     "head_stats_partial",
@@ -47,6 +51,7 @@ __all__ = [
     "quantize",
     "rms_norm",
     "round_counter",
+    "route",
     "swiglu",
     "unmask",
     "verify",

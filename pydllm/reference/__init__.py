@@ -3,6 +3,7 @@
 from pydllm.reference.certainty_loss import certainty_loss, certainty_loss_backward
 from pydllm.reference.commit_branch import commit_branch
 from pydllm.reference.draft import draft
+from pydllm.reference.experts import experts, experts_grouped
 from pydllm.reference.head_stats import (
     fold_stats,
     head_stats,
@@ -14,6 +15,7 @@ from pydllm.reference.mixture_accept import mixture_accept, mixture_accept_spars
 from pydllm.reference.mixture_draft import mixture_draft
 from pydllm.reference.multiblock_step import multiblock_step
 from pydllm.reference.rms_norm import rms_norm
+from pydllm.reference.route import route
 from pydllm.reference.swiglu import swiglu
 from pydllm.reference.unmask import unmask
 from pydllm.reference.verify import verify
@@ -25,6 +27,8 @@ __all__ = [
     "certainty_loss_backward",
     "commit_branch",
     "draft",
+    "experts",
+    "experts_grouped",
     "fold_stats",
     "head_stats",
     "head_stats_partial",
@@ -35,6 +39,7 @@ __all__ = [
     "mixture_draft",
     "multiblock_step",
     "rms_norm",
+    "route",
     "swiglu",
     "unmask",
     "verify",

@@ -1,0 +1,84 @@
+"""The definition of ``experts``."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def experts(
+    hidden: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    shared_gate_up: Tensor | None,
+    shared_down: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """Weighted sum of the chosen experts of each row, in slot order, plus the shared expert.
+
+    Each matrix product and the activation are rounded to the dtype of ``hidden``; weighting and sum
+    are fp32 (fp64), rounded once; the shared expert is added to what is rounded.
+    """
+    rows, pairs = hidden.flatten(0, -2), ids.flatten(0, -2)
+    scale, wide = weights.flatten(0, -2), weights.dtype
+    routed = pairs < gate_up.shape[0]
+    if not hidden.is_cuda:
+        each = _touched(rows, gate_up, down, pairs, activation)
+    elif hidden.dtype == torch.bfloat16:
+        each = experts_grouped(rows, gate_up, down, pairs, activation)
+    else:
+        each = _all(rows, gate_up, down, pairs, activation)
+    total = torch.zeros(rows.shape, dtype=wide, device=rows.device)
+    for slot in range(pairs.shape[1]):
+        term = each[:, slot].to(wide) * scale[:, slot, None]
+        total = total + term.masked_fill(~routed[:, slot, None], 0.0)
+    out = total.to(hidden.dtype)
+    if shared_gate_up is not None and shared_down is not None:
+        shared = F.linear(activate(F.linear(rows, shared_gate_up), activation), shared_down)
+        out = (out + shared).masked_fill(~routed.any(1, keepdim=True), 0.0)
+    return out.view(hidden.shape)
+
+
+def activate(gate_up: Tensor, activation: str) -> Tensor:
+    """``silu`` or ``gelu_tanh`` of the gate, rounded, times the up-projection."""
+    gate, up = gate_up.chunk(2, -1)
+    return (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up
+
+
+def _touched(rows: Tensor, gate_up: Tensor, down: Tensor, pairs: Tensor, activation: str) -> Tensor:
+    """``(R, K, H)``: each expert on its rows; an expert that no row chose is not read."""
+    order = pairs.flatten().argsort(stable=True)
+    counts = pairs.flatten().bincount(minlength=gate_up.shape[0] + 1).tolist()[:-1]
+    each, first = rows.new_zeros(pairs.numel(), rows.shape[1]), 0
+    for expert, count in enumerate(counts):
+        if count:
+            own = order[first : first + count]
+            inner = F.linear(rows[own // pairs.shape[1]], gate_up[expert])
+            each[own] = F.linear(activate(inner, activation), down[expert])
+            first += count
+    return each.unflatten(0, pairs.shape)
+
+
+def experts_grouped(
+    rows: Tensor, gate_up: Tensor, down: Tensor, pairs: Tensor, activation: str
+) -> Tensor:
+    """``(R, K, H)`` by two grouped matrix products; no value is read on the host."""
+    order = pairs.flatten().argsort(stable=True)
+    numbers = torch.arange(gate_up.shape[0], device=rows.device, dtype=pairs.dtype)
+    ends = torch.searchsorted(pairs.flatten()[order], numbers, right=True, out_int32=True)
+    taken = rows[order // pairs.shape[1]]
+    inner = F.grouped_mm(taken, gate_up.transpose(-2, -1), offs=ends)
+    y = F.grouped_mm(activate(inner, activation), down.transpose(-2, -1), offs=ends)
+    return torch.zeros_like(y).index_copy(0, order, y).unflatten(0, pairs.shape)
+
+
+def _all(rows: Tensor, gate_up: Tensor, down: Tensor, pairs: Tensor, activation: str) -> Tensor:
+    """``(R, K, H)`` by every expert on every row, where no grouped product takes the dtype."""
+    each = rows.new_zeros(*pairs.shape, rows.shape[1])
+    for expert, (first, second) in enumerate(zip(gate_up, down, strict=True)):
+        y = F.linear(activate(F.linear(rows, first), activation), second)
+        each = torch.where((pairs == expert)[..., None], y[:, None], each)
+    return each
