@@ -209,6 +209,7 @@ def dry(parts: tuple[str, ...], out: Path) -> int:
         if shutil.which("nvcc") is None and not _toolkit("nvcc"):
             click.echo("csrc is not compiled: no nvcc here")
         else:
+            click.echo("csrc for sm_90a: nvcc compiles it, which takes minutes (PART=tests: not)")
             bad |= not compiles("90a")
     return int(bad)
 
