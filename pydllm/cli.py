@@ -1,4 +1,4 @@
-"""The command line: ``pydllm demo | compare | generate | distill | aup | lm-eval | env``."""
+"""The command line: ``pydllm demo | compare | generate | distill | aup | verify | env | ...``."""
 
 from __future__ import annotations
 
@@ -284,6 +284,48 @@ def env(as_json: bool) -> None:
         click.echo(json.dumps(environment.report()))
     else:
         environment.main()
+
+
+@main.command()
+@click.argument("source", metavar="DIR")
+@click.option("--device", help="Default: the GPU if there is one.")
+@click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16", "float64"]))
+@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="As pydllm.load has.")
+@click.option("--reference/--no-reference", default=True, help="Compare with transformers.")
+@click.option("--new-tokens", default=16, show_default=True, help="Of each continuation.")
+@BACKEND
+@JSON
+def verify(
+    source: str,
+    device: str | None,
+    dtype: str | None,
+    settings: tuple[str, ...],
+    reference: bool,
+    new_tokens: int,
+    backend: str | None,
+    as_json: bool,
+) -> None:
+    """Load a checkpoint, compare its forwards with transformers', print a report.
+
+    The first thing to run on new weights, and what to attach to a bug; exit code 1 if one fails.
+    """
+    import torch
+
+    from pydllm.integrations.command import read_setting
+    from pydllm.models.verify import verify as run
+
+    report = run(
+        MODELS.get(source, source),
+        device=device,
+        dtype=None if dtype is None else getattr(torch, dtype),
+        reference=reference,
+        new_tokens=new_tokens,
+        backend=backend,
+        **dict(map(read_setting, settings)),
+    )
+    click.echo(json.dumps(report.as_dict()) if as_json else str(report))
+    if not report.passed:
+        sys.exit(1)
 
 
 @main.command("lm-eval", context_settings={"ignore_unknown_options": True, "help_option_names": []})

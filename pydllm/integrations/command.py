@@ -39,8 +39,8 @@ def side_by_side(
     """Run the command; returns a row a function. ``texts`` are used where there is no file."""
     functions = [find_function(name) for name in names]
     prepared = None if prepare is None else find_function(prepare)
-    shared = dict(map(_setting, settings))
-    own = [shared | dict(map(_setting, more)) for more in (first, second)]
+    shared = dict(map(read_setting, settings))
+    own = [shared | dict(map(read_setting, more)) for more in (first, second)]
     if loader is None:
         model: Any = load_callable(folder, device)
     else:
@@ -91,7 +91,7 @@ def side_by_side(
     return rows
 
 
-def _setting(text: str) -> tuple[str, Any]:
+def read_setting(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise click.BadParameter(f"expected NAME=VALUE, got {text!r}", param_hint="--set")

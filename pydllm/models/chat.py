@@ -151,18 +151,23 @@ def encode(
 
     Raises:
         PydllmError: there is no tokenizer, or for messages no template.
-        ValueError: the template refuses the messages.
+        ValueError: the template refuses the messages, or the tokenizer has no token for a word.
     """
     if tokenizer is None:
         raise PydllmError("prompts: expected token ids, since the model came without a tokenizer")
     if isinstance(prompt, str):
-        encoding = tokenizer.encode(prompt)
-        bare = tokenizer.encode(prompt, add_special_tokens=False).ids
+        encoding, bare = (_encoded(tokenizer, prompt, special) for special in (True, False))
         mask = encoding.special_tokens_mask  # 1: added by the post-processor
         before = mask.index(0) if 0 in mask else 0
         ids = encoding.ids
-        return ids[before:] if bare[:before] == ids[:before] else ids
+        return ids[before:] if bare.ids[:before] == ids[:before] else ids
     if template is None:
         raise PydllmError("prompts: expected text or ids, since the model came without a template")
-    text = template.render(prompt, **options)
-    return tokenizer.encode(text, add_special_tokens=False).ids
+    return _encoded(tokenizer, template.render(prompt, **options), False).ids
+
+
+def _encoded(tokenizer: Tokenizer, text: str, special: bool) -> Any:
+    try:
+        return tokenizer.encode(text, add_special_tokens=special)
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"prompts: {text[:80]!r} cannot be encoded: {error}") from error

@@ -46,7 +46,7 @@ _LLADA = Names(
     gate_up=("ff_proj", "up_proj"),
     down="ff_out",
 )
-_LLAMA = Names(
+LLAMA_NAMES = Names(
     embedding="model.embed_tokens",
     norm="model.norm",
     head="lm_head",
@@ -59,7 +59,7 @@ _LLAMA = Names(
     down="mlp.down_proj",
 )
 _ENCODER = replace(
-    _LLAMA,
+    LLAMA_NAMES,
     embedding="encoder.embed_tokens",
     norm="encoder.norm",
     head="diffusion_head",
@@ -246,7 +246,7 @@ def _sliding_windows(config: Config, family: Family, layers: int) -> tuple[int |
     return tuple(width if slide else None for slide in slides) if any(slides) else ()
 
 
-_LLAMA_LIKE = Family(_LLAMA, _llama_sizes, "causal")
+_LLAMA_LIKE = Family(LLAMA_NAMES, _llama_sizes, "causal")
 _QWEN2 = replace(_LLAMA_LIKE, qkv_bias=True, sliding="flag")
 _QWEN3 = replace(_LLAMA_LIKE, qk_norm=True, sliding="flag")
 _MISTRAL = replace(_LLAMA_LIKE, sliding="always")

@@ -88,6 +88,14 @@ class NativeModel:
         return self._embedding.dtype
 
     @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights."""
+        own = [self._embedding, self._norm, self._head, self._head_bias]
+        own += [tensor for layer in self._layers for tensor in vars(layer).values()]
+        places = {t.data_ptr(): t.nbytes for t in own if isinstance(t, Tensor)}
+        return sum(places.values())
+
+    @property
     def has_draft_adapter(self) -> bool:
         """Whether ``forward`` takes ``adapter=True``."""
         return any(layer.out_lora_a is not None for layer in self._layers)
