@@ -77,17 +77,15 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
 
     bf16, fp16, fp32, fp8 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn
     kinds = [(bf16, bf16, 0), (bf16, fp8, 2), (bf16, fp8, 1), (bf16, torch.int8, 1)]
-    jobs = [(*kind, "llada-8b", layer) for kind in kinds for layer in LAYERS["llada-8b"]]
-    jobs += [(*kind, "dream-7b", layer) for kind in kinds for layer in ("qkv", "out")]
-    jobs += [(fp16, fp16, 0, "llada-8b", "out"), (fp16, fp8, 2, "llada-8b", "out")]
-    jobs += [(fp32, fp32, 0, "llada-8b", "out"), (fp32, fp8, 2, "llada-8b", "out")]
-    for dtype, stored, scales, model, layer in jobs:
-        width, depth = LAYERS[model][layer]
+    jobs = [(*kind, layer, rows) for kind in kinds for layer in ("qkv", "out") for rows in (1, 256)]
+    jobs += [(fp16, fp16, 0, "out", 100), (fp16, fp8, 2, "out", 1)]
+    jobs += [(fp32, fp32, 0, "out", 1), (fp32, fp8, 2, "out", 1)]
+    for dtype, stored, scales, layer, rows in jobs:
+        width, depth = LAYERS["llada-8b"][layer]
         shapes = {0: None, 1: (width,), 2: (-(-width // 128), -(-depth // 128))}
         weight = empty(width, depth, dtype=stored)
         scale = empty(*shapes[scales], dtype=fp32) if scales else None
-        bias = empty(width, dtype=dtype) if (model, layer) == ("dream-7b", "qkv") else None
-        for rows in (1, 100, 256):
-            arguments = (empty(rows, depth, dtype=dtype), weight, scale, bias)
-            label = f"{model} {layer} {rows} {dtype} {stored} {scales}"
-            yield label, lambda arguments=arguments: kernel.linear(*arguments)
+        bias = empty(width, dtype=dtype) if layer == "qkv" else None
+        arguments = (empty(rows, depth, dtype=dtype), weight, scale, bias)
+        label = f"llada-8b {layer} {rows} {dtype} {stored} {scales}"
+        yield label, lambda arguments=arguments: kernel.linear(*arguments)

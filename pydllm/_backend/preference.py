@@ -1,4 +1,4 @@
-"""Where CUDA kernels were measured to be faster than Triton ones: ``auto`` takes them there.
+"""Where kernels were measured to be faster than what ``auto`` would take without a measurement.
 
 A row is written by hand, from ``python bench/run.py OP --backend cuda --backend triton`` on that
 GPU, and names the file in bench/results/ that shows it. Where nothing was measured, ``auto`` takes
@@ -13,11 +13,21 @@ from pydllm._backend.constants import capability
 
 # op -> compute capability (90 for sm_90) -> the results
 CUDA_FASTER: dict[str, dict[int, str]] = {}
+# compute capability -> (most rows, the results): ``ops.linear`` faster than ``F.linear`` in 16 bits
+LINEAR_FASTER: dict[int, tuple[int, str]] = {}
 
 
 def prefers_cuda(op: str, device: torch.device) -> bool:
     """Whether ``auto`` asks the CUDA kernel of ``op`` before the Triton one on ``device``."""
     return op in CUDA_FASTER and capability(device.index) in CUDA_FASTER[op]
+
+
+def prefers_linear(device: torch.device, rows: int, dtype: torch.dtype) -> bool:
+    """Whether a model multiplies with ``ops.linear`` where nothing but speed decides."""
+    if not LINEAR_FASTER or device.type != "cuda" or dtype.itemsize != 2:
+        return False
+    limit, _ = LINEAR_FASTER.get(capability(device.index), (0, ""))
+    return rows <= limit
 
 
 def why(op: str, architecture: int) -> str:

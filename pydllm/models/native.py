@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from pydllm import ops
+from pydllm._backend.preference import prefers_linear
 from pydllm.models.cache import StaticCache
 from pydllm.models.families import Sizes
 from pydllm.models.protocol import Fresh
 from pydllm.models.rope import RopeTables
 from pydllm.models.spec import ATTENTIONS, ModelSpec
+from pydllm.ops import QuantizedWeight
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -29,11 +32,11 @@ class Layer:
     """Weights of a layer; None where the family has none."""
 
     attn_norm: Tensor
-    qkv: Tensor
-    out: Tensor
+    qkv: Tensor | QuantizedWeight
+    out: Tensor | QuantizedWeight
     mlp_norm: Tensor
-    gate_up: Tensor
-    down: Tensor
+    gate_up: Tensor | QuantizedWeight
+    down: Tensor | QuantizedWeight
     qkv_bias: Tensor | None = None
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
@@ -55,7 +58,7 @@ class NativeModel:
         self,
         spec: ModelSpec,
         sizes: Sizes,
-        weights: Mapping[str, Tensor],
+        weights: Mapping[str, Any],
         tokenizer: Tokenizer | None = None,
     ) -> None:
         self.spec, self.sizes, self.tokenizer = spec, sizes, tokenizer
@@ -78,6 +81,19 @@ class NativeModel:
         # What decoding captured over these weights and buffers; clear() gives it back.
         self.graphs: OrderedDict[Hashable, Any] = OrderedDict()
         self._rope = RopeTables(sizes.rope, self.dtype, self.device)
+        self.batch_invariant = False
+        self._invariant_graphs: OrderedDict[Hashable, Any] = OrderedDict()
+
+    def deterministic(self) -> Self:
+        """This model, with forwards in which the bits of a row depend on no other row.
+
+        Weights are shared; captured graphs are not. Caches are made and used as before. Hidden
+        states, logits and statistics of a sequence then have the same bits alone, in any batch,
+        and with any number of branches: what ``ops.linear`` promises, and the attention with it.
+        """
+        model = copy.copy(self)
+        model.batch_invariant, model.graphs = True, self._invariant_graphs
+        return model
 
     @property
     def device(self) -> torch.device:
@@ -159,7 +175,7 @@ class NativeModel:
         window |= self._mask(attention)
         if adapter and not self.has_draft_adapter:
             raise ValueError("adapter: expected a model with a draft adapter, this one has none")
-        window["branches"] = branches
+        window |= {"branches": branches, "batch_invariant": self.batch_invariant}
         scale = self._query_scale(ids.shape[1] // branches, start, pad, keys.shape[2])
         if scale is not None:
             scale = scale.repeat(1, branches, 1, 1)
@@ -172,8 +188,8 @@ class NativeModel:
                 layer, hidden, keys[index], values[index], window, fresh, scale, adapter
             )
             hidden = ops.rms_norm(hidden, layer.mlp_norm, eps, residual=residual, backend=backend)
-            hidden = F.linear(hidden, layer.gate_up, layer.gate_up_bias)
-            hidden = self._contract(layer, ops.swiglu(hidden, backend=backend))
+            hidden = self._linear(hidden, layer.gate_up, layer.gate_up_bias, backend)
+            hidden = self._contract(layer, ops.swiglu(hidden, backend=backend), backend)
             # The residual is added by the norm that comes next, the next layer's or the last.
             hidden = ops.rms_norm(hidden, following[index], eps, residual=residual, backend=backend)
         return hidden
@@ -211,12 +227,13 @@ class NativeModel:
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits ``(..., vocab_size)`` of hidden states ``(..., hidden)``, in the model's dtype."""
-        return F.linear(hidden, self._head, self._head_bias)
+        return self._linear(hidden, self._head, self._head_bias, None)
 
     def head_stats(
         self, hidden: Tensor, rows: Tensor | None = None, **options: Any
     ) -> ops.VocabStats:
         """``ops.head_stats`` of hidden states ``(R, hidden)`` and the model's head."""
+        options["batch_invariant"] = self.batch_invariant
         return ops.head_stats(hidden, self._head, bias=self._head_bias, rows=rows, **options)
 
     def _attend(
@@ -231,7 +248,8 @@ class NativeModel:
         adapter: bool,
     ) -> Tensor:
         sizes = self.sizes
-        qkv = F.linear(hidden, layer.qkv, layer.qkv_bias).unflatten(-1, (-1, sizes.head_dim))
+        qkv = self._linear(hidden, layer.qkv, layer.qkv_bias, window["backend"])
+        qkv = qkv.unflatten(-1, (-1, sizes.head_dim))
         q, k, v = qkv.split((sizes.heads, sizes.kv_heads, sizes.kv_heads), 2)
         if layer.q_norm is not None and layer.k_norm is not None:
             # Copied: the norm kernel wants rows at one stride, these are some heads of each token.
@@ -246,7 +264,7 @@ class NativeModel:
         if scale is not None:  # commutes with the rotation
             q = q * scale
         attended = ops.window_attention(q, k, v, keys, values, **window)
-        return self._project(layer, attended.flatten(-2), adapter)
+        return self._project(layer, attended.flatten(-2), window["backend"], adapter)
 
     def _mask(self, attention: str | None) -> dict[str, Any]:
         """The mask of a forward, in the words of ``ops.window_attention``."""
@@ -297,14 +315,29 @@ class NativeModel:
     def _embed(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self._embedding)
 
-    def _project(self, layer: Layer, attended: Tensor, adapter: bool) -> Tensor:
-        projected = F.linear(attended, layer.out, layer.out_bias)
+    def _project(
+        self, layer: Layer, attended: Tensor, backend: str | None, adapter: bool
+    ) -> Tensor:
+        projected = self._linear(attended, layer.out, layer.out_bias, backend)
         if adapter and layer.out_lora_a is not None and layer.out_lora_b is not None:
-            projected += F.linear(F.linear(attended, layer.out_lora_a), layer.out_lora_b)
+            low = self._linear(attended, layer.out_lora_a, None, backend)
+            projected += self._linear(low, layer.out_lora_b, None, backend)
         return projected
 
-    def _contract(self, layer: Layer, inner: Tensor) -> Tensor:
-        return F.linear(inner, layer.down, layer.down_bias)
+    def _contract(self, layer: Layer, inner: Tensor, backend: str | None) -> Tensor:
+        return self._linear(inner, layer.down, layer.down_bias, backend)
+
+    def _linear(
+        self, x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None, backend: str | None
+    ) -> Tensor:
+        """Every matrix product: the library's, or ``ops.linear`` where bits or speed ask for it."""
+        if (
+            self.batch_invariant
+            or not isinstance(weight, Tensor)
+            or prefers_linear(x.device, x.shape[:-1].numel(), x.dtype)
+        ):
+            return ops.linear(x, weight, bias, backend=backend)
+        return F.linear(x, weight, bias)
 
     def _check(
         self, ids: Tensor, cache: StaticCache, numbers: Mapping[str, Tensor], branches: int

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -119,6 +119,7 @@ class ParallelModel(NativeModel):
             bias=self._head_bias,
             rows=rows,
             vocab_offset=self.partition.vocab_rows.start,
+            batch_invariant=self.batch_invariant,
             **options,
         )
         values, ids = (field.squeeze(-1).T for field in ops.fold_stats(partial))
@@ -137,12 +138,27 @@ class ParallelModel(NativeModel):
         found = F.embedding(own, self._embedding).masked_fill_(~here[..., None], 0)
         return self._sum("embedding", found)
 
-    def _project(self, layer: Layer, attended: Tensor, adapter: bool) -> Tensor:
-        own = attended[..., self.partition.own_values]
-        return self._sum("layers", super()._project(layer, own, adapter))
+    def deterministic(self) -> Self:
+        """As ``NativeModel.deterministic``; for two processes, whose sums have one order.
 
-    def _contract(self, layer: Layer, inner: Tensor) -> Tensor:
-        return self._sum("layers", super()._contract(layer, inner))
+        Raises:
+            PydllmError: there are more: the order in which a collective adds is not ours.
+        """
+        if self.partition.size > 2:
+            raise PydllmError(
+                f"deterministic: expected at most 2 processes, got {self.partition.size}: a sum "
+                "over more has an order that depends on its size"
+            )
+        return super().deterministic()
+
+    def _project(
+        self, layer: Layer, attended: Tensor, backend: str | None, adapter: bool
+    ) -> Tensor:
+        own = attended[..., self.partition.own_values]
+        return self._sum("layers", super()._project(layer, own, backend, adapter))
+
+    def _contract(self, layer: Layer, inner: Tensor, backend: str | None) -> Tensor:
+        return self._sum("layers", super()._contract(layer, inner, backend))
 
     def _sum(self, kind: str, term: Tensor) -> Tensor:
         """The sum of the processes' terms, in place."""

@@ -6,11 +6,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from pydllm import reference
 from pydllm._backend.library import Op
 from pydllm._checks import FLOATS, check_device, check_int, check_no_grad, check_tensor, describe
 from pydllm.ops.vocab_stats import VocabStats, check_options, check_rows, empty_stats, signed
+
+_TILE_ROWS = 32  # of torch with batch_invariant
 
 
 class StatsPartial(NamedTuple):
@@ -37,6 +40,7 @@ def head_stats(
     tempered: bool = False,
     softcap: float | None = None,
     rows: Tensor | None = None,
+    batch_invariant: bool = False,
     backend: str | None = None,
 ) -> VocabStats:
     """Token and statistics of rows of hidden states, without storing their logits.
@@ -54,6 +58,7 @@ def head_stats(
             order; a shifted model's are one less than the positions. What has an entry a row then
             has N.
             An entry outside [0, R) is padding: the result is that of a row of -inf.
+        batch_invariant: the torch backend, too, promises what Determinism says; 32 rows at a time.
         backend: None (``PYDLLM_BACKEND``), ``"auto"``, ``"triton"`` or ``"torch"``.
 
     Returns:
@@ -62,8 +67,9 @@ def head_stats(
     Raises:
         ValueError, TypeError, BackendError: as ``vocab_stats``.
 
-    Determinism: in Triton a row's bits depend on that row alone. In torch the matmul's bits may
-    depend on the number of rows. Memory: in Triton 12 MB, in torch a few MB, whatever R and V.
+    Determinism: in Triton, and in torch with ``batch_invariant``, a row's bits depend on that row
+    alone; in torch they may otherwise depend on the number of rows. Memory: in Triton 12 MB, in
+    torch a few MB, whatever R and V.
     CUDA graphs: safe; the seed is captured, counter and rows are read. ``torch.compile``: one op.
 
     Kernels: ``kernels/head_stats.py``; ``merge_stats``: ``csrc/head_stats.cu``.
@@ -78,7 +84,11 @@ def head_stats(
     fixed, each = check_options(hidden, count, *options, name="hidden")
     check_no_grad("head_stats", hidden=hidden, weight=weight, bias=bias)
     checked = (fixed, signed(seed), counter, banned, tempered, softcap, each, rows)
-    return VocabStats(*_HEAD_STATS(hidden, weight, bias, *checked, backend=backend))
+    arguments = (hidden, weight, bias, *checked)
+    chosen = _HEAD_STATS.choose(*arguments, backend=backend)
+    if chosen == "torch" and batch_invariant:
+        return VocabStats(*_in_tiles(_HEAD_STATS, count, arguments, 0))
+    return VocabStats(*_HEAD_STATS.run(chosen, *arguments))
 
 
 def head_stats_partial(
@@ -94,6 +104,7 @@ def head_stats_partial(
     tempered: bool = False,
     softcap: float | None = None,
     rows: Tensor | None = None,
+    batch_invariant: bool = False,
     backend: str | None = None,
 ) -> StatsPartial:
     """The part of ``head_stats`` that one shard of the vocabulary contributes.
@@ -118,7 +129,44 @@ def head_stats_partial(
     check_no_grad("head_stats_partial", hidden=hidden, weight=weight, bias=bias)
     checked = (fixed, signed(seed), counter, banned, tempered, softcap, each, rows)
     arguments = (hidden, weight, bias, *checked, vocab_offset)
-    return StatsPartial(*_PARTIAL(*arguments, backend=backend))
+    chosen = _PARTIAL.choose(*arguments, backend=backend)
+    if chosen == "torch" and batch_invariant:
+        return StatsPartial(*_in_tiles(_PARTIAL, count, arguments, 1))
+    return StatsPartial(*_PARTIAL.run(chosen, *arguments))
+
+
+def _in_tiles(op: Op, count: int, arguments: tuple, dim: int) -> list[Tensor]:
+    """An op in torch, 32 rows at a time: what it chooses from shapes is then always the same.
+
+    Args:
+        op: ``_HEAD_STATS`` or ``_PARTIAL``.
+        count: how many rows are asked for.
+        arguments: of the op.
+        dim: where its results have their rows.
+    """
+    if count == 0:
+        return list(op.run("torch", *arguments))
+    hidden, weight, bias, temperature, seed, counter, *middle, each, rows = arguments[:11]
+    if rows is None:
+        rows = torch.arange(count, device=hidden.device)
+    pad = -count % _TILE_ROWS
+    # A row of -1 is none.
+    rows = F.pad(rows, (0, pad), value=-1).split(_TILE_ROWS)
+    counters = [None] * len(rows)
+    if counter is not None:
+        counters = F.pad(counter, (0, 0, 0, pad)).split(_TILE_ROWS)
+    temperatures = [None] * len(rows)
+    if each is not None:
+        temperatures = F.pad(each, (0, pad), value=1.0).split(_TILE_ROWS)
+    results = [
+        op.run(
+            "torch",
+            *(hidden, weight, bias, temperature, seed, own_counter, *middle, own, part),
+            *arguments[11:],
+        )
+        for part, own_counter, own in zip(rows, counters, temperatures, strict=True)
+    ]
+    return [torch.cat(fields, dim).narrow(dim, 0, count) for fields in zip(*results, strict=True)]
 
 
 def fold_stats(partial: StatsPartial) -> StatsPartial:

@@ -8,9 +8,17 @@ import torch
 from torch import Tensor
 
 from pydllm import reference
-from pydllm._backend.dispatch import choose, launcher
-from pydllm._backend.library import register
-from pydllm.ops._checks import FLOATS, check_device, check_dtype, check_no_grad, check_shape
+from pydllm._backend.library import Op
+from pydllm._checks import (
+    FLOATS,
+    check_choice,
+    check_device,
+    check_dtype,
+    check_is_tensor,
+    check_no_grad,
+    check_shape,
+    check_tensor,
+)
 from pydllm.reference.linear import SCALE_BLOCK, dequantize
 
 # Largest magnitude of each type of quantised weight.
@@ -83,10 +91,8 @@ def quantize(weight: Tensor, kind: str) -> QuantizedWeight:
 
     Reads a value on the host: for loading, not for decoding.
     """
-    if kind not in QUANTIZATIONS:
-        raise ValueError(f"kind: expected one of {', '.join(QUANTIZATIONS)}, got {kind!r}")
-    check_dtype("weight", weight, *FLOATS)
-    check_shape("weight", weight, "N", "K")
+    check_choice("kind", kind, QUANTIZATIONS)
+    check_tensor("weight", weight, ("N", "K"), FLOATS)
     rows, columns = weight.shape
     dtype = torch.int8 if kind == "int8" else torch.float8_e4m3fn
     magnitude = weight.detach().abs().float()
@@ -147,41 +153,22 @@ def linear(
         >>> linear(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
         tensor([[11.,  2.]])
     """
+    check_is_tensor("x", x)
     check_dtype("x", x, *FLOATS)
     if x.ndim == 0:
         raise ValueError("x: expected shape (..., K), got ()")
     scale = None
     if isinstance(weight, QuantizedWeight):
         scale, weight = weight.scale, weight.values
+        check_tensor("weight", weight, ("N", x.shape[-1]), weight.dtype, x, "x")
     else:
-        check_dtype("weight", weight, x.dtype)
-    check_shape("weight", weight, "N", x.shape[-1])
+        check_tensor("weight", weight, ("N", x.shape[-1]), x.dtype, x, "x")
     if 0 in weight.shape:
         raise ValueError(f"weight: expected N and K of at least 1, got {tuple(weight.shape)}")
-    check_device("weight", weight, "x", x)
     if bias is not None:
-        check_shape("bias", bias, weight.shape[0])
-        check_dtype("bias", bias, x.dtype)
-        check_device("bias", bias, "x", x)
+        check_tensor("bias", bias, (weight.shape[0],), x.dtype, x, "x")
     check_no_grad("linear", x=x, weight=weight, bias=bias)
-
-    def triton() -> str | None:
-        from pydllm.kernels import linear as kernel
-
-        return kernel.supports(x, weight, scale, bias)
-
-    chosen = choose("linear", backend, x.device, triton=triton)
-    if chosen == "torch":
-        return reference.linear(x, weight, scale, bias)
-    return torch.ops.pydllm.linear(x, weight, scale, bias, chosen)
-
-
-def _run(
-    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, backend: str
-) -> Tensor:
-    if backend == "torch":
-        return reference.linear(x, weight, scale, bias)
-    return launcher("linear", backend)(x, weight, scale, bias)
+    return _OP(x, weight, scale, bias, backend=backend)
 
 
 def _fake(
@@ -190,8 +177,8 @@ def _fake(
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-register(
+_OP = Op(
     "linear(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, str backend) -> Tensor",
-    _run,
     _fake,
+    reference.linear,
 )

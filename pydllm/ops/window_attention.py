@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -47,6 +50,7 @@ def window_attention(
     eps: float = 1e-6,
     block_table: Tensor | None = None,
     block_offset: Tensor | None = None,
+    batch_invariant: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """Attention of a window over cached and fresh keys, with RoPE and cache write.
@@ -110,6 +114,8 @@ def window_attention(
             visible or committed slots are not used. No two sequences may commit to the same page.
         block_offset: ``(B,)`` int32, or None for 0. With ``-P % block_size`` blocks are
             counted from position ``P``, the end of the prompt, on.
+        batch_invariant: the torch backend promises what the kernels do, see Determinism; about 6
+            times slower than its default. Nothing to the others.
         backend: None (``PYDLLM_BACKEND``), ``"auto"``, ``"cuda"`` (fp16 and bf16, heads of 64 and
             128), ``"triton"`` or ``"torch"``.
 
@@ -129,11 +135,11 @@ def window_attention(
     A NaN stays in its sequence and its branch. Behind the masks by position it may show in a row
     that does not see it, as a NaN times a weight of 0.
 
-    Determinism: with the kernels a row's bits depend on its query and its visible keys alone,
-    not on the batch, other branches, padding, pages, or on which of the keys are cached; nor on
-    ``T / branches`` and ``L``: with the CUDA kernel never, with the Triton kernel as long as both
-    calls split the keys or both do not (short windows over long caches do, ``attention_splits`` in
-    ``kernels/_tiles.py``).
+    Determinism: with the kernels, and in torch with ``batch_invariant`` but for ``pad``, a row's
+    bits depend on its query and its visible keys alone, not on the batch, other branches, padding,
+    pages, or on which of the keys are cached; nor on ``T / branches`` and ``L``: with the Triton
+    kernel as long as both calls split the keys or both do not (short windows over long caches do,
+    ``attention_splits`` in ``kernels/_tiles.py``), with the others never.
     CUDA graphs: safe. ``torch.compile``: one op.
 
     Kernels: ``kernels/window_attention.py``, ``csrc/window_attention.cu``.
@@ -177,8 +183,10 @@ def window_attention(
         return kernel.supports(*tensors, *extra)
 
     chosen = choose("window_attention", backend, q.device, triton=triton, cuda=cuda)
-    run = _run if chosen == "torch" else torch.ops.pydllm.window_attention
     options = (factor, branches, causal, block_size, window, softcap, eps, chosen)
+    run: Callable[..., Tensor] = torch.ops.pydllm.window_attention
+    if chosen == "torch":
+        run = partial(_run, batch_invariant=batch_invariant)
     return call_in_op_context(q.device, run, *tensors, *extra, *options)
 
 
@@ -284,10 +292,13 @@ def _run(
     softcap: float | None,
     eps: float,
     backend: str,
+    batch_invariant: bool = False,
 ) -> Tensor:
     tensors = (q, k, v, k_cache, v_cache, start, length, kv_len, commit, cos, sin, pad)
-    run = reference.window_attention
-    if backend != "torch":
+    run: Callable[..., Tensor]
+    if backend == "torch":
+        run = partial(reference.window_attention, batch_invariant=batch_invariant)
+    else:
         run = launcher("window_attention", backend)
     return run(
         *tensors,

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pydllm.reference._attention_tiles import attention_in_tiles
 from pydllm.reference.rms_norm import rms_norm
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -36,6 +37,7 @@ def window_attention(
     window: int | None = None,
     softcap: float | None = None,
     eps: float = 1e-6,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """Softmax of ``q k^T scale`` over the visible slots, times ``v``; fp32, or fp64 for fp64.
 
@@ -90,7 +92,7 @@ def window_attention(
             used.append(_only(mask_slots, cache))
             cache[at] = torch.where(stored, fresh, before) if part == 0 else before
         query_rows = q[:, own] if branches > 1 else q
-        attended = _attention(query_rows, used[0], used[1], seen, scale, softcap)
+        attended = _attention(query_rows, used[0], used[1], seen, scale, softcap, batch_invariant)
         parts.append(_only(mask_rows, attended))
     if block_table is not None:
         for cache, gathered in zip(caches, (k_cache, v_cache), strict=True):
@@ -99,7 +101,13 @@ def window_attention(
 
 
 def _attention(
-    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, softcap: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seen: Tensor,
+    scale: float,
+    softcap: float | None,
+    batch_invariant: bool,
 ) -> Tensor:
     """The heads of a group become rows of their KV head: nothing is repeated."""
     rows, kv_heads = q.shape[1], k.shape[2]
@@ -108,7 +116,9 @@ def _attention(
     if group > 1:
         q = q.unflatten(1, (kv_heads, group)).transpose(2, 3).flatten(2, 3)
         mask = mask.repeat_interleave(group, 2)
-    if softcap is None:
+    if batch_invariant:
+        y = attention_in_tiles(q, k, v, mask, scale, softcap)
+    elif softcap is None:
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     else:
         wide = torch.promote_types(q.dtype, torch.float32)
