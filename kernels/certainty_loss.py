@@ -27,8 +27,9 @@ def _certainty_loss_forward_kernel(
     cross_entropy_ptr,  # (rows,) fp32, and the other statistics
     entropy_ptr,
     correct_ptr,  # (rows,) int8
-    total_ptr,
-    total_tempered_ptr,
+    largest_ptr,
+    log_sum_ptr,
+    log_sum_tempered_ptr,
     logits_ptr,  # (rows, vocab)
     target_ptr,  # (rows,) int64
     # sizes
@@ -66,16 +67,20 @@ def _certainty_loss_forward_kernel(
         mass_tempered = mass_tempered * scale + tl.sum(terms, 0)
         best = new_best
     target = tl.load(target_ptr + row)
-    aimed = tl.load(row_ptr + target).to(tl.float32)
-    correct = target == best_id
+    inside = (target >= 0) & (target < vocab)
+    aimed = tl.load(row_ptr + target, mask=inside, other=float("nan")).to(tl.float32)
     log_tempered = tl.log(mass_tempered)
     entropy = log_tempered - weighted / mass_tempered
-    total = best + tl.log(mass)
-    tl.store(cross_entropy_ptr + row, total - aimed)
+    # A row without a finite largest logit has none of the statistics.
+    bounded = (best > float("-inf")) & (best < float("inf"))
+    log_sum = tl.where(bounded, tl.log(mass), float("nan"))
+    correct = (target == best_id) & (log_sum == log_sum)
+    tl.store(cross_entropy_ptr + row, log_sum + (best - aimed))
     tl.store(entropy_ptr + row, tl.where(correct, entropy, 0.0))
     tl.store(correct_ptr + row, correct.to(tl.int8))
-    tl.store(total_ptr + row, total)
-    tl.store(total_tempered_ptr + row, best * inverse_temperature + log_tempered)
+    tl.store(largest_ptr + row, best)
+    tl.store(log_sum_ptr + row, log_sum)
+    tl.store(log_sum_tempered_ptr + row, log_tempered)
 
 
 @triton.jit
@@ -88,8 +93,9 @@ def _certainty_loss_backward_kernel(
     grad_entropy_ptr,
     entropy_ptr,
     correct_ptr,  # (rows,) int8
-    total_ptr,
-    total_tempered_ptr,
+    largest_ptr,
+    log_sum_ptr,
+    log_sum_tempered_ptr,
     # sizes
     vocab,
     inverse_temperature,
@@ -105,10 +111,11 @@ def _certainty_loss_backward_kernel(
     x = tl.load(logits_ptr + row * stride_logits_row + offs_v, mask=mask_v, other=float("-inf"))
     x = x.to(tl.float32)
     target = tl.load(target_ptr + row)
-    prob = tl.exp(x - tl.load(total_ptr + row))
+    shift = x - tl.load(largest_ptr + row)
+    prob = tl.exp(shift - tl.load(log_sum_ptr + row))
     slope = tl.load(grad_cross_entropy_ptr + row) * (prob - (offs_v == target).to(tl.float32))
     if tl.load(correct_ptr + row) != 0:
-        log_q = x * inverse_temperature - tl.load(total_tempered_ptr + row)
+        log_q = shift * inverse_temperature - tl.load(log_sum_tempered_ptr + row)
         log_q = tl.where(log_q < _NEGLIGIBLE, _NEGLIGIBLE, log_q)
         weight = tl.load(grad_entropy_ptr + row) * inverse_temperature
         slope -= weight * tl.exp(log_q) * (log_q + tl.load(entropy_ptr + row))
@@ -133,8 +140,8 @@ def certainty_loss(
 ) -> tuple[torch.Tensor, ...]:
     """Launch the forward kernel; returns what ``pydllm.reference.certainty_loss`` does."""
     rows, vocab = logits.shape
-    cross_entropy, entropy, total, total_tempered = (
-        torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(4)
+    cross_entropy, entropy, largest, log_sum, log_sum_tempered = (
+        torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(5)
     )
     correct = torch.empty(rows, dtype=torch.bool, device=logits.device)
     if rows:
@@ -143,8 +150,9 @@ def certainty_loss(
             cross_entropy_ptr=cross_entropy,
             entropy_ptr=entropy,
             correct_ptr=correct.view(torch.int8),
-            total_ptr=total,
-            total_tempered_ptr=total_tempered,
+            largest_ptr=largest,
+            log_sum_ptr=log_sum,
+            log_sum_tempered_ptr=log_sum_tempered,
             logits_ptr=logits,
             target_ptr=target,
             vocab=vocab,
@@ -154,7 +162,7 @@ def certainty_loss(
             num_warps=warps,
             enable_fp_fusion=True,
         )
-    return cross_entropy, entropy, correct, total, total_tempered
+    return cross_entropy, entropy, correct, largest, log_sum, log_sum_tempered
 
 
 def certainty_loss_backward(
@@ -165,8 +173,9 @@ def certainty_loss_backward(
     grad_entropy: torch.Tensor,
     entropy: torch.Tensor,
     correct: torch.Tensor,
-    logsumexp: torch.Tensor,
-    logsumexp_tempered: torch.Tensor,
+    largest: torch.Tensor,
+    log_sum: torch.Tensor,
+    log_sum_tempered: torch.Tensor,
 ) -> torch.Tensor:
     """Launch the backward kernel; arguments as in ``pydllm.reference``."""
     rows, vocab = logits.shape
@@ -181,8 +190,9 @@ def certainty_loss_backward(
             grad_entropy_ptr=grad_entropy,
             entropy_ptr=entropy,
             correct_ptr=correct.view(torch.int8),
-            total_ptr=logsumexp,
-            total_tempered_ptr=logsumexp_tempered,
+            largest_ptr=largest,
+            log_sum_ptr=log_sum,
+            log_sum_tempered_ptr=log_sum_tempered,
             vocab=vocab,
             inverse_temperature=1 / temperature,
             stride_logits_row=logits.stride(0),

@@ -71,7 +71,7 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
                     logits, target, TEMPERATURE
                 ),
             )
-            statistics = (row, row, row, correct, row, row)
+            statistics = (row, row, row, correct, row, row, row)
             yield (
                 f"backward {vocab} {dtype}",
                 lambda first=(logits, target), rest=statistics: kernel.certainty_loss_backward(

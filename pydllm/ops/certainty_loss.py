@@ -28,7 +28,7 @@ def certainty_loss(
 
     Args:
         logits: ``(R, V)`` fp32, fp16, bf16 or (torch backend) fp64; may require a gradient.
-        target: ``(R,)`` int64, ids in [0, V); the caller's promise, it is not read on the host.
+        target: ``(R,)`` int64, ids in [0, V). The cross-entropy of any other id is NaN.
         temperature: of the entropy, above 0.
         backend: None (``PYDLLM_BACKEND``), ``"auto"``, ``"triton"`` or ``"torch"``.
 
@@ -36,6 +36,8 @@ def certainty_loss(
         ``cross_entropy (R,)`` in nats, ``entropy (R,)`` in nats, 0 where the arg-max is another id,
         and ``correct (R,)`` bool, where it is the target; the lowest index wins a tie. The first
         two are fp32 (fp64 for fp64 logits) and have a gradient; which rows are correct has none.
+        A row with a NaN or +inf or without a finite logit has a cross-entropy of NaN and is not
+        correct.
         The loss of a set of rows is then ``cross_entropy.mean() + w * entropy.sum() /
         correct.sum()``.
 
@@ -63,15 +65,15 @@ def certainty_loss(
 
 
 class _CertaintyLoss(torch.autograd.Function):
-    """Keeps the logits and five numbers a row; the softmaxes are computed again."""
+    """Keeps the logits and six numbers per row; the softmaxes are computed again."""
 
     @staticmethod
     def forward(
         ctx: Any, logits: Tensor, target: Tensor, temperature: float, backend: str
     ) -> tuple[Tensor, Tensor, Tensor]:
         row = _FORWARD.run(backend, logits, target, temperature)
-        cross_entropy, entropy, correct, total, total_tempered = row
-        ctx.save_for_backward(logits, target, entropy, correct, total, total_tempered)
+        cross_entropy, entropy, correct, *sums = row
+        ctx.save_for_backward(logits, target, entropy, correct, *sums)
         ctx.temperature, ctx.backend = temperature, backend
         ctx.mark_non_differentiable(correct)
         return cross_entropy, entropy, correct
@@ -86,9 +88,9 @@ class _CertaintyLoss(torch.autograd.Function):
 
 def _fake(logits: Tensor, target: Tensor, temperature: float, backend: str) -> tuple[Tensor, ...]:
     wide = torch.promote_types(logits.dtype, torch.float32)
-    rows = [logits.new_empty(logits.shape[0], dtype=wide) for _ in range(4)]
+    rows = [logits.new_empty(logits.shape[0], dtype=wide) for _ in range(5)]
     correct = torch.empty_like(target, dtype=torch.bool)
-    return rows[0], rows[1], correct, rows[2], rows[3]
+    return rows[0], rows[1], correct, *rows[2:]
 
 
 def _fake_backward(logits: Tensor, *_: object) -> Tensor:
@@ -97,7 +99,7 @@ def _fake_backward(logits: Tensor, *_: object) -> Tensor:
 
 _FORWARD = Op(
     "certainty_loss(Tensor logits, Tensor target, float temperature, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake,
     reference.certainty_loss,
     opaque=True,
@@ -105,7 +107,7 @@ _FORWARD = Op(
 _BACKWARD = Op(
     "certainty_loss_backward(Tensor logits, Tensor target, float temperature, "
     "Tensor grad_cross_entropy, Tensor grad_entropy, Tensor entropy, Tensor correct, "
-    "Tensor logsumexp, Tensor logsumexp_tempered, str backend) -> Tensor",
+    "Tensor largest, Tensor log_sum, Tensor log_sum_tempered, str backend) -> Tensor",
     _fake_backward,
     reference.certainty_loss_backward,
     file="certainty_loss",

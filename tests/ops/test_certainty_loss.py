@@ -8,6 +8,7 @@ from pydllm import ops, reference
 from pydllm.testing import assert_within_budget, random_normal
 
 T = 0.5
+NAN = math.nan
 
 
 def _inputs(rows, vocab, dtype=torch.float64, seed=0):
@@ -75,13 +76,13 @@ def test_triton_stays_within_the_error_budget(dtype, shape):
     logits, target = _inputs(*shape, dtype)
     got = torch.ops.pydllm.certainty_loss(logits, target, T, "triton")
     assert torch.equal(got[2], reference.certainty_loss(logits, target, T)[2])
-    for place in (0, 1, 3, 4):
+    for place in (0, 1, 3, 4, 5):
         assert_within_budget(
             got[place], lambda x, p=place: reference.certainty_loss(x, target, T)[p], logits
         )
     weights = random_normal(2, shape[0], seed=5)
     statistics = reference.certainty_loss(logits, target, T)
-    kept = (statistics[1], statistics[2], statistics[3], statistics[4])
+    kept = statistics[1:]
     grad = torch.ops.pydllm.certainty_loss_backward(logits, target, T, *weights, *kept, "triton")
     assert_within_budget(
         grad,
@@ -121,6 +122,34 @@ def test_a_row_depends_on_itself_alone(backend):
         assert torch.equal(together[2:4], alone)
     assert results[0][0][1].isnan()
     assert torch.isfinite(results[0][3][[0, 2, 3, 4, 5]]).all()
+
+
+INF, HUGE = float("inf"), 3.3e38
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize(
+    ("row", "target", "cross_entropy", "entropy", "grad"),
+    [
+        ([-INF, -INF], 0, NAN, 0.0, [NAN, NAN]),
+        ([INF, 1.0], 1, NAN, 0.0, [NAN, NAN]),
+        ([NAN, 1.0], 1, NAN, 0.0, [NAN, NAN]),
+        ([1.0, INF], 1, NAN, 0.0, [NAN, NAN]),
+        ([HUGE, -HUGE], 0, 0.0, 0.0, [0.0, 0.0]),
+        ([HUGE, HUGE], 0, math.log(2), math.log(2), [-0.5, 0.5]),
+        ([1.0, -INF], 0, 0.0, 0.0, [0.0, 0.0]),
+        ([1.0, 1.0], 2, NAN, 0.0, [0.5, 0.5]),
+        ([1.0, 1.0], -1, NAN, 0.0, [0.5, 0.5]),
+        ([1.0, 1.0], 2**40, NAN, 0.0, [0.5, 0.5]),
+    ],
+    ids=str,
+)
+def test_rows_at_the_ends_of_the_range(row, target, cross_entropy, entropy, grad, backend):
+    logits = torch.tensor([row], requires_grad=True)
+    got = ops.certainty_loss(logits, torch.tensor([target]), backend=backend)
+    (got[0].sum() + got[1].sum()).backward()
+    found = (got[0].item(), got[1].item(), *logits.grad[0].tolist())
+    assert found == pytest.approx((cross_entropy, entropy, *grad), nan_ok=True)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
