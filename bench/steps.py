@@ -57,7 +57,7 @@ _MORE = ("gpu", "driver", "torch", "triton", "cuda", "commit", "command", "date"
 
 def algorithms(
     model: NativeModel, verifier: NativeModel | None, block: int
-) -> dict[str, pydllm.decoding.generation.Algorithm]:
+) -> dict[str, pydllm.decoding.driver.Algorithm]:
     """What is timed, by name."""
     size = model.spec.block_size or block
     cache = "none" if model.spec.block_size else "dual"

@@ -1,17 +1,18 @@
-"""Adaptive parallel decoding (arXiv 2506.00413), and the left-to-right baseline it starts from."""
+"""Adaptive parallel decoding (arXiv 2506.00413)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 
-from pydllm.decoding.generation import Decoded, Request
-from pydllm.decoding.rounds import Rounds
-from pydllm.decoding.static import expect, expect_int, expect_number
+from pydllm.decoding.call import Call
+from pydllm.decoding.checks import each, expect, expect_each, expect_int, expect_number
+from pydllm.decoding.driver import Algorithm
+from pydllm.decoding.rounds import DraftVerifyDecoder
 from pydllm.models import Model
 
 EMITS = ("draft", "draft_then_target", "target")
@@ -22,7 +23,7 @@ _LEAST_SQUARED = 1e-3  # its square has to be a temperature, too
 
 
 @dataclass(frozen=True)
-class APD:
+class APD(Algorithm):
     """Left to right, as many drafts of one forward as a small causal model agrees with: adaptive
     parallel decoding (arXiv 2506.00413).
 
@@ -70,14 +71,14 @@ class APD:
     )
 
     def __post_init__(self) -> None:
-        _expect_each("mixture", self.mixture, lambda name, r: expect_number(name, r, 0.0, 1.0))
-        _expect_each("window", self.window, _expect_reach)
-        _expect_each("lookahead", self.lookahead, _expect_reach)
-        _expect_top_p(self.top_p)
+        expect_each("mixture", self.mixture, lambda name, r: expect_number(name, r, 0.0, 1.0))
+        expect_each("window", self.window, expect_reach)
+        expect_each("lookahead", self.lookahead, expect_reach)
+        expect_top_p(self.top_p)
         expect("emit", self.emit, EMITS)
         expect("rule", self.rule, RULES)
         if self.verifier is None:
-            mixture = _each(self.mixture)
+            mixture = each(self.mixture)
             if any(value < 1 for value in mixture) or self.rule != "paper":
                 raise ValueError(
                     "verifier: expected a causal model (None needs mixture 1 and rule 'paper'), "
@@ -89,8 +90,15 @@ class APD:
                 f"got {self.verifier.spec.attention!r}"
             )
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what was found out about models: weak references cannot be copied."""
+        return {name: value for name, value in vars(self).items() if name != "_shared"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _shared=WeakKeyDictionary())
+
     def check(self, model: Model, max_new_tokens: int) -> None:
-        _expect_full(self, model)
+        expect_full(self, model)
         verifier = self.verifier
         if verifier is None:
             return
@@ -106,88 +114,34 @@ class APD:
                 f"got one that shares the ids below {shared}"
             )
 
-    def run(self, request: Request) -> Decoded:
-        batch, slots = request.x.shape
-        mixture, window, lookahead = (
-            _per_prompt(name, getattr(self, name), batch, request.rows)
-            for name in ("mixture", "window", "lookahead")
-        )
+    def decoder(self, call: Call) -> DraftVerifyDecoder:
+        count = len(call.prompt_lengths)
         shared = None
         if self.verifier is not None:
-            shared = self._shared_vocab(request.model, self.verifier)
-            _check_prompts(request, shared, self.verifier.spec.max_positions)
-        temperature = torch.as_tensor(request.temperature)
+            shared = self._shared_vocab(call.model, self.verifier)
+            _check_prompts(call, shared, self.verifier.spec.max_positions)
+        temperature = torch.as_tensor(call.temperature)
         squared = self.rule == "reference"
         if squared and ((temperature > 0) & (temperature < _LEAST_SQUARED)).any():
             raise ValueError(
                 f"temperature: expected 0 or at least {_LEAST_SQUARED} with rule 'reference', "
                 f"got {temperature.tolist()}"
             )
-        return Rounds(
+        return DraftVerifyDecoder(
             self.verifier,
-            mixture,
-            window,
-            lookahead,
-            limit=None,
+            per_prompt("mixture", self.mixture, count),
+            per_prompt("window", self.window, count),
+            per_prompt("lookahead", self.lookahead, count),
             top_p=self.top_p,
             emit=self.emit,
             rule=self.rule,
             shared_vocab=shared,
-        ).run(request)
+        )
 
     def _shared_vocab(self, model: Model, verifier: Model) -> int:
         if model not in self._shared:
             self._shared[model] = shared_vocab(model, verifier)
         return self._shared[model]
-
-
-@dataclass(frozen=True)
-class LeftToRight:
-    """A fixed number of tokens a forward, from left to right: the baseline of arXiv 2506.00413.
-
-    Equal to ``APD`` with mixture 1 that accepts at most ``tokens_per_step`` drafts a round, under
-    the same noise.
-
-    Attributes:
-        tokens_per_step: K, tokens written a forward, at most ``lookahead``. The LM head is
-            evaluated at these positions alone.
-        window, lookahead, top_p: as in ``APD``; by default everything is computed anew and all
-            masks are shown.
-    """
-
-    tokens_per_step: int = 1
-    window: int | None | Sequence[int | None] = None
-    lookahead: int | None | Sequence[int | None] = None
-    top_p: float | None = None
-
-    def __post_init__(self) -> None:
-        expect_int("tokens_per_step", self.tokens_per_step, 1)
-        _expect_each("window", self.window, _expect_reach)
-        _expect_each("lookahead", self.lookahead, _expect_reach)
-        _expect_top_p(self.top_p)
-        least = min((value for value in _each(self.lookahead) if value is not None), default=None)
-        if least is not None and least < self.tokens_per_step:
-            raise ValueError(
-                f"lookahead: expected at least the {self.tokens_per_step} tokens_per_step, "
-                f"got {least}"
-            )
-
-    def check(self, model: Model, max_new_tokens: int) -> None:
-        _expect_full(self, model)
-
-    def run(self, request: Request) -> Decoded:
-        batch = request.x.shape[0]
-        return Rounds(
-            None,
-            [1.0] * batch,
-            _per_prompt("window", self.window, batch, request.rows),
-            _per_prompt("lookahead", self.lookahead, batch, request.rows),
-            limit=self.tokens_per_step,
-            top_p=self.top_p,
-            emit="draft",
-            rule="paper",
-            shared_vocab=None,
-        ).run(request)
 
 
 def shared_vocab(model: Model, verifier: Model) -> int:
@@ -225,16 +179,15 @@ def shared_vocab(model: Model, verifier: Model) -> int:
     return shared
 
 
-def _check_prompts(request: Request, shared: int, limit: int) -> None:
+def _check_prompts(call: Call, shared: int, limit: int) -> None:
     """What the verifier cannot take of prompts that suit the model."""
-    slots = request.x.shape[1]
-    if slots > limit:
+    if call.longest > limit:
         raise ValueError(
             f"prompts: expected at most the verifier's {limit} positions with "
-            f"max_new_tokens={request.max_new_tokens}, got {slots}"
+            f"max_new_tokens={call.max_new_tokens}, got {call.longest}"
         )
-    lengths = request.prompt_length.tolist()
-    for row, (length, ids) in enumerate(zip(lengths, request.x.tolist(), strict=True)):
+    rows = zip(call.prompt_lengths, call.x.tolist(), strict=True)
+    for row, (length, ids) in enumerate(rows):
         if length == 0:
             raise ValueError(
                 f"prompts[{row}]: expected at least one token (the verifier predicts position i "
@@ -248,7 +201,7 @@ def _check_prompts(request: Request, shared: int, limit: int) -> None:
                 )
 
 
-def _expect_full(algorithm: object, model: Model) -> None:
+def expect_full(algorithm: object, model: Model) -> None:
     if model.spec.attention != "full":
         raise ValueError(
             f"{type(algorithm).__name__}: expected a model with full attention, "
@@ -256,30 +209,20 @@ def _expect_full(algorithm: object, model: Model) -> None:
         )
 
 
-def _expect_reach(name: str, value: object) -> None:
+def expect_reach(name: str, value: object) -> None:
     if value is not None:
         expect_int(name, value, 1)
 
 
-def _expect_top_p(value: float | None) -> None:
+def expect_top_p(value: float | None) -> None:
     if value is not None and not (isinstance(value, int | float) and 0 < value <= 1):
         raise ValueError(f"top_p: expected a number in (0, 1] or None, got {value!r}")
 
 
-def _each(value: Any) -> Sequence[Any]:
-    return value if isinstance(value, list | tuple) else (value,)
-
-
-def _expect_each(name: str, value: Any, expect_one: Callable[[str, Any], None]) -> None:
-    for one in _each(value):
-        expect_one(name, one)
-
-
-def _per_prompt(name: str, value: Any, batch: int, rows: int) -> Sequence[Any]:
-    """One value for each sequence of the batch; those behind the ``rows`` are as the first."""
+def per_prompt(name: str, value: Any, count: int) -> Sequence[Any]:
+    """One value for each of ``count`` prompts."""
     if not isinstance(value, list | tuple):
-        return [value] * batch
-    rows = rows or batch
-    if len(value) != rows:
-        raise ValueError(f"{name}: expected one value for each of {rows} prompts, got {value!r}")
-    return [*value, *value[:1] * (batch - rows)]
+        return [value] * count
+    if len(value) != count:
+        raise ValueError(f"{name}: expected one value for each of {count} prompts, got {value!r}")
+    return value

@@ -2,58 +2,75 @@
 
 From one forward's statistics the next steps of the baseline are guessed: the baseline's own rule
 is applied again and again to the same, now stale, statistics. The candidates that arise are nested.
-One forward looks at all of them; where the rule, applied to a candidate's own statistics, gives the
-next candidate, that one is a state of the baseline as well. The longest such chain is accepted, and
-the statistics of its last candidate are the ones that the next round guesses from.
+One forward verifies all of them; where the rule, applied to a candidate's own statistics, gives the
+next candidate, that one is a state of the baseline as well. The longest such prefix is accepted,
+and the statistics of its last candidate are those that the next round guesses from.
 
 The same rule makes guesses and judgements, so the accepted states are the baseline's by
 construction, whatever the model, the number of drafts or the cache: provided that a row's
 statistics do not depend on its batch. Where a step is one token in an order by score, two ops do
-it, one launch each (``ops.draft``, ``ops.verify``); other baselines apply ``ops.unmask`` once a
-candidate.
+it, one launch each (``ops.draft``, ``ops.verify``); for other baselines ``ops.unmask`` runs once
+per candidate.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pydllm import ops
-from pydllm.decoding.drafts import MOST, Carried, Composed, Drafts, Fused
-from pydllm.decoding.generation import Decoded, Request
-from pydllm.decoding.loop import Block, Blockwise, force_first
-from pydllm.decoding.pipelined import Pipelined
-from pydllm.decoding.state import HostNumbers
-from pydllm.decoding.static import Baseline, Static, expect, expect_int
+from pydllm.decoding.blockwise import (
+    Block,
+    BlockState,
+    BlockwiseAlgorithm,
+    begin_blocks,
+    block_ending,
+    force_first,
+    masks_left,
+    open_block,
+    window_stats,
+)
+from pydllm.decoding.call import Call
+from pydllm.decoding.checks import expect, expect_int
+from pydllm.decoding.drafts import (
+    MOST,
+    Carried,
+    DraftBudget,
+    Drafter,
+    FusedDrafter,
+    RuleDrafter,
+    draft_fields,
+    is_fused,
+)
+from pydllm.decoding.driver import Algorithm, Counts, Decoder, Plan
+from pydllm.decoding.pipelined import PipelinedDecoder
+from pydllm.decoding.static import Static
 from pydllm.models import Model
-
-# The ops rank 128 positions, and a pipelined window has a block more than its drafts.
-_FUSED_BLOCK = 64
 
 
 @dataclass(frozen=True)
-class FreeDave:
+class FreeDave(Algorithm):
     """The tokens of a baseline in fewer forwards (FreeDave, arXiv 2510.00294).
 
     Attributes:
         draft_steps: steps of the baseline that one forward verifies at most, 1 to 32; 1 is the
             baseline itself, forward for forward. ``"auto"``: as many as the sequences' running
-            acceptance, the masks that are left and a budget of 256 rows a forward suggest. The
+            acceptance, the masks that are left and a budget of 256 rows per forward suggest. The
             forwards of a sequence then depend on its batch, its tokens do not.
         block_length, cache, first_token: as in ``Static``.
         mode: ``"strict"``: drafts stay inside the block. ``"pipelined"``, for block-causal models
-            alone: drafts run on into the blocks behind, every forward verifies, none is spent on
-            opening a block, and each sequence goes its own pace.
+            alone: drafts run on into the next blocks, every forward verifies, none is spent on
+            opening a block, and each sequence goes at its own pace.
         baseline: whose tokens are produced, with its own block length and cache: ``Static``,
-            ``Threshold``, ``Factor`` or ``EntropyBound``. None: ``Static`` with one token a step
+            ``Threshold``, ``Factor`` or ``EntropyBound``. None: ``Static`` with one token per step
             and the values above, which have to stay at their defaults otherwise.
         lossless: at a temperature above 0, ``"tokens"``: each candidate draws under the noise of
             the baseline in that state, so the tokens are the baseline's for the same seed.
             ``"distribution"``: each draws under noise of its own; the tokens follow the baseline's
-            law, but are others, and fewer drafts are right.
+            law, but are others, and fewer drafts are right. Not with ``"auto"``, where they would
+            depend on the batch.
 
     A forward computes up to ``draft_steps`` copies of the window and counts once in
     ``Generation.nfe``. ``Generation.step_map`` holds the forward that made a token certain.
@@ -64,7 +81,7 @@ class FreeDave:
     mode: str = "strict"
     cache: str = "none"
     first_token: str = "window"
-    baseline: Baseline | None = None
+    baseline: BlockwiseAlgorithm | None = None
     lossless: str = "tokens"
 
     def __post_init__(self) -> None:
@@ -74,6 +91,11 @@ class FreeDave:
             expect_int("draft_steps", self.draft_steps, 1, MOST)
         expect("mode", self.mode, ("strict", "pipelined"))
         expect("lossless", self.lossless, ("tokens", "distribution"))
+        if self.draft_steps == "auto" and self.lossless == "distribution":
+            raise ValueError(
+                "lossless: expected 'tokens' with draft_steps 'auto' (fresh noise is keyed by the "
+                "candidate, and their number depends on the batch), got 'distribution'"
+            )
         self._baseline()
 
     def check(self, model: Model, max_new_tokens: int) -> None:
@@ -84,19 +106,24 @@ class FreeDave:
                 f"earlier ones predict, got {self.mode!r}"
             )
 
-    def run(self, request: Request) -> Decoded:
+    @property
+    def is_random(self) -> bool:
+        return self._baseline().is_random
+
+    def decoder(self, call: Call) -> Decoder:
         auto = isinstance(self.draft_steps, str)
         most = MOST if isinstance(self.draft_steps, str) else self.draft_steps
-        drafts = Drafts(most, auto, self.lossless == "distribution")
+        budget = DraftBudget(most, auto, self.lossless == "distribution")
         baseline = self._baseline()
-        mode = Pipelined if self.mode == "pipelined" else _Strict
-        road = Fused if _is_fused(baseline) else Composed
-        return mode(**vars(baseline.plan()), drafts=drafts, road=road).run(request)
+        kind = FusedDrafter if is_fused(baseline) else RuleDrafter
+        if self.mode == "pipelined":
+            return PipelinedDecoder.of(call, baseline, budget, kind)
+        return StrictDecoder(baseline, budget, kind(baseline.accept, budget))
 
-    def _baseline(self) -> Baseline:
+    def _baseline(self) -> BlockwiseAlgorithm:
         if self.baseline is None:
             return Static(self.block_length, cache=self.cache, first_token=self.first_token)
-        if not isinstance(self.baseline, Baseline):
+        if not isinstance(self.baseline, BlockwiseAlgorithm):
             raise TypeError(f"baseline: expected a block-wise algorithm, got {self.baseline!r}")
         if self.baseline.semantics != "exact":
             raise ValueError(
@@ -112,77 +139,107 @@ class FreeDave:
         return self.baseline
 
 
-def _is_fused(baseline: Baseline) -> bool:
-    """Whether a step is one token in an order by score, and a window small enough to rank."""
-    if not isinstance(baseline, Static) or baseline.score == "random":
-        return False
-    return baseline.tokens_per_step == 1 and baseline.block_length <= _FUSED_BLOCK
+@dataclass
+class StrictState(BlockState):
+    """Also what both modes of FreeDave carry, see ``DraftState``."""
+
+    baseline_steps: Tensor = None  # type: ignore[assignment]
+    accept_ema: Tensor = None  # type: ignore[assignment]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StrictPlan(Plan):
+    """A step of ``block``; ``kind`` is begin, verify (of ``branches`` candidates) or close."""
+
+    block: Block
+    kind: str
+    branches: int = 1
 
 
 @dataclass(frozen=True)
-class _Strict(Blockwise):
-    """Fills a block of the baseline, several of its steps a forward."""
+class StrictDecoder(Decoder):
+    """Fills a block of the baseline, several of its steps per forward.
 
-    drafts: Drafts
-    road: type[Composed] | type[Fused]
+    The counts have a second row: the candidates that each sequence asks for.
+    """
 
-    def fill(self, block: Block, numbers: HostNumbers) -> Iterator[None]:
-        state, selection = block.state, block.block
-        road = self.road(block.request, self.accept, self.drafts, None)
+    baseline: BlockwiseAlgorithm
+    budget: DraftBudget
+    drafter: Drafter
 
-        def begin() -> tuple[Carried, Tensor]:
-            stats = block.look(state, block.refresh, selection, draw=self.drafts.draw(state, 1))
-            accept = force_first if block.forced else self.accept
-            carried = road.begin(state, stats, selection, selection, accept)
-            return carried, self._wish(block)
+    def begin(self, call: Call, prompts: list[int]) -> tuple[StrictState, None]:
+        extra = draft_fields(len(prompts), call.device)
+        return begin_blocks(StrictState, self.baseline, call, prompts, **extra), None
 
-        carried, wish = block.run("begin", block.refresh, begin)
-        yield
-        # As many as the baseline could need: with logits that are NaN a mask can stay a mask.
-        for index in range(block.size - 1):
-            numbers.post(wish)
-            most = numbers.read()[0]
-            if block.request.warm:
-                most = 1 + index % self.drafts.most
-            if most == 0:
-                break
-            rows = block.window.width * len(state.rows)
-            branches = self.drafts.bucket(block.request, self.drafts.branches(most, rows))
+    def plan(self, state: StrictState, counts: Counts | None) -> StrictPlan:
+        block, batch = state.block, len(state.prompts)
+        if block is None or (counts is not None and max(counts[0]) <= 0):
+            block = open_block(self.baseline, state)
+            state.steps_done = 1
+            widths = (block.refresh.width, block.positions.width)
+            return StrictPlan(("begin", *widths), block=block, kind="begin")
+        wanted = max(counts[1]) if counts is not None else 0
+        if state.call.warm:
+            wanted = 1 + (state.steps_done - 1) % self.budget.most
+        widths = (block.window.width, block.positions.width)
+        # As many rounds as the baseline could need: NaN logits can leave a mask a mask.
+        if wanted == 0 or state.steps_done == self.baseline.block_length:
+            return StrictPlan(("close", *widths), is_forward=False, block=block, kind="close")
+        state.steps_done += 1
+        rows = block.window.width * batch
+        branches = self.budget.branches(wanted, rows, state.call.runner)
+        return StrictPlan(
+            ("verify", branches, *widths), block=block, kind="verify", branches=branches
+        )
 
-            def verify(carried: Carried = carried, branches: int = branches) -> tuple:
-                packed = road.pack(state, carried, branches)
-                draw = self.drafts.draw(state, branches)
-                wide = selection.repeat(branches)
-                looked = block.look(packed, block.window, wide, branches=branches, draw=draw)
-                _, following = road.follow(state, carried, packed, looked, selection, branches)
-                return following, self._wish(block)
+    def step(self, state: StrictState, plan: StrictPlan) -> tuple[Tensor, Carried]:
+        block = plan.block
+        if plan.kind == "close":
+            _close(state, block)
+            return -state.done.int().repeat(2, 1), None
+        if plan.kind == "begin":
+            carried = self._begin(state, block)
+        else:
+            carried = self._verify(state, block, plan.branches)
+        wanted = self.budget.num_drafts(state, masks_left(state, block))
+        return torch.stack((torch.where(state.done, -1, 1), wanted)).int(), carried
 
-            carried, wish = block.run(("verify", branches), block.window, verify)
-            yield
-        block.run("close", block.window, lambda: close(block))
+    def _begin(self, state: StrictState, block: Block) -> Carried:
+        noise = self.budget.noise_offset(state, 1)
+        stats = window_stats(
+            self.baseline, state, block.refresh, block.positions, noise_offset=noise
+        )
+        accept = force_first if block.is_forced else self.baseline.accept
+        return self.drafter.begin(state, stats, block.positions, block.positions, accept)
 
-    def _wish(self, block: Block) -> Tensor:
-        """The largest number of candidates that a sequence wishes for, ``(1,)``."""
-        wish = self.drafts.wish(block.state, block.masks_left(block.state))
-        return wish.amax(0, keepdim=True)
+    def _verify(self, state: StrictState, block: Block, branches: int) -> Carried:
+        packed = self.drafter.pack(state, branches)
+        stats = window_stats(
+            self.baseline,
+            packed,
+            block.window,
+            block.positions.repeat(branches),
+            branches=branches,
+            noise_offset=self.budget.noise_offset(state, branches),
+        )
+        return self.drafter.follow(state, packed, stats, block.positions, branches)[1]
 
 
-def close(block: Block) -> None:
+def _close(state: StrictState, block: Block) -> None:
     """Say which sequences are done: a step that writes no tokens."""
-    state, request = block.state, block.request
     nothing = torch.zeros_like(state.nfe)
-    window = state.x[:, : block.block.width]
+    window = state.x[:, : block.positions.width]
     ops.unmask(
         state.x,
         state.step_map,
         nothing,  # not a forward
         window.clone(),
         torch.zeros_like(window, dtype=torch.float32),
-        mask_id=request.mask_id,
-        start=block.block.start,
-        length=block.block.length,
+        mask_id=state.call.mask_id,
+        start=block.positions.start,
+        length=block.positions.length,
         rule="quota",
         quota=nothing.clone(),
-        ending=block.ending(last=True),
-        backend=request.backend,
+        ending=block_ending(state, block, last=True),
+        backend=state.call.backend,
     )

@@ -2,9 +2,9 @@
 
 A step is a function without arguments that reads and writes tensors at fixed addresses. ``run``
 calls it once or a few times, then captures it and replays it from then on.
-What a step reads lies in buffers that ``hold`` fills; what it is captured with beside them, Python
-numbers and shapes, is in its key. Sequences and window rows are rounded up to buckets, so there are
-few keys: rows behind a window's length mean nothing, and sequences that are finished are not
+What a step reads lies in buffers that ``static_buffer`` fills; what it is captured with besides
+them, Python numbers and shapes, is in its key. Sequences and window rows are rounded up to buckets,
+so there are few keys: rows past a window's length mean nothing, and finished sequences are not
 touched by any op.
 
 Without a GPU the same code runs over ``recorder.Recording``.
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections import OrderedDict
+import threading
 from collections.abc import Callable, Hashable
 from typing import Any, Protocol, TypeVar
 
@@ -24,17 +24,13 @@ from torch import Tensor
 from pydllm._backend.errors import PydllmError
 from pydllm.decoding.recorder import Recording
 from pydllm.models import Model, StaticCache
+from pydllm.models.workspace import Workspace
 
 # Calls of one kind share buffers, among them a cache of keys and values, and captured steps. So
 # many kinds are kept a model, those used last.
 KINDS = 4
 # With "auto" a step is captured when it has run so often: a capture takes as long as a few steps.
 WORTH_IT = 3
-# Rounds between two looks at which sequences are finished, where nothing else depends on it. The
-# answer is read a round after it was asked for, so that the device never waits for the host; as
-# many rounds at the end of a call may do nothing.
-POLL = 4
-
 Tree = TypeVar("Tree")
 _LOG = logging.getLogger("pydllm")
 
@@ -42,9 +38,9 @@ _LOG = logging.getLogger("pydllm")
 class Runner(Protocol):
     """How the steps of a call are run."""
 
-    static: bool
+    fixed_shapes: bool
 
-    def hold(self, name: str, tree: Tree) -> Tree:
+    def static_buffer(self, name: str, tree: Tree) -> Tree:
         """The same tensors, at an address that steps may read whenever they are run."""
 
     def cache(self, name: str, model: Model, batch: int, max_len: int) -> StaticCache:
@@ -53,31 +49,44 @@ class Runner(Protocol):
     def run(self, key: Hashable, step: Callable[[], Tree]) -> Tree:
         """Do the step. What it returns is overwritten when a step of that key is run again."""
 
-    def width(self, rows: int, most: int) -> int:
-        """Rows of a window or a selection that needs so many."""
+    def batch_size(self, count: int) -> int:
+        """Slots of a batch of ``count`` sequences, at least that many."""
 
-    def stay(self, live: list[int], batch: int) -> list[int] | None:
-        """Rows of the batch to go on with, ascending; None for all."""
+    def width(self, rows: int, most: int) -> int:
+        """Rows of a window or a selection that needs ``rows``, at most ``most``."""
+
+    def active_slots(self, live: list[int], batch: int) -> list[int] | None:
+        """Slots of the batch to go on with, ascending; None for all."""
 
 
 class Eager:
-    """Every step as it is; finished sequences leave at once."""
+    """Every step as it is; finished sequences leave at once.
 
-    static = False
+    Args:
+        caches: without, caches keep nothing.
+    """
 
-    def hold(self, name: str, tree: Tree) -> Tree:
+    fixed_shapes = False
+
+    def __init__(self, *, caches: bool = True) -> None:
+        self._caches = caches
+
+    def static_buffer(self, name: str, tree: Tree) -> Tree:
         return tree
 
     def cache(self, name: str, model: Model, batch: int, max_len: int) -> StaticCache:
-        return model.new_cache(batch, max_len)
+        return model.new_cache(batch, max_len if self._caches else 0)
 
     def run(self, key: Hashable, step: Callable[[], Tree]) -> Tree:
         return step()
 
+    def batch_size(self, count: int) -> int:
+        return count
+
     def width(self, rows: int, most: int) -> int:
         return rows
 
-    def stay(self, live: list[int], batch: int) -> list[int] | None:
+    def active_slots(self, live: list[int], batch: int) -> list[int] | None:
         return live if len(live) < batch else None
 
 
@@ -85,7 +94,7 @@ class Graphs:
     """Captured steps of one kind of call, and the buffers they work on.
 
     Attributes:
-        batch, slots: sequences and slots that its buffers are for; calls may have fewer.
+        batch, max_len: slots of its buffers, and positions of each; calls may have fewer.
         steps: the captured steps by their keys.
 
     Args:
@@ -94,21 +103,23 @@ class Graphs:
         strict: raise if a step cannot be captured; otherwise say so once and go on without.
     """
 
-    static = True
+    fixed_shapes = True
 
     def __init__(
-        self, device: torch.device, batch: int, slots: int, *, after: int, strict: bool
+        self, device: torch.device, batch: int, max_len: int, *, after: int, strict: bool
     ) -> None:
         self._device, self.after, self.strict = device, after, strict
-        self.batch, self.slots = batch, slots
+        self.batch, self.max_len = batch, max_len
         self._buffers: dict[Hashable, Tensor] = {}
         self._caches: dict[Hashable, StaticCache] = {}
         self._seen: dict[Hashable, int] = {}
         self.steps: dict[Hashable, Recording | _Captured] = {}
         self._pool: Any = None
+        # Held by the call that uses the buffers; another one runs without.
+        self.lock = threading.Lock()
         self._broken = False
 
-    def hold(self, name: str, tree: Tree) -> Tree:
+    def static_buffer(self, name: str, tree: Tree) -> Tree:
         def place(path: str, tensor: Tensor) -> Tensor:
             key = (path, tuple(tensor.shape), tensor.dtype)
             if key not in self._buffers:
@@ -151,10 +162,13 @@ class Graphs:
         self.steps[key] = captured
         return captured.replay()
 
+    def batch_size(self, count: int) -> int:
+        return power_of_two(count)
+
     def width(self, rows: int, most: int) -> int:
         return min(bucket(rows), most)
 
-    def stay(self, live: list[int], batch: int) -> list[int] | None:
+    def active_slots(self, live: list[int], batch: int) -> list[int] | None:
         count = power_of_two(len(live))
         if count >= batch:
             return None
@@ -167,7 +181,7 @@ class _Captured:
 
     def __init__(self, step: Callable[[], Any], pool: Any) -> None:
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             self._result = step()
 
     def replay(self) -> Any:
@@ -204,26 +218,27 @@ def map_tensors(place: Callable[[str, Tensor], Tensor], tree: Any, path: str = "
     return tree
 
 
-def freeze(value: Any) -> Hashable:
+def cache_key(value: Any) -> Hashable:
     """What a step may have been captured with, as a dictionary's key."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = (f for f in dataclasses.fields(value) if f.compare)
-        return (type(value), *((f.name, freeze(getattr(value, f.name))) for f in fields))
+        return (type(value), *((f.name, cache_key(getattr(value, f.name))) for f in fields))
     if isinstance(value, list | tuple):
-        return tuple(map(freeze, value))
+        return tuple(map(cache_key, value))
     return value
 
 
-def graphs_of(model: Model, kind: Hashable, batch: int, slots: int, *, auto: bool) -> Graphs:
+def graphs_of(model: Model, kind: Hashable, batch: int, max_len: int, *, auto: bool) -> Graphs:
     """The graphs of a kind of call over a model, large enough; it keeps those used last."""
-    kept: OrderedDict[tuple[Hashable, int, int], Graphs] = model.graphs  # type: ignore[attr-defined]
-    large = [key for key in kept if key[0] == kind and key[1] >= batch and key[2] >= slots]
-    key = min(large, key=lambda key: key[1:], default=(kind, batch, slots))
-    if key not in kept:
-        while len(kept) >= KINDS:
-            kept.popitem(last=False)
-        kept[key] = Graphs(model.device, batch, slots, after=1, strict=False)
-    kept.move_to_end(key)
-    graphs = kept[key]
+    kept: Workspace = model.graphs  # type: ignore[attr-defined]
+    with kept.lock:
+        large = [key for key in kept if key[0] == kind and key[1] >= batch and key[2] >= max_len]
+        key = min(large, key=lambda key: key[1:], default=(kind, batch, max_len))
+        if key not in kept:
+            while len(kept) >= KINDS:
+                kept.popitem(last=False)
+            kept[key] = Graphs(model.device, batch, max_len, after=1, strict=False)
+        kept.move_to_end(key)
+        graphs = kept[key]
     graphs.after, graphs.strict = (WORTH_IT, False) if auto else (1, True)
     return graphs

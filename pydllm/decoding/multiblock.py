@@ -14,31 +14,28 @@ tokens. They choose the CUDA graph that is replayed, so here the host looks at e
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from pydllm import ops
-from pydllm.decoding.generation import Decoded, Request, Step
-from pydllm.decoding.state import HostNumbers, Selection, State, Window, fill_holes
-from pydllm.decoding.static import expect, expect_int, expect_number
+from pydllm.decoding.call import Call
+from pydllm.decoding.checks import expect, expect_bool, expect_int, expect_number
+from pydllm.decoding.driver import Algorithm, Counts, Decoder, Plan
+from pydllm.decoding.state import Selection, State, Window
 from pydllm.decoding.step import forward, statistics
 from pydllm.models import Model, StaticCache
 from pydllm.ops.multiblock_step import MODES, MultiBlockState
 
 _REFRESH = MODES.index("refresh")
-_OPTIONS = (
-    *("block_length", "threshold", "add_at", "full_at"),
-    *("early_stop", "delay", "refresh", "profile"),
-)
 _PUBLISHED_LIMIT = 10_001  # forwards
 
 
 @dataclass(frozen=True)
-class MultiBlock:
+class MultiBlock(Algorithm):
     """d3LLM: tokens below an entropy, in several blocks at a time (arXiv 2601.07568).
 
     Attributes:
@@ -88,6 +85,8 @@ class MultiBlock:
         expect_int("delay", self.delay, 0)
         if self.refresh is not None:
             expect_int("refresh", self.refresh, 1)
+        expect_bool("early_stop", self.early_stop)
+        expect_bool("cache", self.cache)
         expect("profile", self.profile, ("fixed", "compat"))
         if isinstance(self.tail, str):
             expect("tail", self.tail, ("full", "blocks"))
@@ -107,129 +106,137 @@ class MultiBlock:
                 f"'compat', got {max_new_tokens}"
             )
 
-    def run(self, request: Request) -> Decoded:
-        batch = _Batch(self, request)
-        limit = _PUBLISHED_LIMIT if self.profile == "compat" else request.max_new_tokens
-        for forwards in range(1, limit + 1):
-            width, rows, live, copies = batch.look_ahead()
-            if not live:
-                break
-            batch.decode(width, rows, copies > 0)
-            if request.on_step is not None:
-                whole = batch.write_back()
-                request.report(Step(forwards, whole.x, whole.step_map, whole.prompt_length))
-        whole = batch.write_back()
-        return Decoded(whole.x, whole.step_map, whole.nfe)
+    def decoder(self, call: Call) -> MultiBlockDecoder:
+        return MultiBlockDecoder(self)
 
 
-class _Batch:
-    """The sequences being decoded, their cache, and what the op carries between forwards."""
+@dataclass
+class MultiBlockCallState(State):
+    """Also what ``ops.multiblock_step`` carries; forwards are counted there."""
 
-    def __init__(self, algorithm: MultiBlock, request: Request) -> None:
-        spec, device = request.model.spec, request.x.device
-        new, compat = request.max_new_tokens, algorithm.profile == "compat"
-        self.request = request
-        self.whole = request.runner.hold("state", State.of(request))
-        eos_ids = spec.eos_ids[:1] if compat else spec.eos_ids
-        tail = algorithm.tail
-        if isinstance(tail, str):
-            tail = {"full": new, "blocks": 0}[tail]
-        self.options: dict[str, Any] = {
-            **{
-                n: getattr(algorithm, n) for n in ("block_length", "threshold", "add_at", "full_at")
-            },
-            **{n: getattr(algorithm, n) for n in ("early_stop", "delay", "refresh", "profile")},
-            "eos_ids": request.eos[: len(eos_ids)] if request.eos is not None else None,
-            "cached": algorithm.cache,
-            "tail": None if tail >= new else tail,
-            "shifted": spec.shift_logits,
-            "mask_id": request.mask_id,
-            "max_new_tokens": new,
-            "backend": request.backend,
-        }
-        self.banned = None
-        if not compat:
-            banned = torch.tensor([request.mask_id], dtype=torch.int32, device=device)
-            self.banned = request.runner.hold("banned", banned)
-        batch, slots = request.x.shape
-        # Dream's published refresh leaves keys in two places; the second is behind the sequence.
-        spare = new if compat and spec.shift_logits else 0
-        kept = slots + spare if algorithm.cache else 0
-        self.cache = request.runner.cache("cache", request.model, batch, kept)
-        self.state = self.whole
-        step = MultiBlockState.make(request.x, new, algorithm.block_length)
-        self.step = request.runner.hold("step", step)
-        self.host = HostNumbers(device, 4)
-        nothing = request.x[:, :0]
-        self.host.post(self._advance(nothing, torch.zeros_like(nothing, dtype=torch.float32)))
+    step: MultiBlockState = field(metadata={"rows": False})
 
-    def look_ahead(self) -> list[int]:
-        """The next forward in numbers: window rows, head rows, sequences, keys to copy.
+    def take(self, slots: Sequence[int]) -> Self:
+        rows = torch.tensor(slots, device=self.x.device)
+        numbers, blocks, eligible = self.step
+        taken = super().take(slots)
+        taken.step = MultiBlockState(numbers[:, rows], blocks[:, rows], eligible[rows])
+        return taken
 
-        Finished sequences leave: those at the end of the batch move into their places.
-        """
-        width, rows, live, copies = self.host.read()
-        runner, batch = self.request.runner, len(self.state.rows)
-        if 0 < live < batch and runner.stay([*range(live)], batch) is not None:
-            going = self.step.mode.nonzero().flatten().tolist()
-            order = fill_holes(runner.stay(going, batch) or going)
-            self.write_back()
-            index = torch.tensor(order, device=self.request.x.device)
-            self.state = runner.hold("state", self.state.keep(index))
-            numbers, blocks, eligible = self.step
-            step = MultiBlockState(numbers[:, index], blocks[:, index], eligible[index])
-            self.step = runner.hold("step", step)
-            self.cache = self.cache.take(order)
-        slots = self.state.x.shape[1]
-        return [runner.width(width, slots), runner.width(rows, slots), live, copies]
+    def put(self, slots: Sequence[int], other: Self) -> None:
+        super().put(slots, other)
+        rows = torch.tensor(slots, device=self.x.device)
+        self.step.numbers[:, rows] = other.step.numbers
+        self.step.blocks[:, rows] = other.step.blocks
+        self.step.eligible[rows] = other.step.eligible
 
-    def decode(self, width: int, rows: int, copies: bool) -> None:
-        """The planned forward, and what it decides."""
-        key = (width, rows, copies, len(self.state.rows), self.request.max_new_tokens)
-        step = partial(self._decode, width, rows, copies)
-        self.host.post(self.request.runner.run(key, step))
+    def counters(self) -> dict[str, Tensor]:
+        return {"nfe": self.step.nfe}
 
-    def _decode(self, width: int, rows: int, copies: bool) -> Tensor:
-        request, state, step = self.request, self.state, self.step
-        total = state.prompt_length + request.max_new_tokens
-        window = Window.make(step.start, step.length, step.kv_len, width=width, commit=step.commit)
-        selection = Selection(step.first, step.rows, rows)
-        hidden = forward(request, state, window, self.cache)
-        if copies:
-            _copy_twice(self.cache, step, total, request.max_new_tokens)
-        state.decoded = step.decoded
+
+@dataclass(frozen=True, kw_only=True)
+class MultiBlockPlan(Plan):
+    """Rows of the window and of the head; whether keys are copied (``compat``)."""
+
+    width: int
+    rows: int
+    copies: bool
+
+
+@dataclass(frozen=True)
+class MultiBlockDecoder(Decoder):
+    """One forward and one ``ops.multiblock_step`` per step.
+
+    The counts have three more rows: those of ``MultiBlockPlan``.
+    """
+
+    algorithm: MultiBlock
+    opens_alone: ClassVar[bool] = True
+
+    def most_forwards(self, call: Call) -> int:
+        # With logits that are NaN a mask can stay a mask.
+        return _PUBLISHED_LIMIT if self._compat else call.max_new_tokens
+
+    @property
+    def _compat(self) -> bool:
+        return self.algorithm.profile == "compat"
+
+    def begin(self, call: Call, prompts: list[int]) -> tuple[MultiBlockCallState, Tensor]:
+        algorithm, new = self.algorithm, call.max_new_tokens
+        # Dream's published refresh leaves keys in two places; the second is after the sequence.
+        spare = new if self._compat and call.model.spec.shift_logits else 0
+        kept = call.max_len + spare if algorithm.cache else 0
+        cache = call.runner.cache("cache", call.model, len(prompts), kept)
+        shape = call.x.new_empty(len(prompts), call.max_len)
+        step = MultiBlockState.make(shape, new, algorithm.block_length)
+        state = MultiBlockCallState.begin(call, prompts, cache, step=step)
+        step.mode.masked_fill_(state.done, 0)
+        nothing = state.x[:, :0]
+        counts = self._advance(state, nothing, torch.zeros_like(nothing, dtype=torch.float32))
+        return state, counts
+
+    def plan(self, state: MultiBlockCallState, counts: Counts | None) -> MultiBlockPlan:
+        if counts is None:
+            raise ValueError("counts: expected those of the last step, got None")
+        runner, slots = state.call.runner, state.call.max_len
+        width, rows = (runner.width(max(count), slots) for count in counts[1:3])
+        copies = max(counts[3]) > 0
+        key = (width, rows, copies, state.call.max_new_tokens)
+        return MultiBlockPlan(key, 1, width=width, rows=rows, copies=copies)
+
+    def step(self, state: MultiBlockCallState, plan: MultiBlockPlan) -> tuple[Tensor, None]:
+        call, step = state.call, state.step
+        window = Window.make(
+            step.start, step.length, step.kv_len, width=plan.width, commit=step.commit
+        )
+        selection = Selection(step.first, step.rows, plan.rows)
+        hidden = forward(state, window)
+        if plan.copies:
+            _copy_twice(state.cache, step, state.end, call.max_new_tokens)
         stats = statistics(
-            request,
             state,
             hidden,
             step.start,
             selection,
-            banned=self.banned,
+            suppress_ids=None if self._compat else call.suppress_ids,
+            noise_offset=step.decoded,
             eligible=step.eligible,
         )
-        return self._advance(stats.token, stats.entropy)
+        return self._advance(state, stats.token, stats.entropy), None
 
-    def write_back(self) -> State:
-        """Bring the whole request up to date."""
-        self.state.nfe, self.state.decoded = self.step.nfe, self.step.decoded
-        self.state.write_back(self.whole)
-        return self.whole
-
-    def _advance(self, token: Tensor, entropy: Tensor) -> Tensor:
-        """Accept and plan; returns what the host wants to know of the next forward, ``(4,)``."""
-        state, step = self.state, self.step
+    def _advance(self, state: MultiBlockCallState, token: Tensor, entropy: Tensor) -> Tensor:
+        """Accept and plan; returns the counts of the next forward."""
+        call, step, algorithm = state.call, state.step, self.algorithm
+        tail: str | int | None = algorithm.tail
+        if isinstance(tail, str):
+            tail = {"full": None, "blocks": 0}[tail]
+        eos = call.eos
         ops.multiblock_step(
             state.x,
             state.step_map,
             step,
             token,
             entropy,
+            mask_id=call.mask_id,
             prompt_length=state.prompt_length,
-            **self.options,
+            max_new_tokens=call.max_new_tokens,
+            block_length=algorithm.block_length,
+            threshold=algorithm.threshold,
+            add_at=algorithm.add_at,
+            full_at=algorithm.full_at,
+            eos_ids=eos[:1] if self._compat and eos is not None else eos,
+            early_stop=algorithm.early_stop,
+            cached=algorithm.cache,
+            delay=algorithm.delay,
+            refresh=algorithm.refresh,
+            tail=tail,
+            shifted=call.model.spec.shift_logits,
+            profile=algorithm.profile,
+            backend=call.backend,
         )
         copies = (step.mode == _REFRESH) & (step.stale > 0)
-        ahead = (step.length.amax(), step.rows.amax(), (step.mode > 0).sum(), copies.sum())
-        return torch.stack([number.int() for number in ahead])
+        finished = -(step.mode == 0).int()
+        return torch.stack((finished, step.length, step.rows, copies.int()))
 
 
 def _copy_twice(cache: StaticCache, step: MultiBlockState, total: Tensor, most: int) -> None:

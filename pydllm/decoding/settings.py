@@ -7,9 +7,10 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from pydllm.decoding.apd import APD, LeftToRight
+from pydllm.decoding.apd import APD
+from pydllm.decoding.driver import Algorithm
 from pydllm.decoding.freedave import FreeDave
-from pydllm.decoding.generation import Algorithm
+from pydllm.decoding.left_to_right import LeftToRight
 from pydllm.decoding.multiblock import MultiBlock
 from pydllm.decoding.static import EntropyBound, Factor, Static, Threshold
 from pydllm.models import Model

@@ -1,22 +1,29 @@
-"""What decoding keeps on the device, and how numbers travel from there to the host."""
+"""What decoding keeps on the device: the sequences in the slots of a batch."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Self
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from pydllm.decoding.generation import Request
+from pydllm.decoding.call import Call
+from pydllm.models import StaticCache
+
+IDLE = -1  # the prompt of a slot that holds none
 
 
 @dataclass(frozen=True)
 class Window:
-    """A span of positions a sequence that one forward computes; all ``(B,)`` int32 on the device.
+    """The positions of each sequence that one forward computes.
 
-    ``width`` is the number of rows of the forward, known to the host; ``index (B, width)`` are the
-    positions of the rows, those behind a sequence's length clamped into it.
+    Attributes:
+        start, length, kv_len, commit: ``(b,)`` int32 on the device, see ``Model.forward``.
+        index: ``(b, width)`` int64, positions of the rows; those past a sequence's length repeat
+            its last one.
+        width: rows of the forward per sequence, known to the host.
     """
 
     start: Tensor
@@ -48,7 +55,7 @@ class Selection:
     """The positions whose statistics are wanted: ``width`` from ``start``, ``length`` of them
     valid.
 
-    ``start`` and ``length`` are ``(B,)`` int32 on the device.
+    ``start`` and ``length`` are ``(b,)`` int32 on the device.
     """
 
     start: Tensor
@@ -63,85 +70,147 @@ class Selection:
 
 @dataclass
 class State:
-    """The sequences still being decoded. All tensors on the device, rows in batch order."""
+    """The sequences in the slots of a batch. A decoder adds fields of its own.
 
-    rows: Tensor  # (b,) int64: which rows of the request these are
-    x: Tensor  # (b, L) int64; with a block-causal model whole blocks, L up to the next multiple
-    step_map: Tensor  # (b, L) int32
-    nfe: Tensor  # (b,) int32
-    decoded: Tensor  # (b,) int32: tokens written so far, the last word of the noise key
-    prompt_length: Tensor  # (b,) int32
-    request_id: Tensor  # (b,) int32
-    steps: Tensor  # (b,) int32: steps of the baseline, where a forward may take several
-    run: Tensor  # (b,) fp32: of late, so many steps a forward
-    end: Tensor  # (b,) int32: the first position behind the sequence
-    done: Tensor  # (b,) bool: nothing is left to decode
+    Tensors have one row per slot; numbers are the host's and shared by the slots.
+
+    Attributes:
+        prompts: which prompt of the call each slot holds, or ``IDLE``; on the host.
+        forwards: forwards since each slot's prompt was admitted; on the host.
+        cache: keys and values of the slots.
+        x: ``(b, L)`` int64 tokens.
+        step_map: ``(b, L)`` int32, the forward that wrote a position, or -1.
+        nfe: ``(b,)`` int32, forwards in which the sequence took part.
+        noise_offset: ``(b,)`` int32, tokens written so far, the last word of the noise key.
+        prompt_length, end, request_id, temperature: of the slot's prompt, see ``Call``.
+        done: ``(b,)`` bool, nothing is left to decode. No op touches such a row.
+        carried: what the last step left for the next one, the decoder's own.
+    """
+
+    call: Call
+    prompts: list[int]
+    forwards: list[int]
+    cache: StaticCache
+    x: Tensor
+    step_map: Tensor
+    nfe: Tensor
+    noise_offset: Tensor
+    prompt_length: Tensor
+    end: Tensor
+    request_id: Tensor
+    temperature: float | Tensor
+    done: Tensor
+    carried: Any = field(default=None, kw_only=True)
 
     @classmethod
-    def of(cls, request: Request) -> State:
-        batch = request.x.shape[0]
-        device = request.x.device
-        x = request.whole_blocks()
+    def begin(cls, call: Call, prompts: list[int], cache: StaticCache, **extra: Any) -> Self:
+        """The state before the first forward of some prompts of a call.
+
+        An idle slot holds the first prompt's tokens, and is done.
+        """
+        device = call.device
+        rows = torch.tensor([max(prompt, 0) for prompt in prompts], device=device)
+        x, temperature = call.x[rows], call.temperature
+        zero = torch.zeros(len(prompts), dtype=torch.int32, device=device)
         return cls(
-            rows=torch.arange(batch, device=device),
+            call=call,
+            prompts=list(prompts),
+            forwards=[0] * len(prompts),
+            cache=cache,
             x=x,
             step_map=torch.full_like(x, -1, dtype=torch.int32),
-            nfe=torch.zeros(batch, dtype=torch.int32, device=device),
-            decoded=torch.zeros(batch, dtype=torch.int32, device=device),
-            prompt_length=request.prompt_length,
-            request_id=request.request_id,
-            steps=torch.zeros(batch, dtype=torch.int32, device=device),
-            run=torch.full((batch,), 2.0, device=device),
-            end=request.prompt_length + request.max_new_tokens,
-            done=torch.zeros(batch, dtype=torch.bool, device=device),
+            nfe=zero,
+            noise_offset=zero.clone(),
+            prompt_length=call.prompt_length[rows],
+            end=call.end[rows],
+            request_id=call.request_id[rows],
+            temperature=temperature[rows] if isinstance(temperature, Tensor) else temperature,
+            done=torch.tensor([prompt == IDLE for prompt in prompts], device=device),
+            **extra,
         )
 
-    @classmethod
-    def interleave(cls, states: list[State]) -> State:
+    def counters(self) -> dict[str, Tensor]:
+        """What was counted for each slot, ``(b,)`` int32, by name."""
+        return {"nfe": self.nfe}
+
+    @property
+    def live(self) -> list[int]:
+        """The slots that hold a prompt."""
+        return [slot for slot, prompt in enumerate(self.prompts) if prompt != IDLE]
+
+    @property
+    def live_prompts(self) -> list[int]:
+        return [prompt for prompt in self.prompts if prompt != IDLE]
+
+    def take(self, slots: Sequence[int]) -> Self:
+        """The state of some slots in another order; tensors are copied, the cache is a view."""
+        rows = torch.tensor(slots, device=self.x.device)
+        return replace(self, **{n: _take(getattr(self, n), rows, slots) for n in _row_fields(self)})
+
+    def put(self, slots: Sequence[int], other: Self) -> None:
+        """Overwrite the slots by the slots of another state, in place."""
+        rows = torch.tensor(slots, device=self.x.device)
+        for name in _row_fields(self):
+            _put(getattr(self, name), rows, slots, getattr(other, name))
+
+    def candidate(self) -> State:
+        """A copy that a draft may write to: tokens and counters are its own."""
+        own = ("x", "step_map", "nfe", "noise_offset")
+        values = {f.name: getattr(self, f.name) for f in fields(State)}
+        return State(**values | {name: getattr(self, name).clone() for name in own})
+
+    @staticmethod
+    def interleave(states: list[State]) -> State:
         """The states side by side: row ``b * len(states) + j`` is row b of the j-th."""
-        fields = zip(*(vars(state).values() for state in states), strict=True)
-        return cls(*(torch.stack(field, 1).flatten(0, 1) for field in fields))
-
-    def copy(self) -> State:
-        return State(**{name: value.clone() for name, value in vars(self).items()})
-
-    def keep(self, rows: Tensor) -> Self:
-        """The state of some of its rows, copied."""
-        return type(self)(**{name: value[rows] for name, value in vars(self).items()})
-
-    def write_back(self, target: State) -> None:
-        """Copy the rows into the state of the whole request, unless this is that state."""
-        if target is self:
-            return
-        for name in ("x", "step_map", "nfe", "decoded"):
-            getattr(target, name)[self.rows] = getattr(self, name)
+        first = states[0]
+        names = [f.name for f in fields(State) if isinstance(getattr(first, f.name), Tensor)]
+        stacked: dict[str, Any] = {
+            name: torch.stack([getattr(state, name) for state in states], 1).flatten(0, 1)
+            for name in names
+        }
+        return replace(first, **stacked)
 
 
-class HostNumbers:
-    """A few integers that travel from the device to the host without a synchronising copy."""
-
-    def __init__(self, device: torch.device, count: int) -> None:
-        self._event = torch.cuda.Event() if device.type == "cuda" else None
-        pinned = device.type == "cuda"
-        self._values = torch.zeros(count, dtype=torch.int32, pin_memory=pinned)
-        self._posted = 0
-
-    def post(self, values: Tensor) -> None:
-        """Send a 1-D tensor of at most ``count`` numbers on its way."""
-        self._posted = len(values)
-        self._values[: self._posted].copy_(values, non_blocking=True)
-        if self._event is not None:
-            self._event.record()
-
-    def read(self) -> list[int]:
-        """Wait until the last posted values have arrived and return them."""
-        if self._event is not None:
-            self._event.synchronize()
-        return self._values[: self._posted].tolist()
+def _row_fields(state: State) -> list[str]:
+    """Fields with one entry per slot."""
+    shared = ("call",)
+    return [f.name for f in fields(state) if f.metadata.get("rows", f.name not in shared)]
 
 
-def fill_holes(live: list[int]) -> list[int]:
-    """The live rows in an order that leaves those before ``len(live)`` where they are."""
-    last = iter(row for row in live if row >= len(live))
-    stay = set(live)
-    return [row if row in stay else next(last) for row in range(len(live))]
+def _take(value: Any, rows: Tensor, slots: Sequence[int]) -> Any:
+    if isinstance(value, Tensor):
+        return value[rows]
+    if isinstance(value, StaticCache):
+        return value.take(slots)
+    if isinstance(value, list):
+        return [value[slot] for slot in slots]
+    if isinstance(value, tuple):
+        parts = [_take(part, rows, slots) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    if is_dataclass(value) and not isinstance(value, type):
+        named = {f.name: getattr(value, f.name) for f in fields(value)}
+        return replace(value, **{name: _take(part, rows, slots) for name, part in named.items()})
+    return value
+
+
+def _put(value: Any, rows: Tensor, slots: Sequence[int], other: Any) -> None:
+    if isinstance(value, Tensor):
+        value[rows] = other
+    elif isinstance(value, StaticCache):
+        value.put(slots, other)
+    elif isinstance(value, list):
+        for slot, entry in zip(slots, other, strict=True):
+            value[slot] = entry
+    elif isinstance(value, tuple):
+        for part, new in zip(value, other, strict=True):
+            _put(part, rows, slots, new)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for f in fields(value):
+            _put(getattr(value, f.name), rows, slots, getattr(other, f.name))
+
+
+def fill_holes(active: Sequence[int]) -> list[int]:
+    """The active slots in an order that leaves those before ``len(active)`` where they are."""
+    moved = iter(slot for slot in active if slot >= len(active))
+    kept = set(active)
+    return [slot if slot in kept else next(moved) for slot in range(len(active))]

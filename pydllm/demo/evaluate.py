@@ -21,7 +21,7 @@ from pydllm.decoding import (
     Threshold,
     generate,
 )
-from pydllm.decoding.generation import Algorithm
+from pydllm.decoding.driver import Algorithm
 from pydllm.demo.task import ANSWER_LENGTH, Problem, read_answer
 from pydllm.models import Model
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from rich.console import Console
 
 from pydllm.decoding import EntropyBound, MultiBlock, Static, Threshold
-from pydllm.decoding.generation import Algorithm
+from pydllm.decoding.driver import Algorithm
 from pydllm.demo.evaluate import evaluate
 from pydllm.demo.task import Problem, held_out_problems
 from pydllm.models import Model, load

@@ -6,7 +6,7 @@ from collections.abc import Hashable, Mapping
 from typing import TypeVar
 
 from pydllm.decoding import APD, EntropyBound, Factor, FreeDave, MultiBlock, Static, Threshold
-from pydllm.decoding.generation import Algorithm
+from pydllm.decoding.driver import Algorithm
 from pydllm.demo import SWEEPS
 from pydllm.demo.evaluate import BLOCKS, Score
 from pydllm.demo.points import curve

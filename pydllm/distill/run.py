@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from pydllm._backend.errors import CheckpointError, PydllmError
 from pydllm.decoding import Static
-from pydllm.decoding.generation import encode_prompts
+from pydllm.decoding.prompts import encode_prompts
 from pydllm.distill.prompts import Prompt, answer_checker
 from pydllm.distill.recipe import Recipe
 from pydllm.distill.report import plot_training

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pydllm.decoding.static import expect
+from pydllm.decoding.checks import expect
 from pydllm.integrations._board import (
     check_prompt,
     check_temperature,

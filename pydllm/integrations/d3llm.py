@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pydllm.decoding import Generation, MultiBlock
 from pydllm.decoding import generate as decode
-from pydllm.decoding.static import expect_int, expect_number
+from pydllm.decoding.checks import expect_int, expect_number
 from pydllm.integrations._board import (
     Board,
     check_prompt,

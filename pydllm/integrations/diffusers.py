@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pydllm.decoding.static import expect, expect_int, expect_number
+from pydllm.decoding.checks import expect, expect_int, expect_number
 from pydllm.integrations._board import check_temperature
 from pydllm.integrations._drawing import Drawn, check_filters
 from pydllm.integrations._outputs import Output

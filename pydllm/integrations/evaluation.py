@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pydllm.decoding import generate
-from pydllm.decoding.generation import Algorithm
+from pydllm.decoding.driver import Algorithm
 from pydllm.metrics.likelihood import log_likelihood, matches_greedy
 from pydllm.models import Model, encode
 

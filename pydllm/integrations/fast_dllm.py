@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pydllm.decoding.static import expect, expect_number
+from pydllm.decoding.checks import expect, expect_number
 from pydllm.integrations._board import (
     Board,
     check_blocks,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pydllm.decoding.static import expect_number
+from pydllm.decoding.checks import expect_number
 from pydllm.integrations._board import Board, draw_seed, raise_stuck
 from pydllm.integrations._dream import (
     Call,

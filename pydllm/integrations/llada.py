@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pydllm import ops
-from pydllm.decoding.static import expect
+from pydllm.decoding.checks import expect
 from pydllm.integrations._board import (
     Board,
     check_blocks,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pydllm import ops
-from pydllm.decoding.static import expect_int, expect_number
+from pydllm.decoding.checks import expect_int, expect_number
 from pydllm.integrations._board import (
     Board,
     as_model,

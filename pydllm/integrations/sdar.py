@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pydllm._backend.errors import PydllmError
-from pydllm.decoding.static import expect, expect_int, expect_number
+from pydllm.decoding.checks import expect, expect_int, expect_number
 from pydllm.integrations._board import (
     Board,
     as_model,

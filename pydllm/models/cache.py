@@ -60,6 +60,12 @@ class StaticCache:
             raise ValueError(f"batch: expected 0 to {self.batch}, got {batch}")
         return StaticCache(self.keys[:, :batch], self.values[:, :batch])
 
+    def put(self, rows: Sequence[int], other: StaticCache) -> None:
+        """Overwrite rows by those of another cache, its slots from the first on, in place."""
+        index = torch.tensor(rows, device=self.keys.device)
+        self.keys[:, index, : other.max_len] = other.keys
+        self.values[:, index, : other.max_len] = other.values
+
     def take(self, rows: Sequence[int]) -> StaticCache:
         """Row i becomes what row ``rows[i]`` was, in place; a view of these rows.
 

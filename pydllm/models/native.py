@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
@@ -19,6 +18,7 @@ from pydllm.models.families import Sizes
 from pydllm.models.protocol import Fresh
 from pydllm.models.rope import RopeTables
 from pydllm.models.spec import ATTENTIONS, ModelSpec
+from pydllm.models.workspace import Workspace
 from pydllm.ops import QuantizedWeight
 
 if TYPE_CHECKING:
@@ -78,11 +78,10 @@ class NativeModel:
             for prefix in (f"layers.{layer}." for layer in range(sizes.layers))
         ]
         self.chat_template: ChatTemplate | None = None
-        # What decoding captured over these weights and buffers; clear() gives it back.
-        self.graphs: OrderedDict[Hashable, Any] = OrderedDict()
+        self.graphs = Workspace()
         self._rope = RopeTables(sizes.rope, self.dtype, self.device)
         self.batch_invariant = False
-        self._invariant_graphs: OrderedDict[Hashable, Any] = OrderedDict()
+        self._invariant_graphs = Workspace()
 
     def deterministic(self) -> Self:
         """This model, with forwards in which the bits of a row depend on no other row.

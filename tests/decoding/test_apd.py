@@ -415,9 +415,9 @@ def test_what_lies_far_behind_a_mismatch_is_not_computed(trio, monkeypatch, emit
     options = {"mixture": 0.4, "window": 3, "lookahead": None, "emit": emit}
     results, rows = [], []
     for first, growth in ((8, 4), (1, 1), (2, 3), (NEW, 1)):
-        monkeypatch.setattr(rounds, "_FIRST_GUESS", first)
+        monkeypatch.setattr(rounds, "_FIRST_CHUNK", first)
         monkeypatch.setattr(rounds, "_GROWTH", growth)
-        monkeypatch.setattr(rounds, "_next_guess", lambda length, n=first: n)
+        monkeypatch.setattr(rounds, "_next_chunk", lambda length, n=first: n)
         heads.update(drafts=0, targets=0)
         algorithm = pydllm.APD(verifier, **options)
         results.append(_decode(model, PROMPTS, algorithm, temperature=1.0, seed=4))
@@ -518,7 +518,7 @@ def test_a_temperature_for_each_prompt(trio, kind):
         assert torch.equal(alone.sequences[0], together.sequences[row])
         assert torch.equal(alone.step_map[0], together.step_map[row])
     for bad, error in (
-        ([0.5] * 4, "expected 5, one a prompt"),
+        ([0.5] * 4, "expected 5, one per prompt"),
         ([0.5] * 4 + [-1.0], "at least 0"),
         ([0.5] * 4 + [1e-7], "0 or at least 1e-6"),
     ):

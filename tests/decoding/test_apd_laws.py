@@ -15,7 +15,8 @@ import torch
 import pydllm
 from pydllm import ops
 from pydllm.decoding import rounds
-from pydllm.decoding.generation import Request
+from pydllm.decoding.call import Call
+from pydllm.decoding.driver import drive
 from pydllm.models import ModelSpec, StaticCache
 
 V, N = 3, 4  # tokens, and length of what is written; V is also the mask's id
@@ -127,22 +128,25 @@ def _draw(count, algorithm, temperature):
     algorithm.check(DLLM, N)
     x = torch.full((count, N + 1), V)
     x[:, 0] = 0
-    request = Request(  # without the lists that generate takes and returns
+    call = Call(  # without the lists that generate takes and returns
         model=DLLM,
         mask_id=V,
         x=x,
         prompt_length=torch.ones(count, dtype=torch.int32),
+        end=torch.full((count,), N + 1, dtype=torch.int32),
         request_id=torch.arange(count, dtype=torch.int32),
+        eos=None,
+        suppress_ids=torch.tensor([V], dtype=torch.int32),
+        prompt_lengths=[1] * count,
         max_new_tokens=N,
         temperature=temperature,
         seed=11,
         backend=None,
-        on_step=None,
     )
-    got = algorithm.run(request)
+    got = drive(algorithm.decoder(call), call)
     code = (got.x[:, 1:] * V ** torch.arange(N - 1, -1, -1)).sum(1)
     frequency = torch.bincount(code, minlength=V**N).numpy() / count
-    return frequency, got.nfe.double().mean().item()
+    return frequency, got.counters["nfe"].double().mean().item()
 
 
 def _distance(one, other):
@@ -239,24 +243,24 @@ def _roll_the_verifier(patch):
 
 def _forget_the_tokens(patch):
     """The verifier's later rounds see a cache that was wiped."""
-    honest = rounds._Verifier.logits
+    honest = rounds.DraftVerifyDecoder._verifier_logits
 
-    def logits(self, *arguments):
-        expert = honest(self, *arguments)
-        self.cache.keys[0, :, 1:N] = 0.0
+    def logits(self, state, *arguments):
+        expert = honest(self, state, *arguments)
+        state.verifier_cache.keys[0, :, 1:N] = 0.0
         return expert
 
-    patch.setattr(rounds._Verifier, "logits", logits)
+    patch.setattr(rounds.DraftVerifyDecoder, "_verifier_logits", logits)
 
 
 def _window_of_nothing(patch):
     """The first token of a run keeps the keys that it had as a mask."""
 
-    def spans(self, state, honest=rounds.Rounds._spans):
+    def spans(self, state, honest=rounds.DraftVerifyDecoder._spans):
         span = honest(self, state)
         return span._replace(left=torch.where(state.previous > 0, state.previous + 1, span.left))
 
-    patch.setattr(rounds.Rounds, "_spans", spans)
+    patch.setattr(rounds.DraftVerifyDecoder, "_spans", spans)
 
 
 DEFECTS = {

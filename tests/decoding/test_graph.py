@@ -9,6 +9,7 @@ import torch
 
 import pydllm
 from pydllm.decoding import graph as graphs
+from pydllm.decoding.driver import POLL
 from pydllm.decoding.recorder import Recording
 from tests.decoding.test_freedave import cast
 from tests.decoding.trajectories import random_pair, random_prompt
@@ -183,7 +184,7 @@ def test_on_step_sees_the_same(name):
 
     expected, got = steps(False), steps(True)
     # Steps behind the last token are possible where the host looks now and then.
-    assert len(expected) <= len(got) <= len(expected) + graphs.POLL
+    assert len(expected) <= len(got) <= len(expected) + POLL
     for one, other in zip(got, expected, strict=False):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
@@ -196,13 +197,13 @@ def test_buckets():
     assert len({graphs.bucket(n) for n in range(1, 2049)}) == 24
 
 
-def test_stay():
+def test_active_slots():
     graph = graphs.Graphs(torch.device("cpu"), 8, 16, after=1, strict=True)
-    assert graph.stay([0, 1, 2, 3, 4], 8) is None
-    assert graph.stay([5], 8) == [5]
-    assert graph.stay([1, 5, 7], 8) == [0, 1, 5, 7]
-    assert graphs.Eager().stay([1, 5, 7], 8) == [1, 5, 7]
-    assert graphs.Eager().stay([0, 1], 2) is None
+    assert graph.active_slots([0, 1, 2, 3, 4], 8) is None
+    assert graph.active_slots([5], 8) == [5]
+    assert graph.active_slots([1, 5, 7], 8) == [0, 1, 5, 7]
+    assert graphs.Eager().active_slots([1, 5, 7], 8) == [1, 5, 7]
+    assert graphs.Eager().active_slots([0, 1], 2) is None
 
 
 def test_bad_arguments():
@@ -269,7 +270,7 @@ def test_warmup_makes_buffers_that_smaller_calls_use():
     captured = pydllm.warmup(model, algorithm, 8, 64, max_new_tokens=NEW)
     (kept,) = model.graphs.values()
     assert captured == len(kept.steps) >= 2
-    assert (kept.batch, kept.slots) == (8, 64)
+    assert (kept.batch, kept.max_len) == (8, 64)
     for lengths in (LENGTHS, OTHERS, (40,)):
         expected = decode(model, lengths, algorithm)
         for _ in range(3):
@@ -284,7 +285,7 @@ def test_warmup_decodes_to_the_end_whatever_the_model_says():
     pydllm.warmup(model, pydllm.Static(4), 2, 32, max_new_tokens=8)
     (kept,) = model.graphs.values()
     # Both blocks have all their steps: a first, others and a last one.
-    assert {key[0] for key in kept.steps} == {
+    assert {key[0][0] for key in kept.steps} == {
         (True, False, 4),
         (False, False, 4),
         (False, True, 4),

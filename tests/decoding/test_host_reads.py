@@ -13,17 +13,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pydllm
 from pydllm.decoding import graph as graphs
+from pydllm.decoding.driver import POLL
 from pydllm.decoding.recorder import HOST_METHODS, reads_host
 from tests.decoding.test_graph import BLOCKS, FULL, LENGTHS, VERIFIED, models, prompts
 
 # Where a call is set up and its result taken; and how sequences that are done are dropped.
-OUTSIDE = {"generation", "apd.py:_check_prompts"}
-# What a CPU does and a GPU does not: leave out rows, and draft in pieces.
-CPU_ONLY = {"step.py:statistics", "rounds.py:_decide", "rounds.py:following", "rounds.py:logits"}
-CPU_ONLY |= {"rounds.py:_next_guess"}
-LEAVING = {"multiblock.py:look_ahead", "cache.py:take"}
-ARRIVED = {"rounds.py:run"}  # counts with numbers that have been read
-READ = "state.py:read"
+OUTSIDE = {"generate", "apd.py:_check_prompts"}
+# What a CPU does and a GPU does not: leave out rows, and draft in chunks.
+CPU_ONLY = {"step.py:statistics", "rounds.py:_decide", "rounds.py:following"}
+CPU_ONLY |= {"rounds.py:_verifier_logits", "rounds.py:_next_chunk"}
+LEAVING = {"cache.py:take"}
+READ = "driver.py:read"
 
 
 def where():
@@ -32,8 +32,8 @@ def where():
     while frame is not None:
         path = Path(frame.f_code.co_filename)
         if path.parent.name in ("decoding", "models") and "pydllm" in path.parts:
-            if path.name == "generation.py":
-                return "generation"
+            if path.name in ("generate.py", "call.py"):
+                return "generate"
             if path.name != "recorder.py" and frame.f_code.co_name != "<lambda>":
                 return f"{path.name}:{frame.f_code.co_name}"
         frame = frame.f_back
@@ -41,7 +41,7 @@ def where():
 
 
 class Reads(TorchFunctionMode):
-    """Counts where values are read, and how many reads of ``HostNumbers`` there were."""
+    """Counts where values are read, and how many reads of the ``Mailbox`` there were."""
 
     def __init__(self):
         super().__init__()
@@ -108,7 +108,7 @@ CASES = {
 def test_the_host_reads_the_flags_alone(name, static, monkeypatch):
     kind, algorithm = CASES[name]
     _, seen, forwards = count(kind, algorithm, static=static, monkeypatch=monkeypatch)
-    allowed = OUTSIDE | LEAVING | ARRIVED | {READ, "outside"} | (set() if static else CPU_ONLY)
+    allowed = OUTSIDE | LEAVING | {READ, "outside"} | (set() if static else CPU_ONLY)
     assert set(seen) <= allowed, seen
     blocks = 14 // 4 + 1
     most = {
@@ -124,23 +124,23 @@ def test_the_host_reads_the_flags_alone(name, static, monkeypatch):
         "left-to-right": forwards + 1,
     }[name]
     if static and name in ("pipelined", "apd", "left-to-right"):
-        most = forwards // graphs.POLL  # the host looks at every fourth round
+        most = forwards // POLL  # the host looks at every fourth round
     assert 1 <= seen[READ] <= most, (seen, forwards)
 
 
 def test_a_read_too_many_is_seen(monkeypatch):
     """The count counts: a loop that looks at its tokens is found."""
-    from pydllm.decoding import loop
+    from pydllm.decoding import blockwise
 
-    plain = loop.write
+    plain = blockwise.write
 
-    def curious(request, state, *rest, **options):
+    def curious(state, *rest, **options):
         int(state.x.sum())
-        return plain(request, state, *rest, **options)
+        return plain(state, *rest, **options)
 
-    monkeypatch.setattr(loop, "write", curious)
+    monkeypatch.setattr(blockwise, "write", curious)
     _, seen, forwards = count("full", FULL["static"], static=False, monkeypatch=monkeypatch)
-    assert seen["loop.py:step"] >= forwards
+    assert seen["blockwise.py:step"] >= forwards
 
 
 GPU_CASES = ("static-dual", "threshold", "freedave", "multiblock", "left-to-right")

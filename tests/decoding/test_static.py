@@ -267,7 +267,7 @@ def test_the_callback_sees_every_step(tmp_path):
 
 
 def test_the_loop_reads_nothing_on_the_host_but_the_flag(tmp_path, monkeypatch):
-    """Counts host reads: one flag a step where the steps are unknown, one list a block."""
+    """Counts host reads: one per step where the steps are not known, else one per block."""
     model, _ = _random_model(tmp_path / "model", 2)
     prompts = [_prompt(0, 4)]
     reads = []
@@ -284,7 +284,7 @@ def test_the_loop_reads_nothing_on_the_host_but_the_flag(tmp_path, monkeypatch):
     got = pydllm.generate(model, prompts, pydllm.Threshold(0.1, 8), max_new_tokens=16)
     monkeypatch.undo()
     assert static == 2
-    assert len(reads) == 2 + got.nfe.item()
+    assert len(reads) == got.nfe.item()
 
 
 def _call(model, **changes):
@@ -315,10 +315,14 @@ def _call(model, **changes):
         ),
         ({"max_new_tokens": 0}, ValueError, "max_new_tokens: expected an int of at least 1, got 0"),
         ({"max_new_tokens": 127}, ValueError, "expected at most 128 positions .* got 129"),
-        ({"temperature": -1.0}, ValueError, "temperature: expected a number of at least 0, got -1"),
-        ({"temperature": float("nan")}, ValueError, "temperature: expected a number of at least 0"),
+        (
+            {"temperature": -1.0},
+            ValueError,
+            r"temperature: expected a number in \[0, 1e\+06\], got -1",
+        ),
+        ({"temperature": float("nan")}, ValueError, "temperature: expected a number in .* got nan"),
         ({"seed": -1}, ValueError, r"seed: expected an int in \[0, 2\^64\), got -1"),
-        ({"request_ids": [1, 2]}, ValueError, "request_ids: expected 1, one a prompt, got 2"),
+        ({"request_ids": [1, 2]}, ValueError, "request_ids: expected 1, one per prompt, got 2"),
         ({"backend": "gpu"}, ValueError, "backend: expected one of auto, cuda, triton, torch"),
         (
             {"algorithm": lambda: pydllm.Static(0)},

@@ -1,0 +1,393 @@
+"""Block-wise decoding: one block after the other, each block step by step.
+
+A step is: window forward, statistics, accept, commit. The sequences of a batch fill a block each at
+the same time, at their own positions; a sequence whose block is complete waits for the others.
+Within a step nothing is read on the host. Between steps the host reads how many masks are left, and
+only where the number of steps is not known beforehand. That an EOS was written, the step finds out
+itself (``ops.Ending``).
+
+With full attention, blocks start at the end of the prompt, and the forward that opens a block
+recomputes the whole sequence.
+
+A block-causal model's blocks are aligned to position 0: the end of the prompt shares the first one
+with masks, and the last one is decoded whole and cut. Keys and values of finished blocks are exact,
+they never change again. The forward that opens a block stores the one before, so a block of m
+masks takes m steps of one token, and the prompt takes none.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pydllm import ops
+from pydllm.decoding.call import Call
+from pydllm.decoding.checks import expect, expect_int
+from pydllm.decoding.driver import Algorithm, Counts, Decoder, Plan
+from pydllm.decoding.state import Selection, State, Window
+from pydllm.decoding.step import busy, forward, statistics, write
+from pydllm.models import Model
+
+CACHES = ("none", "prefix", "dual")
+CARRY_MASKS = ("llada", "fast_dllm")
+
+
+class BlockwiseAlgorithm(Algorithm):
+    """What the block-wise algorithms have in common; each declares these fields in its own order.
+
+    Attributes:
+        block_length: tokens in a block; the last block may be shorter. For a block-causal model
+            it has to be the model's.
+        cache: ``"none"``: every step forwards the whole sequence. ``"prefix"``: each block opens
+            with a forward of the whole sequence whose keys and values before the block are kept;
+            the block and everything after it are recomputed. ``"dual"``: those after it are kept
+            as well and only the block is recomputed. Both approximate ``"none"``. With a
+            block-causal model keys and values of finished blocks are always kept, which is exact,
+            and ``"none"`` is the only value.
+        first_token: for shifted models with a cache: ``"window"`` starts the window one token
+            early, so that every position is predicted by the row before it; ``"forced"`` takes the
+            first token of each block from the block's first forward, as Fast-dLLM and FreeDave do.
+        semantics: ``"exact"``, or whose accept rule to follow, as in ``pydllm.ops.unmask``, on
+            fp32 scores. Under every name but ``"exact"`` the mask id may be predicted, and then
+            stays a mask, as in that code; ``"llada"`` and ``"fast_dllm"`` fill such a mask in later
+            blocks, as those loops do. Of the other codes it is the rule alone, not the loop.
+    """
+
+    block_length: int
+    cache: str
+    first_token: str
+    semantics: str
+
+    def __post_init__(self) -> None:
+        expect_int("block_length", self.block_length, 1)
+        expect("cache", self.cache, CACHES)
+        expect("first_token", self.first_token, ("window", "forced"))
+
+    @abstractmethod
+    def accept(self, stats: ops.VocabStats) -> tuple[Tensor, dict[str, Any]]:
+        """The score of each position, and the arguments of ``ops.unmask`` that state the rule."""
+
+    def steps(self, masks: int) -> int | None:
+        """Steps that a number of masks takes; None: it depends on the tokens."""
+        return None
+
+    @property
+    def takes_one_by_score(self) -> bool:
+        """Whether a step is one token, in an order by score."""
+        return False
+
+    @property
+    def carries_masks(self) -> bool:
+        """Whether a full forward also fills masks that earlier blocks were left with."""
+        return self.semantics in CARRY_MASKS
+
+    def check(self, model: Model, max_new_tokens: int) -> None:
+        name, spec = type(self).__name__, model.spec
+        if spec.attention == "causal":
+            raise ValueError(
+                f"{name}: expected a model with full or block-causal attention, got 'causal'"
+            )
+        if spec.attention == "full":
+            return
+        if self.block_length != spec.block_size:
+            raise ValueError(
+                f"block_length: expected {spec.block_size}, the block of the block-causal model, "
+                f"got {self.block_length}"
+            )
+        if self.cache != "none":
+            raise ValueError(
+                "cache: expected 'none' with a block-causal model, which always keeps exact keys "
+                f"and values of finished blocks, got {self.cache!r}"
+            )
+        if self.carries_masks:
+            raise ValueError(
+                f"semantics: expected none of {', '.join(CARRY_MASKS)} with a block-causal model "
+                f"(they fill masks of finished blocks), got {self.semantics!r}"
+            )
+
+    def decoder(self, call: Call) -> Decoder:
+        return BlockwiseDecoder(self)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block of every sequence, made when it opens.
+
+    Attributes:
+        steps: steps that it takes at most.
+        is_known: whether it takes exactly that many.
+        is_forced: whether the first step writes the first position and nothing else.
+        refresh, window: of the first forward, and of the others.
+        first_selection, selection: the positions that the first step and the others decide.
+        positions: those of the block.
+        first_decides_block, decides_block: whether these are the block's and no others.
+        ends_from: ``(b,)`` int32, the first position that may hold an EOS.
+    """
+
+    steps: int
+    is_known: bool
+    is_forced: bool
+    refresh: Window
+    window: Window
+    first_selection: Selection
+    selection: Selection
+    positions: Selection
+    ends_from: Tensor
+    first_decides_block: bool = True
+    decides_block: bool = True
+
+
+@dataclass
+class BlockState(State):
+    """Also the block that every sequence fills.
+
+    Attributes:
+        next_start: ``(b,)`` int32, first position of the block that opens next.
+        blocks: blocks that each slot has opened; on the host.
+        block: the open one; None before the first.
+        steps_done: steps of it that were planned.
+    """
+
+    next_start: Tensor
+    blocks: list[int]
+    block: Block | None = field(default=None, metadata={"rows": False})
+    steps_done: int = field(default=0, metadata={"rows": False})
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockPlan(Plan):
+    """A step of ``block``."""
+
+    block: Block
+    is_first: bool
+    is_last: bool
+
+
+@dataclass(frozen=True)
+class BlockwiseDecoder(Decoder):
+    """Fills blocks by an algorithm's rule, one step of it per forward."""
+
+    algorithm: BlockwiseAlgorithm
+
+    def begin(self, call: Call, prompts: list[int]) -> tuple[BlockState, None]:
+        return begin_blocks(BlockState, self.algorithm, call, prompts), None
+
+    def plan(self, state: BlockState, counts: Counts | None) -> BlockPlan:
+        block = state.block
+        if block is None or is_over(state, counts):
+            block = open_block(self.algorithm, state)
+        index = state.steps_done
+        state.steps_done += 1
+        first, last = index == 0, state.steps_done == block.steps
+        window = block.refresh if first else block.window
+        selection = block.first_selection if first else block.selection
+        key = ((first, last, selection.width), window.width, block.positions.width)
+        poll = 1 if last or not block.is_known else 0
+        return BlockPlan(key, poll, block=block, is_first=first, is_last=last)
+
+    def step(self, state: BlockState, plan: BlockPlan) -> tuple[Tensor, None]:
+        block, first, last = plan.block, plan.is_first, plan.is_last
+        window = block.refresh if first else block.window
+        selection = block.first_selection if first else block.selection
+        forced = first and block.is_forced
+        stats = window_stats(self.algorithm, state, window, selection)
+        accept = force_first if forced else self.algorithm.accept
+        # One forced token does not complete a block.
+        ending = None if forced and not last else block_ending(state, block, last=last)
+        unmasked = write(state, stats, selection, accept, ending=ending)
+        if last:
+            return busy(state, torch.zeros_like(state.nfe)), None
+        decides_block = block.first_decides_block if first else block.decides_block
+        left = unmasked.remaining if decides_block else masks_left(state, block)
+        return busy(state, left), None
+
+
+def begin_blocks(
+    kind: type[BlockState],
+    algorithm: BlockwiseAlgorithm,
+    call: Call,
+    prompts: list[int],
+    **extra: Any,
+) -> Any:
+    """The state before the first block."""
+    exact = call.model.spec.block_size is not None
+    max_len = call.max_len if exact or algorithm.cache != "none" else 0
+    cache = call.runner.cache("cache", call.model, len(prompts), max_len)
+    state = kind.begin(
+        call,
+        prompts,
+        cache,
+        next_start=torch.zeros_like(call.prompt_length[:1]).expand(len(prompts)).clone(),
+        blocks=[0] * len(prompts),
+        **extra,
+    )
+    size = call.model.spec.block_size or 1
+    state.next_start.copy_(state.prompt_length // size * size)
+    return state
+
+
+def is_over(state: BlockState, counts: Counts | None) -> bool:
+    """Whether the open block is complete, as far as the host knows."""
+    if state.block is None or state.steps_done == state.block.steps:
+        return True
+    return counts is not None and max(counts[0]) <= 0 and not state.call.warm
+
+
+def open_block(algorithm: BlockwiseAlgorithm, state: BlockState) -> Block:
+    """Open the next block of every sequence."""
+    if state.call.model.spec.block_size is None:
+        block = _layout_full(algorithm, state)
+    else:
+        block = _layout_block_causal(algorithm, state)
+    buffers = state.call.runner.static_buffer
+    state.block = buffers("block", block) if state.call.runner.fixed_shapes else block
+    state.next_start += algorithm.block_length
+    state.blocks = [index + 1 for index in state.blocks]
+    state.steps_done = 0
+    return state.block
+
+
+def _limit(algorithm: BlockwiseAlgorithm, masks: Sequence[int], forced: bool) -> tuple[int, bool]:
+    """Steps of a block at most, and whether there are exactly that many.
+
+    Where masks can be left, as masks can be predicted, a short block has the steps of a whole one:
+    the limit of a sequence does not depend on its batch.
+    """
+    whole = algorithm.block_length
+    steps = [algorithm.steps(count - forced) for count in masks]
+    if algorithm.semantics != "exact":
+        steps = [algorithm.steps(whole - forced)]
+    known = [step for step in steps if step is not None]
+    return (forced + max(known), True) if known else (whole, False)
+
+
+def _layout_full(algorithm: BlockwiseAlgorithm, state: BlockState) -> Block:
+    call = state.call
+    runner, new, cache = call.runner, call.max_new_tokens, algorithm.cache
+    shifted = call.model.spec.shift_logits
+    forced = shifted and algorithm.first_token == "forced" and cache != "none"
+    offsets = [state.blocks[slot] * algorithm.block_length for slot in state.live]
+    sizes = [min(algorithm.block_length, new - offset) for offset in offsets]
+    size, end = max(sizes), state.end
+    start = torch.minimum(state.next_start, end)
+    length = (end - start).clamp(max=algorithm.block_length)
+    padded = min(algorithm.block_length, new) if runner.fixed_shapes else size
+    positions = Selection(start, length, padded)
+    first_selection = selection = positions
+    zero = torch.zeros_like(end)
+    width = call.whole_width(state.live_prompts)
+    commit = None if cache == "none" else end
+    refresh = window = Window.make(zero, end, end, width=width, commit=commit)
+    if algorithm.carries_masks:
+        filled = start + length - state.prompt_length
+        width = runner.width(max(map(sum, zip(offsets, sizes, strict=True))), call.max_len)
+        first_selection = Selection(state.prompt_length, filled, width)
+    if cache == "none":
+        selection = first_selection
+    else:
+        if forced:
+            first_selection = Selection(start, torch.ones_like(end), 1)
+        # A shifted model predicts the block's first position from the row before the block.
+        lead = int(shifted and not forced)
+        if cache == "dual":
+            rows, width = length + lead, lead + padded
+        else:
+            rows = end - start + lead
+            width = runner.width(lead + new - min(offsets), call.max_len)
+        rows = torch.where(length > 0, rows, 0)
+        window = Window.make(start - lead, rows, end, width=width)
+    steps, known = _limit(algorithm, sizes, forced)
+    return Block(
+        steps,
+        known,
+        forced,
+        refresh,
+        window,
+        first_selection,
+        selection,
+        positions,
+        start,
+        first_decides_block=first_selection is positions,
+        decides_block=selection is positions,
+    )
+
+
+def _layout_block_causal(algorithm: BlockwiseAlgorithm, state: BlockState) -> Block:
+    call, size = state.call, algorithm.block_length
+    runner, slots, prompt = call.runner, call.max_len, state.prompt_length
+    shifted = int(call.model.spec.shift_logits)
+    # A sequence that is done may stay, and has no block any more.
+    start = state.next_start.clamp(max=slots - size)
+    end = start + size
+    # Masks after the end of a sequence that is done stay masks.
+    length = torch.full_like(prompt, size).masked_fill(state.done, 0)
+    positions = Selection(start, length, size)
+    # The first forward also stores the block before, or all that the prompt fills.
+    opening = [slot for slot in state.live if state.blocks[slot] == 0]
+    width, before = 2 * size, start - size
+    if opening:
+        longest = max(call.prompt_lengths[state.prompts[slot]] for slot in opening)
+        whole = (longest // size + 1) * size
+        others = width if len(opening) < len(state.live) else 0
+        width = runner.width(max(whole, others), slots)
+        before = torch.where(start < prompt + 1, 0, before)
+    rows, stored = ((t - before).masked_fill(state.done, 0) for t in (end, start))
+    refresh = Window.make(before, rows, end, width=width, commit=stored)
+    first = (start - shifted).clamp(min=0)
+    window = Window.make(first, end - first, end, width=min(size + shifted, slots))
+    steps, known = _limit(algorithm, [size], False)
+    if opening and known:  # a part of the block may be the prompt's
+        steps, known = size, False
+    ends_from = torch.maximum(start, prompt)
+    return Block(steps, known, False, refresh, window, positions, positions, positions, ends_from)
+
+
+def window_stats(
+    algorithm: BlockwiseAlgorithm,
+    state: State,
+    window: Window,
+    selection: Selection,
+    *,
+    branches: int = 1,
+    noise_offset: Tensor | None = None,
+) -> ops.VocabStats:
+    """One forward of the window and the statistics of the selected positions ``(b, S)``.
+
+    With ``branches``, the state and the selection hold that number of copies of each sequence, side
+    by side, all at the sequence's window and over its cache.
+    """
+    hidden = forward(state, window, branches=branches)
+    return statistics(
+        state,
+        hidden,
+        window.start.repeat_interleave(branches),
+        selection,
+        suppress_ids=state.call.suppress_ids if algorithm.semantics == "exact" else None,
+        noise_offset=noise_offset,
+    )
+
+
+def masks_left(state: State, block: Block) -> Tensor:
+    """Masks in the block, ``(b,)`` int32."""
+    positions = block.positions
+    offsets = torch.arange(positions.width, device=state.x.device)
+    index = (positions.start[:, None] + offsets).clamp(max=state.x.shape[1] - 1).long()
+    left = state.x.gather(1, index).eq(state.call.mask_id)
+    left &= offsets < positions.length[:, None]
+    return left.sum(1, dtype=torch.int32)
+
+
+def block_ending(state: State, block: Block, *, last: bool) -> ops.Ending:
+    """An EOS is looked for when the block is complete."""
+    return ops.Ending(state.done, state.end, state.call.eos, block.ends_from, last)
+
+
+def force_first(stats: ops.VocabStats) -> tuple[Tensor, dict[str, Any]]:
+    """Take the leftmost token, whatever its score."""
+    quota = torch.ones(stats.prob.shape[0], dtype=torch.int32, device=stats.prob.device)
+    return stats.prob, {"rule": "left_to_right", "quota": quota}
