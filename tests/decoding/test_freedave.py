@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import random
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -207,10 +206,10 @@ def test_a_wrong_acceptance_is_noticed(mode, baseline, monkeypatch):
     expected = decode(model, PROMPTS, baseline)
     algorithm = pydllm.FreeDave(4, mode=mode, baseline=baseline)
     assert same(decode(model, PROMPTS, algorithm), expected)
-    honest = drafts.longest_chain
-    monkeypatch.setattr(verify_op, "reference", SimpleNamespace(verify=greedy_verify))
+    honest = drafts.accepted_prefix
+    monkeypatch.setattr(verify_op._OP, "_reference", greedy_verify)
     monkeypatch.setattr(
-        drafts, "longest_chain", lambda *args: (honest(*args) + 1).clamp(max=args[-1] - 1)
+        drafts, "accepted_prefix", lambda *args: (honest(*args) + 1).clamp(max=args[-1] - 1)
     )
     assert not same(decode(model, PROMPTS, algorithm), expected)
 

@@ -6,7 +6,8 @@ from click.testing import CliRunner
 
 import pydllm
 from pydllm.cli import main
-from pydllm.demo import WEIGHTS, prompts
+from pydllm.demo import WEIGHTS
+from training import prompts
 from tests.models.plain import CONFIGS, random_plain, write_checkpoint
 
 SMALL = (
