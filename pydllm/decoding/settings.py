@@ -29,7 +29,7 @@ def parameters(kind: type) -> dict[str, tuple[str, ...]]:
     found = {}
     for field in dataclasses.fields(kind):
         types = tuple(name for name in _PLAIN if re.search(rf"\b{name}\b", str(field.type)))
-        if field.init and types and not re.search("Model|Baseline", str(field.type)):
+        if field.init and types and not re.search("Model|BlockwiseAlgorithm", str(field.type)):
             found[field.name] = types
     return found
 
@@ -72,7 +72,7 @@ def make_algorithm(
         raise SettingError(f"algorithm: expected one of {', '.join(ALGORITHMS)}, got {name}")
     known = parameters(kind)
     types = {field.name: str(field.type) for field in dataclasses.fields(kind)}
-    inner = [field for field, declared in types.items() if "Baseline" in declared]
+    inner = [field for field, declared in types.items() if "BlockwiseAlgorithm" in declared]
     values: dict[str, Any] = {}
     for key, value in settings.items():
         if key in known:
