@@ -7,8 +7,8 @@ from click.testing import CliRunner
 import pydllm
 from pydllm.cli import main
 from pydllm.demo import WEIGHTS
-from training import prompts
 from tests.models.plain import CONFIGS, random_plain, write_checkpoint
+from training import prompts
 
 SMALL = (
     *("--max-new-tokens", "48", "--block-length", "24", "--windows", "12,24", "--shard", "2"),
