@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors.torch import save_file
 
 from pydllm._backend.errors import CheckpointError, PydllmError
+from pydllm._backend.signatures import check_called
 from pydllm.decoding import Static
 from pydllm.decoding.prompts import encode_prompts
 from pydllm.distill.prompts import Prompt, answer_checker
@@ -152,6 +153,15 @@ def _accelerator(job: Job) -> Any:
         ) from None
     if job.device not in (None, "cpu"):
         raise ValueError(f"--device: expected none with --accelerate, or cpu, got {job.device!r}")
+    for function, call in {
+        Accelerator: "*, cpu",
+        Accelerator.prepare: "objective, optimiser",
+        Accelerator.backward: "loss",
+        Accelerator.no_sync: "model",
+        Accelerator.clip_grad_norm_: "parameters, norm",
+        Accelerator.wait_for_everyone: "",
+    }.items():
+        check_called("accelerate", function, call)
     return Accelerator(cpu=job.device == "cpu")
 
 

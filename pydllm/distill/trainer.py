@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pydllm._backend.errors import CheckpointError, PydllmError
+from pydllm._backend.signatures import check_called
 from pydllm.distill.loss import linear_certainty_loss
 from pydllm.distill.masking import Noisy, draw_window, least_ratio, make_noisy, window_length
 from pydllm.distill.recipe import Recipe
@@ -103,6 +104,8 @@ def add_lora(model: Transformer, rank: int) -> nn.Module:
         from peft import LoraConfig, get_peft_model
     except ImportError:
         raise PydllmError("lora_rank: LoRA needs peft (pip install 'pydllm[distill]')") from None
+    check_called("peft", LoraConfig, "*, r, lora_alpha, lora_dropout, target_modules")
+    check_called("peft", get_peft_model, "model, peft_config")
     config = LoraConfig(
         r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=model.linear_names()
     )

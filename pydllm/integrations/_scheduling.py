@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pydllm import ops
+from pydllm._backend.signatures import check_replaced, written
 from pydllm.integrations._drawing import Drawn, draw
 
 
@@ -30,6 +32,7 @@ class Scheduler:
     @classmethod
     def from_config(cls, config: Any = None, **kwargs: Any) -> Self:
         """From a mapping, or an object with ``config``; what this scheduler has not is left out."""
+        cls._check_signatures()
         config = getattr(config, "config", config)
         if not isinstance(config, Mapping):
             raise TypeError(f"config: expected a mapping, got {type(config).__name__}")
@@ -38,6 +41,16 @@ class Scheduler:
         if unknown:
             raise TypeError(f"config: expected {', '.join(known)}, got {', '.join(unknown)}")
         return cls(**{key: value for key, value in config.items() if key in known} | kwargs)
+
+    @classmethod
+    def _check_signatures(cls) -> None:
+        """Raise where diffusers is imported and its scheduler of this name has other methods."""
+        theirs = getattr(sys.modules.get("diffusers"), cls.__name__, None)
+        for name, method in vars(cls).items():
+            if theirs is not None and name[0] != "_" and hasattr(theirs, name):
+                ours = method.__func__ if isinstance(method, staticmethod) else method
+                known = written(ours, without=("compat", "backend"))
+                check_replaced("diffusers", getattr(theirs, name), known)
 
 
 def check_step(logits: Tensor, sample: Tensor) -> None:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from pydllm import ops
+from pydllm._backend.signatures import check_called, check_replaced
 from pydllm.integrations._board import draw_seed
-from pydllm.integrations._signatures import check_called, check_replaced
 from pydllm.integrations.samplers import choose
 
 __all__ = ["Accelerated", "EntropyBoundSampler", "accelerate"]

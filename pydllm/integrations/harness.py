@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lm_eval.api.model import LM
+from lm_eval.api.model import LM, CacheHook
 from lm_eval.api.registry import register_model
 
 from pydllm import __version__
 from pydllm._backend.errors import CheckpointError
+from pydllm._backend.signatures import check_called, check_replaced
 from pydllm.decoding.settings import make_algorithm
 from pydllm.integrations.evaluation import Evaluator
 from pydllm.models import load
@@ -33,6 +34,20 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger("lm_eval.pydllm")
 _DTYPES = ("float32", "float16", "bfloat16", "float64")
+
+
+def check_signatures() -> None:
+    """Raise unless the harness has all that the class below calls and overrides, as known."""
+    requests = {"": "requests", "bar": "requests, disable_tqdm"}
+    for method in (LM.loglikelihood, LM.loglikelihood_rolling, LM.generate_until):
+        check_replaced("lm_eval", method, requests)
+    check_replaced("lm_eval", LM.apply_chat_template, "chat_history, add_generation_prompt")
+    check_replaced("lm_eval", LM.chat_template, "chat_template")
+    check_called("lm_eval", CacheHook.add_partial, "attr, req, res")
+    check_called("lm_eval", register_model, "name")
+
+
+check_signatures()
 
 
 @register_model("pydllm")
@@ -185,6 +200,7 @@ def main(arguments: Sequence[str]) -> None:
     """The harness's own command line, with ``--model pydllm`` unless another is named."""
     from lm_eval.__main__ import cli_evaluate
 
+    check_called("lm_eval", cli_evaluate, "")
     arguments = list(arguments)
     commands = {"run", "ls", "validate"}
     named = any(word.partition("=")[0] in ("--model", "-M") for word in arguments)

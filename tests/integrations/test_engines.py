@@ -266,10 +266,38 @@ def test_sglang_names_are_replaced_only_when_asked(monkeypatch):
     assert known["LowConfidence"] is known["PydllmLowConfidence"]
 
 
-@pytest.mark.parametrize("algorithm", [OldestLowConfidence, NewestLowConfidence, object])
-def test_unknown_sglang_interfaces_are_refused(algorithm):
-    with pytest.raises(PydllmError, match="expected one of step.*; found"):
+@pytest.mark.parametrize(
+    "algorithm, found",
+    [
+        (OldestLowConfidence, r"run that returns .*Optional"),
+        (NewestLowConfidence, r"\(forward_batch, outputs, states, stream\)"),
+        (object, "neither step nor run"),
+    ],
+)
+def test_unknown_sglang_interfaces_are_refused(algorithm, found):
+    with pytest.raises(PydllmError, match=rf"^sglang .*: .*: expected .*, found {found}"):
         sglang.interface_of(algorithm)
+
+
+@pytest.mark.parametrize(
+    "name, changed",
+    [
+        ("__init__", lambda self, config, runner: None),
+        ("init_step_state", lambda self, forward_batch, stream: None),
+        ("max_steps", lambda self: None),
+    ],
+)
+def test_a_changed_base_of_sglang_is_refused(monkeypatch, name, changed):
+    base = type("DllmAlgorithm", (StepBase,), {name: changed})
+    with pytest.raises(PydllmError, match=r"^sglang .*expected \(.*\), found \(.*\)"):
+        install_sglang(monkeypatch, base, LogitsLowConfidence)
+
+
+def test_a_changed_runner_of_sglang_is_refused(monkeypatch):
+    known = install_sglang(monkeypatch, *INTERFACES["run"])
+    runner = SimpleNamespace(forward=lambda forward_batch, skip_attn_backend_init: None)
+    with pytest.raises(PydllmError, match=r"^sglang .*pp_proxy_tensors\), found"):
+        known["PydllmLowConfidence"](config()).run(runner, blocks((0,)))
 
 
 def test_compact_state_is_refused(monkeypatch):
@@ -337,7 +365,8 @@ def test_vllm_plug_in(monkeypatch):
     module.batched_remask(logits, draft, MASK, 0.9, temperature=0.5)  # not ours
     assert calls == [0.5]
     module.batched_remask = lambda logits, draft: None
-    with pytest.raises(PydllmError, match="expected logits, input_draft, .*; found logits, draft"):
+    changed = r"^dllm-plugin .*expected \(logits, input_draft, .*\), found \(logits, draft\)"
+    with pytest.raises(PydllmError, match=changed):
         vllm.register()
 
 
@@ -427,3 +456,13 @@ def test_lmdeploy_leaves_what_it_does_not_know(monkeypatch):
     assert processor(None, None, None, None) == "the original"
     with pytest.raises(PydllmError, match="expected dllm_block_length or block_length, has none"):
         user.UnmaskingProcessor(dllm_config=SimpleNamespace())
+
+
+@pytest.mark.parametrize("name", ["__init__", "__call__"])
+def test_a_changed_processor_of_lmdeploy_is_refused(monkeypatch, name):
+    changed = type("OwnProcessor", (OwnProcessor,), {name: lambda self, dllm_config, state: None})
+    monkeypatch.setitem(globals(), "OwnProcessor", changed)
+    with pytest.raises(PydllmError, match=r"^lmdeploy .*found \(dllm_config, state\)"):
+        install_lmdeploy(monkeypatch)
+    user = sys.modules["lmdeploy.pytorch.strategies.dllm.model_agent"]
+    assert user.UnmaskingProcessor is changed

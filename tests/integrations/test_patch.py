@@ -454,3 +454,22 @@ def test_compiled_afterwards(kind):
             {"keys of padding": compiled(IDS, mask) * PADDED[..., None]},
             {"keys of padding": expected["keys of padding"]},
         )
+
+
+@pytest.mark.parametrize(
+    "kind, name",
+    [
+        ("LLaDALlamaBlock", "_scaled_dot_product_attention"),
+        ("LLaDALlamaBlock", "_cast_attn_bias"),
+        ("DreamSdpaAttention", "repeat_kv"),
+    ],
+)
+def test_a_changed_signature_is_refused(monkeypatch, kind, name):
+    """Remote code whose functions take other arguments than those that ours stand in for."""
+    model = of(KINDS[kind])()
+    before = state(model)
+    owner = stand_ins if name == "repeat_kv" else getattr(stand_ins, kind)
+    monkeypatch.setattr(owner, name, lambda renamed, *, other: None)
+    with pytest.raises(PydllmError, match=r"stand_ins .*expected \(.*\), found \(.*other\)"):
+        pydllm.patch(model, backend="torch")
+    assert_state(model, before)

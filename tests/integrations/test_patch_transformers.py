@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import re
 import sys
 import types
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 import pydllm
+from pydllm import PydllmError
 from pydllm._backend import env
 from pydllm.integrations.patch import interface
 from tests.integrations.test_patch import assert_state, close, state
@@ -118,6 +120,26 @@ def test_the_registered_function_alone_is_sdpa():
     got = run(module)
     assert all(torch.equal(got[call], expected[call]) for call in expected)
     module.set_attn_implementation("sdpa")
+
+
+@pytest.mark.parametrize("name", ["AttentionInterface", "AttentionMaskInterface", "sdpa"])
+def test_a_changed_signature_is_refused(monkeypatch, name):
+    """transformers' own: the model is as it was, and the error tells the version."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    module = causal_lm("Qwen3")
+    before = state(module)
+    if name == "sdpa":
+        monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", lambda module, q: None)
+    else:
+        owner = {"AttentionInterface": AttentionInterface}.get(name, AttentionMaskInterface)
+        monkeypatch.setattr(owner, "register", classmethod(lambda cls, renamed: None))
+    version = re.escape(transformers.__version__)
+    message = rf"^transformers {version}: .*expected \(.*\), found \((module, q|renamed)\)"
+    with pytest.raises(PydllmError, match=message):
+        pydllm.patch(module, backend="torch")
+    assert_state(module, before)
 
 
 def test_generate_and_save_while_patched(tmp_path):

@@ -6,7 +6,6 @@ LMDeploy has no plug-ins: call ``install()`` before the engine is made.
 from __future__ import annotations
 
 import importlib
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -15,10 +14,10 @@ from torch import Tensor
 
 from pydllm import ops
 from pydllm._backend.errors import PydllmError
+from pydllm._backend.signatures import check_replaced
 from pydllm.integrations.engines.accept import write
 
 _USER = "lmdeploy.pytorch.strategies.dllm.model_agent"
-_ARGUMENTS = ["logits", "input_ids", "token_ids", "dllm_mask"]
 # The name that the configuration has for the block's length, by version.
 _LENGTHS = ("dllm_block_length", "block_length")
 
@@ -35,12 +34,8 @@ def install() -> Callable[[], None]:
     except ImportError as error:
         raise PydllmError(f"LMDeploy with dLLM strategies is not here: {error}") from error
     original = user.UnmaskingProcessor
-    names = list(inspect.signature(original.__call__).parameters)[1:]
-    if names != _ARGUMENTS:
-        raise PydllmError(
-            f"LMDeploy's UnmaskingProcessor: expected {', '.join(_ARGUMENTS)}; "
-            f"found {', '.join(names)}"
-        )
+    check_replaced("lmdeploy", original, "dllm_config")
+    check_replaced("lmdeploy", original.__call__, "logits, input_ids, token_ids, dllm_mask")
     states = (consts.DLLM_MASKED, consts.DLLM_UNMASKED, consts.DLLM_CACHED)
 
     def make(dllm_config: Any) -> Any:

@@ -26,16 +26,18 @@ from torch import Tensor
 
 from pydllm._backend import env
 from pydllm._backend.errors import PydllmError
+from pydllm._backend.signatures import check_called, check_replaced, version_of
 from pydllm.integrations.engines.accept import decide
 
 _LOG = logging.getLogger("pydllm")
 _PACKAGE = "sglang.srt.dllm.algorithm"
-# What SGLang's releases ask of an algorithm, told by the signature of the LowConfidence they have.
-INTERFACES = {
-    "logits": "step(forward_batch, full_logits, states)",
-    "output": "step(forward_batch, logits_output, states)",
-    "run": "run(model_runner, forward_batch), batches, a list of token tensors",
+# What SGLang's releases ask of an algorithm, by the signature of the LowConfidence they have.
+_STEPS = {
+    "logits": "forward_batch, full_logits, states",
+    "output": "forward_batch, logits_output, states",
 }
+_OVERRIDDEN = {"init_step_state": "forward_batch", "max_steps": "block_size"}
+_RETURNED = "List[torch.Tensor], bool]"  # what run gives since it takes batches
 
 
 def register() -> None:
@@ -48,6 +50,10 @@ def register() -> None:
     known = package.algo_name_to_cls
     interface = interface_of(known["LowConfidence"])
     base = importlib.import_module(f"{_PACKAGE}.base").DllmAlgorithm
+    check_called("sglang", base, "config")
+    for method, signature in _OVERRIDDEN.items():
+        if hasattr(base, method):
+            check_replaced("sglang", getattr(base, method), signature)
     for name, rules in ALGORITHMS.items():
         made = type(name, (_MIXINS[interface], rules, base), {})
         known[name] = made
@@ -58,29 +64,27 @@ def register() -> None:
 
 
 def interface_of(algorithm: type) -> str:
-    """Which of ``INTERFACES`` an installed algorithm has.
+    """``logits``, ``output`` or ``run``: which interface an installed algorithm has.
 
     Raises:
         PydllmError: none of them.
     """
     step, run = (getattr(algorithm, name, None) for name in ("step", "run"))
     if step is not None:
-        names = list(inspect.signature(step).parameters)[1:]
-        for key, third in (("logits", "full_logits"), ("output", "logits_output")):
-            if names == ["forward_batch", third, "states"]:
-                return key
-        found = f"step({', '.join(names)})"
-    elif run is not None:
-        signature = inspect.signature(run)
-        names = list(signature.parameters)[1:]
-        returned = str(signature.return_annotation).replace("typing.", "")
-        if names == ["model_runner", "forward_batch"] and "List[torch.Tensor], bool]" in returned:
+        return check_replaced("sglang", step, _STEPS)
+    if run is not None:
+        check_replaced("sglang", run, "model_runner, forward_batch")
+        returned = str(inspect.signature(run).return_annotation).replace("typing.", "")
+        if _RETURNED in returned:
             return "run"
-        found = f"run({', '.join(names)}) -> {returned}"
+        found = f"run that returns {returned}"
     else:
         found = "neither step nor run"
-    expected = "; ".join(INTERFACES.values())
-    raise PydllmError(f"SGLang's dLLM interface: expected one of {expected}; found {found}")
+    expected = " or ".join(f"step({signature})" for signature in _STEPS.values())
+    raise PydllmError(
+        f"sglang {version_of('sglang')}: {algorithm.__name__}: expected {expected} or "
+        f"run(model_runner, forward_batch) that returns ...{_RETURNED}, found {found}"
+    )
 
 
 class _Rule:
@@ -232,7 +236,13 @@ class _OutputInterface(_Blocks):
 
 
 class _RunInterface(_Blocks):
+    _checked = False  # the runner's signature
+
     def run(self, model_runner: Any, forward_batch: Any) -> tuple[Any, list[Tensor], bool]:
+        if not self._checked:
+            check_called("sglang", model_runner.forward, "forward_batch, *, pp_proxy_tensors")
+            self._checked = True
+
         def forward() -> Any:
             return model_runner.forward(forward_batch, pp_proxy_tensors=None)
 

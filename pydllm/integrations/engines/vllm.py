@@ -6,7 +6,6 @@ Loaded through ``vllm.general_plugins``; does nothing without ``PYDLLM_REPLACE=1
 from __future__ import annotations
 
 import importlib
-import inspect
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -14,12 +13,13 @@ from typing import Any
 from torch import Tensor
 
 from pydllm._backend import env
-from pydllm._backend.errors import PydllmError
+from pydllm._backend.signatures import check_replaced
 from pydllm.integrations.engines.accept import decide
 
 _LOG = logging.getLogger("pydllm")
 _MODULE = "dllm_plugin.sampling.diffusion_sampler"
-_FIRST = ["logits", "input_draft", "mask_token_id", "threshold"]
+# What is further on is passed through.
+_SIGNATURE = "logits, input_draft, mask_token_id, threshold, ..."
 
 
 def register() -> None:
@@ -32,12 +32,7 @@ def register() -> None:
         _LOG.info("vLLM has no dllm-plugin here (%s): nothing is replaced", error)
         return
     original = module.batched_remask
-    names = list(inspect.signature(original).parameters)
-    if names[:4] != _FIRST:
-        raise PydllmError(
-            f"dllm-plugin's batched_remask: expected {', '.join(_FIRST)}, then options; "
-            f"found {', '.join(names)}"
-        )
+    check_replaced("dllm-plugin", original, _SIGNATURE)
     module.batched_remask = make_batched_remask(original)
     _LOG.info("%s.batched_remask is replaced by pydllm's", _MODULE)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pydllm._backend.errors import PydllmError
+from pydllm._backend.signatures import check_called
 from pydllm.integrations.jobs.job import Job, Row, Summary
 from pydllm.integrations.jobs.worker import Recipe, Worker
 from pydllm.models.parallel import wait_for_all_processes
@@ -92,6 +93,16 @@ def _on_ray(
         import ray.data
     except ImportError as error:
         raise PydllmError(f"engine 'ray': {error} (pip install 'pydllm[ray]')") from error
+    for function, call in {
+        ray.init: "*, include_dashboard, logging_level, log_to_driver",
+        ray.is_initialized: "",
+        ray.cluster_resources: "",
+        ray.data.from_items: "items, *, override_num_blocks",
+        ray.data.ActorPoolStrategy: "*, size",
+        ray.data.Dataset.map: "fn, *, fn_constructor_args, compute, num_cpus, num_gpus",
+        ray.data.Dataset.iter_rows: "",
+    }.items():
+        check_called("ray", function, call)
     if not batches:
         return
     if not ray.is_initialized():

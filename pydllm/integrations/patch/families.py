@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from pydllm._backend.signatures import check_called
 from pydllm.integrations.patch import hooks, interface, layers
 from pydllm.integrations.patch.attention import Attention, Options
 
@@ -81,7 +82,9 @@ def _block(found: Found, module: nn.Module, options: Options) -> tuple[Found, li
     ours = hooks.method_of_block(module, _attention(found, module, options))
     wanted: list[Change] = [(module, f"_{hooks.SDPA}", ours)]
     if hasattr(module, _CAST):
-        wanted.append((module, _CAST, options.masks.cast_once(getattr(module, _CAST))))
+        cast = getattr(module, _CAST)
+        check_called(type(module).__module__, cast, "mask, dtype")
+        wanted.append((module, _CAST, options.masks.cast_once(cast)))
     return replace(found, op=_op(options), reason="its method"), wanted
 
 

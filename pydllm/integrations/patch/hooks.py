@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from pydllm._backend.signatures import check_called, check_replaced
 from pydllm.integrations.patch.attention import Attention
 
 SDPA = "scaled_dot_product_attention"
@@ -72,6 +73,7 @@ def method_of_block(module: nn.Module, attention: Attention) -> types.MethodType
     All copies ignore ``is_causal`` and see both ways; so does this.
     """
     original = getattr(module, f"_{SDPA}")
+    check_replaced(type(module).__module__, original, "q, k, v, ...")
     names = [*inspect.signature(original).parameters][3:]
 
     def _scaled_dot_product_attention(
@@ -143,6 +145,7 @@ def rebound(
         table = forward.__globals__[TABLE]
         changed[TABLE] = _Table(table, sdpa=functools.partial(interface, table["sdpa"]))
     if repeats and "matmul" not in names and "repeat_kv" in forward.__globals__:
+        check_called(type(module).__module__, forward.__globals__["repeat_kv"], "states, repeats")
         changed["repeat_kv"] = _as_it_is
     # Without a name: the compiler takes the names of a named scope from the module of that name.
     scope = {**forward.__globals__, **changed}

@@ -7,11 +7,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from pydllm._backend.signatures import check_called, check_replaced
 from pydllm.integrations.patch.attention import Attention
 from pydllm.integrations.patch.hooks import TABLE, code_names
 
 NAME = "pydllm"
 ATTRIBUTE = "_pydllm_attention"  # of a patched module
+# transformers' sdpa_attention_forward; position_bias came with 5.18.
+_SDPA = {
+    "4.57": "module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs",
+    "5.18": "module, query, key, value, attention_mask, dropout, scaling, is_causal, "
+    "position_bias, **kwargs",
+}
 # Arguments with which a call asks for more than attention.
 _OTHER = ("softcap", "position_bias", "cache", "s_aux", "head_mask", "block_table")
 
@@ -85,6 +92,9 @@ def register() -> None:
     from transformers import AttentionInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
+    for interface in (AttentionInterface, AttentionMaskInterface):
+        check_called("transformers", interface.register, "key, value")
+    check_replaced("transformers", AttentionInterface()["sdpa"], _SDPA)
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 

@@ -65,6 +65,15 @@ def _check(
     raise PydllmError(f"{package} {version_of(package)}: {name}: expected {expected}, found {bare}")
 
 
+def written(function: Callable[..., Any], without: tuple[str, ...] = ()) -> str:
+    """The signature of one of our callables, less some names, as ``check_replaced`` takes it."""
+    parameters = inspect.signature(function).parameters.values()
+    ours = [p for p in parameters if p.name not in ("self", *without)]
+    by_name = [p.name for p in ours if p.kind is p.KEYWORD_ONLY]
+    names = [_written(p) for p in ours if p.kind is not p.KEYWORD_ONLY]
+    return ", ".join([*names, "*", *by_name] if by_name else names)
+
+
 def version_of(package: str) -> str:
     """The version that is imported, or else installed."""
     found = getattr(sys.modules.get(package), "__version__", None)
