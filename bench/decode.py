@@ -100,7 +100,7 @@ def static(job: Job) -> dict[str, Contender]:
             lambda: faster.decode(job.prompts, job.new), published
         )
     for cache in ("none", "prefix", "dual"):
-        algorithm = pydllm.Static(job.block, job.per_step, cache=cache)
+        algorithm = pydllm.Static(block_length=job.block, tokens_per_step=job.per_step, cache=cache)
         label = f"pydllm, {cache} cache".replace("none", "no")
         contenders[label] = Contender(partial(job.run, algorithm), published)
     return contenders
@@ -109,11 +109,11 @@ def static(job: Job) -> dict[str, Contender]:
 def freedave(job: Job) -> dict[str, Contender]:
     contenders = {}
     for cache in ("none", "dual"):
-        baseline = pydllm.Static(job.block, job.per_step, cache=cache)
+        baseline = pydllm.Static(block_length=job.block, tokens_per_step=job.per_step, cache=cache)
         label = f"Static, {cache} cache".replace("none", "no")
         contenders[label] = Contender(partial(job.run, baseline), label)
         for drafts in (4, 8):
-            algorithm = pydllm.FreeDave(drafts, baseline=baseline)
+            algorithm = pydllm.FreeDave(draft_steps=drafts, baseline=baseline)
             name = label.replace("Static", f"FreeDave({drafts})")
             contenders[name] = Contender(partial(job.run, algorithm), label)
     return contenders
@@ -149,7 +149,7 @@ def multiblock(job: Job) -> dict[str, Contender]:
     loop = PublishedMultiBlock(job.model, threshold, job.block)
     contenders = {published: Contender(lambda: loop.decode(job.prompts, job.new), published)}
     for profile in ("compat", "fixed"):
-        algorithm = pydllm.MultiBlock(threshold, job.block, profile=profile)
+        algorithm = pydllm.MultiBlock(threshold=threshold, block_length=job.block, profile=profile)
         contenders[f"pydllm, {profile}"] = Contender(partial(job.run, algorithm), published)
     return contenders
 

@@ -169,7 +169,9 @@ def llada(job: Job) -> list[Contender]:
         loop = PublishedLoop(model, job.block, job.per_step)
         original = Contender("restatement", lambda: loop.decode(job.prompt(model), job.new), theirs)
         arguments["mask_id"] = model.spec.mask_id
-    algorithm = pydllm.Static(job.block, job.per_step, semantics="llada")
+    algorithm = pydllm.Static(
+        block_length=job.block, tokens_per_step=job.per_step, semantics="llada"
+    )
     ours = job.ours(model, algorithm, (job.steps * total, masks))
 
     def call(function: Any) -> tuple[Tensor, int]:
@@ -200,7 +202,9 @@ def fast_dllm_dual(job: Job) -> list[Contender]:
             "restatement", lambda: loop.decode(job.prompt(model), job.new), (rows, rows)
         )
         arguments["mask_id"] = model.spec.mask_id
-    algorithm = pydllm.Static(job.block, job.per_step, cache="dual", semantics="fast_dllm")
+    algorithm = pydllm.Static(
+        block_length=job.block, tokens_per_step=job.per_step, cache="dual", semantics="fast_dllm"
+    )
     ours = job.ours(model, algorithm, (rows, masks))
 
     def call(function: Any) -> tuple[Tensor, int]:
@@ -223,7 +227,7 @@ def dream(job: Job) -> list[Contender]:
     loop = PublishedDream(model, job.steps)
     theirs = (job.steps * total, job.steps * total)
     original = Contender("restatement", lambda: loop.decode(job.prompt(model), job.new), theirs)
-    algorithm = pydllm.Static(job.new, job.per_step, semantics="dream")
+    algorithm = pydllm.Static(block_length=job.new, tokens_per_step=job.per_step, semantics="dream")
     masks = sum(range(job.new, 0, -job.per_step))
 
     def call(function: Any) -> tuple[Tensor, int]:
@@ -265,7 +269,9 @@ def d3llm(job: Job) -> list[Contender]:
     else:
         loop = PublishedMultiBlock(model, limit, job.block)
         original = Contender("restatement", lambda: loop.decode(ids, job.new))
-    algorithm = pydllm.MultiBlock(limit, job.block, profile="compat", early_stop=False)
+    algorithm = pydllm.MultiBlock(
+        threshold=limit, block_length=job.block, profile="compat", early_stop=False
+    )
 
     def call(function: Any) -> tuple[Tensor, int]:
         return function(module, ids, **arguments)

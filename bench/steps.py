@@ -62,14 +62,16 @@ def algorithms(
     size = model.spec.block_size or block
     cache = "none" if model.spec.block_size else "dual"
     found: dict[str, Any] = {
-        "static": pydllm.Static(size, cache=cache),
-        "threshold": pydllm.Threshold(0.9, size, cache=cache),
-        "freedave": pydllm.FreeDave(8, size, cache=cache),
+        "static": pydllm.Static(block_length=size, cache=cache),
+        "threshold": pydllm.Threshold(threshold=0.9, block_length=size, cache=cache),
+        "freedave": pydllm.FreeDave(draft_steps=8, block_length=size, cache=cache),
     }
     if model.spec.block_size:
-        return found | {"pipelined": pydllm.FreeDave(8, size, mode="pipelined")}
-    found["static-none"] = pydllm.Static(size)
-    found["multiblock"] = pydllm.MultiBlock(0.5, size)
+        return found | {
+            "pipelined": pydllm.FreeDave(draft_steps=8, block_length=size, mode="pipelined")
+        }
+    found["static-none"] = pydllm.Static(block_length=size)
+    found["multiblock"] = pydllm.MultiBlock(threshold=0.5, block_length=size)
     if verifier is not None:
         found["apd"] = pydllm.APD(verifier)
     return found

@@ -73,7 +73,12 @@ def decode(rank: int, size: int, folder: str, source: str, dtype: str, new: int)
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(3, 90, (n,), generator=generator).tolist() for n in (21, 32)]
     started = time.perf_counter()
-    made = pydllm.generate(model, prompts, pydllm.Static(16, 2, cache="dual"), max_new_tokens=new)
+    made = pydllm.generate(
+        model,
+        prompts,
+        pydllm.Static(block_length=16, tokens_per_step=2, cache="dual"),
+        max_new_tokens=new,
+    )
     result = {
         "tokens": torch.stack([ids[-new:] for ids in made.sequences]),
         "forwards": int(made.nfe.max()),

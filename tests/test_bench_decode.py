@@ -64,7 +64,7 @@ def test_published_apd_is_ours_at_temperature_0(tiny, prompts, window):
 @pytest.mark.parametrize("threshold", [-1.0, 0.3, 1.0])
 def test_published_multiblock_is_ours(tiny, prompts, threshold):
     loop = published.PublishedMultiBlock(tiny, threshold, 8)
-    algorithm = pydllm.MultiBlock(threshold, 8, profile="compat")
+    algorithm = pydllm.MultiBlock(threshold=threshold, block_length=8, profile="compat")
     for prompt in prompts:
         want = pydllm.generate(tiny, list(prompt), algorithm, max_new_tokens=32)
         tokens, forwards = loop.decode(prompt, 32)

@@ -22,7 +22,7 @@ _LEAST_SHARED = 0.99
 _LEAST_SQUARED = 1e-3  # its square has to be a temperature, too
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class APD(Algorithm):
     """Left to right, as many drafts of one forward as a small causal model agrees with: adaptive
     parallel decoding (arXiv 2506.00413).
@@ -58,7 +58,7 @@ class APD(Algorithm):
     pieces in which a round is verified on a CPU count as one.
     """
 
-    verifier: Model | None
+    verifier: Model | None = field(kw_only=False)
     mixture: float | Sequence[float] = 0.7
     window: int | None | Sequence[int | None] = 16
     lookahead: int | None | Sequence[int | None] = 64

@@ -50,7 +50,7 @@ from pydllm.decoding.static import Static
 from pydllm.models import Model
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FreeDave(Algorithm):
     """The tokens of a baseline in fewer forwards (FreeDave, arXiv 2510.00294).
 
@@ -122,7 +122,9 @@ class FreeDave(Algorithm):
 
     def _baseline(self) -> BlockwiseAlgorithm:
         if self.baseline is None:
-            return Static(self.block_length, cache=self.cache, first_token=self.first_token)
+            return Static(
+                block_length=self.block_length, cache=self.cache, first_token=self.first_token
+            )
         if not isinstance(self.baseline, BlockwiseAlgorithm):
             raise TypeError(f"baseline: expected a block-wise algorithm, got {self.baseline!r}")
         if self.baseline.semantics != "exact":

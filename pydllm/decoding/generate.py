@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from pydllm._backend.context import compute_context
+from pydllm._checks import check_bool
 from pydllm.decoding.call import Call, Step, lay_out, padded_length
 from pydllm.decoding.checks import expect_int
 from pydllm.decoding.driver import Algorithm, Decoded, drive
+from pydllm.decoding.finite import check_finite
 from pydllm.decoding.graph import Eager, Graphs, cache_key, graphs_of, power_of_two
 from pydllm.decoding.prompts import encode_prompts
-from pydllm.models import Model
+from pydllm.models import Model, NativeModel
 
 _WARM = 3  # dummy batches: the first compiles, the second captures, the third is as any other
 _COLDEST = 1e-6  # least temperature that is not 0
@@ -36,6 +38,8 @@ class Generation:
         text: the new text of each sequence, where the model has a tokenizer.
         verifier_nfe: ``(B,)`` int64, forwards of the verifier in which the sequence took part; None
             for algorithms without one.
+        finite: ``(B,)`` bool, False where the model computed NaN or infinity for the answer, which
+            a RuntimeWarning says as well.
     """
 
     sequences: list[Tensor]
@@ -44,6 +48,7 @@ class Generation:
     step_map: Tensor
     text: list[str] | None
     verifier_nfe: Tensor | None = None
+    finite: Tensor | None = None
 
 
 def generate(
@@ -58,6 +63,7 @@ def generate(
     backend: str | None = None,
     graph: bool | str = "auto",
     max_batch: int | None = None,
+    deterministic: bool = False,
     on_step: Callable[[Step], None] | None = None,
 ) -> Generation:
     """Decode a continuation of every prompt, ragged prompts in one batch.
@@ -80,6 +86,10 @@ def generate(
             operators, to test with.
         max_batch: sequences in the batch at most; a waiting prompt takes the slot of a finished
             one. Default: all prompts. A prompt's answer, step map and forwards do not depend on it.
+        deterministic: compute so that a row's bits do not depend on the batch or the number of
+            candidates (``ops.linear`` in place of the BLAS's products). A sequence's tokens are
+            then bitwise those that it has alone, and FreeDave's bitwise its baseline's, in bf16
+            too. Slower.
         on_step: called after every forward with a ``Step`` of copies, which costs a copy of all
             tokens each time.
 
@@ -95,6 +105,14 @@ def generate(
         >>> generation.text, generation.nfe
     """
     ids = encode_prompts(model, prompts)
+    check_bool("deterministic", deterministic)
+    if deterministic:
+        if not isinstance(model, NativeModel):
+            raise ValueError(
+                "deterministic: expected a model of pydllm.load for True, "
+                f"got a {type(model).__name__}"
+            )
+        model = model.deterministic()
     with compute_context(model.device):
         call = _call(
             model,
@@ -320,4 +338,5 @@ def _collect(decoded: Decoded, call: Call) -> Generation:
         step_map=torch.stack([step_map[row, part] for row, part in enumerate(new)]),
         text=text,
         verifier_nfe=counters.get("verifier_nfe"),
+        finite=check_finite(call, decoded.x),
     )

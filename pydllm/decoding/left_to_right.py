@@ -13,7 +13,7 @@ from pydllm.decoding.rounds import DraftVerifyDecoder
 from pydllm.models import Model
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LeftToRight(Algorithm):
     """A fixed number of tokens a forward, from left to right: the baseline of arXiv 2506.00413.
 

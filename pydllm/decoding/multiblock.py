@@ -34,7 +34,7 @@ _REFRESH = MODES.index("refresh")
 _PUBLISHED_LIMIT = 10_001  # forwards
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MultiBlock(Algorithm):
     """d3LLM: tokens below an entropy, in several blocks at a time (arXiv 2601.07568).
 

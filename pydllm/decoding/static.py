@@ -20,7 +20,7 @@ def expect_semantics(name: str, rule: str) -> None:
     expect("semantics", name, tuple(known for known, rules in SEMANTICS.items() if rule in rules))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Static(BlockwiseAlgorithm):
     """A fixed number of tokens a step, the best-scored first (LLaDA, arXiv 2502.09992).
 
@@ -68,7 +68,7 @@ class Static(BlockwiseAlgorithm):
         return -(-masks // self.tokens_per_step)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Threshold(BlockwiseAlgorithm):
     """Every token whose confidence reaches a threshold, and always the best one (Fast-dLLM,
     arXiv 2505.22618).
@@ -104,7 +104,7 @@ class Threshold(BlockwiseAlgorithm):
         }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Factor(BlockwiseAlgorithm):
     """As many tokens as their confidence allows in parallel: rank r is written while its
     confidence is at least ``1 - factor / (r + 1)`` (Fast-dLLM, arXiv 2505.22618).
@@ -130,7 +130,7 @@ class Factor(BlockwiseAlgorithm):
         return stats.prob, {"rule": "factor", "factor": self.factor, "semantics": self.semantics}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EntropyBound(BlockwiseAlgorithm):
     """The most certain tokens while the sum of their entropies stays bounded (EB-Sampler,
     arXiv 2505.24857).

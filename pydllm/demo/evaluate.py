@@ -62,32 +62,37 @@ def algorithms(model: str, verifier: Model) -> dict[str, Algorithm]:
     """
     block = BLOCKS[model]
     chosen: dict[str, Algorithm] = {
-        "Static, 1 token a step": Static(block),
-        "Static, left to right": Static(block, score="left_to_right"),
-        "Static, 4 tokens a step": Static(block, 4),
-        f"Static, a block of {block} a step": Static(block, block),
-        "Threshold 0.9": Threshold(0.9, block),
-        "Threshold 0.6": Threshold(0.6, block),
-        "Factor 1.0": Factor(1.0, block),
-        "Factor 2.0": Factor(2.0, block),
-        "EntropyBound 0.1": EntropyBound(0.1, block),
-        "EntropyBound 0.5": EntropyBound(0.5, block),
-        "FreeDave, 4 drafts": FreeDave(4, block),
-        "FreeDave, 8 drafts": FreeDave(8, block),
+        "Static, 1 token a step": Static(block_length=block),
+        "Static, left to right": Static(block_length=block, score="left_to_right"),
+        "Static, 4 tokens a step": Static(block_length=block, tokens_per_step=4),
+        f"Static, a block of {block} a step": Static(block_length=block, tokens_per_step=block),
+        "Threshold 0.9": Threshold(threshold=0.9, block_length=block),
+        "Threshold 0.6": Threshold(threshold=0.6, block_length=block),
+        "Factor 1.0": Factor(factor=1.0, block_length=block),
+        "Factor 2.0": Factor(factor=2.0, block_length=block),
+        "EntropyBound 0.1": EntropyBound(bound=0.1, block_length=block),
+        "EntropyBound 0.5": EntropyBound(bound=0.5, block_length=block),
+        "FreeDave, 4 drafts": FreeDave(draft_steps=4, block_length=block),
+        "FreeDave, 8 drafts": FreeDave(draft_steps=8, block_length=block),
     }
     if model == "sdar-tiny":
         return chosen | {
-            f"FreeDave pipelined, {n} drafts": FreeDave(n, block, mode="pipelined") for n in (4, 8)
+            f"FreeDave pipelined, {n} drafts": FreeDave(
+                draft_steps=n, block_length=block, mode="pipelined"
+            )
+            for n in (4, 8)
         }
     return chosen | {
-        f"Static, a block of {ANSWER_LENGTH} a step": Static(ANSWER_LENGTH, ANSWER_LENGTH),
-        "Static, prefix cache": Static(block, cache="prefix"),
-        "Static, dual cache": Static(block, cache="dual"),
-        "Threshold 0.9, dual cache": Threshold(0.9, block, cache="dual"),
-        "LeftToRight, 2 tokens a step": LeftToRight(2),
-        "APD, mixture 0.5": APD(verifier, 0.5),
-        "APD, mixture 0.9": APD(verifier, 0.9),
-        "MultiBlock, entropy 0.1": MultiBlock(0.1, block),
+        f"Static, a block of {ANSWER_LENGTH} a step": Static(
+            block_length=ANSWER_LENGTH, tokens_per_step=ANSWER_LENGTH
+        ),
+        "Static, prefix cache": Static(block_length=block, cache="prefix"),
+        "Static, dual cache": Static(block_length=block, cache="dual"),
+        "Threshold 0.9, dual cache": Threshold(threshold=0.9, block_length=block, cache="dual"),
+        "LeftToRight, 2 tokens a step": LeftToRight(tokens_per_step=2),
+        "APD, mixture 0.5": APD(verifier, mixture=0.5),
+        "APD, mixture 0.9": APD(verifier, mixture=0.9),
+        "MultiBlock, entropy 0.1": MultiBlock(threshold=0.1, block_length=block),
         "MultiBlock": MultiBlock(block_length=block),
         "MultiBlock, no cache": MultiBlock(block_length=block, cache=False),
     }

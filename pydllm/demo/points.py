@@ -15,9 +15,9 @@ from pydllm.models import Model, load
 TASK = "word problems"
 BLOCK = 24
 KINDS: dict[str, Callable[[float], Algorithm]] = {
-    "threshold": lambda value: Threshold(value, BLOCK),
-    "entropybound": lambda value: EntropyBound(value, BLOCK),
-    "multiblock": lambda value: MultiBlock(value, BLOCK),
+    "threshold": lambda value: Threshold(threshold=value, block_length=BLOCK),
+    "entropybound": lambda value: EntropyBound(bound=value, block_length=BLOCK),
+    "multiblock": lambda value: MultiBlock(threshold=value, block_length=BLOCK),
 }
 # Below this the curve has ended, in percentage points from its slowest point: as in pydllm.metrics.
 _TOLERATED_LOSS = 5.0
@@ -40,7 +40,7 @@ def sweep(
         with a better accuracy.
     """
     points = []
-    for algorithm in (Static(BLOCK), *map(KINDS[kind], thresholds)):
+    for algorithm in (Static(block_length=BLOCK), *map(KINDS[kind], thresholds)):
         score, _, _ = evaluate(model, ("", ""), algorithm, problems, backend=backend)
         points.append((score.tokens_per_forward, score.exact_percent))
         on_point()

@@ -21,25 +21,44 @@ def settings(sweep: str, model: str, verifier: Model) -> dict[str, Algorithm]:
     """The settings of a sweep on a bundled model, by display name."""
     block = BLOCKS[model]
     if sweep == "static":
-        return {f"{n} a step": Static(block, n) for n in (1, 2, 3, 4, 6, 8) if n <= block}
+        return {
+            f"{n} a step": Static(block_length=block, tokens_per_step=n)
+            for n in (1, 2, 3, 4, 6, 8)
+            if n <= block
+        }
     if sweep == "threshold":
-        return {f"threshold {limit}": Threshold(limit, block) for limit in _THRESHOLDS}
+        return {
+            f"threshold {limit}": Threshold(threshold=limit, block_length=block)
+            for limit in _THRESHOLDS
+        }
     if sweep == "factor":
-        return {f"factor {f}": Factor(f, block) for f in (0.25, 0.5, 1.0, 1.5, 2.0, 3.0)}
+        return {
+            f"factor {f}": Factor(factor=f, block_length=block)
+            for f in (0.25, 0.5, 1.0, 1.5, 2.0, 3.0)
+        }
     if sweep == "entropy_bound":
-        return {f"bound {b}": EntropyBound(b, block) for b in (0.01, 0.1, 0.2, 0.5, 1.0, 2.0)}
+        return {
+            f"bound {b}": EntropyBound(bound=b, block_length=block)
+            for b in (0.01, 0.1, 0.2, 0.5, 1.0, 2.0)
+        }
     if sweep == "freedave":
-        return {f"{n} drafts": FreeDave(n, block) for n in (1, 2, 4, 8, 16)}
+        return {
+            f"{n} drafts": FreeDave(draft_steps=n, block_length=block) for n in (1, 2, 4, 8, 16)
+        }
     if sweep == "apd":
         return {
-            f"R {mixture}, W {window}, M {lookahead}": APD(verifier, mixture, window, lookahead)
+            f"R {mixture}, W {window}, M {lookahead}": APD(
+                verifier, mixture=mixture, window=window, lookahead=lookahead
+            )
             for mixture in (0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 1.0)
             for window in (1, 16)
             for lookahead in (32, 40, 48)
         }
     if sweep == "multiblock":
         limits = (0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0)
-        return {f"entropy {limit}": MultiBlock(limit, block) for limit in limits}
+        return {
+            f"entropy {limit}": MultiBlock(threshold=limit, block_length=block) for limit in limits
+        }
     raise ValueError(f"sweep: expected one of {', '.join(SWEEPS)}, got {sweep!r}")
 
 

@@ -177,7 +177,7 @@ def _check(job: Job, device: torch.device) -> tuple[NativeModel, list[list[int]]
         )
     texts: Any = [prompt.prompt for prompt in job.prompts]
     ids = encode_prompts(teacher, texts)
-    Static(recipe.block_length, score=recipe.score)
+    Static(block_length=recipe.block_length, score=recipe.score)
     answer_checker(job.prompts, job.answer_pattern)
     longest = max(map(len, ids)) + recipe.max_new_tokens
     if longest > teacher.spec.max_positions:

@@ -96,7 +96,7 @@ def extract(
         result = generate(
             teacher,
             chosen,
-            Static(block_length, score=score),
+            Static(block_length=block_length, score=score),
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             seed=seed,

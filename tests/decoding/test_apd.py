@@ -125,7 +125,9 @@ def test_the_reference_rule(trio, emit, temperature):
             for row, prompt in enumerate(prompts)
         ],
     )
-    paper = _decode(model, prompts, pydllm.APD(verifier, 0.9, 3, 5, emit=emit), **draws)
+    paper = _decode(
+        model, prompts, pydllm.APD(verifier, mixture=0.9, window=3, lookahead=5, emit=emit), **draws
+    )
     if temperature == 0:
         _same(got, paper)
     elif temperature > 0.5:
@@ -139,7 +141,12 @@ def test_left_to_right(trio, kind, temperature):
     prompts = _prompts(3, 8, 1)
     draws = {"temperature": temperature, "seed": 4}
     for tokens, window, lookahead in ((1, None, None), (2, 1, 5), (3, 4, None), (20, None, None)):
-        got = _decode(model, prompts, pydllm.LeftToRight(tokens, window, lookahead), **draws)
+        got = _decode(
+            model,
+            prompts,
+            pydllm.LeftToRight(tokens_per_step=tokens, window=window, lookahead=lookahead),
+            **draws,
+        )
         options = draws | {"limit": tokens, "window": window, "lookahead": lookahead}
         options["shifted"] = kind == "shifted"
         _check(
@@ -158,13 +165,13 @@ def test_left_to_right_computes_the_head_for_its_tokens_alone(trio, monkeypatch)
     rows = []
     head = model.head
     monkeypatch.setattr(model, "head", lambda hidden: rows.append(hidden.shape[1]) or head(hidden))
-    _decode(model, _prompts(3), pydllm.LeftToRight(4, lookahead=9))
+    _decode(model, _prompts(3), pydllm.LeftToRight(tokens_per_step=4, lookahead=9))
     assert rows == [4, 4, 4, 2]
 
 
 def test_an_empty_prompt_of_a_model_that_is_not_shifted(trio):
     model, plain = trio["plain"]
-    got = _decode(model, [[], [4]], pydllm.LeftToRight(3, 2))
+    got = _decode(model, [[], [4]], pydllm.LeftToRight(tokens_per_step=3, window=2))
     _check(got, [decode(plain, None, p, new=NEW, mask=MASK, limit=3, window=2) for p in ([], [4])])
 
 
@@ -176,13 +183,33 @@ def test_its_limits(trio, temperature, emit):
     prompts = _prompts(3, 6)
     draws = {"temperature": temperature, "seed": 1}
     for top_p in (None, 0.8):
-        blocks = _decode(model, prompts, pydllm.LeftToRight(5, 2, 5, top_p), **draws)
+        blocks = _decode(
+            model,
+            prompts,
+            pydllm.LeftToRight(tokens_per_step=5, window=2, lookahead=5, top_p=top_p),
+            **draws,
+        )
         if emit == "draft":
-            alone = pydllm.APD(None, 1.0, 2, 5, top_p)
+            alone = pydllm.APD(None, mixture=1.0, window=2, lookahead=5, top_p=top_p)
             _same(_decode(model, prompts, alone, **draws), blocks)
-            single = _decode(model, prompts, pydllm.LeftToRight(1, 2, 1, top_p), **draws)
-            _same(_decode(model, prompts, pydllm.APD(verifier, 0.2, 2, 1, top_p), **draws), single)
-        beside = pydllm.APD(verifier, [1.0, 0.3], 2, 5, top_p, emit)
+            single = _decode(
+                model,
+                prompts,
+                pydllm.LeftToRight(tokens_per_step=1, window=2, lookahead=1, top_p=top_p),
+                **draws,
+            )
+            _same(
+                _decode(
+                    model,
+                    prompts,
+                    pydllm.APD(verifier, mixture=0.2, window=2, lookahead=1, top_p=top_p),
+                    **draws,
+                ),
+                single,
+            )
+        beside = pydllm.APD(
+            verifier, mixture=[1.0, 0.3], window=2, lookahead=5, top_p=top_p, emit=emit
+        )
         got = _decode(model, prompts, beside, **draws)
         assert got.nfe[0] == blocks.nfe[0]
         if emit == "draft":
@@ -207,7 +234,14 @@ def test_target_at_mixture_0_is_autoregressive_decoding(trio, kind, temperature)
         expected.append(x)
     for lookahead, window in ((1, None), (3, 2), (8, None), (8, 1)):
         for top_p in (None, 0.5):
-            algorithm = pydllm.APD(verifier, 0.0, window, lookahead, top_p, "target")
+            algorithm = pydllm.APD(
+                verifier,
+                mixture=0.0,
+                window=window,
+                lookahead=lookahead,
+                top_p=top_p,
+                emit="target",
+            )
             got = _decode(model, prompts, algorithm, temperature=temperature, seed=7)
             assert [sequence.tolist() for sequence in got.sequences] == expected
 
@@ -238,7 +272,11 @@ def test_equal_models_accept_everything(trio):
     try:
         for mixture in (0.0, 0.4, 0.9):
             got = _decode(
-                model, _prompts(3, 5), pydllm.APD(same, mixture, 4, 5), temperature=0.8, seed=3
+                model,
+                _prompts(3, 5),
+                pydllm.APD(same, mixture=mixture, window=4, lookahead=5),
+                temperature=0.8,
+                seed=3,
             )
             assert (got.nfe == 3).all() and (got.verifier_nfe == 3).all()
     finally:
@@ -249,10 +287,22 @@ def test_equal_models_accept_everything(trio):
 def test_a_wide_window_is_no_cache(trio, kind):
     model, verifier = trio[kind][0], trio["verifier"][0]
     options = {"temperature": 1.0, "seed": 6}
-    uncached = _decode(model, PROMPTS, pydllm.APD(verifier, 0.8, None, 6), **options)
+    uncached = _decode(
+        model, PROMPTS, pydllm.APD(verifier, mixture=0.8, window=None, lookahead=6), **options
+    )
     for window in (23, 10**9, [None, 23, 24, 10**9, 30]):
-        _same(_decode(model, PROMPTS, pydllm.APD(verifier, 0.8, window, 6), **options), uncached)
-    narrow = _decode(model, PROMPTS, pydllm.APD(verifier, 0.8, 1, 6), **options)
+        _same(
+            _decode(
+                model,
+                PROMPTS,
+                pydllm.APD(verifier, mixture=0.8, window=window, lookahead=6),
+                **options,
+            ),
+            uncached,
+        )
+    narrow = _decode(
+        model, PROMPTS, pydllm.APD(verifier, mixture=0.8, window=1, lookahead=6), **options
+    )
     assert not torch.equal(torch.cat(narrow.sequences), torch.cat(uncached.sequences))
 
 
@@ -286,7 +336,7 @@ def test_a_ragged_batch_equals_its_sequences_alone_and_permuted(trio, kind, emit
 
 def test_seeds_and_request_ids(trio):
     model, verifier = trio["plain"][0], trio["verifier"][0]
-    algorithm = pydllm.APD(verifier, 0.5, 4, 6)
+    algorithm = pydllm.APD(verifier, mixture=0.5, window=4, lookahead=6)
 
     def tokens(**options):
         got = _decode(model, _prompts(5), algorithm, temperature=1.0, **options)
@@ -302,7 +352,7 @@ def test_a_round_accepts_more_with_a_larger_mixture(trio):
     model, verifier = trio["plain"][0], trio["verifier"][0]
     counts = []
     for mixture in [step / 20 for step in range(21)]:
-        algorithm = pydllm.APD(verifier, mixture, None, None)
+        algorithm = pydllm.APD(verifier, mixture=mixture, window=None, lookahead=None)
         got = _decode(model, PROMPTS * 4, algorithm, temperature=1.0, seed=12)
         counts.append((got.step_map == 0).sum(1))
     counts = torch.stack(counts)
@@ -361,7 +411,7 @@ def test_the_verifier_s_cache_is_teacher_forcing(trio):
         torch.testing.assert_close(verifier.head(hidden)[0], expected, rtol=0, atol=1e-11)
         rows.append(int(length))
 
-    algorithm = pydllm.APD(Observed(verifier, look), 0.6, 3, 4)
+    algorithm = pydllm.APD(Observed(verifier, look), mixture=0.6, window=3, lookahead=4)
     got = _decode(model, _prompts(5), algorithm, temperature=1.0)
     assert len(starts) < got.verifier_nfe.item() <= len(rows)
     assert rows[0] == 5 + 4 - 1 and max(rows[1:]) <= 4
@@ -392,7 +442,7 @@ def test_what_the_verifier_keeps_is_what_a_fresh_forward_gives(trio, monkeypatch
                 torch.testing.assert_close(ours[:, row, :known], theirs[:, 0], rtol=0, atol=1e-12)
             checked += known
 
-    algorithm = pydllm.APD(verifier, [0.7, 0.9], 3, 5)
+    algorithm = pydllm.APD(verifier, mixture=[0.7, 0.9], window=3, lookahead=5)
     _decode(model, PROMPTS[:2], algorithm, temperature=1.0, on_step=look)
     assert checked > 20
 
@@ -440,7 +490,7 @@ def test_the_mask_is_never_written(trio, monkeypatch):
         monkeypatch.setattr(each, "_head_bias", bias)
     for emit in ("draft", "draft_then_target", "target"):
         for mixture in (0.0, 0.5, 1.0):
-            algorithm = pydllm.APD(verifier, mixture, 3, 5, emit=emit)
+            algorithm = pydllm.APD(verifier, mixture=mixture, window=3, lookahead=5, emit=emit)
             for temperature in (0.0, 1.0):
                 got = _decode(model, PROMPTS, algorithm, temperature=temperature)
                 assert not (torch.cat(got.sequences) == MASK).any()
@@ -451,7 +501,10 @@ def test_what_follows_an_end_of_sequence_is_end_of_sequence(trio):
     model.spec = dataclasses.replace(model.spec, eos_ids=(5, 6))
     prompts = [[5, *prompt] for prompt in _prompts(*[3] * 12)]  # one in the prompt ends nothing
     ended = 0
-    for algorithm in (pydllm.APD(verifier, 0.9, 4, 6), pydllm.LeftToRight(3, 4)):
+    for algorithm in (
+        pydllm.APD(verifier, mixture=0.9, window=4, lookahead=6),
+        pydllm.LeftToRight(tokens_per_step=3, window=4),
+    ):
         got = _decode(model, prompts, algorithm, temperature=1.5)
         answers = torch.stack([sequence[4:] for sequence in got.sequences])
         for answer, steps, nfe, rate in zip(
@@ -489,7 +542,11 @@ def test_logits_that_are_nan_do_not_hang_it(trio, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(broken, "_head", bad)
             for emit in ("draft", "draft_then_target", "target"):
-                got = _decode(model, _prompts(3), pydllm.APD(verifier, 0.5, 2, 4, emit=emit))
+                got = _decode(
+                    model,
+                    _prompts(3),
+                    pydllm.APD(verifier, mixture=0.5, window=2, lookahead=4, emit=emit),
+                )
                 assert got.nfe <= NEW
                 assert ((got.sequences[0] >= 0) & (got.sequences[0] < VOCAB)).all()
 
@@ -506,9 +563,9 @@ def test_rows_of_a_cache_move_into_holes():
 def test_a_temperature_for_each_prompt(trio, kind):
     model, verifier = trio["plain"][0], trio["verifier"][0]
     algorithm = {
-        "apd": pydllm.APD(verifier, 0.6, 3, 4, top_p=0.9),
-        "left to right": pydllm.LeftToRight(2),
-        "static": pydllm.Static(7, 2),
+        "apd": pydllm.APD(verifier, mixture=0.6, window=3, lookahead=4, top_p=0.9),
+        "left to right": pydllm.LeftToRight(tokens_per_step=2),
+        "static": pydllm.Static(block_length=7, tokens_per_step=2),
     }[kind]
     temperatures = [0.0, 1.0, 0.3, 0.0, 2.5]
     together = _decode(model, PROMPTS, algorithm, temperature=temperatures, seed=2)
@@ -532,7 +589,7 @@ def test_backends_agree(tmp_path, emit, top_p):
     for name in ("shifted", "verifier"):
         folder = write_checkpoint(tmp_path / name, random_plain(CONFIGS[name]))
         made.append(pydllm.load(folder, device="cpu", dtype=torch.float32))
-    algorithm = pydllm.APD(made[1], 0.8, 2, 4, top_p, emit)
+    algorithm = pydllm.APD(made[1], mixture=0.8, window=2, lookahead=4, top_p=top_p, emit=emit)
     options = {"new": 6, "temperature": 1.0, "seed": 3}
     torch_, triton = (
         _decode(made[0], _prompts(2, 3), algorithm, backend=backend, **options)

@@ -39,12 +39,12 @@ def test_ids_that_the_models_do_not_share_are_never_drafted(trio, tmp_path, monk
     verifier.tokenizer = _tokenizer(*words[:9], "another")
     prompts = [[token % 9 for token in prompt] for prompt in PROMPTS]
     for emit in ("draft", "target"):
-        algorithm = pydllm.APD(verifier, 0.5, 3, 4, emit=emit)
+        algorithm = pydllm.APD(verifier, mixture=0.5, window=3, lookahead=4, emit=emit)
         with pytest.raises(ValueError, match="token 9 is 'another' instead of 'word 9'"):
             _decode(model, prompts, algorithm)
     monkeypatch.setattr(pydllm.decoding.apd, "_LEAST_SHARED", 0.9)
     for emit in ("draft", "draft_then_target", "target"):
-        algorithm = pydllm.APD(verifier, 0.5, 3, 4, emit=emit)
+        algorithm = pydllm.APD(verifier, mixture=0.5, window=3, lookahead=4, emit=emit)
         got = _decode(model, prompts, algorithm, temperature=1.0)
         assert (torch.cat(got.sequences) < 9).all()
     with pytest.raises(ValueError, match=r"prompts\[0\]\[1\]: expected an id below 9, .* got 9"):

@@ -175,7 +175,7 @@ def _floor(law, count):
 def test_what_is_written_has_the_law_of_the_recursion(emit, mixture, temperature, lookahead):
     law, expected = _law(emit, mixture, temperature, lookahead)
     assert law.sum() == pytest.approx(1.0, abs=1e-9)
-    algorithm = pydllm.APD(VERIFIER, mixture, None, lookahead, emit=emit)
+    algorithm = pydllm.APD(VERIFIER, mixture=mixture, window=None, lookahead=lookahead, emit=emit)
     frequency, mean = _draw(LAW, algorithm, temperature)
     assert _distance(frequency, law) < _floor(law, LAW)
     assert mean == pytest.approx(expected, abs=0.01)
@@ -279,7 +279,9 @@ DEFECTS = {
 @pytest.mark.parametrize("window", [None, 1])
 def test_no_defect_no_finding(window):
     law, _ = _law("draft", 0.5, 0.7, 4)
-    frequency, _ = _draw(CONTROL, pydllm.APD(VERIFIER, 0.5, window, 4), 0.7)
+    frequency, _ = _draw(
+        CONTROL, pydllm.APD(VERIFIER, mixture=0.5, window=window, lookahead=4), 0.7
+    )
     assert _distance(frequency, law) < _floor(law, CONTROL)
 
 
@@ -288,7 +290,9 @@ def test_a_defect_is_found(monkeypatch, defect):
     law, _ = _law("draft", 0.5, 0.7, 4)
     DEFECTS[defect](monkeypatch)
     window = 1 if defect == "window of nothing" else None
-    frequency, _ = _draw(CONTROL, pydllm.APD(VERIFIER, 0.5, window, 4), 0.7)
+    frequency, _ = _draw(
+        CONTROL, pydllm.APD(VERIFIER, mixture=0.5, window=window, lookahead=4), 0.7
+    )
     assert _distance(frequency, law) > 1.5 * _floor(law, CONTROL)
 
 
@@ -297,5 +301,7 @@ def test_a_defect_is_found(monkeypatch, defect):
 )
 def test_the_other_rules_have_other_laws(options):
     law, _ = _law("draft", 0.5, 0.7, 4)
-    frequency, _ = _draw(CONTROL, pydllm.APD(VERIFIER, 0.5, None, 4, **options), 0.7)
+    frequency, _ = _draw(
+        CONTROL, pydllm.APD(VERIFIER, mixture=0.5, window=None, lookahead=4, **options), 0.7
+    )
     assert _distance(frequency, law) > 1.5 * _floor(law, CONTROL)

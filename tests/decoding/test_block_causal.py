@@ -23,7 +23,7 @@ def test_static_equals_the_plain_loop(score, block, shift):
     ended = 0
     for seed in range(3):
         model, plain = random_pair(seed, block=block, shift=shift)
-        got = decode(model, prompts, pydllm.Static(block, score=score))
+        got = decode(model, prompts, pydllm.Static(block_length=block, score=score))
         for row, prompt in enumerate(prompts):
             path = static(plain, prompt, 14, block=block, score=score)
             assert got.sequences[row].tolist() == path.x
@@ -40,12 +40,12 @@ def test_static_equals_the_plain_loop(score, block, shift):
 
 
 BASELINES = [
-    pydllm.Static(4, 3),
-    pydllm.Static(4, score="random"),
-    pydllm.Threshold(0.3, 4),
-    pydllm.Factor(2.0, 4),
-    pydllm.EntropyBound(1.0, 4),
-    pydllm.Threshold(0.3, 4, semantics="sglang"),
+    pydllm.Static(block_length=4, tokens_per_step=3),
+    pydllm.Static(block_length=4, score="random"),
+    pydllm.Threshold(threshold=0.3, block_length=4),
+    pydllm.Factor(factor=2.0, block_length=4),
+    pydllm.EntropyBound(bound=1.0, block_length=4),
+    pydllm.Threshold(threshold=0.3, block_length=4, semantics="sglang"),
 ]
 
 
@@ -79,7 +79,7 @@ def test_threshold_equals_the_plain_rule():
                     if p[j] >= 0.4 or j == best:
                         x[j] = token[j]
                 forwards += 1
-        got = decode(model, [prompt], pydllm.Threshold(0.4, 4), new=12)
+        got = decode(model, [prompt], pydllm.Threshold(threshold=0.4, block_length=4), new=12)
         assert got.sequences[0].tolist() == x[: len(prompt) + 12].tolist()
         assert got.nfe.item() == forwards
 
@@ -90,7 +90,7 @@ def test_the_callback_sees_the_region_and_the_rest_of_its_last_block():
     decode(
         model,
         [random_prompt(0, 3)],
-        pydllm.Static(8),
+        pydllm.Static(block_length=8),
         new=6,
         on_step=lambda step: left.append(int((step.x == MASK).sum())),
     )
@@ -101,9 +101,18 @@ def test_the_callback_sees_the_region_and_the_rest_of_its_last_block():
     ("algorithm", "message"),
     [
         (pydllm.Static(), "block_length: expected 4, the block of the block-causal model, got 32"),
-        (pydllm.Static(4, cache="dual"), "cache: expected 'none' with a block-causal model"),
-        (pydllm.Static(4, semantics="llada"), "semantics: expected none of llada, fast_dllm"),
-        (pydllm.FreeDave(4, 8), "block_length: expected 4, the block of the block-causal model"),
+        (
+            pydllm.Static(block_length=4, cache="dual"),
+            "cache: expected 'none' with a block-causal model",
+        ),
+        (
+            pydllm.Static(block_length=4, semantics="llada"),
+            "semantics: expected none of llada, fast_dllm",
+        ),
+        (
+            pydllm.FreeDave(draft_steps=4, block_length=8),
+            "block_length: expected 4, the block of the block-causal model",
+        ),
     ],
     ids=str,
 )

@@ -53,7 +53,7 @@ def test_admitted_prompts_equal_lone_ones(kind, shift, name, algorithm, graph):
 def test_threads_share_a_model(graph):
     """Four threads over one model: the one that finds the buffers in use runs without them."""
     model, _ = models()
-    algorithm = pydllm.Threshold(0.3, 4, cache="dual")
+    algorithm = pydllm.Threshold(threshold=0.3, block_length=4, cache="dual")
     asked = [prompts((4 + row, 9, 2), 10 * row) for row in range(4)]
     expected = [pydllm.generate(model, ids, algorithm, max_new_tokens=NEW) for ids in asked]
 
@@ -74,7 +74,10 @@ def test_threads_share_a_model(graph):
 def test_a_call_within_a_call():
     """``on_step`` may decode with the same model; the outer call is none the wiser."""
     model, _ = models(block=4)
-    algorithm, ids = pydllm.FreeDave(4, 4, mode="pipelined"), prompts((4, 9), 0)
+    algorithm, ids = (
+        pydllm.FreeDave(draft_steps=4, block_length=4, mode="pipelined"),
+        prompts((4, 9), 0),
+    )
     options = {"max_new_tokens": NEW, "graph": True}
     expected = pydllm.generate(model, ids, algorithm, **options)
     inner = []
@@ -91,7 +94,11 @@ def test_steps_are_copies():
     model, _ = models()
     seen = []
     pydllm.generate(
-        model, prompts((4, 9), 0), pydllm.Static(4), max_new_tokens=8, on_step=seen.append
+        model,
+        prompts((4, 9), 0),
+        pydllm.Static(block_length=4),
+        max_new_tokens=8,
+        on_step=seen.append,
     )
     left = [int((step.x == model.spec.mask_id).sum()) for step in seen]
     assert left == sorted(left, reverse=True) and len(set(left)) > 3
@@ -100,7 +107,7 @@ def test_steps_are_copies():
 @pytest.mark.parametrize("copies", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
 def test_copies_of_a_model_begin_with_nothing_recorded(copies):
     model, verifier = models()
-    ids, algorithm = prompts((4, 9), 0), pydllm.APD(verifier, 0.5)
+    ids, algorithm = prompts((4, 9), 0), pydllm.APD(verifier, mixture=0.5)
     expected = pydllm.generate(model, ids, algorithm, max_new_tokens=NEW, graph=True)
     assert model.graphs
     twin, other = copies(model), copies(algorithm)
@@ -111,7 +118,10 @@ def test_copies_of_a_model_begin_with_nothing_recorded(copies):
 
 def test_a_call_leaves_inference_mode_and_autocast_alone():
     model, _ = models()
-    ids, algorithm = prompts((4, 9), 0), pydllm.Threshold(0.3, 4, cache="dual")
+    ids, algorithm = (
+        prompts((4, 9), 0),
+        pydllm.Threshold(threshold=0.3, block_length=4, cache="dual"),
+    )
     expected = pydllm.generate(model, ids, algorithm, max_new_tokens=NEW)
     for graph in (False, True):
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
@@ -120,3 +130,25 @@ def test_a_call_leaves_inference_mode_and_autocast_alone():
     for _ in range(3):  # outside, over the buffers that were made inside
         got = pydllm.generate(model, ids, algorithm, max_new_tokens=NEW, graph=True)
         assert torch.equal(torch.cat(got.sequences), torch.cat(expected.sequences))
+
+
+def test_nan_is_said():
+    """Weights of NaN for one token: the prompt that holds it is named, the other is not."""
+    model, _ = models()
+    model._embedding[12] = torch.nan
+    ids = [[10, 11, 13], [10, 12, 13]]
+    with pytest.warns(RuntimeWarning, match=r"prompts\[1\]: expected finite numbers .*NaN"):
+        got = pydllm.generate(model, ids, pydllm.Static(block_length=4), max_new_tokens=8)
+    assert got.finite is not None and not got.finite[1]
+
+
+def test_deterministic_is_of_loaded_models():
+    model, _ = models()
+    algorithm = pydllm.Threshold(threshold=0.3, block_length=4)
+    options = {"max_new_tokens": NEW, "deterministic": True}
+    got = pydllm.generate(model, prompts(LENGTHS, 0), algorithm, **options)
+    for row, prompt in enumerate(prompts(LENGTHS, 0)):
+        lone = pydllm.generate(model, [prompt], algorithm, **options, request_ids=[row])
+        assert torch.equal(lone.sequences[0], got.sequences[row])
+    with pytest.raises(TypeError, match="deterministic: expected True or False, got 1"):
+        pydllm.generate(model, [[10]], algorithm, max_new_tokens=4, deterministic=1)

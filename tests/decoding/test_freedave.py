@@ -62,9 +62,9 @@ def test_it_equals_static_decoding(kind, shift):
             shift=shift,
             rounded=seed % 4 == 3,
         )
-        baseline = pydllm.Static(block, score=score, cache=cache)
+        baseline = pydllm.Static(block_length=block, score=score, cache=cache)
         mode = "pipelined" if kind == "pipelined" else "strict"
-        algorithm = pydllm.FreeDave(number, mode=mode, baseline=baseline)
+        algorithm = pydllm.FreeDave(draft_steps=number, mode=mode, baseline=baseline)
         got = decode(model, prompts, algorithm, new)
         for row, prompt in enumerate(prompts):
             path = static(plain, prompt, new, block=block, score=score, cache=cache)
@@ -89,12 +89,12 @@ def test_it_equals_static_decoding(kind, shift):
 
 
 BASELINES = [
-    pydllm.Static(4, 3, cache="dual", score="margin"),
-    pydllm.Static(8, score="random", cache="dual"),
-    pydllm.Static(4, score="entropy", cache="dual", first_token="forced"),
-    pydllm.Threshold(0.2, 8, cache="dual"),
-    pydllm.Factor(2.0, 8),
-    pydllm.EntropyBound(2.0, 8, cache="prefix"),
+    pydllm.Static(block_length=4, tokens_per_step=3, cache="dual", score="margin"),
+    pydllm.Static(block_length=8, score="random", cache="dual"),
+    pydllm.Static(block_length=4, score="entropy", cache="dual", first_token="forced"),
+    pydllm.Threshold(threshold=0.2, block_length=8, cache="dual"),
+    pydllm.Factor(factor=2.0, block_length=8),
+    pydllm.EntropyBound(bound=2.0, block_length=8, cache="prefix"),
 ]
 
 
@@ -111,7 +111,7 @@ def test_it_equals_any_baseline(baseline, attention, temperature):
     model, _ = random_pair(4, block=block, shift=True)
     expected = decode(model, PROMPTS, baseline, **options)
     for draft_steps in (1, 6, "auto"):
-        algorithm = pydllm.FreeDave(draft_steps, mode=mode, baseline=baseline)
+        algorithm = pydllm.FreeDave(draft_steps=draft_steps, mode=mode, baseline=baseline)
         got = decode(model, PROMPTS, algorithm, **options)
         assert same(got, expected)
         assert (got.nfe <= expected.nfe).all()
@@ -120,24 +120,26 @@ def test_it_equals_any_baseline(baseline, attention, temperature):
             assert torch.equal(got.step_map, expected.step_map)
 
 
-@pytest.mark.parametrize("baseline", [None, pydllm.Threshold(0.4, 4)], ids=str)
+@pytest.mark.parametrize(
+    "baseline", [None, pydllm.Threshold(threshold=0.4, block_length=4)], ids=str
+)
 @pytest.mark.parametrize("mode", ["strict", "pipelined"])
 def test_each_prompt_has_its_temperature(mode, baseline):
     model, _ = random_pair(3, block=4)
     own = {"block_length": 4} if baseline is None else {"baseline": baseline}
-    drafted = pydllm.FreeDave(4, mode=mode, **own)
+    drafted = pydllm.FreeDave(draft_steps=4, mode=mode, **own)
     prompts, each = [[5, 6, 7], [8, 9], [4]], [0.0, 0.7, 1.3]
     together = decode(model, prompts, drafted, temperature=each, seed=5)
     for row, (prompt, temperature) in enumerate(zip(prompts, each, strict=True)):
         options = {"temperature": temperature, "seed": 5, "request_ids": [row]}
-        alone = decode(model, [prompt], baseline or pydllm.Static(4), **options)
+        alone = decode(model, [prompt], baseline or pydllm.Static(block_length=4), **options)
         assert torch.equal(together.sequences[row], alone.sequences[0])
 
 
 @pytest.mark.parametrize("mode", ["strict", "pipelined"])
 def test_a_sequence_does_not_depend_on_its_batch(mode):
     model, _ = random_pair(1, block=4)
-    algorithm = pydllm.FreeDave(6, 4, mode=mode)
+    algorithm = pydllm.FreeDave(draft_steps=6, block_length=4, mode=mode)
     together = decode(model, PROMPTS, algorithm)
     turned = decode(model, PROMPTS[::-1], algorithm)
     for row, prompt in enumerate(PROMPTS):
@@ -154,7 +156,12 @@ def test_the_cache_holds_what_a_prefill_would(shift):
     caches, plain_new = [], model.new_cache
     model.new_cache = lambda *sizes: caches.append(plain_new(*sizes)) or caches[-1]
     for number in (1, 5, 16):
-        got = decode(model, [random_prompt(0, 6)], pydllm.FreeDave(number, 4, mode="pipelined"), 14)
+        got = decode(
+            model,
+            [random_prompt(0, 6)],
+            pydllm.FreeDave(draft_steps=number, block_length=4, mode="pipelined"),
+            14,
+        )
         _, keys, values = plain.logits(got.sequences[0])
         cache = caches.pop()
         for stored, exact in ((cache.k(0), keys), (cache.v(0), values)):
@@ -199,12 +206,16 @@ def greedy_verify(x, step_map, nfe, candidates, token, score, mask_id, start, *r
 
 
 @pytest.mark.parametrize("mode", ["strict", "pipelined"])
-@pytest.mark.parametrize("baseline", [pydllm.Static(8), pydllm.Threshold(1.0, 8)], ids=str)
+@pytest.mark.parametrize(
+    "baseline",
+    [pydllm.Static(block_length=8), pydllm.Threshold(threshold=1.0, block_length=8)],
+    ids=str,
+)
 def test_a_wrong_acceptance_is_noticed(mode, baseline, monkeypatch):
     """Negative control: accept one candidate too many, and the tokens differ."""
     model, _ = random_pair(3, block=8)
     expected = decode(model, PROMPTS, baseline)
-    algorithm = pydllm.FreeDave(4, mode=mode, baseline=baseline)
+    algorithm = pydllm.FreeDave(draft_steps=4, mode=mode, baseline=baseline)
     assert same(decode(model, PROMPTS, algorithm), expected)
     honest = drafts.accepted_prefix
     monkeypatch.setattr(verify_op._OP, "_reference", greedy_verify)
@@ -227,10 +238,10 @@ def test_fresh_noise_follows_the_law_of_static_decoding(mode):
             following = plain.logits(x)[0][len(prompt) + len(tokens)].softmax(-1).tolist()
             longer |= {(*tokens, token): p * q for token, q in enumerate(following)}
         law = longer
-    baseline = pydllm.Static(4, score="left_to_right")
+    baseline = pydllm.Static(block_length=4, score="left_to_right")
     found = {}
     for lossless in ("distribution", "tokens"):
-        algorithm = pydllm.FreeDave(3, mode=mode, baseline=baseline, lossless=lossless)
+        algorithm = pydllm.FreeDave(draft_steps=3, mode=mode, baseline=baseline, lossless=lossless)
         got = decode(model, [prompt] * count, algorithm, 3, temperature=1.0, seed=1)
         found[lossless] = [tuple(x[5:].tolist()) for x in got.sequences]
         assert got.nfe.float().mean() < 3
@@ -255,7 +266,7 @@ def test_logits_that_are_nan_do_not_hang_it(mode):
     model, _ = random_pair(0, block=8)
     model.spec = dataclasses.replace(model.spec, mask_id=0)  # the token of a row of NaN
     model._head = torch.full_like(model._head, float("nan"))
-    got = decode(model, [[2, 3]], pydllm.FreeDave(4, 8, mode=mode))
+    got = decode(model, [[2, 3]], pydllm.FreeDave(draft_steps=4, block_length=8, mode=mode))
     assert (got.sequences[0][2:] == 0).all()
     assert got.nfe <= 20
 
@@ -270,10 +281,15 @@ def test_automatic_draft_length():
             looked.append(options["branches"]),
             plain(*args, **options),
         )[1]
-        decode(model, PROMPTS[:1], pydllm.FreeDave("auto", 16, mode="pipelined"), 60)
+        decode(
+            model,
+            PROMPTS[:1],
+            pydllm.FreeDave(draft_steps="auto", block_length=16, mode="pipelined"),
+            60,
+        )
         widths.append(sum(looked) / len(looked))
         looked.clear()
-        decode(model, PROMPTS[:1] * 20, pydllm.FreeDave("auto", 16), 16)
+        decode(model, PROMPTS[:1] * 20, pydllm.FreeDave(draft_steps="auto", block_length=16), 16)
         assert set(looked) == {1}
     assert widths[0] > widths[1] + 1
 
@@ -290,7 +306,7 @@ def cast(model, *kind):
 @pytest.mark.parametrize("mode", ["strict", "pipelined"])
 def test_the_backends_give_the_same_tokens(mode):
     model = cast(random_pair(1, block=4, shift=True)[0], torch.float32)
-    algorithm = pydllm.FreeDave(3, 4, mode=mode)
+    algorithm = pydllm.FreeDave(draft_steps=3, block_length=4, mode=mode)
     expected, got = (
         decode(model, PROMPTS[:3], algorithm, 6, backend=backend) for backend in ("torch", "triton")
     )
@@ -305,26 +321,34 @@ def test_bf16_is_equal_bit_by_bit_on_a_gpu(kind):
     """The kernels' rows do not depend on what they are batched with, so tokens are equal."""
     block = None if kind == "dual" else 8
     model = cast(random_pair(2, block=block, eos=())[0], "cuda", torch.bfloat16)
-    baseline = pydllm.Static(8, cache="dual" if kind == "dual" else "none")
+    baseline = pydllm.Static(block_length=8, cache="dual" if kind == "dual" else "none")
     mode = "pipelined" if kind == "pipelined" else "strict"
     expected = decode(model, PROMPTS, baseline, 64)
     for number in (1, 4, 16, "auto"):
-        algorithm = pydllm.FreeDave(number, mode=mode, baseline=baseline)
+        algorithm = pydllm.FreeDave(draft_steps=number, mode=mode, baseline=baseline)
         assert same(decode(model, PROMPTS, algorithm, 64), expected)
 
 
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: pydllm.FreeDave(0), ValueError, "draft_steps: expected an int of at least 1"),
-        (lambda: pydllm.FreeDave(33), ValueError, "draft_steps: .* at most 32, got 33"),
-        (lambda: pydllm.FreeDave("all"), ValueError, "draft_steps: expected one of auto, got 'all"),
+        (
+            lambda: pydllm.FreeDave(draft_steps=0),
+            ValueError,
+            "draft_steps: expected an int of at least 1",
+        ),
+        (lambda: pydllm.FreeDave(draft_steps=33), ValueError, "draft_steps: .* at most 32, got 33"),
+        (
+            lambda: pydllm.FreeDave(draft_steps="all"),
+            ValueError,
+            "draft_steps: expected one of auto, got 'all",
+        ),
         (lambda: pydllm.FreeDave(mode="eager"), ValueError, "mode: expected one of strict, pipel"),
         (lambda: pydllm.FreeDave(lossless="no"), ValueError, "lossless: expected one of tokens, d"),
         (lambda: pydllm.FreeDave(cache="all"), ValueError, "cache: expected one of none"),
         (lambda: pydllm.FreeDave(baseline=3), TypeError, "baseline: expected a block-wise"),
         (
-            lambda: pydllm.FreeDave(block_length=8, baseline=pydllm.Static(8)),
+            lambda: pydllm.FreeDave(block_length=8, baseline=pydllm.Static(block_length=8)),
             ValueError,
             "block_length: expected the default 32 beside a baseline",
         ),
@@ -335,7 +359,9 @@ def test_bf16_is_equal_bit_by_bit_on_a_gpu(kind):
         ),
         (
             lambda: decode(
-                random_pair(0)[0], [[VOCAB - 1]], pydllm.FreeDave(4, 8, mode="pipelined")
+                random_pair(0)[0],
+                [[VOCAB - 1]],
+                pydllm.FreeDave(draft_steps=4, block_length=8, mode="pipelined"),
             ),
             ValueError,
             "mode: expected 'strict' with full attention, where a later block changes",

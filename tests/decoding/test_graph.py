@@ -46,36 +46,50 @@ def assert_same(got, expected):
 
 
 FULL = {
-    "static": pydllm.Static(8, 3),
-    "static-prefix": pydllm.Static(8, cache="prefix"),
-    "static-dual": pydllm.Static(8, 2, cache="dual", score="entropy"),
-    "static-random": pydllm.Static(4, score="random", cache="dual"),
-    "static-carry": pydllm.Static(4, 2, semantics="llada", cache="prefix"),
-    "threshold": pydllm.Threshold(0.3, 4, cache="dual"),
-    "threshold-none": pydllm.Threshold(0.2, 32),
-    "threshold-carry": pydllm.Threshold(0.25, 4, semantics="fast_dllm", cache="prefix"),
-    "threshold-dinfer": pydllm.Threshold(0.25, 4, semantics="dinfer", cache="dual"),
-    "factor": pydllm.Factor(1.0, 8, cache="prefix"),
-    "entropy-bound": pydllm.EntropyBound(1.5, 8, cache="dual"),
-    "freedave": pydllm.FreeDave(4, 8),
-    "freedave-auto": pydllm.FreeDave("auto", 8, cache="dual"),
-    "freedave-3": pydllm.FreeDave(3, 8, cache="prefix"),
-    "freedave-threshold": pydllm.FreeDave(3, baseline=pydllm.Threshold(0.3, 4, cache="dual")),
-    "multiblock": pydllm.MultiBlock(1.5, 4),
-    "multiblock-refresh": pydllm.MultiBlock(2.0, 4, refresh=3, delay=1, tail="blocks"),
-    "multiblock-plain": pydllm.MultiBlock(1.0, 4, cache=False, early_stop=False),
-    "multiblock-compat": pydllm.MultiBlock(1.5, 4, profile="compat", refresh=3),
-    "left-to-right": pydllm.LeftToRight(2, window=3, lookahead=5),
-    "left-to-right-all": pydllm.LeftToRight(1),
+    "static": pydllm.Static(block_length=8, tokens_per_step=3),
+    "static-prefix": pydllm.Static(block_length=8, cache="prefix"),
+    "static-dual": pydllm.Static(block_length=8, tokens_per_step=2, cache="dual", score="entropy"),
+    "static-random": pydllm.Static(block_length=4, score="random", cache="dual"),
+    "static-carry": pydllm.Static(
+        block_length=4, tokens_per_step=2, semantics="llada", cache="prefix"
+    ),
+    "threshold": pydllm.Threshold(threshold=0.3, block_length=4, cache="dual"),
+    "threshold-none": pydllm.Threshold(threshold=0.2, block_length=32),
+    "threshold-carry": pydllm.Threshold(
+        threshold=0.25, block_length=4, semantics="fast_dllm", cache="prefix"
+    ),
+    "threshold-dinfer": pydllm.Threshold(
+        threshold=0.25, block_length=4, semantics="dinfer", cache="dual"
+    ),
+    "factor": pydllm.Factor(factor=1.0, block_length=8, cache="prefix"),
+    "entropy-bound": pydllm.EntropyBound(bound=1.5, block_length=8, cache="dual"),
+    "freedave": pydllm.FreeDave(draft_steps=4, block_length=8),
+    "freedave-auto": pydllm.FreeDave(draft_steps="auto", block_length=8, cache="dual"),
+    "freedave-3": pydllm.FreeDave(draft_steps=3, block_length=8, cache="prefix"),
+    "freedave-threshold": pydllm.FreeDave(
+        draft_steps=3, baseline=pydllm.Threshold(threshold=0.3, block_length=4, cache="dual")
+    ),
+    "multiblock": pydllm.MultiBlock(threshold=1.5, block_length=4),
+    "multiblock-refresh": pydllm.MultiBlock(
+        threshold=2.0, block_length=4, refresh=3, delay=1, tail="blocks"
+    ),
+    "multiblock-plain": pydllm.MultiBlock(
+        threshold=1.0, block_length=4, cache=False, early_stop=False
+    ),
+    "multiblock-compat": pydllm.MultiBlock(
+        threshold=1.5, block_length=4, profile="compat", refresh=3
+    ),
+    "left-to-right": pydllm.LeftToRight(tokens_per_step=2, window=3, lookahead=5),
+    "left-to-right-all": pydllm.LeftToRight(tokens_per_step=1),
 }
 BLOCKS = {
-    "static": pydllm.Static(4, 2),
-    "threshold": pydllm.Threshold(0.3, 4),
-    "freedave": pydllm.FreeDave(4, 4),
-    "pipelined": pydllm.FreeDave(4, 4, mode="pipelined"),
-    "pipelined-auto": pydllm.FreeDave("auto", 4, mode="pipelined"),
+    "static": pydllm.Static(block_length=4, tokens_per_step=2),
+    "threshold": pydllm.Threshold(threshold=0.3, block_length=4),
+    "freedave": pydllm.FreeDave(draft_steps=4, block_length=4),
+    "pipelined": pydllm.FreeDave(draft_steps=4, block_length=4, mode="pipelined"),
+    "pipelined-auto": pydllm.FreeDave(draft_steps="auto", block_length=4, mode="pipelined"),
     "pipelined-factor": pydllm.FreeDave(
-        3, mode="pipelined", baseline=pydllm.Factor(1.0, block_length=4)
+        draft_steps=3, mode="pipelined", baseline=pydllm.Factor(factor=1.0, block_length=4)
     ),
 }
 FORCED = {
@@ -127,7 +141,7 @@ def test_the_batches_of_these_tests_have_early_ends():
 @pytest.mark.parametrize("name", ["threshold", "freedave", "multiblock", "apd"])
 def test_noise_is_that_of_a_run(name, temperature):
     model, verifier = models()
-    algorithm = pydllm.APD(verifier, 0.5, window=3) if name == "apd" else FULL[name]
+    algorithm = pydllm.APD(verifier, mixture=0.5, window=3) if name == "apd" else FULL[name]
     for seed in (1, 1, 2):
         options = {"temperature": temperature, "seed": seed, "request_ids": [5, 3, 9, 9, 1]}
         expected = decode(model, LENGTHS, algorithm, **options)
@@ -150,18 +164,18 @@ def test_a_call_of_the_same_kind_captures_nothing_new():
 def test_few_kinds_are_kept():
     model, _ = models()
     for length in range(1, 4 * graphs.KINDS):
-        decode(model, OTHERS, pydllm.Static(length), graph=True)
+        decode(model, OTHERS, pydllm.Static(block_length=length), graph=True)
         assert len(model.graphs) <= graphs.KINDS
     model.graphs.clear()
-    expected = decode(model, OTHERS, pydllm.Static(3))
-    assert_same(decode(model, OTHERS, pydllm.Static(3), graph=True), expected)
+    expected = decode(model, OTHERS, pydllm.Static(block_length=3))
+    assert_same(decode(model, OTHERS, pydllm.Static(block_length=3), graph=True), expected)
 
 
 def test_finished_sequences_leave_by_halves():
     """Eight sequences of which some end early: the batch shrinks to powers of two."""
     model, _ = models()
     lengths = (4, 1, 9, 7, 20, 3, 2, 8)
-    algorithm = pydllm.Threshold(0.3, 4, cache="dual")
+    algorithm = pydllm.Threshold(threshold=0.3, block_length=4, cache="dual")
     expected = decode(model, lengths, algorithm, max_new_tokens=24)
     assert_same(decode(model, lengths, algorithm, max_new_tokens=24, graph=True), expected)
     (kept,) = model.graphs.values()
@@ -282,7 +296,7 @@ def test_warmup_makes_buffers_that_smaller_calls_use():
 
 def test_warmup_decodes_to_the_end_whatever_the_model_says():
     model, _ = models()
-    pydllm.warmup(model, pydllm.Static(4), 2, 32, max_new_tokens=8)
+    pydllm.warmup(model, pydllm.Static(block_length=4), 2, 32, max_new_tokens=8)
     (kept,) = model.graphs.values()
     # Both blocks have all their steps: a first, others and a last one.
     assert {key[0][0] for key in kept.steps} == {
@@ -305,7 +319,7 @@ def test_bad_warmup(arguments, message):
     model, _ = models()
     options = dict(zip(("max_new_tokens",), arguments[2:], strict=False))
     with pytest.raises(ValueError, match=message):
-        pydllm.warmup(model, pydllm.Static(4), *arguments[:2], **options)
+        pydllm.warmup(model, pydllm.Static(block_length=4), *arguments[:2], **options)
 
 
 # The choice between capturing and going on without, as on a GPU.

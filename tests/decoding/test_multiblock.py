@@ -94,7 +94,7 @@ def test_a_few_tokens_a_forward(shifted, count, forwards):
 
 def test_without_a_threshold_only_what_is_forced():
     """Dream: one token a forward, in order of entropy within the block; LLaDA: up to two."""
-    algorithm = pydllm.MultiBlock(-1.0, 8, cache=False)
+    algorithm = pydllm.MultiBlock(threshold=-1.0, block_length=8, cache=False)
     got = run(Scripted(nothing, shifted=True), algorithm, new=24)
     assert got.nfe.tolist() == [24] and got.step_map.tolist() == [list(range(24))]
     # The most certain of all is the leftmost, so it is in the block: again one.
@@ -129,20 +129,25 @@ def test_masks_before_an_end_of_sequence_are_decoded():
         return target == 3 + 20
 
     model = Scripted(certain, tokens={20: EOS})
-    got = run(model, pydllm.MultiBlock(0.5, 8, add_at=0.0, cache=False), new=64)
+    got = run(
+        model, pydllm.MultiBlock(threshold=0.5, block_length=8, add_at=0.0, cache=False), new=64
+    )
     new = got.sequences[0][3:]
     assert new[:20].ne(EOS).all() and new[:20].ne(MASK).all() and new[20:].eq(EOS).all()
     assert got.step_map[0, 21:].eq(-1).all()
 
 
 def test_a_rest_that_the_published_decoders_never_decode():
-    algorithm = {p: pydllm.MultiBlock(0.5, 32, cache=False, profile=p) for p in ("fixed", "compat")}
+    algorithm = {
+        p: pydllm.MultiBlock(threshold=0.5, block_length=32, cache=False, profile=p)
+        for p in ("fixed", "compat")
+    }
     fixed = run(Scripted(everything), algorithm["fixed"], new=70)
     assert fixed.nfe.tolist() == [3] and fixed.sequences[0].ne(MASK).all()
     got = run(Scripted(everything), algorithm["compat"], new=70)
     assert got.nfe.tolist() == [10_001]
     assert (got.sequences[0] == MASK).nonzero().flatten().tolist() == list(range(67, 73))
-    cached = pydllm.MultiBlock(0.5, 32, profile="compat")
+    cached = pydllm.MultiBlock(threshold=0.5, block_length=32, profile="compat")
     got = run(Scripted(everything), cached, new=70)
     assert got.nfe.tolist() == [2] and got.sequences[0].eq(MASK).sum() == 6
     got = run(Scripted(everything, shifted=True), cached, new=70)
@@ -154,7 +159,11 @@ def test_a_rest_that_the_published_decoders_never_decode():
 def test_windows_of_a_delayed_commit(delay, profile):
     """The prompt is kept in forward D; a finished block after D full forwards."""
     model = Scripted(leftmost(4))
-    run(model, pydllm.MultiBlock(0.5, 8, delay=delay, profile=profile, add_at=1.0), new=32)
+    run(
+        model,
+        pydllm.MultiBlock(threshold=0.5, block_length=8, delay=delay, profile=profile, add_at=1.0),
+        new=32,
+    )
     full, total = (0, 35), 35
     # Every block takes two forwards, so it is finished behind the 2nd, 4th, ...
     expected = {
@@ -191,7 +200,7 @@ VARIANTS = [
 def test_a_batch_is_its_sequences(tmp_path, shift, options):
     model, _ = tiny_model(tmp_path / "model", 3, shift)
     prompts = [_prompt(row, 2 + 3 * row % 7, VOCAB) for row in range(5)]
-    algorithm = pydllm.MultiBlock(1.2, 6, 0.3, 0.6, **options)
+    algorithm = pydllm.MultiBlock(threshold=1.2, block_length=6, add_at=0.3, full_at=0.6, **options)
     for temperature in (0.0, 0.7):
         common = {"max_new_tokens": 20, "temperature": temperature, "seed": 1}
         together = pydllm.generate(model, prompts, algorithm, **common)
@@ -293,7 +302,9 @@ def test_every_forward_writes_something(models, which, new, lengths, options):
 def test_logits_that_are_nan_end(tmp_path):
     model, _ = tiny_model(tmp_path / "model", 0, False)
     model._head.fill_(float("nan"))
-    got = pydllm.generate(model, [[2, 4]], pydllm.MultiBlock(0.5, 4), max_new_tokens=10)
+    got = pydllm.generate(
+        model, [[2, 4]], pydllm.MultiBlock(threshold=0.5, block_length=4), max_new_tokens=10
+    )
     assert got.nfe.item() <= 10 and got.sequences[0].ne(MASK).all()
 
 

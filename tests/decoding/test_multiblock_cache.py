@@ -73,7 +73,13 @@ def test_every_position_has_one_key_and_commits_are_the_forward_s_bits(tmp_path,
     for seed in range(2):
         model, _ = tiny_model(tmp_path / str(seed), seed, shift)
         algorithm = pydllm.MultiBlock(
-            1.2, BLOCK, 0.3, 0.6, delay=delay, refresh=refresh, early_stop=seed > 0
+            threshold=1.2,
+            block_length=BLOCK,
+            add_at=0.3,
+            full_at=0.6,
+            delay=delay,
+            refresh=refresh,
+            early_stop=seed > 0,
         )
         for prompt in PROMPTS:
             want = pydllm.generate(model, [prompt], algorithm, max_new_tokens=NEW)
@@ -92,7 +98,9 @@ def test_llada_takes_the_most_certain_token_of_all_beside_the_forced_one(tmp_pat
     faster = 0
     for seed in range(4):
         model, _ = tiny_model(tmp_path / str(seed), seed, False, eos=())
-        algorithm = pydllm.MultiBlock(-1.0, BLOCK, 0.1, 0.95, cache=False)
+        algorithm = pydllm.MultiBlock(
+            threshold=-1.0, block_length=BLOCK, add_at=0.1, full_at=0.95, cache=False
+        )
         got = pydllm.generate(model, PROMPTS, algorithm, max_new_tokens=NEW)
         written = torch.stack([row.bincount(minlength=NEW) for row in got.step_map])
         assert written.max() <= 2 and (got.nfe * 2 >= NEW).all() and (got.nfe <= NEW).all()

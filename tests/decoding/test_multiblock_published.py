@@ -124,7 +124,9 @@ def test_with_one_block_at_a_time_it_is_single_block_decoding(tmp_path):
                 accept = (entropy <= 1.5).scatter(0, entropy.argmin(), True)
                 x[start : start + 8][accept] = logits.argmax(-1)[accept]
                 forwards += 1
-        algorithm = pydllm.MultiBlock(1.5, 8, 1.0, 1.0, cache=False, profile="compat")
+        algorithm = pydllm.MultiBlock(
+            threshold=1.5, block_length=8, add_at=1.0, full_at=1.0, cache=False, profile="compat"
+        )
         got = pydllm.generate(model, [prompt], algorithm, max_new_tokens=24)
         assert got.nfe.tolist() == [forwards]
         assert torch.equal(got.sequences[0], x)

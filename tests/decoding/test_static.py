@@ -58,7 +58,7 @@ def test_static_equals_the_published_loop_on_100_models(tmp_path, part):
         expected = llada_generate(
             plain, prompt, steps=16 // per_step, gen_length=16, block_length=block
         )
-        algorithm = pydllm.Static(block, per_step, semantics="llada")
+        algorithm = pydllm.Static(block_length=block, tokens_per_step=per_step, semantics="llada")
         got = pydllm.generate(model, [prompt], algorithm, max_new_tokens=16)
         assert torch.equal(got.sequences[0], expected), seed
         assert got.nfe.item() <= 16 // per_step
@@ -73,7 +73,9 @@ def test_threshold_equals_fast_dllm(tmp_path, cache, limit):
         expected, forwards = fast_dllm_generate(
             plain, prompt, gen_length=24, block_length=8, cache=cache, threshold=limit
         )
-        algorithm = pydllm.Threshold(limit, 8, cache=cache, semantics="fast_dllm")
+        algorithm = pydllm.Threshold(
+            threshold=limit, block_length=8, cache=cache, semantics="fast_dllm"
+        )
         got = pydllm.generate(model, [prompt], algorithm, max_new_tokens=24)
         assert torch.equal(got.sequences[0], expected), seed
         assert got.nfe.item() == forwards
@@ -88,7 +90,7 @@ def test_factor_equals_fast_dllm(tmp_path, cache, factor):
         expected, forwards = fast_dllm_generate(
             plain, prompt, gen_length=24, block_length=8, cache=cache, factor=factor
         )
-        algorithm = pydllm.Factor(factor, 8, cache=cache, semantics="fast_dllm")
+        algorithm = pydllm.Factor(factor=factor, block_length=8, cache=cache, semantics="fast_dllm")
         got = pydllm.generate(model, [prompt], algorithm, max_new_tokens=24)
         assert torch.equal(got.sequences[0], expected), seed
         assert got.nfe.item() == forwards
@@ -111,7 +113,7 @@ def _entropy(logits):
 # confidence of their tokens, which are given too; their entropies).
 OTHER_RULES = [
     (
-        pydllm.Threshold(0.1, 8, semantics="dinfer"),
+        pydllm.Threshold(threshold=0.1, block_length=8, semantics="dinfer"),
         lambda masks, order, p, token, h: [
             j
             for j in masks
@@ -120,23 +122,25 @@ OTHER_RULES = [
         ],
     ),
     (
-        pydllm.Threshold(0.1, 8, semantics="sglang"),
+        pydllm.Threshold(threshold=0.1, block_length=8, semantics="sglang"),
         lambda masks, order, p, token, h: [j for j in masks if p[j] > 0.1] or order[:1],
     ),
     (
-        pydllm.Threshold(0.1, 8, semantics="diffusers", min_tokens=2),
+        pydllm.Threshold(threshold=0.1, block_length=8, semantics="diffusers", min_tokens=2),
         lambda masks, order, p, token, h: max([j for j in masks if p[j] > 0.1], order[:2], key=len),
     ),
     (
-        pydllm.Threshold(0.1, 8, semantics="jetengine", min_tokens=2),
+        pydllm.Threshold(threshold=0.1, block_length=8, semantics="jetengine", min_tokens=2),
         lambda masks, order, p, token, h: _leftmost(masks, [j for j in masks if p[j] > 0.1], 2),
     ),
     (
-        pydllm.Static(8, 2, score="left_to_right", semantics="jetengine"),
+        pydllm.Static(
+            block_length=8, tokens_per_step=2, score="left_to_right", semantics="jetengine"
+        ),
         lambda masks, order, p, token, h: _leftmost(masks, [], 2),
     ),
     (
-        pydllm.EntropyBound(5.0, 8, semantics="jetengine"),
+        pydllm.EntropyBound(bound=5.0, block_length=8, semantics="jetengine"),
         lambda masks, order, p, token, h: _below(sorted(masks, key=lambda j: h[j]), h, 5.0),
     ),
 ]
@@ -166,17 +170,17 @@ def test_the_rules_of_other_codes(tmp_path, algorithm, rule):
 
 
 ALGORITHMS = [
-    pydllm.Static(8),
-    pydllm.Static(8, 3),
-    pydllm.Static(8, score="entropy", cache="prefix"),
-    pydllm.Static(8, score="margin", cache="dual"),
-    pydllm.Static(8, score="left_to_right"),
-    pydllm.Static(8, score="random", cache="dual"),
-    pydllm.Threshold(0.1, 8, cache="dual"),
-    pydllm.Threshold(0.1, 8, cache="dual", first_token="forced"),
-    pydllm.Static(8, 3, cache="dual", first_token="forced"),
-    pydllm.Factor(2.0, 8, cache="prefix"),
-    pydllm.EntropyBound(2.0, 8, cache="dual"),
+    pydllm.Static(block_length=8),
+    pydllm.Static(block_length=8, tokens_per_step=3),
+    pydllm.Static(block_length=8, score="entropy", cache="prefix"),
+    pydllm.Static(block_length=8, score="margin", cache="dual"),
+    pydllm.Static(block_length=8, score="left_to_right"),
+    pydllm.Static(block_length=8, score="random", cache="dual"),
+    pydllm.Threshold(threshold=0.1, block_length=8, cache="dual"),
+    pydllm.Threshold(threshold=0.1, block_length=8, cache="dual", first_token="forced"),
+    pydllm.Static(block_length=8, tokens_per_step=3, cache="dual", first_token="forced"),
+    pydllm.Factor(factor=2.0, block_length=8, cache="prefix"),
+    pydllm.EntropyBound(bound=2.0, block_length=8, cache="dual"),
 ]
 
 
@@ -219,7 +223,7 @@ def test_what_follows_an_end_of_sequence_is_end_of_sequence(tmp_path, algorithm)
 def test_fewer_forwards_after_an_early_end(tmp_path):
     model, _ = _random_model(tmp_path / "model", 0, vocab=12, eos=(5, 6))
     prompts = [_prompt(seed, 4, 12) for seed in range(12)]
-    got = pydllm.generate(model, prompts, pydllm.Static(8), max_new_tokens=32)
+    got = pydllm.generate(model, prompts, pydllm.Static(block_length=8), max_new_tokens=32)
     for sequence, nfe in zip(got.sequences, got.nfe, strict=True):
         ends = ((sequence[4:] == 5) | (sequence[4:] == 6)).nonzero().flatten()
         blocks = int(ends[0]) // 8 + 1 if len(ends) else 4
@@ -231,7 +235,10 @@ def test_the_backends_give_the_same_tokens(tmp_path):
     model, _ = _random_model(tmp_path / "model", 4)
     model = pydllm.load(tmp_path / "model", device="cpu", dtype=torch.float32)
     prompts = [_prompt(1, 3), _prompt(2, 5)]
-    for algorithm in (pydllm.Threshold(0.1, 4, cache="dual"), pydllm.Static(4, 2)):
+    for algorithm in (
+        pydllm.Threshold(threshold=0.1, block_length=4, cache="dual"),
+        pydllm.Static(block_length=4, tokens_per_step=2),
+    ):
         options = {"max_new_tokens": 8, "temperature": 0.5, "seed": 1}
         expected = pydllm.generate(model, prompts, algorithm, backend="torch", **options)
         got = pydllm.generate(model, prompts, algorithm, backend="triton", **options)
@@ -245,7 +252,9 @@ def test_temperature_and_seed(tmp_path):
 
     def decode(seed, temperature=1.0):
         options = {"max_new_tokens": 16, "temperature": temperature, "seed": seed}
-        return pydllm.generate(model, [prompt], pydllm.Static(8), **options).sequences[0]
+        return pydllm.generate(model, [prompt], pydllm.Static(block_length=8), **options).sequences[
+            0
+        ]
 
     assert torch.equal(decode(3), decode(3))
     assert not torch.equal(decode(3), decode(4))
@@ -260,7 +269,11 @@ def test_the_callback_sees_every_step(tmp_path):
         seen.append((step.index, int((step.x == MASK).sum())))
 
     got = pydllm.generate(
-        model, [_prompt(0, 4)], pydllm.Static(8, 2), max_new_tokens=16, on_step=on_step
+        model,
+        [_prompt(0, 4)],
+        pydllm.Static(block_length=8, tokens_per_step=2),
+        max_new_tokens=16,
+        on_step=on_step,
     )
     assert seen == [(index + 1, 16 - 2 * (index + 1)) for index in range(8)]
     assert got.nfe.tolist() == [8]
@@ -278,17 +291,25 @@ def test_the_loop_reads_nothing_on_the_host_but_the_flag(tmp_path, monkeypatch):
             name,
             lambda self, plain=plain, name=name: (reads.append(name), plain(self))[1],
         )
-    pydllm.generate(model, prompts, pydllm.Static(8, 2), max_new_tokens=16)
+    pydllm.generate(
+        model, prompts, pydllm.Static(block_length=8, tokens_per_step=2), max_new_tokens=16
+    )
     static = len(reads)
     reads.clear()
-    got = pydllm.generate(model, prompts, pydllm.Threshold(0.1, 8), max_new_tokens=16)
+    got = pydllm.generate(
+        model, prompts, pydllm.Threshold(threshold=0.1, block_length=8), max_new_tokens=16
+    )
     monkeypatch.undo()
     assert static == 2
     assert len(reads) == got.nfe.item()
 
 
 def _call(model, **changes):
-    arguments = {"prompts": [[2, 3]], "algorithm": pydllm.Static(8), "max_new_tokens": 8}
+    arguments = {
+        "prompts": [[2, 3]],
+        "algorithm": pydllm.Static(block_length=8),
+        "max_new_tokens": 8,
+    }
     arguments |= changes
     prompts, algorithm = arguments.pop("prompts"), arguments.pop("algorithm")
     algorithm = algorithm() if callable(algorithm) else algorithm
@@ -325,12 +346,12 @@ def _call(model, **changes):
         ({"request_ids": [1, 2]}, ValueError, "request_ids: expected 1, one per prompt, got 2"),
         ({"backend": "gpu"}, ValueError, "backend: expected one of auto, cuda, triton, torch"),
         (
-            {"algorithm": lambda: pydllm.Static(0)},
+            {"algorithm": lambda: pydllm.Static(block_length=0)},
             ValueError,
             "block_length: expected an int of at least 1, got 0",
         ),
         (
-            {"algorithm": lambda: pydllm.Static(8, 9)},
+            {"algorithm": lambda: pydllm.Static(block_length=8, tokens_per_step=9)},
             ValueError,
             "tokens_per_step: expected .* at most 8, got 9",
         ),
@@ -345,7 +366,7 @@ def _call(model, **changes):
             "cache: expected one of none, prefix, dual, got",
         ),
         (
-            {"algorithm": lambda: pydllm.Threshold(1.5)},
+            {"algorithm": lambda: pydllm.Threshold(threshold=1.5)},
             ValueError,
             r"threshold: expected a number in \[0.0, 1.0\], got 1.5",
         ),
@@ -365,12 +386,12 @@ def _call(model, **changes):
             "min_tokens: expected an int of at least 1, got 0",
         ),
         (
-            {"algorithm": lambda: pydllm.Factor(-1.0)},
+            {"algorithm": lambda: pydllm.Factor(factor=-1.0)},
             ValueError,
             r"factor: expected a number in \[0.0, inf\], got -1",
         ),
         (
-            {"algorithm": lambda: pydllm.EntropyBound(float("nan"))},
+            {"algorithm": lambda: pydllm.EntropyBound(bound=float("nan"))},
             ValueError,
             "bound: expected a number in",
         ),
@@ -400,7 +421,7 @@ def test_the_first_token_is_forced_on_shifted_models_alone(tmp_path):
     prompts = [_prompt(seed, 4) for seed in range(8)]
 
     def decode(first_token):
-        algorithm = pydllm.Static(8, cache="dual", first_token=first_token)
+        algorithm = pydllm.Static(block_length=8, cache="dual", first_token=first_token)
         return torch.stack(
             pydllm.generate(model, prompts, algorithm, max_new_tokens=16).sequences
         ), pydllm.generate(model, prompts, algorithm, max_new_tokens=16).step_map

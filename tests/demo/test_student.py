@@ -9,7 +9,7 @@ STUDENT = WEIGHTS.parent / "llada-tiny-d3llm"
 
 
 def test_the_student_takes_less_than_half_the_forwards():
-    problems, algorithm = held_out_problems(40), pydllm.EntropyBound(0.3, 24)
+    problems, algorithm = held_out_problems(40), pydllm.EntropyBound(bound=0.3, block_length=24)
     teacher, student = (
         evaluate(pydllm.load(folder, device="cpu"), ("", ""), algorithm, problems)[0]
         for folder in (WEIGHTS, STUDENT)

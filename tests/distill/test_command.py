@@ -37,7 +37,10 @@ def test_the_student_loads_and_the_command_goes_on(tmp_path, data):
     assert {"model.safetensors", "config.json", "tokenizer.json", "training.png"} <= names
     student = pydllm.load(out, device="cpu")
     assert pydllm.generate(
-        student, ["tom has 7 coins . how many coins ?"], pydllm.Threshold(0.9), max_new_tokens=48
+        student,
+        ["tom has 7 coins . how many coins ?"],
+        pydllm.Threshold(threshold=0.9),
+        max_new_tokens=48,
     ).text
     weights = (out / "model.safetensors").read_bytes()
     assert weights != (WEIGHTS / "model.safetensors").read_bytes()

@@ -70,7 +70,7 @@ def test_distillation_lowers_the_forwards(tmp_path):
     recipe = Recipe(**vars(RECIPE) | {"batch_size": 8, "accumulation": 1})
     model, losses = _run(folder, trajectories, tmp_path / "out", 200, recipe)
     save_student(model, folder, tmp_path / "out")
-    decode = {"algorithm": pydllm.EntropyBound(0.5, 16), "max_new_tokens": 16}
+    decode = {"algorithm": pydllm.EntropyBound(bound=0.5, block_length=16), "max_new_tokens": 16}
     results = [
         pydllm.generate(pydllm.load(path, device="cpu"), PROMPTS, **decode)
         for path in (folder, tmp_path / "out")
@@ -85,7 +85,10 @@ def test_distillation_lowers_the_forwards(tmp_path):
     # The last decodes blocks side by side, so a block a forward is the least there can be: 2.
     student = pydllm.load(tmp_path / "out", device="cpu")
     parallel = pydllm.generate(
-        student, PROMPTS, pydllm.MultiBlock(0.5, 8, cache=False), max_new_tokens=16
+        student,
+        PROMPTS,
+        pydllm.MultiBlock(threshold=0.5, block_length=8, cache=False),
+        max_new_tokens=16,
     )
     assert parallel.nfe.float().mean() <= 3.5
     assert losses[-1] < losses[0] / 4

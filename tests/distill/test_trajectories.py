@@ -23,7 +23,7 @@ def trajectories(teacher):
 
 
 def test_trajectories_are_what_static_decoding_did(teacher, trajectories):
-    plain = pydllm.generate(teacher, PROMPTS, pydllm.Static(24), max_new_tokens=48)
+    plain = pydllm.generate(teacher, PROMPTS, pydllm.Static(block_length=24), max_new_tokens=48)
     assert trajectories.ids.dtype == torch.int32 and trajectories.step_map.dtype == torch.int16
     for row, sequence in enumerate(plain.sequences):
         assert trajectories.prompt_length[row] == len(sequence) - 48
@@ -42,7 +42,9 @@ def test_a_shifted_model_s_are_too(tmp_path):
     model = pydllm.load(folder, device="cpu")
     prompts = [[1, 2, 3], [4]]
     got = extract(model, prompts, max_new_tokens=10, block_length=4, score="entropy")
-    plain = pydllm.generate(model, prompts, pydllm.Static(4, score="entropy"), max_new_tokens=10)
+    plain = pydllm.generate(
+        model, prompts, pydllm.Static(block_length=4, score="entropy"), max_new_tokens=10
+    )
     for row, sequence in enumerate(plain.sequences):
         assert torch.equal(got.ids[row, : len(sequence)].long(), sequence)
     assert got.prompt_length.tolist() == [3, 1]

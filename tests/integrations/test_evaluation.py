@@ -22,14 +22,16 @@ def model():
 
 
 def _evaluator(model, **options):
-    algorithm = options.pop("algorithm", pydllm.Threshold(0.9, 24))
+    algorithm = options.pop("algorithm", pydllm.Threshold(threshold=0.9, block_length=24))
     return Evaluator(model, algorithm, **options)
 
 
 @pytest.fixture(scope="module")
 def expected(model):
     prompts = [problem.prompt for problem in PROBLEMS]
-    return pydllm.generate(model, prompts, pydllm.Threshold(0.9, 24), max_new_tokens=48)
+    return pydllm.generate(
+        model, prompts, pydllm.Threshold(threshold=0.9, block_length=24), max_new_tokens=48
+    )
 
 
 def test_answers_are_those_of_generate_in_any_batch(model, expected):
@@ -76,7 +78,7 @@ def test_lengths_and_temperatures_are_each_requests_own(model):
         alone = pydllm.generate(
             model,
             [prompts[index]],
-            pydllm.Threshold(0.9, 24),
+            pydllm.Threshold(threshold=0.9, block_length=24),
             max_new_tokens=length,
             temperature=float(heat),
             seed=7,
@@ -199,7 +201,7 @@ def test_every_algorithm_and_every_parameter_can_be_named():
         "freedave",
         {"draft_steps": "4", "baseline": "threshold", "baseline.threshold": 0.8},
     )
-    assert got == pydllm.FreeDave(4, baseline=pydllm.Threshold(0.8))
+    assert got == pydllm.FreeDave(draft_steps=4, baseline=pydllm.Threshold(threshold=0.8))
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def test_without_the_quirks_it_is_our_threshold(models, dual):
     ids, _ = prompts(1, 5)
     given = NEW | {"alg": "confidence_threshold", "threshold": 0.6, "dual_cache": dual}
     x = fast_dllm_dream.diffusion_generate(own, ids, compat=False, **given)
-    rule = Threshold(0.6, block_length=6, cache="dual" if dual else "prefix")
+    rule = Threshold(threshold=0.6, block_length=6, cache="dual" if dual else "prefix")
     own.spec = type(own.spec)(**vars(own.spec) | {"eos_ids": ()})
     expected = generate(own, [ids[0]], rule, max_new_tokens=12).sequences[0]
     assert torch.equal(x[0], expected)

@@ -66,7 +66,9 @@ def test_the_harness_runs_every_kind_of_task(tasks, tmp_path):
 
     model = pydllm.load(MODELS["llada-tiny"], device="cpu")
     prompts = [document["prompt"] for document in harness_tasks.documents(8)]
-    want = pydllm.generate(model, prompts, pydllm.FreeDave(8, 24), max_new_tokens=48)
+    want = pydllm.generate(
+        model, prompts, pydllm.FreeDave(draft_steps=8, block_length=24), max_new_tokens=48
+    )
     row = facts["tasks"]["word_problems"]
     assert row["requests"] == 8 and row["forwards"] == want.nfe.sum()
     rate = want.tokens_per_forward.mean().item()

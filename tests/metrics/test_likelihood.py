@@ -82,7 +82,7 @@ def test_greedy_agreement_is_static_decoding(kind):
     pairs, want = [], []
     for seed in range(6):
         context, length = random_prompt(seed, 2 + seed), 4 + seed
-        algorithm = pydllm.Static(kind.get("block", length))
+        algorithm = pydllm.Static(block_length=kind.get("block", length))
         result = pydllm.generate(model, [context], algorithm, max_new_tokens=length)
         target = result.sequences[0][len(context) :].tolist()
         wrong = list(target)

@@ -124,13 +124,16 @@ def test_the_parts_make_up_the_whole(tmp_path):
 
 ALGORITHMS = {
     "llada-tiny": [
-        pydllm.Static(8, 2, cache="prefix"),
-        pydllm.Threshold(0.9, 12, cache="dual"),
-        pydllm.FreeDave(4, 12, cache="dual"),
-        pydllm.MultiBlock(0.5, 8),
-        pydllm.LeftToRight(4),
+        pydllm.Static(block_length=8, tokens_per_step=2, cache="prefix"),
+        pydllm.Threshold(threshold=0.9, block_length=12, cache="dual"),
+        pydllm.FreeDave(draft_steps=4, block_length=12, cache="dual"),
+        pydllm.MultiBlock(threshold=0.5, block_length=8),
+        pydllm.LeftToRight(tokens_per_step=4),
     ],
-    "sdar-tiny": [pydllm.Static(8, 2), pydllm.FreeDave(4, 8, mode="pipelined")],
+    "sdar-tiny": [
+        pydllm.Static(block_length=8, tokens_per_step=2),
+        pydllm.FreeDave(draft_steps=4, block_length=8, mode="pipelined"),
+    ],
 }
 
 
@@ -144,7 +147,7 @@ def decode(tp, verifier_tp):
         if name == "llada-tiny":
             verifier = pydllm.load(VERIFIER, dtype=torch.float64, device="cpu", tp=verifier_tp)
             algorithms.append((pydllm.APD(verifier), 0.0))
-            algorithms.append((pydllm.Threshold(0.9, 12), 0.8))
+            algorithms.append((pydllm.Threshold(threshold=0.9, block_length=12), 0.8))
         for algorithm, temperature in algorithms:
             made = pydllm.generate(
                 model, prompts, algorithm, max_new_tokens=16, temperature=temperature, seed=3

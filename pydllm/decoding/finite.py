@@ -1,0 +1,57 @@
+"""Whether a model's numbers are finite, asked only where an answer looks as if they were not."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from pydllm.decoding.call import Call
+
+
+def check_finite(call: Call, x: Tensor) -> Tensor:
+    """Warn of sequences for which the model computes NaN or infinity; returns ``(N,)`` bool.
+
+    A row of NaN logits predicts id 0, or leaves a mask. Answers that hold either are forwarded
+    once; the others, nearly all, cost nothing.
+
+    Args:
+        x: ``(N, L)`` int64, decoded, on the call's device.
+    """
+    lengths = torch.tensor(call.prompt_lengths)[:, None]
+    position = torch.arange(x.shape[1])
+    new = (position >= lengths) & (position < lengths + call.max_new_tokens)
+    tokens = x.cpu()
+    doubtful = tokens == call.mask_id
+    if 0 not in call.model.spec.eos_ids:
+        doubtful |= tokens == 0
+    rows = (doubtful & new).any(1).nonzero().flatten()
+    finite = torch.ones(len(x), dtype=torch.bool)
+    for row in rows.tolist():
+        finite[row] = _is_finite(call, x[row, : call.prompt_lengths[row] + call.max_new_tokens])
+    for row in (~finite).nonzero().flatten().tolist():
+        warnings.warn(
+            f"prompts[{row}]: expected finite numbers from the model, got NaN or infinite logits; "
+            "the answer means nothing",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+    return finite
+
+
+def _is_finite(call: Call, sequence: Tensor) -> bool:
+    model = call.model
+    length = torch.full_like(call.end[:1], len(sequence))
+    zero = torch.zeros_like(length)
+    hidden = model.forward(
+        sequence[None],
+        zero,
+        model.new_cache(1, 0),
+        length=length,
+        kv_len=length,
+        commit=zero,
+        backend=call.backend,
+    )
+    last = hidden[0, max(0, len(sequence) - call.max_new_tokens - 1) :]
+    return bool(model.head_stats(last, backend=call.backend).logsumexp.isfinite().all())
