@@ -9,6 +9,7 @@ PIP_ARGS ?=
 PYTEST_ARGS ?= -n 2 --dist worksteal
 BENCH_ARGS ?=
 RESOURCES_ARGS ?=
+BARS_ARGS ?=
 SANITIZE_ARGS ?= tests/ops
 ARCHS ?= 80 90a 100
 
@@ -32,8 +33,8 @@ READY := checked
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint lock test-latest wheel wheels aot bench resources csrc-sanitize gpu \
-  gpu-report checked
+.PHONY: help demo test lint lock test-latest wheel wheels aot bars bench resources csrc-sanitize \
+  gpu gpu-report checked
 
 # Sets $$python to an interpreter that there is a lock file for.
 FIND_PYTHON = for python in python3 $(addprefix python,$(LOCKED)); do \
@@ -54,6 +55,7 @@ help:
 	@echo 'make wheel  build dist/*.tar.gz and dist/*.whl'
 	@echo 'make wheels ARCHS="80 90a 100"  a wheel with CUDA kernels for each architecture'
 	@echo 'make aot    compile every Triton kernel ahead of time and print its resources'
+	@echo 'make bars   machine code of every Triton kernel against the bars it is held to'
 	@echo 'make resources      registers, spills, shared memory, occupancy of every CUDA kernel'
 	@echo 'make csrc-sanitize  run the CUDA kernels on the CPU under the address and undefined-'
 	@echo '                    behaviour sanitizers'
@@ -112,6 +114,9 @@ wheels: $(BUILD_VENV)/.ready
 
 aot: $(READY)
 	$(PY) bench/resources.py
+
+bars: $(READY)
+	$(PY) bench/bars.py $(BARS_ARGS)
 
 resources: $(READY)
 	$(PY) bench/cuda_resources.py $(RESOURCES_ARGS)

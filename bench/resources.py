@@ -57,13 +57,30 @@ TYPES = {
 
 @dataclass(frozen=True)
 class Launch:
-    """One recorded launch: the kernel, its signature and its options."""
+    """One recorded launch: the kernel, its signature, its options and its grid."""
 
     kernel: JITFunction
     signature: dict[str, str]
     constexprs: dict[str, object]
     attributes: dict[tuple[int], list]
     options: dict[str, int]
+    grid: tuple[int, ...]
+
+    def key(self) -> str:
+        """What decides the machine code."""
+        return repr((self.kernel.__name__, *(v for k, v in vars(self).items() if k != "grid")))
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """What one launch compiles to."""
+
+    asm: dict[str, str]
+    sass: str
+    warps: int
+    shared: int  # bytes of dynamic shared memory
+    registers: int
+    stack: int  # bytes
 
 
 def _describe(value: object, specialize: bool) -> tuple[str, bool]:
@@ -96,7 +113,7 @@ def record(launch, arch: int) -> list[Launch]:
                 constexprs[parameter.name] = value
             elif aligned:
                 attributes[index,] = [["tt.divisibility", 16]]
-        recorded.append(Launch(kernel, signature, constexprs, attributes, arguments))
+        recorded.append(Launch(kernel, signature, constexprs, attributes, arguments, tuple(grid)))
 
     with (
         mock.patch.object(JITFunction, "run", run),
@@ -106,8 +123,13 @@ def record(launch, arch: int) -> list[Launch]:
     return recorded
 
 
-def compile_launch(launch: Launch, arch: int) -> dict[str, object]:
-    """Compile one launch for ``arch`` and read its resources from the machine code."""
+def disassemble(launch: Launch, arch: int) -> MachineCode:
+    """Compile one launch for ``arch`` with the options that the library launches it with."""
+    missing = [
+        str(TOOLS / tool) for tool in ("cuobjdump", "nvdisasm") if not (TOOLS / tool).exists()
+    ]
+    if missing:
+        raise click.ClickException(f"Triton's wheel has a disassembler, this one lacks {missing}")
     source = ASTSource(
         launch.kernel, launch.signature, constexprs=launch.constexprs, attrs=launch.attributes
     )
@@ -124,17 +146,30 @@ def compile_launch(launch: Launch, arch: int) -> dict[str, object]:
     if found is None:
         raise RuntimeError(f"cuobjdump printed no resource line for {launch.kernel.__name__}")
     registers, stack, _, local = map(int, found.groups())
-    ptx = compiled.asm["ptx"]
+    metadata = compiled.metadata
+    return MachineCode(
+        compiled.asm, code, metadata.num_warps, metadata.shared, registers, stack + local
+    )
+
+
+def compile_launch(launch: Launch, arch: int) -> dict[str, object]:
+    """The resources of one launch, read from its machine code."""
+    code = disassemble(launch, arch)
     units = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma.sync": "mma.sync"}
     return {
         "kernel": launch.kernel.__name__,
-        "warps": compiled.metadata.num_warps,
-        "registers": registers,
-        "spills": len(re.findall(r"\b(?:LDL|STL)\b", code)),
-        "stack": stack + local,
-        "shared": compiled.metadata.shared,
-        "tensor_cores": next((name for name, mark in units.items() if mark in ptx), "-"),
+        "warps": code.warps,
+        "registers": code.registers,
+        "spills": spills(code.sass),
+        "stack": code.stack,
+        "shared": code.shared,
+        "tensor_cores": next((n for n, mark in units.items() if mark in code.asm["ptx"]), "-"),
     }
+
+
+def spills(sass: str) -> int:
+    """Loads from and stores to local memory."""
+    return len(re.findall(r"\b(?:LDL|STL)\b", sass))
 
 
 def rows(ops: tuple[str, ...], archs: tuple[int, ...], workers: int) -> Iterator[dict[str, object]]:
@@ -145,7 +180,7 @@ def rows(ops: tuple[str, ...], archs: tuple[int, ...], workers: int) -> Iterator
             seen = set()
             for label, launch in CASES[op].launches():
                 for recorded in record(launch, arch):
-                    key = repr((recorded.kernel.__name__, *vars(recorded).values()))
+                    key = recorded.key()
                     if key not in seen:
                         seen.add(key)
                         jobs.append((op, label, arch, recorded))

@@ -66,7 +66,9 @@ class Row:
 
 def literal(tile: Tile) -> str:
     """The tile as it is written in the table, default fields left out."""
-    values = [value for value in tile if value is not None]
+    values = list(tile)
+    while values and values[-1] == type(tile)._field_defaults.get(tile._fields[len(values) - 1]):
+        values.pop()
     return f"{type(tile).__name__}({', '.join(map(str, values))})"
 
 

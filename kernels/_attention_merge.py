@@ -1,4 +1,4 @@
-"""The second pass of ``window_attention`` where its keys are split."""
+"""The second pass of ``window_attention`` where the splits of its keys are apart."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import triton
 import triton.language as tl
 
 from . import _tiles
+from ._attention_tiles import OnlineSoftmax, merge_split, no_keys
 
 
 @triton.jit
 def _window_attention_merge_kernel(
     # pointers
     out_ptr,  # (rows, HEAD_DIM)
-    part_ptr,  # (splits, rows, HEAD_DIM) fp32
+    values_ptr,  # (splits, rows, HEAD_DIM) fp32
     state_ptr,  # (2, splits, rows) fp32
     # sizes
     rows,
@@ -23,28 +24,21 @@ def _window_attention_merge_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Splits joined in order of position; a split without keys has sum 0 and changes nothing."""
+    """Splits joined in order of position."""
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)[None, :]
     mask_m = offs_m < rows
-    acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-    m_i = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
-    l_i = tl.zeros([BLOCK_M], dtype=tl.float32)
+    total = no_keys(BLOCK_M, BLOCK_D)
     for split in range(0, splits):
         at = split * rows.to(tl.int64) + offs_m
-        l_part = tl.load(state_ptr + splits * rows.to(tl.int64) + at, mask=mask_m, other=0.0)
-        used = l_part != 0.0  # a NaN is not 0
-        m_part = tl.load(state_ptr + at, mask=mask_m & used, other=float("-inf"))
-        mask_part = used[:, None] & (offs_d < HEAD_DIM)
+        l_split = tl.load(state_ptr + splits * rows.to(tl.int64) + at, mask=mask_m, other=0.0)
+        used = mask_m & (l_split != 0.0)
+        m_split = tl.load(state_ptr + at, mask=used, other=float("-inf"))
+        mask = used[:, None] & (offs_d < HEAD_DIM)
         # [BLOCK_M, BLOCK_D]
-        part = tl.load(part_ptr + at[:, None] * HEAD_DIM + offs_d, mask=mask_part, other=0.0)
-        m_new = tl.maximum(m_i, m_part)
-        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-        alpha, beta = tl.exp2(m_i - shift), tl.exp2(m_part - shift)
-        l_i = tl.fma(l_i, alpha, l_part * beta)
-        acc = tl.fma(acc, tl.broadcast_to(alpha[:, None], acc.shape), part * beta[:, None])
-        m_i = m_new
-    y = acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None]
+        values = tl.load(values_ptr + at[:, None] * HEAD_DIM + offs_d, mask=mask, other=0.0)
+        total = merge_split(total, OnlineSoftmax(values, m_split, l_split))
+    y = total.acc / tl.where(total.l_i == 0.0, 1.0, total.l_i)[:, None]
     mask_out = mask_m[:, None] & (offs_d < HEAD_DIM)
     out_ptrs = out_ptr + offs_m[:, None] * HEAD_DIM + offs_d
     tl.store(out_ptrs, y.to(out_ptr.dtype.element_ty), mask=mask_out)
@@ -52,21 +46,21 @@ def _window_attention_merge_kernel(
 
 def scratch(q: torch.Tensor, splits: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(splits, B, T, Hq, D) weighted sums of values, (2, splits, B, T, Hq) maxima and sums."""
-    part = torch.empty(splits, *q.shape, dtype=torch.float32, device=q.device)
-    return part, torch.empty(2, splits, *q.shape[:3], dtype=torch.float32, device=q.device)
+    values = torch.empty(splits, *q.shape, dtype=torch.float32, device=q.device)
+    return values, torch.empty(2, splits, *q.shape[:3], dtype=torch.float32, device=q.device)
 
 
-def merge(out: torch.Tensor, part: torch.Tensor, state: torch.Tensor) -> None:
-    """Join ``part`` (splits, ..., D), not yet divided by its sums, with ``state`` into ``out``."""
+def merge(out: torch.Tensor, values: torch.Tensor, state: torch.Tensor) -> None:
+    """Join ``values`` (splits, ..., D), not yet divided by their sums, with ``state``."""
     head_dim = out.shape[-1]
     rows = out.numel() // head_dim
     block_m, num_warps = _tiles.ATTENTION_MERGE
     _window_attention_merge_kernel[(triton.cdiv(rows, block_m),)](
         out_ptr=out,
-        part_ptr=part,
+        values_ptr=values,
         state_ptr=state,
         rows=rows,
-        splits=part.shape[0],
+        splits=values.shape[0],
         HEAD_DIM=head_dim,
         BLOCK_M=block_m,
         BLOCK_D=max(triton.next_power_of_2(head_dim), 32),

@@ -86,18 +86,20 @@ class HeadTile(NamedTuple):
     num_stages: int
 
 
-# head_stats: bytes an element -> tile; the same for any number of rows and any vocabulary. 64 rows
-# cost no more than one as long as the weight's bytes are what takes the time. fp32
+# head_stats: bytes an element -> tile, and that for more rows than it has. Both have a warp for 16
+# rows and take ids and width alike: the bits of a row do not depend on which of the two it is. fp32
 # is not for speed: it is exact, without tensor cores.
-HEAD_STATS = {2: HeadTile(64, 128, 64, 8, 3), 4: HeadTile(32, 128, 16, 4, 2)}
+HEAD_STATS = {2: HeadTile(64, 128, 64, 4, 3), 4: HeadTile(32, 128, 16, 4, 2)}
+HEAD_STATS_MANY = {2: HeadTile(128, 128, 64, 8, 3)}
 HEAD_STATS_INTERPRETER = HeadTile(64, 1024, 128, 4, 1)
 
 
-def head_stats_tile(device: torch.device, element_size: int) -> HeadTile:
-    """The tile of ``HEAD_STATS`` for a dtype."""
+def head_stats_tile(device: torch.device, element_size: int, rows: int) -> HeadTile:
+    """The tile of ``HEAD_STATS`` for a dtype and a number of rows."""
     if arch(device) == INTERPRETER:
         return HEAD_STATS_INTERPRETER
-    return HEAD_STATS[element_size]
+    few = HEAD_STATS[element_size]
+    return few if rows <= few.block_r else HEAD_STATS_MANY.get(element_size, few)
 
 
 def merge_rows(device: torch.device) -> int:
@@ -108,7 +110,7 @@ def merge_rows(device: torch.device) -> int:
 class AttentionTile(NamedTuple):
     """One program of ``window_attention``: query rows, keys a step, and how it is compiled.
 
-    ``registers`` is a bound a thread. Left to itself, ptxas spills to bring 174 registers down to
+    ``registers`` is a bound per thread. Left to itself, ptxas spills to bring 174 registers down to
     128, where two programs fit one multiprocessor; with a bound that one program fits it does not.
     """
 
@@ -117,11 +119,11 @@ class AttentionTile(NamedTuple):
     num_warps: int
     num_stages: int
     registers: int | None = None
+    resident: int = 1  # programs that a multiprocessor holds at a time
 
 
-# window_attention: architecture, bytes an element, head size up to -> tile. One tile whatever the
-# number of rows, so that the sums of a row are grouped alike whatever the window and its branches:
-# a memory-bound launch has the time to compute rows that are not there.
+# window_attention: architecture, bytes an element, head size up to -> tile. One for any number of
+# rows, or the bits of a row would depend on the window and its branches.
 WINDOW_ATTENTION = {
     (INTERPRETER, 2, 512): AttentionTile(128, 64, 4, 1),
     (INTERPRETER, 4, 512): AttentionTile(128, 64, 4, 1),
@@ -133,8 +135,8 @@ WINDOW_ATTENTION = {
     (80, 4, 128): AttentionTile(32, 16, 8, 2),
     (80, 4, 256): AttentionTile(16, 16, 8, 2),
     (80, 4, 512): AttentionTile(16, 16, 8, 1, 255),
-    (90, 2, 64): AttentionTile(64, 64, 8, 3),
-    (90, 2, 128): AttentionTile(64, 64, 8, 2),
+    (90, 2, 64): AttentionTile(64, 64, 4, 4, None, 2),
+    (90, 2, 128): AttentionTile(64, 32, 4, 5, None, 2),
     (90, 2, 256): AttentionTile(32, 32, 8, 2),
     (90, 2, 512): AttentionTile(32, 16, 8, 1),
     (90, 4, 64): AttentionTile(32, 32, 8, 2),
@@ -151,42 +153,105 @@ WINDOW_ATTENTION = {
     (100, 4, 512): AttentionTile(16, 16, 8, 1),
 }
 
+# For more rows than that tile has: as many keys a step and a warp for 16 rows, as there, so that a
+# row's sums are grouped alike and its bits do not depend on which of the two it is.
+WINDOW_ATTENTION_MANY = {
+    (90, 2, 64): AttentionTile(128, 64, 8, 4),
+    (90, 2, 128): AttentionTile(128, 32, 8, 6),
+}
 
-def attention_tile(device: torch.device, element_size: int, head_dim: int) -> AttentionTile:
-    """The tile of ``WINDOW_ATTENTION`` for a head size."""
+# For long windows, which are not split.
+WINDOW_ATTENTION_LONG = {
+    (90, 2, 64): AttentionTile(128, 64, 8, 4),
+    (90, 2, 128): AttentionTile(128, 64, 8, 4),
+}
+
+# Windows of up to this many rows (of one branch) sum their keys in splits of this many positions,
+# if a head has at most this many bytes: above, split kernels spill registers. Not by the number of
+# programs, on which the bits of a sequence must not depend.
+ATTENTION_SPLIT_ROWS = 128
+ATTENTION_SPLIT = 256
+ATTENTION_SPLIT_BYTES = 512
+
+# Joining of the splits: rows of a program, num_warps. Rotation of a long window: bytes, num_warps.
+ATTENTION_MERGE = (4, 4)
+ATTENTION_ROTATE = (8192, 4)
+
+
+class AttentionPlan(NamedTuple):
+    """How a call of ``window_attention`` is cut into programs."""
+
+    tile: AttentionTile
+    splits: int  # of the keys
+    split_tiles: int  # key tiles of one, 0: keys are not split
+    groups: int  # programs that share the splits of a tile of rows
+    walk: str  # "one" split a program, "each" of several is stored, "all" are joined in a program
+    is_rotated: bool  # the keys of the window are rotated by a pass before
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many the device has; 0, one program for all splits, where programs run in turn."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).multi_processor_count)
+    return 0 if arch(device) == INTERPRETER else 132
+
+
+def attention_key(device: torch.device, element_size: int, head_dim: int) -> tuple[int, int, int]:
+    """The key of the tables of ``window_attention`` for a head size."""
     capability = arch(device)
     if capability != INTERPRETER:
         # 86, 89 and 120 have the shared memory and the tensor-core instruction of the first class.
         capability = 100 if 100 <= capability < 120 else 90 if 90 <= capability < 100 else 80
     return next(
-        tile
-        for (name, size, limit), tile in WINDOW_ATTENTION.items()
-        if (name, size) == (capability, element_size) and head_dim <= limit
+        key
+        for key in WINDOW_ATTENTION
+        if key[:2] == (capability, element_size) and head_dim <= key[2]
     )
 
 
-# Windows of up to so many rows (of one branch), over caches of more slots than a split has
-# positions, are split, if a head has at most so many bytes: above, split kernels spill registers.
-# Not by the number of programs: a sequence's bits would hang on the batch.
-ATTENTION_SPLIT_ROWS = 128
-ATTENTION_SPLIT = 1024
-ATTENTION_SPLIT_BYTES = 512
-
-# Joining of the splits: rows of a program, num_warps.
-ATTENTION_MERGE = (4, 4)
+def attention_tile(device: torch.device, element_size: int, head_dim: int) -> AttentionTile:
+    """The tile of ``WINDOW_ATTENTION`` for a head size."""
+    return WINDOW_ATTENTION[attention_key(device, element_size, head_dim)]
 
 
-def attention_splits(
-    tile: AttentionTile, rows: int, slots: int, head_bytes: int
-) -> tuple[int, int]:
-    """How many splits, and the key tiles of one; (1, 0) for none."""
-    if (
-        rows > ATTENTION_SPLIT_ROWS
-        or slots <= ATTENTION_SPLIT
-        or head_bytes > ATTENTION_SPLIT_BYTES
-    ):
-        return 1, 0
-    return -(-slots // ATTENTION_SPLIT), ATTENTION_SPLIT // tile.block_n
+def attention_plan(
+    device: torch.device,
+    element_size: int,
+    head_dim: int,
+    kv_heads: int,  # of all sequences
+    rows: int,  # of all branches
+    group: int,  # query heads of a KV head
+    branches: int,
+    slots: int,
+) -> AttentionPlan:
+    """Splits by the window and the cache alone; what shares them by what fills the device."""
+    key = attention_key(device, element_size, head_dim)
+    few = attention_tile(device, element_size, head_dim)
+    many = WINDOW_ATTENTION_MANY.get(key, few)
+    is_split = (
+        rows // branches <= ATTENTION_SPLIT_ROWS
+        and head_dim * element_size <= ATTENTION_SPLIT_BYTES
+    )
+    if not is_split:
+        is_long = rows // branches > ATTENTION_SPLIT_ROWS
+        tile = WINDOW_ATTENTION_LONG.get(key, few) if is_long else few
+        return AttentionPlan(tile, 1, 0, 1, "one", is_long and branches == 1)
+    splits = -(-slots // ATTENTION_SPLIT)
+    processors = multiprocessors(device)
+    programs = -(-rows * group // many.block_m) * kv_heads
+    tile = many
+    if rows * group <= few.block_m or programs * splits < processors:
+        tile = few
+        programs = -(-rows * group // tile.block_m) * kv_heads
+    if splits == 1:
+        return AttentionPlan(tile, 1, 0, 1, "one", False)
+    groups = min(max(processors * tile.resident // max(programs, 1), 1), splits)
+    if branches > 1:
+        groups = splits  # with branches there are no registers left for more than a split
+    each = -(-splits // groups)
+    walk = "all" if groups == 1 else "one" if each == 1 else "each"
+    split_tiles = ATTENTION_SPLIT // tile.block_n
+    return AttentionPlan(tile, splits, split_tiles, -(-splits // each), walk, False)
 
 
 # commit_branch: window rows of a program, num_warps.

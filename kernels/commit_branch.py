@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 
 from . import _tiles, window_attention
-from ._attention import commit_rows
+from ._attention import Cache, RopeParams, commit_rows
+from ._heads import strides
 
 
 @triton.jit
@@ -24,11 +25,11 @@ def _commit_branch_kernel(
     branch_ptr,  # (B,) int32, as the next three
     start_ptr,
     commit_ptr,
-    pad_ptr,
+    pad_ptr,  # or None
     cos_ptr,  # (positions, HALF) fp32
     sin_ptr,
-    k_norm_ptr,  # (D,)
-    table_ptr,  # (B, slots / PAGE) int32
+    k_norm_ptr,  # (D,) or None
+    table_ptr,  # (B, slots / PAGE) int32 or None
     # sizes
     window,  # rows of a branch, T / branches
     branches,
@@ -48,8 +49,6 @@ def _commit_branch_kernel(
     stride_v_cache_row,
     stride_v_cache_head,
     # constexprs
-    HAS_PAD: tl.constexpr,
-    HAS_NORM: tl.constexpr,
     PAGE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HALF: tl.constexpr,
@@ -62,7 +61,9 @@ def _commit_branch_kernel(
     branch = tl.load(branch_ptr + batch)
     commit = tl.minimum(tl.minimum(tl.load(commit_ptr + batch), window), slots - start)
     commit = tl.where((branch >= 0) & (branch < branches), commit, 0)
-    pad = tl.maximum(tl.load(pad_ptr + batch), 0) if HAS_PAD else start * 0
+    pad = start * 0
+    if pad_ptr is not None:
+        pad = tl.maximum(tl.load(pad_ptr + batch), 0)
     k_ptr += batch * stride_k_batch + head * stride_k_head
     v_ptr += batch * stride_v_batch + head * stride_v_head
     k_cache_ptr += head * stride_k_cache_head
@@ -72,31 +73,21 @@ def _commit_branch_kernel(
         v_cache_ptr += batch * stride_v_cache_batch
     else:
         table_ptr += batch * (slots // PAGE)
-    offs_c = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    row = (branch * window + offs_c).to(tl.int64)
-    commit_rows(
+    cache = Cache(
         k_cache_ptr,
         v_cache_ptr,
         table_ptr,
-        k_ptr + row * stride_k_row,
-        v_ptr + row * stride_v_row,
-        offs_c < commit,
-        start + offs_c,
-        start + offs_c - pad,
-        k_norm_ptr,
-        eps,
-        cos_ptr,
-        sin_ptr,
         stride_k_cache_batch,
         stride_k_cache_row,
         stride_v_cache_batch,
         stride_v_cache_row,
-        HAS_NORM,
-        PAGE,
-        HEAD_DIM,
-        HALF,
-        BLOCK_D,
     )
+    offs_c = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    row = (branch * window + offs_c).to(tl.int64)
+    rope = RopeParams(cos_ptr, sin_ptr, k_norm_ptr, eps)
+    k_rows, v_rows = k_ptr + row * stride_k_row, v_ptr + row * stride_v_row
+    mask, slot = offs_c < commit, start + offs_c
+    commit_rows(cache, rope, k_rows, v_rows, mask, slot, pad, PAGE, HEAD_DIM, HALF, BLOCK_D)
 
 
 def supports(
@@ -139,11 +130,6 @@ def commit_branch(
         return
     window, page = rows // branches, k_cache.shape[1]
     block_rows, num_warps = _tiles.COMMIT_BRANCH
-    strides = {
-        f"stride_{name}_{axis}": stride
-        for name, tensor in {"k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache}.items()
-        for axis, stride in zip(("batch", "row", "head"), tensor.stride(), strict=False)
-    }
     _commit_branch_kernel[(triton.cdiv(window, block_rows), kv_heads, batch)](
         k_cache_ptr=k_cache,
         v_cache_ptr=v_cache,
@@ -152,18 +138,16 @@ def commit_branch(
         branch_ptr=branch,
         start_ptr=start,
         commit_ptr=commit,
-        pad_ptr=start if pad is None else pad,
+        pad_ptr=pad,
         cos_ptr=cos,
         sin_ptr=sin,
-        k_norm_ptr=cos if k_norm is None else k_norm,
-        table_ptr=start if block_table is None else block_table,
+        k_norm_ptr=k_norm,
+        table_ptr=block_table,
         window=window,
         branches=branches,
         slots=page * (1 if block_table is None else block_table.shape[1]),
         eps=eps,
-        **strides,
-        HAS_PAD=pad is not None,
-        HAS_NORM=k_norm is not None,
+        **strides(k=k, v=v, k_cache=k_cache, v_cache=v_cache),
         PAGE=0 if block_table is None else page,
         HEAD_DIM=head_dim,
         HALF=cos.shape[1],

@@ -2,7 +2,8 @@
 
 A matmul with the statistics of ``vocab_stats`` as its epilogue, then the same merge.
 
-A tile is the same whatever the number of rows, so the bits of a row do not depend on the batch.
+A tile has the same ids and sums the width alike whatever the number of rows: the bits of a row do
+not depend on the batch.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from ._row_stats import (
 )
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_PARTIAL_BYTES = 12 * 2**20  # what the tiles of one launch may leave behind
+_PARTIAL_BYTES = 48 * 2**20  # what the tiles of one launch may leave behind
 
 
 # A new batch size or seed must not compile the kernel again.
@@ -148,7 +149,7 @@ def supports(
 
 def tile_count(hidden: torch.Tensor, weight: torch.Tensor) -> int:
     """Pieces that the vocabulary is cut into."""
-    tile = _tiles.head_stats_tile(hidden.device, hidden.element_size())
+    tile = _tiles.head_stats_tile(hidden.device, hidden.element_size(), 1)
     return triton.cdiv(weight.shape[0], tile.block_v)
 
 
@@ -169,7 +170,7 @@ def head_stats_partial(
     """Launch the tiles; arguments as in ``pydllm.ops.head_stats_partial``, ``seed`` 64 bits."""
     sources, width = hidden.shape
     count = sources if rows is None else rows.shape[0]
-    tile = _tiles.head_stats_tile(hidden.device, hidden.element_size())
+    tile = _tiles.head_stats_tile(hidden.device, hidden.element_size(), count)
     tiles = tile_count(hidden, weight)
     row_blocks = triton.cdiv(count, tile.block_r)
     sampled = is_sampled(counter, temperature, temperatures)
@@ -240,7 +241,7 @@ def head_stats(
 ) -> tuple[torch.Tensor, ...]:
     """Launch the kernels, many rows a part at a time: that bounds what the tiles leave behind."""
     count = hidden.shape[0] if rows is None else rows.shape[0]
-    block = _tiles.head_stats_tile(hidden.device, hidden.element_size()).block_r
+    block = _tiles.head_stats_tile(hidden.device, hidden.element_size(), count).block_r
     height = max(_PARTIAL_BYTES // (32 * tile_count(hidden, weight)) // block, 1) * block
     parts = []
     for start in range(0, max(count, 1), height):

@@ -2,14 +2,16 @@
 
 A program owns BLOCK_M query rows of one KV head: window rows with the heads of the group packed
 beside them, branch after branch, so that short windows fill a tile. It walks the keys in order of
-position, in tiles of BLOCK_N positions counted from ``pad``: tiles before the window, on it (once
-for every branch that it has rows of), behind it. On the window a key row is read from the fresh K/V
-or from the cache through one pointer. Window slots of the cache are never read, so the commit needs
-no order between programs. Where a key sits in its tile depends on its position alone: a row's bits
-do not depend on the batch, on other branches, on padding, or on which keys are cached.
+position, in tiles of BLOCK_N positions counted from ``pad``: tiles before the window, on it (each
+once for every branch that it has rows of), after it. On the window a key row is read from the fresh
+K/V or from the cache through one pointer. Window slots of the cache are never read, so the commit
+needs no order between programs. Where a key sits in its tile depends on its position alone: a row's
+bits do not depend on the batch, on other branches, on padding, or on which keys are cached.
 
-Short windows over long caches are split (``_tiles.attention_splits``): a program walks the tiles of
-one split, always the same positions, and a second kernel joins them in order.
+Short windows sum their keys in splits, always the same positions, joined in order of position: by
+one program that walks all of them, or by a second kernel after several programs. Both do the same
+operations (``merge_split``), so that the bits do not depend on how many programs fill the device.
+Long windows rotate their keys in a pass of their own (``_attention_rotate.py``).
 """
 
 from __future__ import annotations
@@ -19,8 +21,21 @@ import triton
 import triton.language as tl
 
 from . import _tiles
-from ._attention import LOG2_E, attend_cached, attend_window, commit_rows, load_turned
+from ._attention import Cache, Fresh, RopeParams, commit_rows, load_rotated
 from ._attention_merge import merge, scratch
+from ._attention_rotate import rotate_and_commit
+from ._attention_tiles import (
+    LOG2_E,
+    Limits,
+    Parts,
+    Scores,
+    Span,
+    attend_keys,
+    merge_split,
+    no_keys,
+    store_split,
+)
+from ._heads import alignment, strides
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_HEAD_DIM = 512
@@ -29,34 +44,35 @@ _MAX_HEAD_DIM = 512
 @triton.jit
 def _window_attention_kernel(
     # pointers
-    out_ptr,  # (B, T, Hq, D) contiguous; where SPLIT_TILES (splits, B, T, Hq, D) fp32
-    state_ptr,  # (2, splits, B, T, Hq) fp32: maximum and sum of each row, where SPLIT_TILES
+    out_ptr,  # (B, T, Hq, D) contiguous; where splits are stored (splits, B, T, Hq, D) fp32
+    state_ptr,  # (2, splits, B, T, Hq) fp32: maximum and sum of each row, where splits are stored
     k_cache_ptr,  # (B, L, Hkv, D) or (pages, PAGE, Hkv, D); rows below `commit` are written
     v_cache_ptr,
     q_ptr,  # (B, T, Hq, D)
-    k_ptr,  # (B, T, Hkv, D)
+    k_ptr,  # (B, T, Hkv, D), rotated where IS_ROTATED
     v_ptr,
     start_ptr,  # (B,) int32, as the next four
     length_ptr,
     kv_len_ptr,
     commit_ptr,
-    pad_ptr,
+    pad_ptr,  # or None
     cos_ptr,  # (positions, HALF) fp32
     sin_ptr,
-    q_norm_ptr,  # (D,)
+    q_norm_ptr,  # (D,) or None
     k_norm_ptr,
-    table_ptr,  # (B, slots / PAGE) int32
+    table_ptr,  # (B, slots / PAGE) int32 or None
     block_offset_ptr,  # (B,) int32 or None
     # sizes
     window,  # rows of a branch, T / branches
     branches,
     slots,
-    block_size,  # of the block-causal mask, where HAS_BLOCKS
-    span,  # of the sliding window, where HAS_SPAN
+    block_size,  # of the block-causal mask, or None
+    sliding_window,  # or None
     eps,
     qk_scale,  # scale * log2(e), or scale / softcap
-    softcap,  # softcap * log2(e)
-    splits,
+    softcap,  # softcap * log2(e), or None
+    splits,  # of the keys
+    groups,  # programs that share the splits
     # strides
     stride_q_batch,
     stride_q_row,
@@ -74,13 +90,11 @@ def _window_attention_kernel(
     stride_v_cache_row,
     stride_v_cache_head,
     # constexprs
-    HAS_PAD: tl.constexpr,
     HAS_BRANCHES: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
-    HAS_BLOCKS: tl.constexpr,
-    HAS_SPAN: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    HAS_NORM: tl.constexpr,
+    IS_ROTATED: tl.constexpr,  # and the commit is done
+    WALK: tl.constexpr,  # see end_split
+    ALIGN: tl.constexpr,  # bytes that every row of a head begins at a multiple of
     PAGE: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -89,20 +103,18 @@ def _window_attention_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_COMMIT: tl.constexpr,
-    SPLIT_TILES: tl.constexpr,  # key tiles of a program, 0 for all of them
+    SPLIT_TILES: tl.constexpr,  # key tiles of a split, 0: keys are not split
 ):
-    HAS_LIMITS: tl.constexpr = IS_CAUSAL or HAS_BLOCKS or HAS_SPAN
-    tile_m = tl.program_id(0) // splits
-    split = tl.program_id(0) % splits
+    tile_m = tl.program_id(0) // groups
+    group = tl.program_id(0) % groups
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
     start = tl.load(start_ptr + batch)
     length = tl.minimum(tl.minimum(tl.load(length_ptr + batch), window), slots - start)
     kv_len = tl.minimum(tl.load(kv_len_ptr + batch), slots)
-    commit = tl.where(split == 0, tl.minimum(tl.load(commit_ptr + batch), length), 0)
-    pad = tl.maximum(tl.load(pad_ptr + batch), 0) if HAS_PAD else start * 0
-    k_ptr += batch * stride_k_batch + head * stride_k_head
-    v_ptr += batch * stride_v_batch + head * stride_v_head
+    pad = start * 0
+    if pad_ptr is not None:
+        pad = tl.maximum(tl.load(pad_ptr + batch), 0)
     k_cache_ptr += head * stride_k_cache_head
     v_cache_ptr += head * stride_v_cache_head
     if PAGE == 0:
@@ -110,57 +122,30 @@ def _window_attention_kernel(
         v_cache_ptr += batch * stride_v_cache_batch
     else:
         table_ptr += batch * (slots // PAGE)
-
-    # Rows of branch 0 whose first query row lies in this tile are its share of the commit.
-    offs_c = tl.cdiv(tile_m * BLOCK_M, GROUP) + tl.arange(0, BLOCK_COMMIT)
-    mask_c = (offs_c * GROUP < (tile_m + 1) * BLOCK_M) & (offs_c < commit)
-    commit_rows(
+    cache = Cache(
         k_cache_ptr,
         v_cache_ptr,
         table_ptr,
-        k_ptr + offs_c.to(tl.int64) * stride_k_row,
-        v_ptr + offs_c.to(tl.int64) * stride_v_row,
-        mask_c,
-        start + offs_c,
-        start + offs_c - pad,
-        k_norm_ptr,
-        eps,
-        cos_ptr,
-        sin_ptr,
         stride_k_cache_batch,
         stride_k_cache_row,
         stride_v_cache_batch,
         stride_v_cache_row,
-        HAS_NORM,
-        PAGE,
-        HEAD_DIM,
-        HALF,
-        BLOCK_D,
     )
-
+    fresh = Fresh(
+        k_ptr + batch * stride_k_batch + head * stride_k_head,
+        v_ptr + batch * stride_v_batch + head * stride_v_head,
+        stride_k_row,
+        stride_v_row,
+    )
+    rope_k = RopeParams(cos_ptr, sin_ptr, k_norm_ptr, eps)
     offs_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_t = offs_m // GROUP
     offs_head = head * GROUP + offs_m % GROUP
     branch_m = offs_t // window
     row_m = offs_t - branch_m * window
     position_m = start + row_m - pad
-    mask_m = (branch_m < branches) & (row_m < length) & (position_m >= 0)
-    q_rows = q_ptr + batch * stride_q_batch + offs_t.to(tl.int64) * stride_q_row
-    q_rows += offs_head * stride_q_head
-    q_a, q_b = load_turned(
-        q_rows,
-        mask_m,
-        mask_m,
-        position_m,
-        q_norm_ptr,
-        eps,
-        cos_ptr,
-        sin_ptr,
-        HAS_NORM,
-        HEAD_DIM,
-        HALF,
-        BLOCK_D,
-    )
+    mask_row = branch_m < branches
+    mask_m = mask_row & (row_m < length) & (position_m >= 0)
 
     visible_end = kv_len - pad
     window_end = tl.maximum(start + length - pad, 0)
@@ -168,123 +153,128 @@ def _window_attention_kernel(
     end_m = begin_m + tl.maximum(visible_end, window_end)
     if IS_CAUSAL:
         end_m = tl.minimum(end_m, position_m + 1)
-    if HAS_BLOCKS:
+    if block_size is not None:
         offset = 0
         if block_offset_ptr is not None:
             offset = tl.load(block_offset_ptr + batch) % block_size
             offset = tl.where(offset < 0, offset + block_size, offset)
-        block_end = ((position_m + offset) // block_size + 1) * block_size - offset
-        end_m = tl.minimum(end_m, block_end)
-    if HAS_SPAN:
-        end_m = tl.minimum(end_m, position_m + span)
-        begin_m = tl.maximum(position_m - span + 1, 0)
+        end_m = tl.minimum(end_m, ((position_m + offset) // block_size + 1) * block_size - offset)
+    if sliding_window is not None:
+        end_m = tl.minimum(end_m, position_m + sliding_window)
+        begin_m = tl.maximum(position_m - sliding_window + 1, 0)
     last = tl.cdiv(tl.max(tl.where(mask_m, end_m, 0), 0), BLOCK_N)
-    first = tl.min(tl.where(mask_m, begin_m, slots), 0) // BLOCK_N if HAS_SPAN else last * 0
+    first = last * 0
+    if sliding_window is not None:
+        first = tl.min(tl.where(mask_m, begin_m, slots), 0) // BLOCK_N
+    first_split = group * tl.cdiv(splits, groups)
+    last_split = tl.minimum(first_split + tl.cdiv(splits, groups), splits)
     if SPLIT_TILES:
-        first = tl.maximum(first, split * SPLIT_TILES)
-        last = tl.minimum(last, (split + 1) * SPLIT_TILES)
-    before = tl.maximum(tl.minimum(tl.maximum(start - pad, 0) // BLOCK_N, last), first)
-    behind = tl.maximum(tl.minimum(tl.cdiv(window_end, BLOCK_N), last), before)
+        first = tl.maximum(first, first_split * SPLIT_TILES)
+        last = tl.minimum(last, last_split * SPLIT_TILES)
     first_branch = tile_m * BLOCK_M // (GROUP * window)
     last_branch = ((tile_m + 1) * BLOCK_M - 1) // (GROUP * window)
     last_branch = tl.minimum(last_branch, branches - 1)
 
-    acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-    m_i = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
-    l_i = tl.zeros([BLOCK_M], dtype=tl.float32)
-    for segment in tl.static_range(3):
-        if segment == 1:
-            acc, m_i, l_i = attend_window(
-                q_a,
-                q_b,
-                acc,
-                m_i,
-                l_i,
-                begin_m,
-                end_m,
-                branch_m,
-                first_branch,
-                last_branch,
-                k_cache_ptr,
-                v_cache_ptr,
-                table_ptr,
-                k_ptr,
-                v_ptr,
-                k_norm_ptr,
-                eps,
-                cos_ptr,
-                sin_ptr,
-                stride_k_cache_batch,
-                stride_k_cache_row,
-                stride_v_cache_batch,
-                stride_v_cache_row,
-                stride_k_row,
-                stride_v_row,
-                before,
-                behind,
-                visible_end,
-                pad,
-                start,
-                length,
-                window,
-                qk_scale,
-                softcap,
-                HAS_BRANCHES,
-                HAS_LIMITS,
-                HAS_CAP,
-                HAS_NORM,
-                PAGE,
-                HEAD_DIM,
-                HALF,
-                BLOCK_N,
-                BLOCK_D,
-            )
-        else:
-            acc, m_i, l_i = attend_cached(
-                q_a,
-                q_b,
-                acc,
-                m_i,
-                l_i,
-                begin_m,
-                end_m,
-                k_cache_ptr,
-                v_cache_ptr,
-                table_ptr,
-                stride_k_cache_batch,
-                stride_k_cache_row,
-                stride_v_cache_batch,
-                stride_v_cache_row,
-                first if segment == 0 else behind,
-                before if segment == 0 else last,
-                visible_end,
-                pad,
-                qk_scale,
-                softcap,
-                HAS_LIMITS,
-                HAS_CAP,
-                PAGE,
-                HEAD_DIM,
-                HALF,
-                BLOCK_N,
-                BLOCK_D,
-            )
-
-    offs_d = tl.arange(0, BLOCK_D)[None, :]
+    span = Span(start, length, pad, visible_end)
+    limits = None
+    if IS_CAUSAL or block_size is not None or sliding_window is not None:
+        limits = Limits(begin_m, end_m)
+    scores = Scores(qk_scale, softcap)
     heads = tl.num_programs(1) * GROUP
+    rows = tl.num_programs(2).to(tl.int64) * branches * window * heads
     out_row = (batch * branches * window + offs_t) * heads + offs_head
-    mask_row = branch_m < branches
-    width = tl.where((last > first) | (SPLIT_TILES == 0), HEAD_DIM, 0)
-    if SPLIT_TILES:
-        rows = tl.num_programs(2).to(tl.int64) * branches * window * heads
-        out_row += split * rows
-        tl.store(state_ptr + out_row, m_i, mask=mask_row)
-        tl.store(state_ptr + splits * rows + out_row, tl.where(mask_m, l_i, 0.0), mask=mask_row)
+    parts = Parts(out_ptr, state_ptr, splits, rows, out_row, mask_row, mask_m)
+
+    q_rows = q_ptr + batch * stride_q_batch + offs_t.to(tl.int64) * stride_q_row
+    q_rows += offs_head * stride_q_head
+
+    mask_q = mask_m & (row_m < tl.where(last > first, length, 0))  # without keys, no queries
+    q_a, q_b = load_rotated(
+        q_rows,
+        mask_q,
+        mask_q,
+        position_m,
+        RopeParams(cos_ptr, sin_ptr, q_norm_ptr, eps),
+        HEAD_DIM,
+        HALF,
+        BLOCK_D,
+    )
+    offs_d = tl.arange(0, BLOCK_D)[None, :]
+    window_range = start - pad, window_end, first_branch, last_branch, window
+    total = no_keys(BLOCK_M, BLOCK_D)
+    if WALK == "one":
+        total = attend_keys(
+            q_a,
+            q_b,
+            cache,
+            fresh,
+            rope_k,
+            span,
+            limits,
+            scores,
+            branch_m if HAS_BRANCHES else None,
+            window_range,
+            first,
+            last,
+            IS_ROTATED,
+            PAGE,
+            ALIGN,
+            HEAD_DIM,
+            HALF,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_D,
+        )
     else:
-        acc = tl.where(mask_m[:, None], acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None], 0.0)
-    out_ptrs = out_ptr + out_row[:, None] * HEAD_DIM + offs_d
-    mask_out = mask_row[:, None] & (offs_d < width)
-    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask_out)
+        for split in range(first_split, last_split):
+            online = attend_keys(
+                q_a,
+                q_b,
+                cache,
+                fresh,
+                rope_k,
+                span,
+                limits,
+                scores,
+                branch_m if HAS_BRANCHES else None,
+                window_range,
+                tl.maximum(first, split * SPLIT_TILES),
+                tl.minimum(last, (split + 1) * SPLIT_TILES),
+                IS_ROTATED,
+                PAGE,
+                ALIGN,
+                HEAD_DIM,
+                HALF,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_D,
+            )
+            if WALK == "each":
+                store_split(parts, online, split, HEAD_DIM, BLOCK_D)
+            else:
+                total = merge_split(total, online)
+
+    if SPLIT_TILES and WALK == "one":
+        store_split(parts, total, first_split, HEAD_DIM, BLOCK_D)
+    elif WALK != "each":
+        y = total.acc / tl.where(total.l_i == 0.0, 1.0, total.l_i)[:, None]
+        y = tl.where(mask_m[:, None], y, 0.0)
+        mask_out = mask_row[:, None] & (offs_d < HEAD_DIM)
+        out_ptrs = out_ptr + out_row[:, None] * HEAD_DIM + offs_d
+        tl.store(out_ptrs, y.to(out_ptr.dtype.element_ty), mask=mask_out)
+
+    if not IS_ROTATED:
+        # Rows of branch 0 whose first query row lies in this tile are its share of the commit.
+        commit = tl.minimum(tl.load(commit_ptr + batch), length)
+        commit = tl.where(group == 0, commit, 0)
+        offs_c = tl.cdiv(tile_m * BLOCK_M, GROUP) + tl.arange(0, BLOCK_COMMIT)
+        mask_c = (offs_c * GROUP < (tile_m + 1) * BLOCK_M) & (offs_c < commit)
+        row_c = offs_c.to(tl.int64)
+        k_rows, v_rows = fresh.k_ptr + row_c * stride_k_row, fresh.v_ptr + row_c * stride_v_row
+        slot_c = start + offs_c
+        commit_rows(
+            cache, rope_k, k_rows, v_rows, mask_c, slot_c, pad, PAGE, HEAD_DIM, HALF, BLOCK_D
+        )
 
 
 def supports(
@@ -339,59 +329,60 @@ def window_attention(
 ) -> torch.Tensor:
     """Launch the kernel; arguments as in ``pydllm.ops.window_attention``."""
     batch, rows, heads, head_dim = q.shape
-    length_of_page, kv_heads = k_cache.shape[1:3]
-    slots = length_of_page * (1 if block_table is None else block_table.shape[1])
+    page, kv_heads = k_cache.shape[1:3]
+    slots = page * (1 if block_table is None else block_table.shape[1])
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    group = heads // kv_heads
-    tile = _tiles.attention_tile(q.device, q.element_size(), head_dim)
-    head_bytes = head_dim * q.itemsize
-    splits, split_tiles = _tiles.attention_splits(tile, rows // branches, slots, head_bytes)
-    part, state = scratch(q, splits) if split_tiles else (out, out)
     if out.numel() == 0:
         return out
-    grid = (triton.cdiv(rows * group, tile.block_m) * splits, kv_heads, batch)
-    strides = {
-        f"stride_{name}_{axis}": stride
-        for name, tensor in {"q": q, "k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache}.items()
-        for axis, stride in zip(("batch", "row", "head"), tensor.stride(), strict=False)
-    }
+    group = heads // kv_heads
+    plan = _tiles.attention_plan(
+        q.device, q.element_size(), head_dim, batch * kv_heads, rows, group, branches, slots
+    )
+    tile = plan.tile
+    fresh_k = k
+    if plan.is_rotated:
+        fresh_k = rotate_and_commit(
+            k, v, k_cache, v_cache, start, length, commit, cos, sin, pad, k_norm, block_table, eps
+        )
+    is_stored = plan.split_tiles > 0 and plan.walk != "all"
+    part, state = scratch(q, plan.splits) if is_stored else (out, out)
+    grid = (triton.cdiv(rows * group, tile.block_m) * plan.groups, kv_heads, batch)
     _window_attention_kernel[grid](
         out_ptr=part,
         state_ptr=state,
         k_cache_ptr=k_cache,
         v_cache_ptr=v_cache,
         q_ptr=q,
-        k_ptr=k,
+        k_ptr=fresh_k,
         v_ptr=v,
         start_ptr=start,
         length_ptr=length,
         kv_len_ptr=kv_len,
         commit_ptr=commit,
-        pad_ptr=start if pad is None else pad,
+        pad_ptr=pad,
         cos_ptr=cos,
         sin_ptr=sin,
-        q_norm_ptr=cos if q_norm is None else q_norm,
-        k_norm_ptr=cos if k_norm is None else k_norm,
-        table_ptr=start if block_table is None else block_table,
+        q_norm_ptr=q_norm,
+        k_norm_ptr=k_norm,
+        table_ptr=block_table,
         block_offset_ptr=block_offset,
         window=rows // branches,
         branches=branches,
         slots=slots,
-        block_size=block_size or 0,
-        span=window or 0,
+        block_size=block_size,
+        sliding_window=window,
         eps=eps,
         qk_scale=scale * LOG2_E if softcap is None else scale / softcap,
-        softcap=0.0 if softcap is None else softcap * LOG2_E,
-        splits=splits,
-        **strides,
-        HAS_PAD=pad is not None,
+        softcap=None if softcap is None else softcap * LOG2_E,
+        splits=plan.splits,
+        groups=plan.groups,
+        **strides(q=q, k=fresh_k, v=v, k_cache=k_cache, v_cache=v_cache),
         HAS_BRANCHES=branches > 1,
         IS_CAUSAL=causal,
-        HAS_BLOCKS=block_size is not None,
-        HAS_SPAN=window is not None,
-        HAS_CAP=softcap is not None,
-        HAS_NORM=q_norm is not None,
-        PAGE=0 if block_table is None else length_of_page,
+        IS_ROTATED=plan.is_rotated,
+        WALK=plan.walk,
+        ALIGN=alignment(fresh_k, v, k_cache, v_cache),
+        PAGE=0 if block_table is None else page,
         GROUP=group,
         HEAD_DIM=head_dim,
         HALF=cos.shape[1],
@@ -399,11 +390,11 @@ def window_attention(
         BLOCK_N=tile.block_n,
         BLOCK_D=max(triton.next_power_of_2(head_dim), 32),
         BLOCK_COMMIT=triton.next_power_of_2(triton.cdiv(tile.block_m, group)),
-        SPLIT_TILES=split_tiles,
+        SPLIT_TILES=plan.split_tiles,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         maxnreg=tile.registers,
     )
-    if split_tiles:
+    if is_stored:
         merge(out, part, state)
     return out

@@ -138,8 +138,8 @@ def window_attention(
     Determinism: with the kernels, and in torch with ``batch_invariant`` but for ``pad``, a row's
     bits depend on its query and its visible keys alone, not on the batch, other branches, padding,
     pages, or on which of the keys are cached; nor on ``T / branches`` and ``L``: with the Triton
-    kernel as long as both calls split the keys or both do not (short windows over long caches do,
-    ``attention_splits`` in ``kernels/_tiles.py``), with the others never.
+    kernel among windows of up to 128 rows, and among longer ones (``attention_plan`` in
+    ``kernels/_tiles.py``), with the others never.
     CUDA graphs: safe. ``torch.compile``: one op.
 
     Kernels: ``kernels/window_attention.py``, ``csrc/window_attention.cu``.

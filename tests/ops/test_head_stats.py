@@ -242,7 +242,7 @@ def test_logits_are_never_stored_in_triton(monkeypatch, temperature):
         got = kernel.head_stats(hidden, weight, None, *options)
         assert [field.shape for field in got] == [(1024,)] * 5
     # One after the other: the allocator gives each the memory of the one before.
-    assert 0 < max(allocated) < 16e6
+    assert 0 < max(allocated) < 64e6
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -9,6 +9,8 @@ from pydllm.kernels import _tiles
 from pydllm.testing import error_budget, max_error, random_normal
 from tests.ops.test_window_attention import (
     BACKENDS,
+    BITS,
+    DTYPES,
     KERNELS,
     NAN,
     NUMBERS,
@@ -282,15 +284,30 @@ def test_pages(backend, options, page):
         assert torch.equal(paged[name][rest].nan_to_num(7), before[name][rest].nan_to_num(7))
 
 
-@pytest.fixture(params=["one block", "a block each"])
+@pytest.fixture(params=["one program", "two programs", "one for each"])
 def split(request, monkeypatch):
-    """Splits of 64 positions, one tile; CUDA joins them in one block or behind many."""
+    """Splits of 64 positions, one tile: joined by the program that has all, or by a second pass."""
     monkeypatch.setattr(_tiles, "ATTENTION_SPLIT", 64)
     monkeypatch.setattr(cuda, "SPLIT", 64)
-    apart = request.param == "a block each"
-    monkeypatch.setattr(cuda, "multiprocessors", lambda device: 10**6 if apart else 0)
-    if not apart and request.node.callspec.params["backend"] == "triton":
-        pytest.skip("Triton has a program for each split")
+    processors = {"one program": 0, "two programs": 0, "one for each": 10**6}[request.param]
+    monkeypatch.setattr(cuda, "multiprocessors", lambda device: processors)
+    monkeypatch.setattr(_tiles, "multiprocessors", lambda device: processors)
+    if request.param == "two programs":
+        if request.node.callspec.params["backend"] == "cuda":
+            pytest.skip("CUDA has a block for each split or for all")
+        monkeypatch.setattr(_tiles, "attention_plan", halved(_tiles.attention_plan))
+
+
+def halved(plan):
+    """The plan with the splits of a row shared by two programs, the first with one more."""
+
+    def change(*arguments):
+        made = plan(*arguments)
+        if made.walk != "all":
+            return made
+        return made._replace(groups=2, walk="each" if made.splits > 2 else "one")
+
+    return change
 
 
 @pytest.mark.parametrize("mask", [{}, *MASKS.values()], ids=["none", *MASKS])
@@ -323,18 +340,56 @@ def test_a_nan_stays_in_its_sequence_when_split(split, backend):
     assert spoilt[1, :8].isnan().all() and (spoilt[1, 8:] == 0).all()
 
 
-def test_what_is_split_does_not_hang_on_the_batch_or_the_branches():
-    tile = _tiles.AttentionTile(64, 32, 8, 3)
-    assert _tiles.attention_splits(tile, 128, 1024, 256) == (1, 0)
-    assert _tiles.attention_splits(tile, 128, 1025, 256) == (2, 32)
-    assert _tiles.attention_splits(tile, 129, 32768, 256) == (1, 0)
-    assert _tiles.attention_splits(tile, 4, 32768, 1024) == (1, 0)
+@pytest.mark.parametrize("mask", [{}, {"causal": True}, {"window": 65}], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bits_do_not_depend_on_who_joins_the_splits(monkeypatch, dtype, mask):
+    """One program for all splits, two, and one for each; and splits without keys among them."""
+    inputs = make([*SEQUENCES, (100, 9, 130, 9, 80), (3, 2, 4, 1, 0)], dtype)
+    inputs["v"][1, 2] = NAN
+    monkeypatch.setattr(_tiles, "ATTENTION_SPLIT", 64)
+    out = ops.window_attention(**copy(inputs), **mask, backend="triton")
+    with monkeypatch.context() as patch:
+        patch.setattr(_tiles, "attention_plan", halved(_tiles.attention_plan))
+        two = ops.window_attention(**copy(inputs), **mask, backend="triton")
+    monkeypatch.setattr(_tiles, "multiprocessors", lambda device: 10**6)
+    each = ops.window_attention(**copy(inputs), **mask, backend="triton")
+    bits = BITS[dtype.itemsize]
+    assert torch.equal(out.view(bits), two.view(bits))
+    assert torch.equal(out.view(bits), each.view(bits))
+
+
+def test_what_is_split_does_not_depend_on_the_batch_or_the_branches(monkeypatch):
+    monkeypatch.setattr(_tiles, "arch", lambda device: 90)
+    cpu = torch.device("cpu")
+
+    def plan(kv_heads=32, rows=32, group=1, branches=1, slots=2048, head_dim=128):
+        return _tiles.attention_plan(cpu, 2, head_dim, kv_heads, rows, group, branches, slots)
+
+    for kv_heads in (4, 32, 256, 4096):
+        for branches in (1, 8):
+            for slots in (257, 2048, 32768):
+                made = plan(kv_heads, 32 * branches, branches=branches, slots=slots)
+                assert made.splits == -(-slots // _tiles.ATTENTION_SPLIT)
+                assert made.split_tiles * made.tile.block_n == _tiles.ATTENTION_SPLIT
+                each = -(-made.splits // made.groups)
+                assert (made.groups - 1) * each < made.splits <= made.groups * each
+    assert plan(slots=256)[1:] == (1, 0, 1, "one", False)
+    assert plan(slots=2048)[1:] == (8, 8, 8, "one", False)
+    assert plan(slots=8192)[1:] == (32, 8, 8, "each", False)
+    assert plan(256, slots=8192)[1:] == (32, 8, 1, "all", False)
+    assert plan(rows=129)[1:] == (1, 0, 1, "one", True)
+    assert plan(rows=258, branches=2)[1:] == (1, 0, 1, "one", False)
+    assert plan(head_dim=512).split_tiles == 0
     assert cuda.splits_of(264, 32768, 132) == 1
     assert cuda.splits_of(263, 1025, 132) == 3
     assert cuda.SPLIT % cuda.KEYS == 0
-    assert all(
-        _tiles.ATTENTION_SPLIT % row.block_n == 0 for row in _tiles.WINDOW_ATTENTION.values()
-    )
+    for key, few in _tiles.WINDOW_ATTENTION.items():
+        many = _tiles.WINDOW_ATTENTION_MANY.get(key, few)
+        assert _tiles.ATTENTION_SPLIT % few.block_n == 0
+        # The bits of a row must not depend on the number of rows: keys are taken alike.
+        assert many.block_n == few.block_n
+        assert many is few or {t.block_m // t.num_warps for t in (few, many)} == {16}
+    assert {*_tiles.WINDOW_ATTENTION_LONG} <= {*_tiles.WINDOW_ATTENTION}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

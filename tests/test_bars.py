@@ -1,0 +1,74 @@
+"""The bars of ``make bars``, on a sample of the kernels, and that each bar can be missed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
+import sass
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+LISTING = """
+.L_x_1:
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+.L_x_2:
+        /*0010*/                   LDG.E.U16 R2, [R4.64] ;
+        /*0020*/                   LDGSTS.E.BYPASS.LTC128B.128 [R5], [R6.64] ;
+        /*0030*/                   LDGDEPBAR ;
+        /*0040*/                   DEPBAR.LE SB0, {groups} ;
+        /*0050*/                   HGMMA.64x32x16.F32.BF16 R24, gdesc[UR4], R24 ;
+        /*0060*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0070*/              @!P0 BRA `(.L_x_2) ;
+        /*0080*/                   EXIT ;
+"""
+
+
+def run(*arguments: str, change: str = "") -> subprocess.CompletedProcess[str]:
+    """``bench/bars.py`` in a process of its own: here kernels are interpreted."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join((str(REPOSITORY), str(REPOSITORY / "bench")))
+    code = f"import sys, bars\n{change}\nsys.argv = {['bars.py', *arguments]}\nbars.main()"
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=580,
+    )
+
+
+@pytest.mark.parametrize("groups", [0, 6])
+def test_a_listing_is_read(groups):
+    (loop,) = sass.loops(LISTING.format(groups=hex(groups)), least=2)
+    assert loop.instructions == 7
+    assert (loop.narrow_loads, loop.copies, loop.mma, loop.mma_waits) == (1, 1, 1, 1)
+    assert loop.copies_in_flight == groups
+    assert not loop.loads_used_at_once
+
+
+@pytest.mark.parametrize(
+    ("op", "case"),
+    [
+        ("window_attention", "LLaDA, 32 rows, 2k"),
+        ("head_stats", "128 rows"),
+        ("verify", "8x32"),
+    ],
+)
+def test_the_bars_are_met(op, case):
+    done = run(op, "--case", case)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert op in done.stdout
+
+
+def test_bars_that_are_missed_are_reported():
+    change = "bars.ISSUE, bars.WAITS, bars.FLIGHT = 20, 0, 10**6"
+    done = run("window_attention", "--case", "LLaDA, 32 rows, 2k", change=change)
+    assert done.returncode == 1, done.stdout + done.stderr[-2000:]
+    assert all(bar in done.stdout for bar in ("issue:", "serial:", "flight:"))
