@@ -120,9 +120,10 @@ class Shards:
                 self._files[name] = path
         return names
 
-    def tensor(self, name: str, rows: slice = slice(None)) -> Tensor:
+    def tensor(self, name: str, rows: slice | None = None) -> Tensor:
+        """A tensor, or some of its rows."""
         with open_safetensors(self._files[name]) as file:
-            return file.get_slice(name)[rows]
+            return file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
 
     def rows(self, name: str, count: int) -> Tensor:
         """The first rows of a tensor; the rest is not read."""

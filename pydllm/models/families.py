@@ -307,12 +307,13 @@ FAMILIES = {
 FAMILIES |= {f"A2D{base}*": family for base, family in _A2D.items()}
 
 
-def find_family(config: Config, *classes: str) -> Family:
+def find_family(config: Config, *classes: str, quantized: bool = False) -> Family:
     """The family of the first class name that has one.
 
     Args:
         config: asked for what no family has: experts, quantised weights.
         classes: class names, most specific first; without any, ``architectures`` is read.
+        quantized: the caller deals with quantised weights.
     """
     names = classes or config.get("architectures")
     if not isinstance(names, list | tuple) or not names:
@@ -322,7 +323,7 @@ def find_family(config: Config, *classes: str) -> Family:
     for key in ("num_experts", "n_routed_experts", "num_local_experts"):
         if config.get(key):
             raise config.wrong(key, "none (mixtures of experts are not supported)")
-    if config.get("quantization_config") is not None:
+    if not quantized and config.get("quantization_config") is not None:
         raise config.wrong("quantization_config", "none (quantised weights are not supported)")
     for name in names:
         for pattern, family in FAMILIES.items():

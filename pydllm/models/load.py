@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -23,6 +24,7 @@ from pydllm.models.native import NativeModel
 from pydllm.models.overrides import Overrides, make_spec
 from pydllm.models.parallel import ParallelModel, join_processes
 from pydllm.models.partition import Partition
+from pydllm.models.quantized import KINDS, check_scheme, load_quantized, split_scales
 from pydllm.models.tokenizer import read_tokenizer
 from pydllm.models.weights import FLOATS, Found, check_tensors, check_tied, slots
 
@@ -46,6 +48,7 @@ def load(
     causal: str | None = None,
     adapter: str | os.PathLike[str] | None = None,
     revision: str | None = None,
+    weights: str | None = None,
     tp: int | None = 1,
     check: bool = False,
 ) -> NativeModel:
@@ -73,6 +76,11 @@ def load(
             beside them for ``forward(adapter=True)``, and loaded unasked where the checkpoint has
             it.
         revision: branch, tag or commit of a hub id.
+        weights: ``"fp8"`` (e4m3, one scale per block of 128 x 128) or ``"int8"`` (one per output
+            channel) rounds the projections of attention and MLP to one byte per weight while they
+            are read; ``dtype`` is that of everything else. None: as they are stored. FP8 in
+            blocks of 128 x 128 and compressed-tensors with 8-bit weights stay as they are stored;
+            activations are quantised in no case. For checkpoints only.
         tp: over how many processes the model is spread (tensor parallel); None: over all of the
             default process group, or that ``torchrun`` started, one where there are none. Each
             process reads and holds its part alone, on the CUDA device of its rank if there is one,
@@ -106,6 +114,10 @@ def load(
     """
     if dtype is not None and dtype not in FLOATS:
         raise TypeError(f"dtype: expected {', '.join(map(str, FLOATS))}, got {dtype}")
+    if weights is not None and weights not in KINDS:
+        raise ValueError(
+            f"weights: expected None, {' or '.join(map(repr, KINDS))}, got {weights!r}"
+        )
     if tp is not None and tp < 1:
         raise ValueError(f"tp: expected at least 1, got {tp}")
     overrides = Overrides(
@@ -114,7 +126,8 @@ def load(
     if isinstance(source, nn.Module):
         if tp not in (None, 1):
             raise ValueError(f"tp: expected 1 for a loaded module, which is whole, got {tp}")
-        for name, value in (("revision", revision), ("adapter", adapter)):
+        given = {"revision": revision, "adapter": adapter, "weights": weights}
+        for name, value in given.items():
             if value is not None:
                 raise ValueError(f"{name}: expected None for a loaded module, got {value!r}")
         model = load_module(source, device, dtype, overrides)
@@ -135,7 +148,7 @@ def load(
             raise ValueError(f"adapter: expected None for {folder}, which is one, got {adapter}")
         folder, adapter = find_folder(base_of(folder)), folder
     own = None if adapter is None else find_folder(adapter)
-    return _load_folder(folder, device, dtype, processes, overrides, own)
+    return _load_folder(folder, device, dtype, processes, overrides, own, weights)
 
 
 def find_folder(source: str | os.PathLike[str], revision: str | None = None) -> Path:
@@ -172,9 +185,11 @@ def _load_folder(
     processes: int,
     overrides: Overrides,
     adapter: Path | None,
+    kind: str | None,
 ) -> NativeModel:
     config = read_config(folder)
-    family = find_family(config)
+    check_scheme(config)
+    family = find_family(config, quantized=True)
     sizes = family.sizes(config, family)
     tokenizer = read_tokenizer(folder)
     spec = make_spec(
@@ -187,7 +202,8 @@ def _load_folder(
     )
     shards = Shards(folder)
     wanted = list(slots(family.names, sizes))
-    check_tensors(wanted, shards.found, family.names, str(folder))
+    found, scales = split_scales(shards.found)
+    check_tensors(wanted, found, family.names, str(folder))
     embedding, head = f"{family.names.embedding}.weight", f"{family.names.head}.weight"
     if dtype is None:
         dtype = _stored_dtype(config, shards.found[embedding])
@@ -208,7 +224,10 @@ def _load_folder(
     beside = {}
     if draft is not None and draft.is_dir():
         beside = kept_beside(read_adapter(draft, shapes), wanted, device, dtype, partition)
-    weights = shards.load(wanted, device, dtype, partition, updates) | beside
+    small = load_quantized(shards, wanted, scales, kind, device, partition, updates)
+    wanted = [slot for slot in wanted if slot.name not in small]
+    tensors = shards.load(wanted, device, dtype, partition, updates)
+    weights: dict[str, Any] = tensors | beside | small
     if sizes.tied and head in shards.found:
         rows = slice(None) if partition is None else partition.vocab_rows
         check_tied(config.where, head, weights["embedding"], shards.tensor(head, rows))

@@ -90,7 +90,7 @@ class ParallelModel(NativeModel):
         self,
         spec: ModelSpec,
         partition: Partition,
-        weights: Mapping[str, Tensor],
+        weights: Mapping[str, Any],
         tokenizer: Tokenizer | None = None,
     ) -> None:
         super().__init__(spec, partition.local, weights, tokenizer)
