@@ -30,6 +30,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 # Those that mean nothing here, whatever their value.
 _IGNORED = ("eos_token_id", "pad_token_id", "use_cache", "suffix")
 
+_CALL = 8  # batches of requests per call of generate: how often answers are handed out
+
 
 @dataclass
 class Tally:
@@ -141,12 +143,13 @@ class Evaluator:
             on_done: called with the index of a request and its answer, in any order.
         """
         questions = [self._question(i, text, options) for i, (text, options) in enumerate(requests)]
-        # Equal lengths share a batch; the longest prompts first, so memory runs out at once.
+        # Equal lengths share a call, in which a waiting prompt takes the slot of a finished one; the
+        # longest prompts first, so memory runs out at once.
         questions.sort(key=lambda q: (-q.length, -len(q.ids), q.index))
         answers = [""] * len(requests)
         while questions:
             length = questions[0].length
-            batch = [q for q in questions[: self.batch_size] if q.length == length]
+            batch = [q for q in questions[: _CALL * self.batch_size] if q.length == length]
             del questions[: len(batch)]
             started = time.perf_counter()
             result = generate(
@@ -158,6 +161,7 @@ class Evaluator:
                 seed=self.seed,
                 request_ids=[q.index for q in batch],
                 backend=self.backend,
+                max_batch=self.batch_size,
             )
             seconds = (time.perf_counter() - started) / len(batch)
             for row, question in enumerate(batch):
