@@ -8,12 +8,14 @@ from pydllm import metrics, ops
 from pydllm._backend.errors import BackendError, CheckpointError, PydllmError
 from pydllm.decoding import (
     APD,
+    Autoregressive,
     EntropyBound,
     Factor,
     FreeDave,
     Generation,
     LeftToRight,
     MultiBlock,
+    SelfSpeculative,
     Static,
     Step,
     Threshold,
@@ -26,6 +28,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "APD",
+    "Autoregressive",
     "BackendError",
     "CheckpointError",
     "EntropyBound",
@@ -34,6 +37,7 @@ __all__ = [
     "Generation",
     "LeftToRight",
     "MultiBlock",
+    "SelfSpeculative",
     "PydllmError",
     "Static",
     "Step",

@@ -1,21 +1,25 @@
 """Decoding algorithms and the loop they share; they know models only through the protocol."""
 
 from pydllm.decoding.apd import APD
+from pydllm.decoding.autoregressive import Autoregressive
 from pydllm.decoding.call import Step
 from pydllm.decoding.freedave import FreeDave
 from pydllm.decoding.generate import Generation, generate, warmup
 from pydllm.decoding.left_to_right import LeftToRight
 from pydllm.decoding.multiblock import MultiBlock
+from pydllm.decoding.self_speculative import SelfSpeculative
 from pydllm.decoding.static import EntropyBound, Factor, Static, Threshold
 
 __all__ = [
     "APD",
+    "Autoregressive",
     "EntropyBound",
     "Factor",
     "FreeDave",
     "Generation",
     "LeftToRight",
     "MultiBlock",
+    "SelfSpeculative",
     "Static",
     "Step",
     "Threshold",

@@ -44,7 +44,8 @@ class Call:
         request_id: ``(N,)`` int32 on the device, key of a prompt's noise.
         temperature: a number, or ``(N,)`` fp32 on the device, one per prompt.
         eos: ``(E,)`` int64 on the device, ids that end a sequence; None: there are none.
-        suppress_ids: ``(1,)`` int32 on the device, the mask id, which is never predicted.
+        suppress_ids: ``(1,)`` int32 on the device, the mask id, which is never predicted; None for
+            a causal model without one, whose empty positions are ``mask_id`` -1.
         prompt_lengths: ``prompt_length`` on the host.
         max_new_tokens: length of every generation region, in tokens.
         runner: runs the steps.
@@ -61,7 +62,7 @@ class Call:
     seed: int
     backend: str | None
     eos: Tensor | None
-    suppress_ids: Tensor
+    suppress_ids: Tensor | None
     prompt_lengths: Sequence[int]
     max_new_tokens: int
     on_step: Callable[[Step], None] | None = None

@@ -52,7 +52,13 @@ class Plan:
 
 
 class Algorithm(ABC):
-    """A decoding algorithm: a frozen dataclass of its parameters."""
+    """A decoding algorithm: a frozen dataclass of its parameters.
+
+    Attributes:
+        needs_mask: whether it needs a model that has a mask id.
+    """
+
+    needs_mask: ClassVar[bool] = True
 
     @property
     def is_random(self) -> bool:

@@ -45,7 +45,7 @@ def _is_finite(call: Call, sequence: Tensor) -> bool:
     length = torch.full_like(call.end[:1], len(sequence))
     zero = torch.zeros_like(length)
     hidden = model.forward(
-        sequence[None],
+        sequence[None].clamp(min=0),
         zero,
         model.new_cache(1, 0),
         length=length,

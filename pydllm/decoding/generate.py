@@ -38,6 +38,7 @@ class Generation:
         text: the new text of each sequence, where the model has a tokenizer.
         verifier_nfe: ``(B,)`` int64, forwards of the verifier in which the sequence took part; None
             for algorithms without one.
+        rounds: ``(B,)`` int64, rounds of ``SelfSpeculative``; None for the others.
         finite: ``(B,)`` bool, False where the model computed NaN or infinity for the answer, which
             a RuntimeWarning says as well.
     """
@@ -48,6 +49,7 @@ class Generation:
     step_map: Tensor
     text: list[str] | None
     verifier_nfe: Tensor | None = None
+    rounds: Tensor | None = None
     finite: Tensor | None = None
 
 
@@ -207,10 +209,10 @@ def _call(
 ) -> Call:
     """The checked call. ``warm``: no token ends a sequence, and every kind of step is taken."""
     spec, device, mask_id = model.spec, model.device, model.spec.mask_id
-    if mask_id is None:
-        raise ValueError("model: expected a masked diffusion model, got one without a mask id")
     if not isinstance(algorithm, Algorithm):
         raise TypeError(f"algorithm: expected one such as pydllm.Static(), got {algorithm!r:.80}")
+    if mask_id is None and algorithm.needs_mask:
+        raise ValueError("model: expected a masked diffusion model, got one without a mask id")
     expect_int("max_new_tokens", max_new_tokens, 1)
     temperatures = _temperatures(temperature, len(ids))
     if type(seed) is not int or not 0 <= seed < 2**64:
@@ -237,10 +239,11 @@ def _call(
     lengths = [len(prompt) for prompt in ids]
     eos = torch.tensor(spec.eos_ids, device=device) if spec.eos_ids else None
     max_len = padded_length(model, longest, fixed_shapes=False)
-    x = lay_out(model, mask_id, ids, max_new_tokens, max_len)
+    empty = -1 if mask_id is None else mask_id
+    x = lay_out(model, empty, ids, max_new_tokens, max_len)
     return Call(
         model=model,
-        mask_id=mask_id,
+        mask_id=empty,
         x=x.to(device),
         prompt_length=numbers(lengths),
         end=numbers([length + max_new_tokens for length in lengths]),
@@ -251,7 +254,7 @@ def _call(
         seed=seed,
         backend=backend,
         eos=torch.full_like(eos, -1) if warm and eos is not None else eos,
-        suppress_ids=numbers([mask_id]),
+        suppress_ids=None if mask_id is None else numbers([mask_id]),
         prompt_lengths=lengths,
         max_new_tokens=max_new_tokens,
         on_step=on_step,
@@ -338,5 +341,6 @@ def _collect(decoded: Decoded, call: Call) -> Generation:
         step_map=torch.stack([step_map[row, part] for row, part in enumerate(new)]),
         text=text,
         verifier_nfe=counters.get("verifier_nfe"),
+        rounds=counters.get("rounds"),
         finite=check_finite(call, decoded.x),
     )

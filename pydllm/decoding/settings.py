@@ -8,14 +8,27 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from pydllm.decoding.apd import APD
+from pydllm.decoding.autoregressive import Autoregressive
 from pydllm.decoding.driver import Algorithm
 from pydllm.decoding.freedave import FreeDave
 from pydllm.decoding.left_to_right import LeftToRight
 from pydllm.decoding.multiblock import MultiBlock
+from pydllm.decoding.self_speculative import SelfSpeculative
 from pydllm.decoding.static import EntropyBound, Factor, Static, Threshold
 from pydllm.models import Model
 
-_KINDS = (Static, Threshold, Factor, EntropyBound, FreeDave, APD, LeftToRight, MultiBlock)
+_KINDS = (
+    Autoregressive,
+    SelfSpeculative,
+    Static,
+    Threshold,
+    Factor,
+    EntropyBound,
+    FreeDave,
+    APD,
+    LeftToRight,
+    MultiBlock,
+)
 ALGORITHMS: dict[str, type] = {kind.__name__.lower(): kind for kind in _KINDS}
 _PLAIN = ("None", "bool", "int", "float", "str")
 

@@ -21,13 +21,16 @@ from pydllm.models.protocol import Fresh
 Accept = Callable[[ops.VocabStats], tuple[Tensor, dict[str, Any]]]
 
 
-def row_index(model: Model, start: Tensor, selection: Selection, rows: int) -> Tensor:
+def row_index(
+    model: Model, start: Tensor, selection: Selection, rows: int, shifted: bool | None = None
+) -> Tensor:
     """``(b, S)`` int64: which row of windows at ``start``, of ``rows`` rows, predicts each selected
     position.
 
-    Position p is predicted by row p of an unshifted model and by row p - 1 of a shifted one.
+    Position p is predicted by row p of an unshifted forward and by row p - 1 of a shifted one; by
+    default ``shifted`` is the model's.
     """
-    first = selection.start - start - int(model.spec.shift_logits)
+    first = selection.start - start - int(model.spec.shift_logits if shifted is None else shifted)
     offsets = torch.arange(selection.width, device=start.device)
     return (first[:, None] + offsets).clamp_(0, rows - 1).long()
 
@@ -46,13 +49,19 @@ def row_temperatures(state: State, width: int) -> float | Tensor:
 
 
 def forward(
-    state: State, window: Window, *, branches: int = 1, fresh: Fresh | None = None
+    state: State,
+    window: Window,
+    *,
+    branches: int = 1,
+    fresh: Fresh | None = None,
+    attention: str | None = None,
+    adapter: bool = False,
 ) -> Tensor:
     """Hidden rows ``(b, width, hidden)`` of the window; commits what the window says.
 
     With ``branches``, the state holds that number of copies of each sequence of the window, side by
     side, over one row of the cache. ``fresh`` is a list that receives what the model's
-    ``commit_branch`` needs.
+    ``commit_branch`` needs. ``attention`` and ``adapter`` as in ``Model.forward``.
     """
     index = window.index.repeat_interleave(branches, 0)
     ids = state.x.gather(1, index).unflatten(0, (-1, branches)).flatten(1)
@@ -66,8 +75,14 @@ def forward(
         branches=branches,
         fresh=fresh,
         backend=state.call.backend,
+        **_options(attention, adapter),
     )
     return hidden.unflatten(1, (branches, -1)).flatten(0, 1)
+
+
+def _options(attention: str | None, adapter: bool) -> dict[str, Any]:
+    """What a model need not know that is only ever read one way."""
+    return {} if attention is None else {"attention": attention, "adapter": adapter}
 
 
 def statistics(
@@ -79,6 +94,7 @@ def statistics(
     suppress_ids: Tensor | None,
     noise_offset: Tensor | None = None,
     eligible: Tensor | None = None,
+    shifted: bool | None = None,
 ) -> ops.VocabStats:
     """Token and scores of the selected positions, each ``(b, S)``, of windows at ``start``.
 
@@ -86,7 +102,8 @@ def statistics(
     computed, so that shapes do not depend on values. On a CPU the rows whose position is not masked
     are left out (token 0, scores 0): the LM head is most of a small step.
 
-    ``noise_offset (b,)`` int32 is the last word of the noise key, by default the state's.
+    ``noise_offset``, ``(b,)`` or ``(b, S)`` int32, is the last word of the noise key, by default
+    the state's. ``shifted`` as in ``row_index``.
     ``eligible (b, L)`` bool says which rows are needed where that is not the masks.
     """
     call = state.call
@@ -95,12 +112,12 @@ def statistics(
     offsets = torch.arange(width, device=hidden.device)
     position = selection.start[:, None] + offsets
     first = torch.arange(0, batch * window, window, device=hidden.device)
-    index = row_index(call.model, start, selection, window)
+    index = row_index(call.model, start, selection, window, shifted)
     rows = (first[:, None] + index).flatten()
     counter, temperature = None, row_temperatures(state, width)
     if isinstance(temperature, Tensor) or temperature > 0:
         last = state.noise_offset if noise_offset is None else noise_offset
-        words = (t[:, None].expand(-1, width) for t in (state.request_id, last))
+        words = (t.view(batch, -1).expand(-1, width) for t in (state.request_id, last))
         counter = torch.stack((position.int(), *words), -1).reshape(-1, 3)
     live = None
     if hidden.device.type == "cpu" and not call.runner.fixed_shapes:

@@ -143,7 +143,7 @@ class Evaluator:
             on_done: called with the index of a request and its answer, in any order.
         """
         questions = [self._question(i, text, options) for i, (text, options) in enumerate(requests)]
-        # Equal lengths share a call, in which a waiting prompt takes the slot of a finished one; the
+        # Equal lengths share a call, in which waiting prompts take the slots of finished ones; the
         # longest prompts first, so memory runs out at once.
         questions.sort(key=lambda q: (-q.length, -len(q.ids), q.index))
         answers = [""] * len(requests)
