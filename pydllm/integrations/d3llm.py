@@ -1,4 +1,4 @@
-"""d3LLM's multi-block decoders, for LLaDA and for Dream, on ``pydllm.MultiBlock``.
+"""d3LLM's multi-block decoders, for LLaDA and for Dream.
 
 from pydllm.integrations.d3llm import generate_multi_block  # LLaDA, instead of d3LLM's
 model.generate_multi_block = types.MethodType(d3llm.dream_generate_multi_block, model)
@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pydllm.decoding import Generation, MultiBlock
+from pydllm.decoding import MultiBlock
 from pydllm.decoding import generate as decode
-from pydllm.decoding.checks import expect_int, expect_number
+from pydllm.decoding.checks import expect, expect_int, expect_number
 from pydllm.integrations._board import (
     Board,
     check_prompt,
@@ -24,6 +24,7 @@ from pydllm.integrations._board import (
     raise_stuck,
     with_ids,
 )
+from pydllm.integrations._d3llm import PublishedMultiBlock, Settings
 from pydllm.integrations._dream import Call, DreamModelOutput, read_call
 from pydllm.models import Model
 
@@ -62,19 +63,22 @@ def generate_multi_block(
         model: a loaded LLaDA module, whose weights are shared, or a pydllm model.
         prompt: ``(1, P)`` token ids.
         steps: not read, as in the original.
-        max_new_tokens: new tokens.
+        max_new_tokens: new tokens, at least one block. Where they are no multiple of ``block_size``
+            the rest stays masks under ``compat``, as in the original, which gives up after 10001
+            forwards; they are reported and not run.
         block_size: tokens in a block.
-        temperature: 0 takes the arg-max; otherwise the noise is ours, whatever ``compat``: the
-            original's distribution, a function of ``torch.manual_seed``, other tokens.
-        remasking: not read, as in the original.
+        temperature: of the tokens; 0 takes the arg-max.
+        remasking: ``"low_confidence"``, or, under ``compat``, ``"random"``: uniform numbers in
+            place of the entropies.
         mask_id: the mask's token id.
-        threshold: nats; a token is written up to this entropy.
+        threshold: nats; a token is written up to this entropy. None: 999.
         block_add_threshold: part of the newest block that is decoded before the next opens.
         decoded_token_threshold: part of a block that is decoded before the next must advance.
         eos_token_id: with ``early_stop``, nothing behind it is decoded.
         early_stop: see there.
-        compat: ``MultiBlock(profile="compat")``, the defects that decide tokens included, and
-            ``"fixed"`` otherwise, where what follows an end of sequence is filled with it.
+        compat: the published loop, the defects that decide tokens included, with torch's generator
+            in its order. False: ``pydllm.MultiBlock``, where what follows an EOS is filled with it;
+            noise is drawn in the kernel.
         backend: as in ``pydllm.ops``.
 
     Returns:
@@ -84,17 +88,16 @@ def generate_multi_block(
     Raises:
         ValueError, TypeError: an argument that cannot be decoded.
     """
-    algorithm = _algorithm(
+    settings = _settings(
         threshold,
         block_size,
         block_add_threshold,
         decoded_token_threshold,
-        early_stop=early_stop,
-        compat=compat,
+        eos_id=eos_token_id if early_stop else None,
+        temperature=temperature,
+        remasking=remasking,
     )
-    return _llada(
-        model, prompt, algorithm, max_new_tokens, mask_id, eos_token_id, temperature, backend
-    )
+    return _llada(model, prompt, settings, max_new_tokens, mask_id, compat, backend)
 
 
 @torch.no_grad()
@@ -126,88 +129,114 @@ def generate_multi_block_kv_cache(
         refresh_interval: one forward in so many is full and renews them.
         lazy_cache_refresh_num: not read, as in the original.
     """
-    algorithm = _algorithm(
+    settings = _settings(
         threshold,
         block_size,
         block_add_threshold,
         decoded_token_threshold,
+        eos_id=eos_token_id if early_stop else None,
+        temperature=temperature,
+        remasking=remasking,
         cache=(cache_delay_iter, refresh_interval),
-        early_stop=early_stop,
-        compat=compat,
     )
-    return _llada(
-        model, prompt, algorithm, max_new_tokens, mask_id, eos_token_id, temperature, backend
-    )
+    return _llada(model, prompt, settings, max_new_tokens, mask_id, compat, backend)
 
 
-def _algorithm(
-    threshold: float,
+def _settings(
+    threshold: float | None,
     block_size: int,
     block_add_threshold: float,
     decoded_token_threshold: float,
     *,
-    early_stop: bool,
-    compat: bool,
+    eos_id: int | None,
+    temperature: float,
+    remasking: str = "low_confidence",
     cache: tuple[int, int] | None = None,
-) -> MultiBlock:
-    """The arguments under their names there; ``cache`` is delay and refresh interval."""
+) -> Settings:
+    """The checked arguments under our names; ``cache`` is delay and refresh interval."""
     expect_int("block_size", block_size, 1)
     expect_number("block_add_threshold", block_add_threshold, 0.0, 1.0)
     expect_number("decoded_token_threshold", decoded_token_threshold, 0.0, 1.0)
-    delay, refresh = cache or (0, _NEVER)
-    expect_int("cache_delay_iter", delay, 0)
-    expect_int("refresh_interval", refresh, 1)
-    return MultiBlock(
-        threshold=threshold,
-        block_length=block_size,
+    threshold = 999.0 if threshold is None else threshold
+    expect_number("threshold", threshold, -float("inf"), float("inf"))
+    check_temperature(temperature)
+    expect("remasking", remasking, ("low_confidence", "random"))
+    if cache is not None:
+        expect_int("cache_delay_iter", cache[0], 0)
+        expect_int("refresh_interval", cache[1], 1)
+    return Settings(
+        block_size=block_size,
+        threshold=float(threshold),
         add_at=block_add_threshold,
         full_at=decoded_token_threshold,
-        delay=delay,
-        refresh=refresh,
-        early_stop=early_stop,
-        cache=cache is not None,
-        profile="compat" if compat else "fixed",
+        eos_id=eos_id,
+        cache=cache,
+        temperature=float(temperature),
+        random_order=remasking == "random",
     )
 
 
 def _llada(
     model: Any,
     prompt: Tensor,
-    algorithm: MultiBlock,
+    settings: Settings,
     new: int,
     mask_id: int,
-    eos_id: int | None,
-    temperature: float,
+    compat: bool,
     backend: str | None,
 ) -> tuple[Tensor, int]:
     own = full_attention(model, "d3LLM's decoder", mask_id, shifted=False)
-    prompt = check_prompt("prompt", prompt, own, 0)
-    if eos_id is not None and algorithm.early_stop:
-        own = with_ids(own, mask_id, (eos_id,))
-    generation = _run(own, prompt, algorithm, new, temperature, backend)
-    return generation.sequences[0].to(own.device)[None], int(generation.nfe[0])
+    if settings.eos_id is not None:
+        own = with_ids(own, mask_id, (settings.eos_id,))
+    expect_int("max_new_tokens", new, 1)
+    prompt = check_prompt("prompt", prompt, own, new)
+    return _run(own, prompt, settings, new, compat, backend)
 
 
 def _run(
     model: Model,
     prompt: Tensor,
-    algorithm: MultiBlock,
+    settings: Settings,
     new: int,
-    temperature: float,
+    compat: bool,
     backend: str | None,
-) -> Generation:
+    pad: Tensor | None = None,
+) -> tuple[Tensor, int]:
+    """The sequence ``(1, L)`` and the forwards."""
     if len(prompt) != 1:
         raise ValueError(f"prompt: expected one sequence, (1, P), got {tuple(prompt.shape)}")
-    check_temperature(temperature)
-    return decode(
+    if compat:
+        masks = prompt.new_full((1, new), model.spec.mask_id or 0)
+        x = torch.cat((prompt, masks), 1)
+        published = PublishedMultiBlock(
+            model, x, prompt.shape[1], settings, pad=pad, backend=backend
+        )
+        return x, published.run()
+    if settings.random_order:
+        raise ValueError("remasking: expected 'low_confidence' without compat, got 'random'")
+    delay, refresh = settings.cache or (0, _NEVER)
+    algorithm = MultiBlock(
+        threshold=settings.threshold,
+        block_length=settings.block_size,
+        add_at=settings.add_at,
+        full_at=settings.full_at,
+        delay=delay,
+        refresh=refresh,
+        early_stop=settings.eos_id is not None,
+        cache=settings.cache is not None,
+    )
+    hidden = 0 if pad is None else int(pad[0])
+    generation = decode(
         model,
-        [prompt[0]],
+        [prompt[0, hidden:]],
         algorithm,
         max_new_tokens=new,
-        temperature=float(temperature),
-        seed=draw_seed() if temperature > 0 else 0,
+        temperature=settings.temperature,
+        seed=draw_seed() if settings.temperature > 0 else 0,
         backend=backend,
     )
+    x = torch.cat((prompt[:, :hidden], generation.sequences[0].to(model.device)[None]), 1)
+    return x, int(generation.nfe[0])
 
 
 _DREAM_ALGORITHMS = ("entropy_threshold",)
@@ -231,7 +260,7 @@ def dream_generate_multi_block(
         generation_config: as in ``pydllm.integrations.dream``, with ``alg="entropy_threshold"``,
             the only one this decoder has.
         compat: as in ``generate_multi_block``; here the published window's first position is
-            predicted from its own row. Sampling is ours.
+            predicted from its own row.
         backend: as in ``pydllm.ops``.
         kwargs: the config's names, and ``threshold=0.9``, ``block_size=32``,
             ``block_add_threshold=0.5``, ``decoded_token_threshold=0.5``,
@@ -257,27 +286,24 @@ def dream_generate_multi_block(
     call = _dream_call("generate_multi_block", model, inputs, generation_config, kwargs, options)
     given, settings = call.options, call.settings
     delay = given["cache_delay_iter"]
-    algorithm = _algorithm(
+    eos = settings.eos_token_id if given["early_stop"] else None
+    eos_id = eos if eos is None or isinstance(eos, int) else eos[0]
+    own = call.model
+    if eos_id is not None:
+        own = with_ids(own, own.spec.mask_id or 0, (eos_id,))
+    said = _settings(
         given["threshold"],
         given["block_size"],
         given["block_add_threshold"],
         given["decoded_token_threshold"],
+        eos_id=eos_id,
+        temperature=settings.temperature,
         cache=(delay, given["refresh_interval"]) if delay < _NEVER else None,
-        early_stop=given["early_stop"],
-        compat=compat,
     )
-    own = call.model
-    eos = settings.eos_token_id
-    if eos is not None and algorithm.early_stop:
-        first = eos if isinstance(eos, int) else eos[0]
-        own = with_ids(own, own.spec.mask_id or 0, (first,))
-    seen = compat and algorithm.cache  # the published decoder with a cache reads no mask
-    padding = 0 if call.pad is None or seen else int(call.pad[0])
-    prompt = call.prompt[:, padding:]
-    generation = _run(own, prompt, algorithm, call.new, settings.temperature, backend)
-    whole = generation.sequences[0].to(own.device)[None]
-    x = torch.cat((call.prompt[:, :padding], whole), 1)
-    return call.result(x), int(generation.nfe[0])
+    # The published decoder with a cache reads no attention mask.
+    pad = None if compat and said.cache is not None else call.pad
+    x, forwards = _run(own, call.prompt, said, call.new, compat, backend, pad)
+    return call.result(x), forwards
 
 
 @torch.no_grad()
@@ -297,8 +323,8 @@ def dream_diffusion_generate(
 
     Args:
         model, inputs, generation_config, backend: as in ``dream_generate_multi_block``.
-        compat: False: noise is drawn in the kernel and the mask is never predicted; True is the
-            same at temperature 0, and at a temperature the noise is ours all the same.
+        compat: torch's generator in the original's order. False: noise is drawn in the kernel and
+            the mask is never predicted.
         kwargs: the config's names, and ``threshold=0.5``, ``block_length=32`` (None: one block).
 
     Returns:
@@ -326,7 +352,8 @@ def dream_diffusion_generate(
         banned=[] if compat else [call.settings.mask_token_id or 0],
         backend=backend,
     )
-    board.seed = draw_seed() if temperature > 0 else 0
+    if not compat:
+        board.seed = draw_seed()
     for first in range(call.prompt.shape[1], board.length, size):
         last = first + size
         left, all_left = board.masks_left((first, last), (0, last))
@@ -334,8 +361,13 @@ def dream_diffusion_generate(
         while left:
             before = all_left
             board.forward(0, board.length)
-            stats = board.stats(begin, last, temperature=temperature)
-            entropy = stats.entropy
+            published = compat and temperature > 0
+            stats = board.stats(begin, last, temperature=0.0 if published else temperature)
+            token, entropy = stats.token, stats.entropy
+            if published:
+                masked = board.masked(begin, last)
+                logits = board.logits(begin, last)[masked] / temperature
+                token[masked] = torch.multinomial(logits.softmax(-1), 1)[:, 0]
             if all_left > left:  # masks of earlier blocks: only so many as this block has count
                 masked = board.masked(begin, last)
                 rank = (
@@ -343,7 +375,7 @@ def dream_diffusion_generate(
                 )
                 entropy = entropy.masked_fill(rank >= left, torch.inf)
             board.write(
-                begin, stats.token, entropy, rule="entropy", threshold=threshold, semantics="d3llm"
+                begin, token, entropy, rule="entropy", threshold=threshold, semantics="d3llm"
             )
             left, all_left = board.masks_left((first, last), (0, last))
             if all_left == before and temperature == 0:

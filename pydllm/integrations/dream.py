@@ -103,7 +103,8 @@ class _Loop:
         self.on_logits: Hook | None = call.options["generation_logits_hook_func"]
         settings = call.settings
         filtered = settings.top_k is not None or (settings.top_p or 1) < 1
-        drawn = compat and settings.temperature > 0
+        # What is drawn in torch is drawn in the dtype of the logits, as there.
+        drawn = compat and (settings.temperature > 0 or bool(settings.alg_temp))
         self.hooked = self.on_tokens is not None or self.on_logits is not None
         self.stored = self.hooked or filtered or drawn
         # What is drawn in torch depends on the shape; otherwise masks alone are looked at.

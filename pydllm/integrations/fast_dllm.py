@@ -42,6 +42,7 @@ def generate(
     threshold: float | None = None,
     factor: float | None = None,
     *,
+    version: str = "a9b81e4",
     compat: bool = True,
     backend: str | None = None,
 ) -> tuple[Tensor, int]:
@@ -61,9 +62,13 @@ def generate(
         threshold: write every token with this probability, and at least one.
         factor: write rank r while its probability is at least ``1 - factor / (r + 1)``; goes before
             ``threshold``.
-        compat: the original's noise (torch's generator, in its order) and its forwards: with a
-            cache a block that is complete after its first forward costs one more. False: neither,
-            noise is drawn in the kernel, and the mask is never predicted.
+        version: the commit of NVlabs/Fast-dLLM that is followed: ``"a9b81e4"`` (May 2026) or
+            ``"24cc59e"`` (June 2025). In the first the dual cache ends a block after its steps,
+            with a threshold or a factor too, and leaves masks where some are left; in the second a
+            block that is complete after its first forward costs one more where there is a cache.
+        compat: what the version does, with the original's noise (torch's generator, in its order).
+            False: no such forward and no such masks, noise is drawn in the kernel, and the mask is
+            never predicted.
         backend: as in ``pydllm.ops``.
 
     Returns:
@@ -79,7 +84,7 @@ def generate(
         model,
         prompt,
         (gen_length, block_length, steps),
-        _Rule(temperature, remasking, threshold, factor, compat),
+        _Rule(temperature, remasking, threshold, factor, version, compat),
         mask_id,
         "none",
         backend,
@@ -99,6 +104,7 @@ def generate_with_prefix_cache(
     threshold: float | None = None,
     factor: float | None = None,
     *,
+    version: str = "a9b81e4",
     compat: bool = True,
     backend: str | None = None,
 ) -> tuple[Tensor, int]:
@@ -107,7 +113,7 @@ def generate_with_prefix_cache(
         model,
         prompt,
         (gen_length, block_length, steps),
-        _Rule(temperature, remasking, threshold, factor, compat),
+        _Rule(temperature, remasking, threshold, factor, version, compat),
         mask_id,
         "prefix",
         backend,
@@ -127,6 +133,7 @@ def generate_with_dual_cache(
     threshold: float | None = None,
     factor: float | None = None,
     *,
+    version: str = "a9b81e4",
     compat: bool = True,
     backend: str | None = None,
 ) -> tuple[Tensor, int]:
@@ -135,7 +142,7 @@ def generate_with_dual_cache(
         model,
         prompt,
         (gen_length, block_length, steps),
-        _Rule(temperature, remasking, threshold, factor, compat),
+        _Rule(temperature, remasking, threshold, factor, version, compat),
         mask_id,
         "dual",
         backend,
@@ -151,16 +158,20 @@ class _Rule:
         remasking: str,
         threshold: float | None,
         factor: float | None,
+        version: str,
         compat: bool,
     ) -> None:
         check_temperature(temperature)
+        expect("version", version, ("a9b81e4", "24cc59e"))
         expect("remasking", remasking, ("low_confidence", "random"))
         for name, limit in (("threshold", threshold), ("factor", factor)):
             if limit is not None:
                 expect_number(name, limit, 0.0, float("inf"))
         self.temperature, self.remasking, self.compat = temperature, remasking, compat
-        self.threshold, self.factor = threshold, factor
+        self.threshold, self.factor, self.version = threshold, factor, version
         self.stored = compat and (temperature > 0 or remasking == "random")
+        self.old = version == "24cc59e" and compat
+        self.new = version == "a9b81e4" and compat
 
     @property
     def scheduled(self) -> bool:
@@ -174,7 +185,7 @@ class _Rule:
             return self._apply_stored(board, last, window, quota)
         stats = board.stats(start, last, temperature=self.temperature)
         score = stats.prob
-        if self.remasking == "random":  # one draw a position, as a confidence
+        if self.remasking == "random":  # one draw per position, as a confidence
             score = torch.rand(score.shape, device=score.device)
         options: dict[str, Any] = {"rule": "quota", "quota": quota}
         if self.factor is not None:
@@ -196,7 +207,9 @@ class _Rule:
         if self.factor is not None:
             token, chosen = get_transfer_index_dynamic(*arguments, factor=self.factor)
         else:
-            token, chosen = get_transfer_index(*arguments, quota, self.threshold)
+            token, chosen = get_transfer_index(
+                *arguments, quota, self.threshold, version=self.version
+            )
         board.x[:, start:stop] = torch.where(chosen, token, x)
 
 
@@ -228,7 +241,11 @@ def _decode(
         quota = get_num_transfer_tokens(board.masked(first, last), steps).int()
         left, all_left = board.masks_left((first, last), (0, last))
         begin, step = board.first_mask(last), 0
-        while left or (rule.compat and cache != "none" and step == 1):
+        once = rule.compat and (cache != "none" or rule.new)  # the first forward is always run
+        twice = rule.old and cache != "none"
+        while left or (once and step == 0) or (twice and step == 1):
+            if rule.new and cache == "dual" and step >= max(steps, 1):
+                break
             before = all_left
             window = _forward(board, cache, first, last, step, rule)
             start = begin if cache == "none" or step == 0 else first
@@ -238,7 +255,8 @@ def _decode(
             left, all_left = board.masks_left((first, last), (0, last))
             step += 1
             stuck = left > 0 and all_left == before and rule.temperature == 0
-            if stuck and not (rule.scheduled and step <= steps):
+            ends = rule.new and cache == "dual"
+            if stuck and not ends and not (rule.scheduled and step <= steps):
                 raise_stuck()
     return board.x, board.forwards
 

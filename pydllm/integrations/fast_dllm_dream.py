@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from pydllm.decoding.checks import expect_number
 from pydllm.integrations._board import Board, draw_seed, raise_stuck
@@ -44,7 +45,7 @@ def diffusion_generate(
             one sequence; several are decoded side by side, each as if alone.
         generation_config: as in ``pydllm.integrations.dream``. ``alg`` is
             ``"confidence_threshold"``, or any of Dream's names for the lowest entropy first on
-            Dream's schedule.
+            Dream's schedule, or drawn by ``alg_temp``.
         compat: what decides tokens in the original: the first token of a block is taken from the
             block's first forward, whatever its confidence; the others are predicted by a window
             that begins with the block; with ``steps`` equal to the number of blocks nothing but the
@@ -105,7 +106,9 @@ class _Loop:
         self.by_threshold = call.settings.alg == "confidence_threshold"
         settings = call.settings
         filtered = settings.top_k is not None or (settings.top_p or 1) < 1
-        self.stored = filtered or (compat and settings.temperature > 0)
+        self.alg_temp = 0.0 if self.by_threshold else float(settings.alg_temp or 0.0)
+        # What is drawn in torch is drawn in the dtype of the logits, as there.
+        self.stored = filtered or (compat and (settings.temperature > 0 or self.alg_temp > 0))
         self.part = transfer_part(settings, steps, board.x.device)
 
     def fill(self, first: int) -> None:
@@ -172,6 +175,9 @@ class _Loop:
         board = self.board
         masked = board.masked(first, last)
         drawn = self._propose(first, last)
+        stop = last if self.dual else board.length
+        if self.by_threshold and self.stored:
+            return self._write_ranked(first, stop, drawn, masked)
         if self.by_threshold:
             options: dict[str, Any] = {"rule": "threshold", "threshold": min(self.threshold, 1.0)}
             if self.threshold > 1:
@@ -179,12 +185,41 @@ class _Loop:
             board.write(first, drawn.token, drawn.score, semantics="fast_dllm", **options)
             return
         quota = (masked.sum() / len(masked) * self.part(step)).int()
+        if self.alg_temp:
+            return self._write_drawn(first, stop, drawn, masked, int(quota))
         if self.stored:
-            stop = last if self.dual else board.length
             board.write_top(first, drawn.token, drawn.score, int(quota), width=stop - first)
             return
         quota = quota.expand(len(masked)).contiguous()
         board.write(first, drawn.token, drawn.score, rule="quota", quota=quota, semantics="dream")
+
+    def _write_ranked(self, first: int, stop: int, drawn: _Drawn, masked: Tensor) -> None:
+        """The best mask and all above the threshold. Of equal confidences, as filters make many,
+        the best is the one that ``torch.topk`` puts first."""
+        window = self.board.x[:, first : first + masked.shape[1]]
+        wide = self._wide(drawn, masked, stop - first)
+        for row, count in enumerate(masked.sum(1).tolist()):
+            if count:
+                best, index = wide[row].topk(count)
+                index = index[(best >= self.threshold).index_fill(0, index.new_zeros(1), True)]
+                window[row, index] = drawn.token[row, index]
+
+    def _write_drawn(
+        self, first: int, stop: int, drawn: _Drawn, masked: Tensor, count: int
+    ) -> None:
+        """``count`` masks drawn by softmax(confidence / alg_temp), without replacement."""
+        if count == 0:
+            return
+        wide = self._wide(drawn, masked, stop - first)
+        index = torch.multinomial((wide / self.alg_temp).softmax(-1), count)
+        window = self.board.x[:, first : first + masked.shape[1]]
+        window.scatter_(1, index, drawn.token.gather(1, index))
+
+    @staticmethod
+    def _wide(drawn: _Drawn, masked: Tensor, width: int) -> Tensor:
+        """Confidences of the whole window, -inf where nothing is to be written."""
+        score = drawn.score.masked_fill(~masked, -torch.inf)
+        return F.pad(score, (0, width - score.shape[1]), value=-torch.inf)
 
 
 class _Drawn:

@@ -108,6 +108,9 @@ def generate(
         begin = board.first_mask(last)
         for step in range(steps):
             proposed, score = loop.propose(begin, last)
+            if loop.tied:
+                loop.write_top(begin, proposed, score, quota[:, step].tolist())
+                continue
             random = remasking == "random" and not compat
             board.write(
                 begin,
@@ -161,6 +164,23 @@ class _Loop:
         if self.remasking == "random" and self.compat:
             score = torch.rand(board.x.shape, device=board.x.device)[:, first:last]
         return token, score
+
+    @property
+    def tied(self) -> bool:
+        """Whether equal confidences are the rule: those of the ids that are to come last are 0."""
+        return bool(self.last_ids) and self.compat and self.remasking == "low_confidence"
+
+    def write_top(self, first: int, token: Tensor, score: Tensor, counts: list[int]) -> None:
+        """Write the best masks of each row, of equals those that ``torch.topk`` takes."""
+        board, stop = self.board, first + token.shape[1]
+        masked = board.masked(first, stop)
+        wide = score.new_full(board.x.shape, -torch.inf)
+        wide[:, first:stop] = score.masked_fill(~masked, -torch.inf)
+        for row, count in enumerate(counts):
+            chosen = torch.zeros_like(wide[row], dtype=torch.bool)
+            chosen[wide[row].topk(count).indices] = True
+            chosen = chosen[first:stop] & masked[row]
+            board.x[row, first:stop] = torch.where(chosen, token[row], board.x[row, first:stop])
 
     def _unguided(self) -> Tensor:
         x = self.board.x

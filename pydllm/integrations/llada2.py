@@ -5,6 +5,7 @@ model.generate = types.MethodType(llada2.generate, model)
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -73,7 +74,8 @@ def generate(
         ``(1, n)`` int64, the new tokens alone, up to and including the first ``eos_id``.
 
     Raises:
-        ValueError, TypeError: an argument out of range, or another kind of model.
+        ValueError, TypeError: an argument out of range, or another kind of model: LLaDA2.1, which
+            edits tokens, is one.
     """
     check_temperature(temperature)
     check_filters(top_k, top_p)
@@ -134,6 +136,12 @@ def _model(model: Any, block_length: int, mask_id: int) -> Any:
     if isinstance(model, nn.Module) and any(
         kind.__name__.startswith("LLaDA2") for kind in type(model).__mro__
     ):
+        original = getattr(type(model), "generate", None)
+        if original and "editing_threshold" in inspect.signature(original).parameters:
+            raise ValueError(
+                "generate: expected LLaDA2.0, got a model whose own generate edits tokens "
+                "(editing_threshold: LLaDA2.1), which this loop does not"
+            )
         return _Module(model, block_length, mask_id)
     own = as_model(model)
     if own.spec.attention != "block_causal":

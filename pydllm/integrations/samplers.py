@@ -77,6 +77,7 @@ def get_transfer_index(
     num_transfer_tokens: Tensor | None,
     threshold: float | None = None,
     *,
+    version: str = "a9b81e4",
     precise: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Fast-dLLM's choice of a step: a quota, or all above a threshold and at least one.
@@ -89,6 +90,8 @@ def get_transfer_index(
         x: ``(B, L)`` int64.
         num_transfer_tokens: ``(B,)`` or ``(B, 1)`` integers; not read if there is a threshold.
         threshold: a probability, or None.
+        version: the commit of NVlabs/Fast-dLLM: random confidences are fp64 in ``"a9b81e4"`` and
+            fp32 in ``"24cc59e"``.
         precise: see the module; fp64.
 
     Returns:
@@ -104,7 +107,10 @@ def get_transfer_index(
         option["quota"] = num_transfer_tokens.reshape(-1).to(torch.int32)
     else:
         raise ValueError("num_transfer_tokens: expected (B,) integers or a threshold, got None")
-    x0, confidence = propose(logits, temperature, remasking, mask_index, torch.float64, precise)
+    noise = torch.float32 if version == "24cc59e" else torch.float64
+    x0, confidence = propose(
+        logits, temperature, remasking, mask_index, torch.float64, precise, noise
+    )
     chosen = choose(mask_index, confidence, semantics="fast_dllm", **option)
     return torch.where(mask_index, x0, x), chosen
 
@@ -239,6 +245,7 @@ def propose(
     mask_index: Tensor,
     dtype: torch.dtype,
     precise: bool,
+    noise: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """A token for every position and its confidence, ``(B, L)`` each; both count at masks alone."""
     if remasking not in ("low_confidence", "random"):
@@ -250,7 +257,7 @@ def propose(
         return stats.token.view(mask_index.shape), stats.prob.view(mask_index.shape)
     x0 = add_gumbel_noise(logits, temperature).argmax(dim=-1)
     if remasking == "random":
-        return x0, torch.rand(x0.shape, device=x0.device)
+        return x0, torch.rand(x0.shape, dtype=noise, device=x0.device)
     if logits.device.type != "cpu":  # every row: shapes must not depend on values
         probs = logits.to(dtype).softmax(-1)
         return x0, probs.gather(-1, x0.unsqueeze(-1)).squeeze(-1)

@@ -91,11 +91,7 @@ def multiblock(
     while True:
         snapshot = x == mask_id
         made = len(units) - 1
-        if cache is not None and not shifted:
-            finished = all(unit.count == 0 for unit in units)
-        else:
-            finished = not snapshot.any()
-        if finished and made >= blocks:
+        if not snapshot[first:].any() and made >= blocks:
             break
         nfe += 1
         if early_stop and (x[first:] == eos).any():
@@ -137,6 +133,10 @@ def multiblock(
                     break
             stable = [u for u in units if u.count == 0 and u.done is not None and not u.cached]
             due = stable or (interval is not None and nfe % interval == 0)
+            reach = max(unit.end for unit in units if unit.full or unit.count > 0)
+            active = [unit.start for unit in units if unit.count > 0]
+            if min([prefix, *active, *(unit.start for unit in stable)]) >= reach:
+                break
             physical = keys[0][0].shape[1] if keys else 0
             if commit is not None:
                 modes.append("commit")

@@ -34,11 +34,6 @@ def sample(logits, temperature, top_p, top_k, score="prob"):
     return p.gather(-1, token[..., None])[..., 0], token
 
 
-def best(score, count):
-    order = sorted(range(len(score)), key=lambda j: (-score[j].item(), j))
-    return [j for j in order[:count] if score[j] > -INF]
-
-
 def dream(
     model,
     prompt,
@@ -126,7 +121,7 @@ def fast_dllm_dream(
                 scores[masks], token[masks] = sample(logits[masks], *options)
                 scores[:, block_length:] = -INF
                 count = int((x[:, first:last] == mask_id).sum())
-                ranked = best(scores[0], count)
+                ranked = scores[0].topk(count).indices.tolist()  # which of equals, is topk's affair
                 for rank, j in enumerate(ranked):
                     if rank == 0 or scores[0, j] >= threshold:
                         x[0, first + j] = token[0, j]

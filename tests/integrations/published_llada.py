@@ -64,8 +64,11 @@ def llada(
             for b in range(batch):
                 able = torch.where(x[b] == mask_id, score[b].double(), -INF)
                 able[last:] = -INF
-                for j in top(able, quotas[b][step]):
-                    x[b, j] = token[b, j]
+                count = quotas[b][step]
+                # Confidences of the ids that come last are 0: which of them, is topk's affair.
+                ties = bool(last_ids) and remasking == "low_confidence"
+                for j in able.topk(count).indices.tolist() if ties else top(able, count):
+                    x[b, j] = token[b, j] if able[j] > -INF else x[b, j]
     return x
 
 
@@ -82,8 +85,10 @@ def fast_dllm(
     remasking="low_confidence",
     threshold=None,
     factor=None,
+    version="a9b81e4",
 ):
     """Tokens and forwards, one sequence."""
+    old = version == "24cc59e"
     length = prompt.shape[1]
     x = torch.cat((prompt, torch.full((1, gen_length), mask_id)), 1)
     steps //= gen_length // block_length
@@ -105,7 +110,8 @@ def fast_dllm(
             token = noisy(logits, temperature).argmax(-1)[0]
             score = logits.double().softmax(-1)[0].gather(-1, token[:, None])[:, 0]
             if remasking == "random":
-                score = torch.rand(1, stop - start)[0].double()
+                wide = torch.float32 if old or factor is not None else torch.float64
+                score = torch.rand(1, stop - start, dtype=wide)[0].double()
             masks = x[0, start:stop] == mask_id
             masks[last - start :] = False
             score = torch.where(masks, score, -INF)
@@ -119,8 +125,10 @@ def fast_dllm(
             for j in ranked[:chosen]:
                 x[0, start + j] = token[j]
             done = not (x[0, first:last] == mask_id).any()
-            if done and (cache == "none" or step > 0):
+            if done and (cache == "none" or step > 0 or not old):
                 break
+            if cache == "dual" and not old and step + 1 >= steps:
+                break  # masks are left
     return x, forwards
 
 

@@ -108,6 +108,54 @@ def test_dream(models, pad, settings, cache):
     assert torch.equal(x[0, :pad], ids[0, :pad])
 
 
+@pytest.mark.parametrize("cache", [(0, 10_000), (2, 10_000), (3, 3)], ids=str)
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_ends_and_rests(family, cache):
+    """Models that predict the EOS much, early stop, lengths that are no multiple of the block.
+
+    The published decoders decide the end on the masks in ``x``: some answers keep a mask, or a
+    token behind the EOS.
+    """
+    odd = 0
+    for seed in range(16):
+        plain, _ = pair(family, seed=20 + seed, predicts_masks=False)
+        plain.weights[plain.ends[2] + ".weight"][EOS] *= 1.0 + 0.25 * (seed % 8)
+        ids, _ = prompts(1, 3 + seed % 4, seed=seed)
+        new, size = 11 + seed % 9, 4 + seed % 3
+        settings = {"threshold": (0.6, 1.6)[seed % 2], "add_at": 0.1, "full_at": 0.9}
+        tokens, nfe = expected(
+            plain,
+            ids,
+            settings | {"early_stop": True},
+            shifted=family == "dream",
+            cache=cache,
+            new=new,
+            size=size,
+        )
+        given = renamed(settings | {"early_stop": True}) | {"block_size": size}
+        given |= dict(zip(("cache_delay_iter", "refresh_interval"), cache, strict=True))
+        if family == "llada":
+            given |= {"max_new_tokens": new, "mask_id": MASK}
+            x, forwards = d3llm.generate_multi_block_kv_cache(standin(plain), ids, **given)
+        else:
+            given |= {"alg": "entropy_threshold", "mask_token_id": MASK}
+            given["max_length"] = new + ids.shape[1]
+            x, forwards = d3llm.dream_generate_multi_block(standin(plain), ids, **given)
+        assert torch.equal(x[0], tokens) and forwards == nfe
+        answer = tokens[ids.shape[1] :]
+        odd += bool(answer[(answer == EOS).cumsum(0) > 0].ne(EOS).any() or (answer == MASK).any())
+    assert odd > 0 or family == "dream"  # there it is rare
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_rest_without_a_cache(models, temperature):
+    """Nothing ends the published loops but their limit; the forwards up to it are not run."""
+    ids, _ = prompts(1, 5)
+    given = {"max_new_tokens": 9, "block_size": 6, "mask_id": MASK, "temperature": temperature}
+    x, forwards = d3llm.generate_multi_block(models["llada"][1], ids, **given)
+    assert forwards == 10_001 and x[0, 11:].tolist() == [MASK] * 3
+
+
 @pytest.mark.parametrize("threshold", [0.0, 0.5, 2.0])
 def test_dream_one_block_at_a_time(models, threshold):
     """The published ``diffusion_generate``: the lowest entropy, and all below the threshold."""

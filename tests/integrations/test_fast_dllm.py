@@ -42,14 +42,18 @@ CASES = {
 }
 
 
+VERSIONS = ["a9b81e4", "24cc59e"]
+
+
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("cache", LOOPS)
-def test_tokens_and_forwards(models, cache, options):
+@pytest.mark.parametrize("version", VERSIONS)
+def test_tokens_and_forwards(models, version, cache, options):
     plain, own = models
     for seed in range(2):
         ids, _ = prompts(1, 4 + seed, seed=seed)
         oracle = Plainly(plain)
-        given = LENGTHS | options
+        given = LENGTHS | options | {"version": version}
         torch.manual_seed(7)
         expected, forwards = published(oracle, ids, cache=cache, **given)
         torch.manual_seed(7)
@@ -61,14 +65,25 @@ def test_tokens_and_forwards(models, cache, options):
 
 
 @pytest.mark.parametrize("cache", LOOPS)
-def test_fewer_forwards_where_nothing_is_left_to_do(models, cache):
-    """The published loops with a cache run one forward more behind a complete block."""
+def test_no_forward_where_nothing_is_left_to_do(models, cache):
+    """In June 2025 the loops with a cache ran one forward more behind a complete block."""
     ids, _ = prompts(1, 5)
     given = LENGTHS | {"threshold": 0.0}
-    _, nfe = LOOPS[cache](models[1], ids, **given)
-    x, fewer = LOOPS[cache](models[1], ids, **given, compat=False)
-    assert (nfe, fewer) == (2 if cache == "none" else 4, 2)
-    assert torch.equal(x[:, :5], ids)
+    for options, forwards in (({}, 2), ({"compat": False}, 2), ({"version": "24cc59e"}, 4)):
+        x, nfe = LOOPS[cache](models[1], ids, **given, **options)
+        assert nfe == (2 if cache == "none" else forwards)
+        assert torch.equal(x[:, :5], ids)
+
+
+def test_the_dual_cache_ends_with_the_steps(models):
+    """Since May 2026; in June 2025 it went on, and so does ``compat=False``."""
+    ids, _ = prompts(1, 5)
+    given = LENGTHS | {"threshold": 0.999}
+    x, nfe = fast_dllm.generate_with_dual_cache(models[1], ids, **given)
+    assert nfe == 6 and (x == MASK).sum() == 6
+    for options in ({"version": "24cc59e"}, {"compat": False}):
+        x, nfe = fast_dllm.generate_with_dual_cache(models[1], ids, **given, **options)
+        assert nfe == 12 and not (x == MASK).any()
 
 
 @pytest.mark.parametrize("cache", LOOPS)
@@ -94,12 +109,15 @@ def test_masks_in_the_prompt(models, cache):
         x, nfe = LOOPS[cache](own, ids, **LENGTHS | options)
         assert torch.equal(x, expected) and nfe == forwards
     # They use up the schedule, and the published loop fails; here the rest follows, one a forward.
+    # With the dual cache it ends there.
     x, nfe = LOOPS[cache](own, ids, **LENGTHS)
-    assert not (x[:, 6:] == MASK).any() and nfe > 6
+    left = int((x[:, 6:] == MASK).sum())
+    assert (left > 0 and nfe == 6) if cache == "dual" else (left == 0 and nfe > 6)
 
 
 @pytest.mark.parametrize("cache", LOOPS)
 def test_a_model_that_predicts_masks_alone(models, cache):
+    """The loops that do not return raise; that of the dual cache returns masks since May 2026."""
     plain = type(models[0])(models[0].config, dict(models[0].weights))
     head = plain.weights["model.transformer.ff_out.weight"].clone()
     norm = torch.zeros_like(plain.weights["model.transformer.ln_f.weight"])
@@ -107,10 +125,14 @@ def test_a_model_that_predicts_masks_alone(models, cache):
     plain.weights["model.transformer.ln_f.weight"] = norm  # all logits are 0: the lowest id wins
     module, given = standin(plain), LENGTHS | {"mask_id": 0, "threshold": 0.9}
     ids = prompts(1, 4)[0].clamp(min=1)
+    endless = {"version": "24cc59e"} if cache == "dual" else {}
     with pytest.raises(PydllmError, match="predicts the mask at every"):
-        LOOPS[cache](module, ids, **given)
+        LOOPS[cache](module, ids, **given, **endless)
     with pytest.raises(PydllmError, match="predicts the mask at every"):
-        LOOPS[cache](module, ids, **given | {"threshold": None})
+        LOOPS[cache](module, ids, **given | {"threshold": None}, **endless)
+    if cache == "dual":
+        x, nfe = LOOPS[cache](module, ids, **given)
+        assert nfe == 6 and (x == 0).sum() == 12
     x, _ = LOOPS[cache](module, ids, **given, compat=False)
     assert not (x == 0).any()
 
@@ -153,6 +175,7 @@ def test_signature(cache):
         ({"remasking": "margin"}, "low_confidence, random, got 'margin'"),
         ({"threshold": -0.1}, "threshold: expected a number in"),
         ({"factor": -1.0}, "factor: expected a number in"),
+        ({"version": "main"}, "version: expected one of a9b81e4, 24cc59e, got 'main'"),
         ({"mask_id": 126336}, r"mask_id: .* in \[0, 61\)"),
     ],
 )

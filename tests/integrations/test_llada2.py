@@ -163,3 +163,10 @@ def test_bad_models_and_inputs(models):
         llada2.generate(own, prompts(2, 6)[0], **LENGTHS, **IDS)
     with pytest.raises(ValueError, match="block-causal attention, got full"):
         llada2.generate(pair("llada")[1], prompts(1, 6)[0], **LENGTHS, **IDS)
+
+    class LLaDA21(LLaDA2MoeModelLM):
+        def generate(self, inputs, threshold=0.95, editing_threshold=0.9):
+            raise NotImplementedError
+
+    with pytest.raises(ValueError, match="expected LLaDA2.0, got .* edits tokens"):
+        llada2.generate(LLaDA21(models[0]), prompts(1, 6)[0], **LENGTHS, **IDS)

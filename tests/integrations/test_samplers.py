@@ -20,7 +20,7 @@ def make(seed, dtype=torch.float32):
     return logits, x, x == MASK
 
 
-def proposals(logits, temperature, remasking, dtype=torch.float64):
+def proposals(logits, temperature, remasking, dtype=torch.float64, noise=torch.float32):
     """Tokens and confidences as the originals compute them: for every position."""
     noisy = logits
     if temperature > 0:
@@ -28,7 +28,7 @@ def proposals(logits, temperature, remasking, dtype=torch.float64):
         noisy = logits.double().exp() / (-torch.log(u)) ** temperature
     token = noisy.argmax(-1)
     if remasking == "random":
-        return token, torch.rand(token.shape)
+        return token, torch.rand(token.shape, dtype=noise)
     return token, logits.to(dtype).softmax(-1).gather(-1, token[..., None])[..., 0]
 
 
@@ -63,12 +63,14 @@ SAMPLING = [(0.0, "low_confidence"), (0.7, "low_confidence"), (0.0, "random"), (
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize(("temperature", "remasking"), SAMPLING)
 @pytest.mark.parametrize("threshold", [None, 0.0, 0.3, 0.9, 1.0, 1.5])
-def test_fast_dllm_threshold_and_quota(threshold, temperature, remasking, dtype):
-    for seed in range(20):
+@pytest.mark.parametrize("version", ["a9b81e4", "24cc59e"])
+def test_fast_dllm_threshold_and_quota(version, threshold, temperature, remasking, dtype):
+    noise = {"a9b81e4": torch.float64, "24cc59e": torch.float32}[version]
+    for seed in range(10):
         logits, x, mask_index = make(seed, dtype)
         quota = torch.randint(0, 5, (BATCH,))
         torch.manual_seed(3)
-        token, confidence = proposals(logits, temperature, remasking)
+        token, confidence = proposals(logits, temperature, remasking, noise=noise)
         chosen = []
         for b, score, order in rows_of(mask_index, confidence):
             if threshold is None:
@@ -78,7 +80,8 @@ def test_fast_dllm_threshold_and_quota(threshold, temperature, remasking, dtype)
         expected = torch.where(mask_index, token, x), as_mask(LENGTH, chosen)
         arguments = (logits, temperature, remasking, mask_index, x)
         for given in (quota, quota[:, None]):
-            same(seeded(samplers.get_transfer_index, *arguments, given, threshold), expected)
+            got = seeded(samplers.get_transfer_index, *arguments, given, threshold, version=version)
+            same(got, expected)
 
 
 @pytest.mark.parametrize(("temperature", "remasking"), SAMPLING[:2])
