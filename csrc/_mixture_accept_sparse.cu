@@ -59,6 +59,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     return __fadd_rn(__fmul_rn(logit, inverse), noise);
   };
   const auto verifier = [&](int64_t id) {
+    // An id that is not a row of the head would be read elsewhere.
+    id = max(int64_t{0}, min(id, call.verifier_vocab - 1));
     const T* weights = head + id * call.stride_head_row;
     const auto bits = reinterpret_cast<uintptr_t>(hidden) | reinterpret_cast<uintptr_t>(weights);
     const float y = dot_warp(hidden, weights, width, bits % 16 == 0);
@@ -108,7 +110,7 @@ cudaError_t mixture_accept_sparse(const MixtureAcceptSparse& call, cudaStream_t 
   const int64_t blocks = round.batch * round.rows * round.tiles;
   const bool fits = round.batch >= 0 && round.rows >= 0 && blocks <= INT_MAX &&
                     call.capacity >= 1 && call.capacity <= kMaxCapacity && call.width >= 1 &&
-                    call.width <= INT_MAX - kThreads &&
+                    call.width <= INT_MAX - kThreads && call.verifier_vocab >= 1 &&
                     round.tiles == (call.capacity + kCandidateTile - 1) / kCandidateTile;
   if (!fits) return cudaErrorInvalidValue;
   if (round.batch == 0) return cudaSuccess;

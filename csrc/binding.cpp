@@ -136,8 +136,8 @@ PYBIND11_MODULE(_C, m) {
                 FIELD(token), FIELD(length), FIELD(mixtures), FIELD(temperatures), FIELD(batch),
                 FIELD(rows), FIELD(tiles), FIELD(mixture), FIELD(inverse), FIELD(first_free),
                 FIELD(ids), FIELD(values), FIELD(noise), FIELD(size), FIELD(hidden), FIELD(head),
-                FIELD(bias), FIELD(dtype), FIELD(capacity), FIELD(width), FIELD(softcap),
-                FIELD(stride_hidden_row), FIELD(stride_head_row));
+                FIELD(bias), FIELD(dtype), FIELD(capacity), FIELD(width), FIELD(verifier_vocab),
+                FIELD(softcap), FIELD(stride_hidden_row), FIELD(stride_head_row));
   }
   {
     using Call = pydllm::MixtureDraft;

@@ -51,7 +51,7 @@ struct MixtureAcceptSparse : MixtureRound {
   const void* head;     // (verifier_vocab, width) of dtype
   const void* bias;     // (verifier_vocab,) of dtype, or null
   Dtype dtype;
-  int64_t capacity, width;
+  int64_t capacity, width, verifier_vocab;
   float softcap;  // 0: none
   int64_t stride_hidden_row, stride_head_row;
 };

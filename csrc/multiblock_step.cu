@@ -40,17 +40,18 @@ __global__ void __launch_bounds__(kThreads) multiblock_step_kernel(const Multibl
   if (mode == kFinished) return;
   int nfe = number(0), decoded = number(1), created = number(2), prefix = number(3);
   int stale = number(4);
-  const int first = number(10), prompt = call.prompt[sequence];
+  const int first = number(10);
 
   const int count = static_cast<int>(call.count), size = call.size, generated = call.generated;
+  // Any other prompt would be written elsewhere.
+  const int prompt = max(0, min(call.prompt[sequence], static_cast<int>(call.slots) - generated));
+  created = max(1, min(created, count));
   const bool compat = call.compat, shifted = call.shifted, cached = call.cached;
   const int usable = compat && !(shifted && cached) ? generated / size : count;
   int32_t* blocks = call.blocks + sequence * call.stride_blocks_row;
   const int64_t plane = call.stride_blocks_plane;
 
-  // What is outside of x, if a prompt is longer than it may be, is not touched.
-  const int64_t room = call.slots - prompt;
-  const int positions = room < generated ? static_cast<int>(room) : generated;
+  const int positions = generated;
   int64_t* x = call.x + sequence * call.stride_x_row + prompt;
   int32_t* step_map = call.step_map + sequence * call.stride_step_map_row + prompt;
   bool* eligible = call.eligible + sequence * call.stride_eligible_row + prompt;

@@ -173,6 +173,7 @@ def _mixture_accept_sparse_kernel(
     temperature_ptr,  # (R,)
     # sizes
     rows,  # of a sequence
+    vocab,  # rows of the head
     width,
     tiles,
     mixture,
@@ -197,7 +198,7 @@ def _mixture_accept_sparse_kernel(
     sequence = row // rows
     if row % rows < tl.load(length_ptr + sequence):
         weight = _weight_of(mixture_ptr, sequence, mixture, HAS_MIXTURES)
-        size = tl.load(size_ptr + row)
+        size = tl.minimum(tl.load(size_ptr + row), CAPACITY)
         offset = row * tiles + tile
         offs_c = tile * BLOCK_C + tl.arange(0, BLOCK_C)
         inside = offs_c < size
@@ -211,9 +212,21 @@ def _mixture_accept_sparse_kernel(
             x = tl.load(values_ptr + row * CAPACITY + offs_c, mask=inside, other=float("-inf"))
             noise = tl.load(noise_ptr + row * CAPACITY + offs_c, mask=inside, other=0.0)
             hidden_ptr += row * stride_hidden_row
-            head_ptrs = head_ptr + ids.to(tl.int64)[:, None] * stride_head_row
+            # An id that is not a row of the head would be read elsewhere.
+            head_rows = tl.minimum(tl.maximum(ids, 0), vocab - 1)
+            head_ptrs = head_ptr + head_rows.to(tl.int64)[:, None] * stride_head_row
             token = tl.load(token_ptr + row)
-            token_ptrs = head_ptr + token * stride_head_row
+            token_row = token * 0
+            if CRITICAL:
+                all_c = tl.arange(0, CAPACITY_BLOCK)
+                all_ids = tl.load(ids_ptr + row * CAPACITY + all_c, mask=all_c < size, other=-1)
+                listed = (all_c < size) & (all_ids == token)
+                # The first candidate stands for a token that is not in the list.
+                missing = tl.max(listed.to(tl.int32), 0) == 0
+                listed = tl.where(missing, all_c == 0, listed)
+                token = tl.sum(tl.where(listed, all_ids, 0), 0).to(tl.int64)
+                token_row = tl.minimum(tl.maximum(token, 0), vocab - 1)
+            token_ptrs = head_ptr + token_row * stride_head_row
             sums = tl.zeros((BLOCK_C, BLOCK_H), tl.float32)
             token_sums = tl.zeros((BLOCK_H,), tl.float32)
             for start in range(0, width, BLOCK_H):
@@ -230,7 +243,7 @@ def _mixture_accept_sparse_kernel(
                     token_sums += w.to(tl.float32) * h
             y = tl.sum(sums, 1)
             if HAS_BIAS:
-                y += tl.load(bias_ptr + ids, mask=inside, other=0.0).to(tl.float32)
+                y += tl.load(bias_ptr + head_rows, mask=inside, other=0.0).to(tl.float32)
             if HAS_SOFTCAP:
                 y = cap(y, softcap)
             inverse = inverse_temperature
@@ -243,13 +256,9 @@ def _mixture_accept_sparse_kernel(
             if CRITICAL:
                 y_token = tl.sum(token_sums, 0)
                 if HAS_BIAS:
-                    y_token += tl.load(bias_ptr + token).to(tl.float32)
+                    y_token += tl.load(bias_ptr + token_row).to(tl.float32)
                 if HAS_SOFTCAP:
                     y_token = cap(y_token, softcap)
-                all_c = tl.arange(0, CAPACITY_BLOCK)
-                listed = all_c < size
-                all_ids = tl.load(ids_ptr + row * CAPACITY + all_c, mask=listed, other=-1)
-                listed = listed & (all_ids == token)
                 all_x = tl.load(values_ptr + row * CAPACITY + all_c, mask=listed, other=0.0)
                 all_noise = tl.load(noise_ptr + row * CAPACITY + all_c, mask=listed, other=0.0)
                 x_token, noise_token = tl.sum(all_x, 0), tl.sum(all_noise, 0)
@@ -404,6 +413,7 @@ def mixture_accept_sparse(
             hidden_ptr=hidden,
             head_ptr=head,
             bias_ptr=head if bias is None else bias,
+            vocab=head.shape[0],
             width=hidden.shape[1],
             softcap=1.0 if softcap is None else softcap,
             stride_hidden_row=hidden.stride(0),

@@ -97,7 +97,9 @@ def _multiblock_step_kernel(
     prefix = tl.load(numbers_ptr + 3 * stride_numbers_row)
     stale = tl.load(numbers_ptr + 4 * stride_numbers_row)
     first = tl.load(numbers_ptr + 10 * stride_numbers_row)
-    prompt = tl.load(prompt_ptr + row)
+    # Any other prompt would be written elsewhere.
+    prompt = tl.minimum(tl.maximum(tl.load(prompt_ptr + row), 0), slots - new)
+    created = tl.minimum(tl.maximum(created, 1), count)
 
     offs_k = tl.arange(0, BLOCK_K)
     offs_n = tl.arange(0, BLOCK_N)[None, :]

@@ -10,8 +10,21 @@ from torch import Tensor
 
 from pydllm import reference
 from pydllm._backend.library import Op
-from pydllm._checks import FLOATS, check_device, check_dtype, check_no_grad, check_shape
+from pydllm._checks import (
+    FLOATS,
+    check_bool,
+    check_choice,
+    check_int,
+    check_no_grad,
+    check_number,
+    check_shape,
+    check_tensor,
+    check_token_id,
+    check_written,
+    describe,
+)
 
+FP32_MAX = torch.finfo(torch.float32).max
 MODES = ("finished", "full", "cached", "commit", "refresh")
 # The rows of ``MultiBlockState.numbers``.
 ROWS = (
@@ -142,7 +155,8 @@ def multiblock_step(
             without a column are not decided.
         entropy: ``(B, S)``, float of any width, nats, of the distribution at temperature 1.
         mask_id: the mask token.
-        prompt_length: ``(B,)`` int32, where the generation regions start.
+        prompt_length: ``(B,)`` int32, where the generation regions start; taken into
+            [0, L - max_new_tokens].
         max_new_tokens: their length; the last block may be short.
         block_length: positions of a block.
         threshold: nats.
@@ -188,24 +202,23 @@ def multiblock_step(
         (tensor([[7, 5, 0, 0, 0]]), 2, 2, 3)
     """
     _check_tensors(x, step_map, state, token, entropy, prompt_length, eos_ids)
-    _check_int("max_new_tokens", max_new_tokens, 1)
-    _check_int("block_length", block_length, 1)
-    _check_int("delay", delay, 0)
+    check_int("max_new_tokens", max_new_tokens, 1, x.shape[1])
+    check_int("block_length", block_length, 1)
+    check_int("delay", delay, 0)
     if refresh is not None:
-        _check_int("refresh", refresh, 1)
+        check_int("refresh", refresh, 1)
     if tail is not None:
-        _check_int("tail", tail, 0)
+        check_int("tail", tail, 0)
+    for name, flag in (("early_stop", early_stop), ("cached", cached), ("shifted", shifted)):
+        check_bool(name, flag)
     blocks = -(-max_new_tokens // block_length)
     check_shape("state.blocks", state.blocks, 4, x.shape[0], blocks)
-    for name, value in (("add_at", add_at), ("full_at", full_at)):
-        if not isinstance(value, int | float) or not 0 <= value <= 1:
-            raise ValueError(f"{name}: expected a number in [0, 1], got {value!r}")
-    if not isinstance(threshold, int | float) or math.isnan(threshold):
-        raise ValueError(f"threshold: expected a number, got {threshold!r}")
-    if not isinstance(mask_id, int):
-        raise TypeError(f"mask_id: expected an int, got {mask_id!r}")
-    if profile not in ("fixed", "compat"):
-        raise ValueError(f"profile: expected fixed or compat, got {profile!r}")
+    check_number("add_at", add_at, 0, 1)
+    check_number("full_at", full_at, 0, 1)
+    if threshold not in (math.inf, -math.inf):
+        check_number("threshold", threshold, -FP32_MAX, FP32_MAX)
+    check_token_id("mask_id", mask_id)
+    check_choice("profile", profile, ("fixed", "compat"))
     compat = profile == "compat"
     if compat and tail is not None:
         raise ValueError(f"tail: expected None with profile 'compat', got {tail}")
@@ -218,7 +231,7 @@ def multiblock_step(
     add, full = (decoded_at_least(part, block_length) for part in (add_at, full_at))
     rule = (max_new_tokens, block_length, float(threshold), add, full, delay, refresh or 0)
     tail = max_new_tokens if tail is None else min(tail, max_new_tokens)
-    flags = (bool(early_stop), bool(cached), tail, bool(shifted), compat)
+    flags = (early_stop, cached, tail, shifted, compat)
     inputs = (x, step_map, *state, token, entropy, mask_id, prompt_length, eos_ids)
     arguments: tuple[Any, ...] = (*inputs, *rule, *flags)
 
@@ -234,32 +247,23 @@ def _check_tensors(
     prompt_length: Tensor,
     eos_ids: Tensor | None,
 ) -> None:
-    check_shape("x", x, "B", "L")
-    batch = x.shape[0]
-    check_shape("token", token, batch, "S")
-    wanted: dict[str, tuple] = {
-        "x": (x, x.shape, torch.int64),
-        "step_map": (step_map, x.shape, torch.int32),
-        "state.numbers": (state.numbers, (len(ROWS), batch), torch.int32),
-        "state.blocks": (state.blocks, (4, batch, "K"), torch.int32),
-        "state.eligible": (state.eligible, x.shape, torch.bool),
-        "token": (token, token.shape, torch.int64),
-        "entropy": (entropy, token.shape, *FLOATS),
-        "prompt_length": (prompt_length, (batch,), torch.int32),
-    }
+    if not isinstance(state, MultiBlockState):
+        raise TypeError(f"state: expected a MultiBlockState, got {describe(state)}")
+    check_tensor("x", x, ("B", "L"), torch.int64)
+    like, batch = (x, "x"), x.shape[0]
+    check_tensor("step_map", step_map, x.shape, torch.int32, *like)
+    check_tensor("state.numbers", state.numbers, (len(ROWS), batch), torch.int32, *like)
+    check_tensor("state.blocks", state.blocks, (4, batch, "K"), torch.int32, *like)
+    check_tensor("state.eligible", state.eligible, x.shape, torch.bool, *like)
+    check_tensor("token", token, (batch, "S"), torch.int64, *like)
+    check_tensor("entropy", entropy, token.shape, FLOATS, *like)
+    check_tensor("prompt_length", prompt_length, (batch,), torch.int32, *like)
+    for name, tensor in (("x", x), ("step_map", step_map), *state._asdict().items()):
+        check_written(name, tensor)
     if eos_ids is not None:
-        wanted["eos_ids"] = (eos_ids, ("E",), torch.int64)
+        check_tensor("eos_ids", eos_ids, ("E",), torch.int64, *like)
         if eos_ids.numel() == 0:
             raise ValueError("eos_ids: expected None or at least one id, got none")
-    for name, (tensor, shape, *dtypes) in wanted.items():
-        check_shape(name, tensor, *shape)
-        check_dtype(name, tensor, *dtypes)
-        check_device(name, tensor, "x", x)
-
-
-def _check_int(name: str, value: object, low: int) -> None:
-    if not isinstance(value, int) or not low <= value < 2**31:
-        raise ValueError(f"{name}: expected an int in [{low}, 2^31), got {value!r}")
 
 
 def _fake(*_: object) -> None:

@@ -9,7 +9,15 @@ from torch import Tensor
 
 from pydllm import reference
 from pydllm._backend.library import Op
-from pydllm._checks import FLOATS, check_device, check_dtype, check_int, check_no_grad, check_shape
+from pydllm._checks import (
+    FLOATS,
+    check_choice,
+    check_int,
+    check_no_grad,
+    check_tensor,
+    check_token_id,
+    check_written,
+)
 
 _ANY = float("inf")
 # rule -> the options that it needs, and the largest value of those that are numbers.
@@ -254,14 +262,13 @@ def unmask(
         request = None
     if isinstance(min_tokens, Tensor):
         quota = min_tokens
-    _check_number("start", start, x)
-    _check_number("length", length, x)
+    check_tensor("start", start, x.shape[:1], torch.int32, x, "x")
+    check_tensor("length", length, x.shape[:1], torch.int32, x, "x")
     _check_number("quota" if quota is not min_tokens else "min_tokens", quota, x)
     _check_number("request", request, x)
     _check_number("prompt_length", prompt_length, x)
     _check_ending(rule, ending, x)
-    if not isinstance(mask_id, int):
-        raise TypeError(f"mask_id: expected an int, got {mask_id!r}")
+    check_token_id("mask_id", mask_id)
     check_no_grad("unmask", score=score)
     seed = seed - 2**64 if seed >= 2**63 else seed  # the schema's integers are signed
     rule = "quota" if rule == "margin" else rule
@@ -276,10 +283,8 @@ def unmask(
 
 def _check_rule(rule: str, semantics: str) -> str:
     """How the rule differs under these semantics."""
-    if rule not in _OPTIONS:
-        raise ValueError(f"rule: expected one of {', '.join(_OPTIONS)}, got {rule!r}")
-    if semantics not in SEMANTICS:
-        raise ValueError(f"semantics: expected one of {', '.join(SEMANTICS)}, got {semantics!r}")
+    check_choice("rule", rule, tuple(_OPTIONS))
+    check_choice("semantics", semantics, tuple(SEMANTICS))
     if rule not in SEMANTICS[semantics]:
         rules = ", ".join(SEMANTICS[semantics])
         raise ValueError(f"rule: expected one of {rules} (semantics {semantics!r}), got {rule!r}")
@@ -329,22 +334,18 @@ def _check_extras(
     else:
         raise ValueError(f"min_tokens: expected an int in [0, 2^31), got {min_tokens!r}")
     if min_tokens is not None and rule in _COUNTED:
-        raise ValueError(f"min_tokens: expected None for rule {rule!r}, which takes a quota")
+        raise ValueError(f"min_tokens: expected None for rule {rule!r}, got {min_tokens!r}")
     return least
 
 
 def _check_tensors(x: Tensor, step_map: Tensor, nfe: Tensor, token: Tensor, score: Tensor) -> None:
-    check_shape("x", x, "B", "L")
-    check_dtype("x", x, torch.int64)
-    check_shape("step_map", step_map, *x.shape)
-    check_dtype("step_map", step_map, torch.int32)
-    _check_number("nfe", nfe, x)
-    check_shape("token", token, x.shape[0], "T")
-    check_dtype("token", token, torch.int64)
-    check_shape("score", score, *token.shape)
-    check_dtype("score", score, *FLOATS)
-    for name, tensor in (("step_map", step_map), ("token", token), ("score", score)):
-        check_device(name, tensor, "x", x)
+    check_tensor("x", x, ("B", "L"), torch.int64)
+    check_tensor("step_map", step_map, x.shape, torch.int32, x, "x")
+    check_tensor("nfe", nfe, x.shape[:1], torch.int32, x, "x")
+    check_tensor("token", token, (x.shape[0], "T"), torch.int64, x, "x")
+    check_tensor("score", score, token.shape, FLOATS, x, "x")
+    for name, tensor in (("x", x), ("step_map", step_map), ("nfe", nfe)):
+        check_written(name, tensor)
     if token.shape[1] > x.shape[1]:
         raise ValueError(
             f"token: expected at most the {x.shape[1]} positions of x, got {token.shape[1]}"
@@ -358,18 +359,14 @@ def _check_ending(rule: str, ending: Ending | None, x: Tensor) -> None:
         raise TypeError(f"ending: expected an Ending or None, got {ending!r}")
     if rule in ("joint", "renoise"):
         raise ValueError(f"ending: expected None for rule {rule!r}, got an Ending")
-    check_shape("ending.done", ending.done, x.shape[0])
-    check_dtype("ending.done", ending.done, torch.bool)
-    check_device("ending.done", ending.done, "x", x)
-    check_shape("ending.end", ending.end, x.shape[0])
-    _check_number("ending.end", ending.end, x)
+    check_tensor("ending.done", ending.done, x.shape[:1], torch.bool, x, "x")
+    check_written("ending.done", ending.done)
+    check_tensor("ending.end", ending.end, x.shape[:1], torch.int32, x, "x")
     _check_number("ending.ends_from", ending.ends_from, x)
     eos = ending.eos_ids
     if eos is None:
         return
-    check_shape("ending.eos_ids", eos, "E")
-    check_dtype("ending.eos_ids", eos, torch.int64)
-    check_device("ending.eos_ids", eos, "x", x)
+    check_tensor("ending.eos_ids", eos, ("E",), torch.int64, x, "x")
     if eos.shape[0] < 1 or not eos.is_contiguous():
         raise ValueError(
             "ending.eos_ids: expected one or more contiguous ids, "
@@ -380,9 +377,7 @@ def _check_ending(rule: str, ending: Ending | None, x: Tensor) -> None:
 def _check_number(name: str, tensor: Tensor | None, x: Tensor) -> None:
     """A number a sequence, on the device."""
     if tensor is not None:
-        check_shape(name, tensor, x.shape[0])
-        check_dtype(name, tensor, torch.int32)
-        check_device(name, tensor, "x", x)
+        check_tensor(name, tensor, x.shape[:1], torch.int32, x, "x")
 
 
 def _fake(x: Tensor, step_map: Tensor, nfe: Tensor, *_: object) -> tuple[Tensor, Tensor]:

@@ -156,9 +156,8 @@ def window_attention(
     """
     check_tensors(q, k, v, k_cache, v_cache, cos, sin, branches, block_table)
     numbers = {"start": start, "length": length, "kv_len": kv_len, "commit": commit}
-    for name, tensor in (numbers | {"pad": pad, "block_offset": block_offset}).items():
-        if tensor is None:
-            continue
+    maybe = {"pad": pad, "block_offset": block_offset}
+    for name, tensor in (numbers | {n: t for n, t in maybe.items() if t is not None}).items():
         check_tensor(name, tensor, q.shape[:1], torch.int32, q, "q")
     if block_offset is not None and block_size is None:
         raise ValueError("block_offset: expected None without block_size, got a tensor")

@@ -47,7 +47,9 @@ def mixture_accept(
     result = _accept(target, token, length, first_free)
     if not critical:
         return *result, x.new_empty(0)
-    return *result, _in_use(_critical(x, y, token[:, None], inverse, noise), length, 0)
+    # Id 0 stands for a draft that is not in the vocabulary.
+    known = torch.where((token >= 0) & (token < shared), token, 0)
+    return *result, _in_use(_critical(x, y, known[:, None], inverse, noise), length, 0)
 
 
 def mixture_accept_sparse(
@@ -71,13 +73,14 @@ def mixture_accept_sparse(
     """``mixture_accept`` over lists of candidates; a row without one has no target."""
     dtype = logits.dtype
     ids = ids.long()
+    rows = ids.clamp(0, head.shape[0] - 1)  # of the head: any other id would be read elsewhere
     y = torch.empty_like(logits)
     height = max(1, _GATHERED // max(1, ids.shape[1] * head.shape[1]))
     for low in range(0, len(ids), height):
         part = slice(low, low + height)
-        gathered = head[ids[part]].to(dtype)
+        gathered = head[rows[part]].to(dtype)
         y[part] = (gathered @ hidden[part].to(dtype).unsqueeze(-1)).squeeze(-1)
-    y = cap(y if bias is None else y + bias[ids].to(dtype), softcap)
+    y = cap(y if bias is None else y + bias[rows].to(dtype), softcap)
     used = torch.arange(ids.shape[1], device=ids.device) < size[:, None]
     y = y.masked_fill(~used, -torch.inf)
     weight = _weight(mixture, mixtures, token, length, dtype)

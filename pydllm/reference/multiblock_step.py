@@ -39,9 +39,11 @@ def multiblock_step(
     ``add`` and ``full_at`` are numbers of decoded tokens, ``refresh`` 0 is never. Everything is in
     coordinates of the generation region, ``(B, new)`` and ``(B, K)``.
     """
+    prompt = prompt.clamp(0, x.shape[1] - new)  # any other would be written elsewhere
     nfe, decoded, created, prefix, stale, mode, _, _, _, _, first, _ = numbers.clone()
     masks, full, done, kept = blocks.clone()
     count = masks.shape[1]
+    created = created.clamp(1, count)
     usable = new // size if compat and not (shifted and cached) else count
     live = mode != FINISHED
     offset, k = torch.arange(new, device=x.device), torch.arange(count, device=x.device)

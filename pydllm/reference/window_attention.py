@@ -48,7 +48,8 @@ def window_attention(
         q, k = rms_norm(q, q_norm, eps, None), rms_norm(k, k_norm, eps, None)
     caches = k_cache, v_cache
     if block_table is not None:
-        k_cache, v_cache = (cache[block_table.clamp(min=0)].flatten(1, 2) for cache in caches)
+        pages = block_table.clamp(0, k_cache.shape[0] - 1)
+        k_cache, v_cache = (cache[pages].flatten(1, 2) for cache in caches)
     batch, rows, slots = q.shape[0], q.shape[1] // branches, k_cache.shape[1]
     start, length, kv_len, commit = (t[:, None] for t in (start, length, kv_len, commit))
     end = (start + length.clamp(max=rows)).clamp(max=slots)
@@ -133,6 +134,7 @@ def write_pages(cache: Tensor, fresh: Tensor, table: Tensor, slot: Tensor, kept:
     """Rows of ``fresh`` (B, W, Hkv, D) that are ``kept``, written through the block table."""
     flat, size = cache.flatten(2), cache.shape[1]
     page = table.long().gather(1, (slot // size).clamp(0, max(table.shape[1] - 1, 0)).long())
+    kept = kept & (page >= 0) & (page < flat.shape[0])
     index = torch.where(kept, page * size + slot % size, flat.shape[0] * size)
     # Row of `fresh` that each slot of the cache takes, -1 for none; the last entry is for the rest.
     source = index.new_full((flat.shape[0] * size + 1,), -1)

@@ -198,6 +198,7 @@ def mixture_accept_sparse(
         dtype=hidden.dtype,
         capacity=ids.shape[1],
         width=hidden.shape[1],
+        verifier_vocab=head.shape[0],
         softcap=0.0 if softcap is None else softcap,
         stride_hidden_row=hidden.stride(0),
         stride_head_row=head.stride(0),

@@ -1,0 +1,266 @@
+"""No value on the device makes an op read or write outside of its tensors.
+
+Metadata is checked on the host; values are not read there. Each case puts one argument's value at
+the ends of its range. What an op updates lies between guard zones, and the call runs in a process
+of its own, because a wrong read may end it.
+"""
+
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from pydllm import ops
+from pydllm.ops.multiblock_step import ROWS
+
+INT32 = torch.int32
+VALUES = (-(2**31), -1000, -1, 0, 1, 3, 1000, 2**31 - 1)
+ZONE = 64
+B, L, T, V = 2, 6, 4, 5
+
+
+def at(*values):
+    return torch.tensor(values, dtype=INT32)
+
+
+class Guards:
+    """Copies of tensors with memory on both sides that nobody may write to."""
+
+    def __init__(self):
+        self._guarded = []
+
+    def __call__(self, tensor):
+        flat = torch.full((tensor.numel() + 2 * ZONE,), 77).to(tensor.dtype)
+        inner = flat[ZONE:-ZONE].view(tensor.shape)
+        inner.copy_(tensor)
+        self._guarded.append((flat, flat.clone()))
+        return inner
+
+    def intact(self):
+        return all(
+            torch.equal(flat[:ZONE], before[:ZONE]) and torch.equal(flat[-ZONE:], before[-ZONE:])
+            for flat, before in self._guarded
+        )
+
+
+def numbers(changed, **usual):
+    """The usual int32 numbers of two sequences, the first of them changed."""
+    return {
+        name: at(changed.get(name, value), value or 0)
+        for name, value in usual.items()
+        if value is not None or name in changed
+    }
+
+
+def unmask(guard, backend, changed):
+    n = numbers(changed, start=1, length=3, quota=1, end=6, ends_from=0)
+    x, steps = guard(torch.zeros(B, L, dtype=torch.int64)), guard(torch.full((B, L), -1).int())
+    done = guard(torch.zeros(B, dtype=torch.bool))
+    ops.unmask(
+        x,
+        steps,
+        guard(at(changed.get("nfe", 0), 0)),
+        torch.ones(B, T, dtype=torch.int64),
+        torch.rand(B, T),
+        mask_id=0,
+        start=n["start"],
+        length=n["length"],
+        rule="quota",
+        quota=n["quota"],
+        ending=ops.Ending(done, n["end"], torch.tensor([1]), n["ends_from"]),
+        backend=backend,
+    )
+
+
+def draft(guard, backend, changed):
+    ops.draft(
+        guard(torch.zeros(B, L, dtype=torch.int64)),
+        torch.ones(B, T, dtype=torch.int64),
+        torch.rand(B, T),
+        mask_id=0,
+        branches=3,
+        block_size=2,
+        backend=backend,
+        **numbers(changed, start=1, length=3),
+    )
+
+
+def verify(guard, backend, changed):
+    candidates = torch.zeros(B, 3, L, dtype=torch.int64)
+    candidates[:, 1, 2] = candidates[:, 2, 2:4] = 1
+    ops.verify(
+        guard(torch.zeros(B, L, dtype=torch.int64)),
+        guard(torch.full((B, L), -1).int()),
+        guard(at(0, 0)),
+        candidates,
+        torch.ones(B, 3, T, dtype=torch.int64),
+        torch.rand(B, 3, T),
+        mask_id=0,
+        drafts=3,
+        block_size=2,
+        backend=backend,
+        **numbers(changed, start=1, length=3),
+    )
+
+
+def commit_branch(guard, backend, changed):
+    k = torch.randn(B, 4, 1, 64)
+    cos = torch.ones(8, 32)
+    n = numbers(changed, branch=1, start=1, commit=2, pad=None)
+    caches = (guard(torch.zeros(B, 8, 1, 64)) for _ in range(2))
+    ops.commit_branch(k, k, *caches, cos=cos, sin=cos, branches=2, backend=backend, **n)
+
+
+def window_attention(guard, backend, changed):
+    dtype = torch.float16 if backend == "cuda" else torch.float32
+    k = torch.randn(B, 4, 1, 64).to(dtype)
+    cos = torch.ones(8, 32)
+    n = numbers(changed, start=1, length=2, kv_len=5, commit=2, pad=None)
+    caches = (guard(torch.zeros(B, 8, 1, 64, dtype=dtype)) for _ in range(2))
+    ops.window_attention(k, k, k, *caches, cos=cos, sin=cos, backend=backend, **n)
+
+
+def multiblock_step(guard, backend, changed):
+    x = guard(torch.zeros(B, L + 4, dtype=torch.int64))
+    state = ops.MultiBlockState.make(x, 4, 2)
+    for name, value in changed.items():
+        if name in ROWS:
+            state.numbers[ROWS.index(name), 0] = value
+    state.eligible.fill_(True)
+    ops.multiblock_step(
+        x,
+        guard(torch.full(x.shape, -1).int()),
+        ops.MultiBlockState(*map(guard, state)),
+        torch.ones(B, 3, dtype=torch.int64),
+        torch.rand(B, 3),
+        mask_id=0,
+        prompt_length=at(changed.get("prompt_length", 2), 2),
+        max_new_tokens=4,
+        block_length=2,
+        threshold=0.5,
+        cached=True,
+        eos_ids=torch.tensor([1]),
+        backend=backend,
+    )
+
+
+def mixture_accept(guard, backend, changed):
+    logits = torch.randn(4, V)
+    ops.mixture_accept(
+        logits,
+        logits.clone(),
+        torch.full((4,), changed.get("token", 1)),
+        length=at(changed.get("length", 2), 2),
+        mixture=0.5,
+        temperature=1.0,
+        counter=torch.zeros(4, 3, dtype=INT32),
+        critical=True,
+        backend=backend,
+    )
+
+
+def mixture_accept_sparse(guard, backend, changed):
+    counter = torch.zeros(4, 3, dtype=INT32)
+    drafted = ops.mixture_draft(
+        torch.randn(4, V), temperature=1.0, counter=counter, top_p=0.9, capacity=4, backend="torch"
+    )
+    lists = {
+        name: torch.full_like(getattr(drafted.candidates, name), value)
+        for name, value in changed.items()
+        if name in ("ids", "size")
+    }
+    ops.mixture_accept_sparse(
+        drafted.candidates._replace(**lists),
+        torch.randn(4, 8),
+        torch.randn(V, 8),
+        torch.full((4,), changed.get("token", 1)),
+        bias=torch.randn(V),
+        length=at(changed.get("length", 2), 2),
+        mixture=0.5,
+        temperature=1.0,
+        critical=True,
+        backend=backend,
+    )
+
+
+def _row_options(changed):
+    return {
+        "rows": at(changed.get("rows", 0), 1),
+        "banned": at(changed.get("banned", 1)),
+        "counter": torch.full((2, 3), changed.get("counter", 0), dtype=INT32),
+        "temperature": 1.0,
+    }
+
+
+def vocab_stats(guard, backend, changed):
+    ops.vocab_stats(torch.randn(4, V), backend=backend, **_row_options(changed))
+
+
+def head_stats(guard, backend, changed):
+    ops.head_stats(torch.randn(4, 8), torch.randn(V, 8), backend=backend, **_row_options(changed))
+
+
+def certainty_loss(guard, backend, changed):
+    target = torch.tensor([changed["target"], 1])
+    ops.certainty_loss(torch.randn(2, V), target, backend=backend)
+
+
+class Case(NamedTuple):
+    call: Callable
+    arguments: tuple[str, ...]
+    backends: tuple[str, ...] = ("torch", "triton", "cuda")
+
+
+CASES = (
+    Case(unmask, ("start", "length", "quota", "end", "ends_from", "nfe")),
+    Case(draft, ("start", "length")),
+    Case(verify, ("start", "length")),
+    Case(commit_branch, ("branch", "start", "commit", "pad")),
+    Case(window_attention, ("start", "length", "kv_len", "commit", "pad")),
+    Case(multiblock_step, ("prompt_length", *ROWS)),
+    Case(mixture_accept, ("token", "length")),
+    Case(mixture_accept_sparse, ("ids", "size", "token", "length")),
+    Case(vocab_stats, ("rows", "banned", "counter")),
+    Case(head_stats, ("rows", "banned", "counter"), ("torch", "triton")),
+    Case(certainty_loss, ("target",), ("torch", "triton")),
+)
+RUNS = [
+    pytest.param(case, backend, id=f"{case.call.__name__}-{backend}")
+    for case in CASES
+    for backend in case.backends
+]
+
+
+def outcome(run):
+    """How ``run`` ends in a process of its own: 0, 1 for an error, or minus a signal."""
+    child = os.fork()
+    if child == 0:
+        try:
+            os._exit(run())
+        finally:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.parametrize("case, backend", RUNS)
+def test_values_out_of_range_stay_inside(case, backend):
+    def run(argument):
+        for value in VALUES:
+            guard = Guards()
+            case.call(guard, backend, {argument: value})
+            if not guard.intact():
+                return 2
+        return 0
+
+    ends = {argument: outcome(lambda name=argument: run(name)) for argument in case.arguments}
+    assert set(ends.values()) == {0}, ends
+
+
+def test_a_write_outside_is_found():
+    guard = Guards()
+    inner = guard(torch.zeros(4))
+    assert guard.intact()
+    torch.as_strided(inner, (1,), (1,), ZONE + 4).fill_(1.0)
+    assert not guard.intact()
