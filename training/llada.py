@@ -1,4 +1,7 @@
-"""Train the bundled model: ``python -m training.llada --out out/tiny``.
+"""Train a model in LLaDA's layout: ``python -m training.llada --out out/tiny``.
+
+It learns `training.turns`. The bundled models learnt ``pydllm.demo.task`` with this script as it
+was at the revision that their cards name.
 
 The model below is plain PyTorch and its ``state_dict`` has exactly the names and shapes of a LLaDA
 checkpoint, so the file it writes is read by the same code that reads LLaDA-8B. It shares nothing
@@ -19,15 +22,19 @@ from typing import Any
 import click
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pydllm.demo.task import ANSWER_LENGTH, draw_problem, vocabulary
+from training.turns import ANSWER_LENGTH, FRIENDS, draw_problem, vocabulary
 
 SAVE_EVERY = 250
-MASK, EOS, PAD = range(3)
+MASK, EOS, PAD, FIRST_FRIEND = range(4)
+_EMBEDDINGS = ("wte.weight", "embed_tokens.weight")
+_HEADS = ("transformer.ff_out.weight", "lm_head.weight")
+# Words of the first bundled models' task, which stood at the beginning of a sentence.
+_BEFORE = ("first", "then", "next", "now")
 CONFIG = {
     "architectures": ["LLaDAModelLM"],
     "model_type": "llada",
@@ -128,6 +135,30 @@ class TinyLLaDA(nn.Module):
         return transformer["ff_out"](transformer["ln_f"](x))
 
 
+def read_parent(parent: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of ``parent``, fp32, the vocabulary's rows moved by word into those of ``state``.
+
+    Friends begin anew: what their words meant to the parent need not set them apart. Embeddings
+    are random with the mean norm of the others. Head rows are the mean of the words that stood
+    where friends stand now (``_BEFORE``), if the parent has them, plus 0.3 of such a random vector.
+    """
+    known = json.loads((parent / "tokenizer.json").read_text())["model"]["vocab"]
+    weights = {k: v.float() for k, v in load_file(parent / "model.safetensors").items()}
+    for name in [name for name in weights if name.endswith((*_EMBEDDINGS, *_HEADS))]:
+        rows = weights[name]
+        weights[name] = new = state[name].clone()
+        before = [known[word] for word in _BEFORE if word in known]
+        for index, word in enumerate(vocabulary()):
+            if word in FRIENDS and before:
+                noise = torch.randn(rows.shape[1])
+                noise *= rows.norm(dim=1).mean() / noise.norm()
+                is_head = name.endswith(_HEADS)
+                new[index] = rows[before].mean(0) + 0.3 * noise if is_head else noise
+            elif word in known:
+                new[index] = rows[known[word]]
+    return weights
+
+
 def build_tokenizer() -> Tokenizer:
     """The word-level tokenizer of the task, as a Hugging Face ``tokenizers`` object."""
     words = {word: index for index, word in enumerate(vocabulary())}
@@ -138,10 +169,34 @@ def build_tokenizer() -> Tokenizer:
     return tokenizer
 
 
+def is_name(ids: Tensor) -> Tensor:
+    """Which of ``ids`` are friends; only solutions have any."""
+    return (ids >= FIRST_FRIEND) & (ids < FIRST_FRIEND + len(FRIENDS))
+
+
+def hide_names(ids: Tensor, masked: Tensor, noise: torch.Generator) -> Tensor:
+    """``masked (B, S)`` with the names of each sample masked by a ratio of their own.
+
+    Decoding arrives at names alone: everything else is certain and stands before them.
+    """
+    ratio = torch.rand(len(ids), 1, generator=noise)
+    return torch.where(is_name(ids), torch.rand(ids.shape, generator=noise) < ratio, masked)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """The mean loss of the names plus that of all other words, of ``logits (N, V)``.
+
+    Names are few: in one mean, their gradient would be lost among that of words which are certain.
+    """
+    losses, name = F.cross_entropy(logits, targets, reduction="none"), is_name(targets)
+    apart = ((losses * of).sum() / of.sum().clamp(min=1) for of in (name, ~name))
+    return torch.stack([*apart]).sum()
+
+
 def draw_batch(tokenizer: Tokenizer, size: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
     """Batch ``step``: clean ids ``(size, S)``, left-padded, and the masked-position flags.
 
-    The mask ratio is one uniform number a sample over the answer's positions, at least one masked.
+    A sample's mask ratio is one uniform number over its answer's positions, but see `hide_names`.
     """
     rng = random.Random(f"{seed} {step}")
     problems = [draw_problem(rng, held_out=False) for _ in range(size)]
@@ -159,12 +214,12 @@ def draw_batch(tokenizer: Tokenizer, size: int, seed: int, step: int) -> tuple[T
     count = torch.rand(size, 1, generator=noise).mul(ANSWER_LENGTH).ceil().clamp(min=1)
     masked = torch.zeros(size, length, dtype=torch.bool)
     masked[:, length - ANSWER_LENGTH :] = order < count
-    return ids, masked
+    return ids, hide_names(ids, masked, noise)
 
 
 def _learning_rate(step: int, steps: int, peak: float) -> float:
-    """Warm up for 200 steps, hold, and fall linearly to zero over the last 30 %."""
-    return peak * min((step + 1) / 200, 1.0, max(steps - step, 1) / (0.3 * steps))
+    """Warm up for 200 steps or a tenth of all, hold, fall linearly to zero over the last 30 %."""
+    return peak * min((step + 1) / min(200, 0.1 * steps), 1.0, max(steps - step, 1) / (0.3 * steps))
 
 
 def _optimisers(model: nn.Module) -> list[torch.optim.Optimizer]:
@@ -181,13 +236,13 @@ def _optimisers(model: nn.Module) -> list[torch.optim.Optimizer]:
 
 
 def denoising_loss(model: nn.Module, batch_size: int, seed: int) -> Callable[[int], Tensor]:
-    """The loss of step n: unweighted cross-entropy over the masked positions of batch n."""
+    """The loss of step n: cross-entropy of the masked positions of batch n."""
     tokenizer = build_tokenizer()
 
     def loss_of(step: int) -> Tensor:
         ids, masked = draw_batch(tokenizer, batch_size, seed, step)
         logits = model(ids.masked_fill(masked, MASK))
-        return F.cross_entropy(logits[masked], ids[masked])
+        return cross_entropy(logits[masked], ids[masked])
 
     return loss_of
 
@@ -249,13 +304,25 @@ def save_checkpoint(model: nn.Module, config: dict[str, Any], out: Path) -> None
 
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write to.")
+@click.option(
+    "--init",
+    "parent",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Checkpoint to start from; its vocabulary may be another.",
+)
 @click.option("--steps", default=3000, show_default=True)
 @click.option("--batch-size", default=64, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--learning-rate", default=2.5e-3, show_default=True)
 @click.option("--threads", type=int, help="CPU threads (default: torch's choice).")
 def main(
-    out: Path, steps: int, batch_size: int, seed: int, learning_rate: float, threads: int | None
+    out: Path,
+    parent: Path | None,
+    steps: int,
+    batch_size: int,
+    seed: int,
+    learning_rate: float,
+    threads: int | None,
 ) -> None:
     """Train the bundled model; run the same command again to resume."""
     if threads is not None:
@@ -263,6 +330,8 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     model = TinyLLaDA(CONFIG)
+    if parent is not None:
+        model.load_state_dict(read_parent(parent, model.state_dict()))
     run_training(model, denoising_loss(model, batch_size, seed), steps, learning_rate, out)
     save_checkpoint(model, CONFIG, out)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from pydllm.demo.task import draw_problem
+from training.turns import draw_problem
 
 
 @click.command()

@@ -1,4 +1,4 @@
-"""Train the bundled models in Qwen's layout, on the same task and tokenizer as the LLaDA one.
+"""Train models in Qwen's layout, on the same task and tokenizer as the LLaDA one.
 
     python -m training.qwen qwen2 --out out/verifier-tiny      # autoregressive
     python -m training.qwen dream --init out/verifier-tiny --out out/dream-tiny
@@ -21,12 +21,20 @@ from typing import Any
 
 import click
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from pydllm.demo.task import ANSWER_LENGTH, draw_problem, vocabulary
-from training.llada import EOS, MASK, PAD, build_tokenizer, run_training, save_checkpoint
+from training.llada import (
+    EOS,
+    MASK,
+    PAD,
+    build_tokenizer,
+    cross_entropy,
+    hide_names,
+    read_parent,
+    run_training,
+    save_checkpoint,
+)
+from training.turns import ANSWER_LENGTH, draw_problem, vocabulary
 
 BLOCK = 8
 _CONFIG: dict[str, Any] = {
@@ -79,7 +87,7 @@ def build(kind: str, parent: Path | None = None) -> nn.Module:
         model = Qwen3ForCausalLM(Qwen3Config(**settings))
     if parent is None:
         return model
-    weights = load_file(parent / "model.safetensors")
+    weights = read_parent(parent, model.state_dict())
     missing, unexpected = model.load_state_dict(weights, strict=False)
     new = [name for name in missing if ".layers." not in name]
     if new or unexpected:
@@ -126,10 +134,11 @@ def shifted_diffusion_loss(model: nn.Module, size: int, seed: int) -> Callable[[
         noise = torch.Generator().manual_seed(seed * 1_000_003 + step)
         ratio = torch.rand(size, 1, generator=noise)
         masked = is_answer & (torch.rand(ids.shape, generator=noise) < ratio)
+        masked = hide_names(ids, masked, noise)
         masked |= is_answer & ~masked.any(1, keepdim=True)
         bias = torch.where(inside, 0.0, -torch.inf)[:, None, None].expand(-1, 1, len(place), -1)
         logits = model(ids.masked_fill(masked, MASK), attention_mask=bias).logits
-        return F.cross_entropy(logits[:, :-1][masked[:, 1:]], ids[masked])
+        return cross_entropy(logits[:, :-1][masked[:, 1:]], ids[masked])
 
     return loss_of
 
@@ -145,6 +154,7 @@ def block_diffusion_loss(model: nn.Module, size: int, seed: int) -> Callable[[in
         blocks = -(-length // BLOCK)
         ratio = torch.rand(size, blocks, generator=noise).repeat_interleave(BLOCK, 1)[:, :length]
         masked = is_answer & (torch.rand(size, length, generator=noise) < ratio)
+        masked = hide_names(ids, masked, noise)
         masked |= is_answer & ~masked.any(1, keepdim=True)
         block = torch.arange(length) // BLOCK
         own = block[:, None] == block
@@ -156,7 +166,7 @@ def block_diffusion_loss(model: nn.Module, size: int, seed: int) -> Callable[[in
         positions = torch.arange(length).repeat(2)[None]
         inputs = torch.cat((ids.masked_fill(masked, MASK), ids), 1)
         logits = model(inputs, attention_mask=bias, position_ids=positions).logits[:, :length]
-        return F.cross_entropy(logits[masked], ids[masked])
+        return cross_entropy(logits[masked], ids[masked])
 
     return loss_of
 
@@ -167,7 +177,7 @@ def causal_loss(model: nn.Module, size: int, seed: int) -> Callable[[int], Tenso
     def loss_of(step: int) -> Tensor:
         ids, is_answer = draw_batch(size, seed, step)
         logits = model(ids[:, :-1]).logits
-        return F.cross_entropy(logits[is_answer[:, 1:]], ids[:, 1:][is_answer[:, 1:]])
+        return cross_entropy(logits[is_answer[:, 1:]], ids[:, 1:][is_answer[:, 1:]])
 
     return loss_of
 

@@ -7,8 +7,9 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 import pydllm
-from pydllm.demo.task import ANSWER_LENGTH
+from pydllm.demo import WEIGHTS
 from training import llada, qwen
+from training.turns import ANSWER_LENGTH, FRIENDS, vocabulary
 
 
 def _train(folder, steps, planned):
@@ -49,6 +50,56 @@ def test_batches_mask_only_answers_and_hide_padding():
     assert torch.equal(ids, again)
 
 
+def test_names_are_masked_apart():
+    """Their own ratio: in some samples all names are hidden and most other words stand."""
+    ids, masked = llada.draw_batch(llada.build_tokenizer(), 64, seed=0, step=5)
+    name = llada.is_name(ids)
+    assert (name.sum(1) >= 3).all() and not name[:, : ids.shape[1] - ANSWER_LENGTH].any()
+    answer = ~name
+    answer[:, : ids.shape[1] - ANSWER_LENGTH] = False
+    hidden, others = ((masked & of).sum(1) / of.sum(1) for of in (name, answer))
+    assert ((hidden == 1) & (others < 0.5)).any() and ((hidden == 0) & (others > 0.5)).any()
+    assert abs(torch.corrcoef(torch.stack((hidden, others)))[0, 1]) < 0.3
+
+
+def test_the_loss_is_the_mean_of_names_plus_that_of_the_rest():
+    ids, masked = llada.draw_batch(llada.build_tokenizer(), 8, seed=0, step=5)
+    logits, targets = torch.randn(int(masked.sum()), 86), ids[masked]
+    losses = -logits.log_softmax(1)[torch.arange(len(targets)), targets]
+    friends = {3, 4, 5, 6, 7}
+    names = torch.tensor([target in friends for target in targets.tolist()])
+    assert 0 < names.sum() < len(names)
+    torch.testing.assert_close(
+        llada.cross_entropy(logits, targets), losses[names].mean() + losses[~names].mean()
+    )
+    rest = llada.cross_entropy(logits[~names], targets[~names])  # no name: nothing, not NaN
+    torch.testing.assert_close(rest, losses[~names].mean())
+
+
+def test_rows_of_the_vocabulary_move_by_word():
+    """From a bundled model, whose vocabulary is another."""
+    state = llada.TinyLLaDA(llada.CONFIG).state_dict()
+    weights = llada.read_parent(WEIGHTS, state)
+    parent = load_file(WEIGHTS / "model.safetensors")
+    before = json.loads((WEIGHTS / "tokenizer.json").read_text())["model"]["vocab"]
+    assert weights.keys() == parent.keys()
+    moved = 0
+    for index, word in enumerate(vocabulary()):
+        for name in ("model.transformer.wte.weight", "model.transformer.ff_out.weight"):
+            got = weights[name][index]
+            if word in FRIENDS:
+                assert not torch.equal(got, parent[name][before[word]].float())
+                assert not torch.equal(got, state[name][index])
+            elif word in before:
+                assert torch.equal(got, parent[name][before[word]].float())
+                moved += before[word] != index
+            else:
+                assert torch.equal(got, state[name][index])
+    assert moved > 40
+    name = "model.transformer.blocks.0.q_proj.weight"
+    assert torch.equal(weights[name], parent[name].float())
+
+
 def test_the_command_writes_a_llada_checkpoint(tmp_path):
     arguments = ["--out", str(tmp_path), "--steps", "2", "--batch-size", "2"]
     result = CliRunner().invoke(llada.main, arguments)
@@ -69,7 +120,7 @@ def test_a_model_begins_as_its_parent(tmp_path):
     parent = qwen.build("qwen2")
     llada.save_checkpoint(parent, qwen.CONFIGS["qwen2"], tmp_path)
     child = qwen.build("dream", tmp_path)
-    ids = torch.randint(3, 92, (1, 8))
+    ids = torch.randint(3, 86, (1, 8))
     assert len(child.model.layers) == len(parent.model.layers) + 1
     torch.testing.assert_close(
         _logits(child, ids), _logits(parent.half().float(), ids), rtol=1e-5, atol=1e-5
