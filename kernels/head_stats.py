@@ -141,7 +141,7 @@ def supports(
     for name, matrix in {"hidden": hidden, "weight": weight}.items():
         if matrix.shape[1] > 1 and matrix.stride(1) != 1:
             return f"{name} must be rows of contiguous elements, got strides {matrix.stride()}"
-    largest = MAX_TILES * _tiles.head_stats_tile(hidden.device, hidden.element_size()).block_v
+    largest = MAX_TILES * _tiles.head_stats_tile(hidden.device, hidden.element_size(), 1).block_v
     if weight.shape[0] > largest:
         return f"the kernel takes up to {largest} ids, got {weight.shape[0]}"
     return contiguous(bias=bias, banned=banned, temperature=temperatures, rows=rows)

@@ -28,9 +28,11 @@ def check_finite(call: Call, x: Tensor) -> Tensor:
         doubtful |= tokens == 0
     rows = (doubtful & new).any(1).nonzero().flatten()
     finite = torch.ones(len(x), dtype=torch.bool)
-    for row in rows.tolist():
-        finite[row] = _is_finite(call, x[row, : call.prompt_lengths[row] + call.max_new_tokens])
-    for row in (~finite).nonzero().flatten().tolist():
+    for row in rows.numpy():
+        end = call.prompt_lengths[row] + call.max_new_tokens
+        if _is_finite(call, x[row, :end]):
+            continue
+        finite[row] = False
         warnings.warn(
             f"prompts[{row}]: expected finite numbers from the model, got NaN or infinite logits; "
             "the answer means nothing",

@@ -18,8 +18,6 @@ from pydllm.decoding.static import EntropyBound, Factor, Static, Threshold
 from pydllm.models import Model
 
 _KINDS = (
-    Autoregressive,
-    SelfSpeculative,
     Static,
     Threshold,
     Factor,
@@ -28,6 +26,8 @@ _KINDS = (
     APD,
     LeftToRight,
     MultiBlock,
+    Autoregressive,
+    SelfSpeculative,
 )
 ALGORITHMS: dict[str, type] = {kind.__name__.lower(): kind for kind in _KINDS}
 _PLAIN = ("None", "bool", "int", "float", "str")
