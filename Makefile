@@ -60,7 +60,7 @@ help:
 	@echo 'make csrc-sanitize  run the CUDA kernels on the CPU under the address and undefined-'
 	@echo '                    behaviour sanitizers'
 	@echo 'make bench  time the ops on this machine'
-	@echo 'make gpu    build, test and time on a GPU (PART=build|tests|sanitize|micro|e2e, DRY=1)'
+	@echo 'make gpu    build, test and time on a GPU (PART=first|build|tests|sanitize|micro|e2e, DRY=1)'
 
 demo: $(READY)
 	$(PY) -m pydllm demo

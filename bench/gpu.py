@@ -1,6 +1,7 @@
 """Everything that needs a GPU, one command, in parts that are taken up where they stopped.
 
     python bench/gpu.py                     # all parts, as far as nine minutes go; then again
+    python -m bench.gpu first               # what decides most, in six minutes
     python bench/gpu.py tests               # build, tests, sanitize, micro or e2e alone
     python bench/gpu.py --dry               # no GPU: collect the tests, compile, list the jobs
     python bench/gpu.py report              # tables and plots of what there is
@@ -31,7 +32,7 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-PARTS = ("build", "tests", "sanitize", "micro", "e2e")
+PARTS = ("first", "build", "tests", "sanitize", "micro", "e2e")
 BUDGET = 520  # seconds that jobs are started or run in, a call
 MODELS = ("llada-8b", "dream-7b", "sdar-8b")
 # (batch, prompt): from one short prompt to a batch, and to a long one.
@@ -69,6 +70,9 @@ def arch_of(capability: tuple[int, int]) -> str:
 
 def jobs(part: str, out: Path, arch: str) -> list[Job]:
     """What a part consists of."""
+    if part == "first":
+        command = python("bench/first.py", "--out", str(out), "--seconds", "345")
+        return [Job("first", command, 360)]
     if part == "build":
         environment = {"PYDLLM_BUILD_CUDA": "1", "PYDLLM_CUDA_ARCHS": arch}
         check = (
@@ -154,10 +158,7 @@ def run(job: Job, ledger: Ledger, seconds: float) -> str:
         return f"skipped: no {job.needs} here"
     log = ledger.logs / (re.sub(r"[^\w.-]+", "-", job.name) + ".log")
     started = time.monotonic()
-    environment = dict(os.environ) | job.environment
-    environment["PYTHONPATH"] = os.pathsep.join(
-        filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
-    )
+    environment = _importable() | job.environment
     if job.needs and (folder := _toolkit(job.needs)):
         environment["PATH"] = f"{folder}{os.pathsep}{environment['PATH']}"
     with log.open("w") as file:
@@ -182,6 +183,12 @@ def run(job: Job, ledger: Ledger, seconds: float) -> str:
     return status
 
 
+def _importable() -> dict[str, str]:
+    """The environment of a command that imports the checkout."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return dict(os.environ) | {"PYTHONPATH": path}
+
+
 def _toolkit(program: str) -> str | None:
     folder = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"
     return str(folder) if (folder / program).exists() else None
@@ -200,6 +207,11 @@ def dry(parts: tuple[str, ...], out: Path) -> int:
             click.echo(
                 f"{part}: {' '.join(job.command[1:])}{'  (no such file)' if missing else ''}"
             )
+    if "first" in parts:
+        command = python("bench/first.py", "--dry", "--seconds", "345", "--out", str(out))
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=_importable())
+        click.echo(done.stdout + done.stderr[-500:])
+        bad |= done.returncode != 0
     if "tests" in parts:
         command = python("-m", "pytest", "--collect-only", "-q", "-m", "gpu", "tests")
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -300,6 +312,8 @@ def main(
     if parts == ("report",):
         folders = [out] if out else sorted((HERE / "results").glob("*/"))
         table = "\n\n".join(filter(None, map(report, folders)))
+        notes = [path.read_text() for folder in folders for path in folder.glob("first.md")]
+        click.echo("\n".join(notes))
         if not table:
             raise click.ClickException("no results yet: run make gpu on a machine with a GPU")
         click.echo(table)

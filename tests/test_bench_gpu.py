@@ -4,11 +4,13 @@ import csv
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
+import first
 import gpu
 import run
 import steps
@@ -168,3 +170,39 @@ def test_the_floor_counts_weights_keys_and_products():
     operations = 2 * 8 * (layers + head) + 4 * sizes.layers * sizes.heads * sizes.head_dim * 8 * 54
     milliseconds, bound = kind.floor(watch.Rates(copy=1e15, matmul=1e6))
     assert bound == "flops" and milliseconds == pytest.approx(1e3 * operations / 1e6)
+
+
+def test_the_first_six_minutes_are_rehearsed_on_a_cpu(tmp_path, monkeypatch):
+    """Budgets add up, a step that fails or runs out of time is reported, and the rest goes on."""
+    assert sum(budget for _, budget, _ in first.STEPS) == first.SECONDS == 360
+    assert [name for name, *_ in first.STEPS][-1] == "baselines"
+
+    def broken(run):
+        yield {"got": 1}
+        raise RuntimeError("a driver")
+
+    def endless(run):
+        while True:
+            yield {"got": 2}
+
+    steps = (*first.STEPS[:1], ("broken", 5, broken), ("endless", 1, endless))
+    monkeypatch.setattr(first, "STEPS", (*steps, ("last", 5, lambda run: iter([{"got": 3}]))))
+    run = first.Run("cpu", "tiny")
+    first.execute(run, tmp_path, 3.0)
+    report = json.loads((tmp_path / "first.json").read_text())
+    assert report["results"]["broken"] == [{"got": 1}] and report["results"]["last"] == [{"got": 3}]
+    assert any("broken: RuntimeError: a driver" in line for line in report["could_not"])
+    assert any("endless: out of time after" in line for line in report["could_not"])
+    assert any("CUDA kernels" in line for line in report["could_not"])
+    assert "## last\n\n| got |" in (tmp_path / "first.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["correctness", "decisions", "baselines"])
+def test_a_first_step_runs_on_a_cpu(name, monkeypatch):
+    monkeypatch.setattr(first.Run, "milliseconds", lambda self, call: [call(), 1.0][1])
+    once = SimpleNamespace(p50=1.0)
+    monkeypatch.setattr(first, "time_calls", lambda *_, **__: once)
+    function = next(function for step, _, function in first.STEPS if step == name)
+    run = first.Run("cpu", "tiny")
+    rows = list(function(run))
+    assert rows and all(row.get("right", True) and row.get("invariant", True) for row in rows)
