@@ -135,6 +135,8 @@ def load_transformer(
     sizes = family.sizes(config, family)
     mask = find_mask(read_tokenizer(folder), sizes.embeddings)
     spec = make_spec(config, family, sizes, mask)
+    if sizes.moe is not None:
+        raise ValueError(f"{folder}: expected a dense model, got a mixture of experts")
     if spec.attention != "full":
         raise ValueError(f"{folder}: expected a model with full attention, got {spec.attention!r}")
     shards = Shards(folder)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pydllm._backend.errors import CheckpointError
 from pydllm.models.checkpoint import Shards
-from pydllm.models.families import Sizes
+from pydllm.models.families import Names, Sizes
 from pydllm.models.native import NativeModel
 from pydllm.models.weights import Slot
 
@@ -129,6 +129,7 @@ def _mask(model: NativeModel, module: nn.Module, length: int) -> dict[str, Tenso
 def warn_of_damage(
     module: nn.Module,
     config: Any,
+    names: Names,
     sizes: Sizes,
     wanted: Sequence[Slot],
     state: Mapping[str, Tensor],
@@ -163,13 +164,15 @@ def warn_of_damage(
         return
     try:
         shards = Shards(folder)
+        if sizes.moe is not None:
+            shards.read_layout(names, sizes, str(folder))
     except CheckpointError:  # the module did not come from there
         return
-    names = [key for slot in wanted for key, _ in slot.sources if key in shards.found]
-    changed = [key for key in names if not _same_row(shards, key, state[key])]
+    keys = [key for slot in wanted for key, _ in slot.sources if key in shards.found]
+    changed = [key for key in keys if not _same_row(shards, key, state[key])]
     if changed:
         warnings.warn(
-            f"{name}: {len(changed)} of {len(names)} tensors are not those of {folder}: "
+            f"{name}: {len(changed)} of {len(keys)} tensors are not those of {folder}: "
             f"{_some(changed)}. Unless they were changed on purpose, transformers (5.0 to 5.12, a "
             "class used directly) drew them anew after loading: give pydllm.load the directory",
             RuntimeWarning,

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from pydllm._backend.errors import CheckpointError
 from pydllm.models.config import Config
+from pydllm.models.families import Names, Sizes
+from pydllm.models.layouts import Part, read_layout
 from pydllm.models.partition import Partition
 from pydllm.models.weights import Found, Index, Slot, Updates
 
@@ -81,6 +83,7 @@ class Shards:
 
     def __init__(self, folder: Path) -> None:
         self.found: dict[str, Found] = {}
+        self._parts: dict[str, Part] = {}
         self._files: dict[str, Path] = {}
         if (folder / _SINGLE).is_file():
             self._read_header(folder / _SINGLE)
@@ -120,15 +123,31 @@ class Shards:
                 self._files[name] = path
         return names
 
+    def read_layout(self, names: Names, sizes: Sizes, where: str) -> None:
+        """Rename what ``found`` has as a mixture of experts is named, fused tensors in parts."""
+        self.found, self._parts = read_layout(self.found, names, sizes, where)
+
     def tensor(self, name: str, rows: slice | None = None) -> Tensor:
         """A tensor, or some of its rows."""
-        with open_safetensors(self._files[name]) as file:
-            return file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
+        with open_safetensors(self._file(name)) as file:
+            if rows is None and name not in self._parts:
+                return file.get_tensor(name)
+            others = (slice(None),) * (len(self.found[name].shape) - 1)
+            return self._read(file, name, (slice(None) if rows is None else rows, *others))
 
     def rows(self, name: str, count: int) -> Tensor:
         """The first rows of a tensor; the rest is not read."""
-        with open_safetensors(self._files[name]) as file:
-            return file.get_slice(name)[:count]
+        return self.tensor(name, slice(count))
+
+    def _file(self, name: str) -> Path:
+        part = self._parts.get(name)
+        return self._files[name if part is None else part.stored]
+
+    def _read(self, file: Any, name: str, index: Index) -> Tensor:
+        part = self._parts.get(name)
+        if part is None:
+            return file.get_slice(name)[index]
+        return file.get_slice(part.stored)[part.index(index)]
 
     def load(
         self,
@@ -154,14 +173,15 @@ class Shards:
                 for (_, shape), index in zip(slot.sources, taken, strict=True)
             ]
             rows = [shape[0] for shape in shapes]
-            whole = torch.empty(sum(rows), *shapes[0][1:], dtype=dtype, device=device)
+            kind = slot.dtype(dtype)
+            whole = torch.empty(sum(rows), *shapes[0][1:], dtype=kind, device=device)
             loaded[slot.name] = whole
             for (name, _), index, view in zip(slot.sources, taken, whole.split(rows), strict=True):
-                targets.setdefault(self._files[name], []).append((name, index, view))
+                targets.setdefault(self._file(name), []).append((name, index, view))
         for path, entries in targets.items():
             with open_safetensors(path) as file:
                 for name, index, view in entries:
-                    part = file.get_slice(name)[index]
+                    part = self._read(file, name, index)
                     update = (updates or {}).get(name)
                     view.copy_(part if update is None else update.merged(part, index, dtype))
         return loaded

@@ -25,6 +25,10 @@ class Config:
     def get(self, key: str) -> Any:
         return self._values.get(key)
 
+    def replaced(self, **values: Any) -> Config:
+        """The same configuration with other values of some keys."""
+        return Config({**self._values, **values}, self.where)
+
     def keys(self) -> set[str]:
         """The keys that are not null."""
         return {key for key, value in self._values.items() if value is not None}

@@ -12,6 +12,16 @@ from fnmatch import fnmatchcase
 
 from pydllm._backend.errors import CheckpointError
 from pydllm.models.config import Config
+from pydllm.models.moe import (
+    MoeSizes,
+    has_experts,
+    llada2_config,
+    llada2_moe,
+    llada_moe,
+    llada_moe_config,
+    qwen_moe,
+    qwen_moe_config,
+)
 from pydllm.models.rope import Rope, read_query_scale, read_rope
 
 Shape = tuple[int, ...]
@@ -32,6 +42,8 @@ class Names:
     mlp_norm: str
     gate_up: tuple[str, str]
     down: str
+    q_norm: str = "self_attn.q_norm"
+    k_norm: str = "self_attn.k_norm"
 
 
 _LLADA = Names(
@@ -57,6 +69,15 @@ LLAMA_NAMES = Names(
     mlp_norm="post_attention_layernorm",
     gate_up=("mlp.gate_proj", "mlp.up_proj"),
     down="mlp.down_proj",
+)
+_LLADA2 = replace(
+    LLAMA_NAMES,
+    embedding="model.word_embeddings",
+    # Three parts of one tensor, as layouts.py names them.
+    qkv=tuple(f"attention.query_key_value[{part}]" for part in "qkv"),  # type: ignore[arg-type]
+    out="attention.dense",
+    q_norm="attention.query_layernorm",
+    k_norm="attention.key_layernorm",
 )
 _ENCODER = replace(
     LLAMA_NAMES,
@@ -89,6 +110,7 @@ class Sizes:
     # q times 1 + beta ln(1 + floor(position / original length)): (beta, original length).
     query_scale: tuple[float, int] | None = None
     sliding_windows: tuple[int | None, ...] = ()  # of each layer; empty: no layer has one
+    moe: MoeSizes | None = None
 
 
 @dataclass(frozen=True)
@@ -108,6 +130,8 @@ class Family:
             say; ``"always"``: wherever ``sliding_window`` is not null; ``"ignored"``: the published
             forward attends without; ``"refused"``.
         draft_adapter: folder of a LoRA that ``forward(adapter=True)`` adds.
+        prepare: the configuration in the words of Llama's, after checks of what it alone has.
+        moe: reads the expert layers; None: there are none.
     """
 
     names: Names
@@ -128,6 +152,8 @@ class Family:
     tied: bool = False
     sliding: str = "refused"
     draft_adapter: str | None = None
+    prepare: Callable[[Config], Config] | None = None
+    moe: Callable[[Config, int], MoeSizes] | None = None
 
 
 def _head_dim(config: Config, hidden: int, heads: int, hidden_key: str, heads_key: str) -> int:
@@ -183,6 +209,7 @@ def _llada_sizes(config: Config, family: Family) -> Sizes:
 
 
 def _llama_sizes(config: Config, family: Family) -> Sizes:
+    config = config if family.prepare is None else family.prepare(config)
     config.only("hidden_act", "silu", "swish")
     hidden, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
     head_dim = _head_dim(config, hidden, heads, "hidden_size", "num_attention_heads")
@@ -206,6 +233,7 @@ def _llama_sizes(config: Config, family: Family) -> Sizes:
         tied=config.flag("tie_word_embeddings", family.tied),
         query_scale=read_query_scale(config),
         sliding_windows=_sliding_windows(config, family, layers),
+        moe=None if family.moe is None else family.moe(config, layers),
     )
     return _check_heads(config, sizes, "num_key_value_heads")
 
@@ -272,6 +300,19 @@ _NEMOTRON = replace(
     seeded=True,
     draft_adapter="linear_spec_lora",
 )
+_LING = replace(
+    _LLAMA_LIKE,
+    names=_LLADA2,
+    qkv_bias=False,
+    qk_norm=True,
+    sliding="ignored",
+    prepare=llada2_config,
+    moe=llada2_moe,
+    eos_ids=(156892,),
+)
+_QWEN3_MOE = replace(
+    _QWEN3, sliding="refused", qkv_bias=None, prepare=qwen_moe_config, moe=qwen_moe
+)
 FAMILIES = {
     "LLaDAModelLM": Family(_LLADA, _llada_sizes, "full"),
     "DreamModel": replace(_QWEN2, attention="full", shift_logits=True, sliding="ignored"),
@@ -298,6 +339,22 @@ FAMILIES = {
     "CoDALanguageModel": replace(
         _QWEN3, attention="full", shift_logits=True, mask_id=151669, tied=True, sliding="ignored"
     ),
+    "LLaDA2MoeModelLM": replace(_LING, attention="block_causal", block_size=32, mask_id=156895),
+    "LLaDAMoEModelLM": replace(
+        _LLAMA_LIKE,
+        attention="full",
+        qk_norm=True,
+        prepare=llada_moe_config,
+        moe=llada_moe,
+        mask_id=156895,
+        eos_ids=(156892,),
+    ),
+    "SDARMoeForCausalLM": replace(_QWEN3_MOE, attention="block_causal", causal="masked"),
+    "RND1LM": replace(
+        _QWEN3_MOE, attention="full", shift_logits=True, mask_id=151669, sliding="ignored"
+    ),
+    "BailingMoeV2ForCausalLM": _LING,
+    "Qwen3MoeForCausalLM": _QWEN3_MOE,
     "Qwen2ForCausalLM": _QWEN2,
     "Qwen3ForCausalLM": _QWEN3,
     "LlamaForCausalLM": _LLAMA_LIKE,
@@ -311,23 +368,21 @@ def find_family(config: Config, *classes: str, quantized: bool = False) -> Famil
     """The family of the first class name that has one.
 
     Args:
-        config: asked for what no family has: experts, quantised weights.
+        config: asked for what the family has not: experts, quantised weights.
         classes: class names, most specific first; without any, ``architectures`` is read.
         quantized: the caller deals with quantised weights.
     """
     names = classes or config.get("architectures")
     if not isinstance(names, list | tuple) or not names:
         raise config.wrong("architectures", "a list with the name of the model's class")
-    if any("moe" in str(name).lower() for name in names):
-        raise CheckpointError(f"{config.where}: {names[0]}: mixtures of experts are not supported")
-    for key in ("num_experts", "n_routed_experts", "num_local_experts"):
-        if config.get(key):
-            raise config.wrong(key, "none (mixtures of experts are not supported)")
     if not quantized and config.get("quantization_config") is not None:
         raise config.wrong("quantization_config", "none (quantised weights are not supported)")
     for name in names:
         for pattern, family in FAMILIES.items():
             if fnmatchcase(str(name), pattern):
+                experts = has_experts(config)
+                if experts is not None and family.moe is None:
+                    raise config.wrong(experts, f"none ({name} has no experts)")
                 return family
     raise CheckpointError(
         f"{config.where}: architectures: expected one of {', '.join(sorted(FAMILIES))}, "

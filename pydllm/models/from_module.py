@@ -13,6 +13,7 @@ from pydllm.models.adapter import merged_state, peft_layers, unwrapped
 from pydllm.models.agreement import warn_of_damage
 from pydllm.models.config import Config
 from pydllm.models.families import find_family
+from pydllm.models.layouts import read_layout
 from pydllm.models.native import NativeModel
 from pydllm.models.overrides import Overrides, make_spec
 from pydllm.models.weights import Found, check_tensors, check_tied, share, slots
@@ -39,12 +40,18 @@ def load_module(
     state = merged_state(module) if adapted else module.state_dict(keep_vars=True)
     _check_plain(name, state)
     found = {key: Found(tuple(value.shape), value.dtype) for key, value in state.items()}
+    fused_in: dict[str, Tensor] = {}
+    if sizes.moe is not None:
+        found, parts = read_layout(found, family.names, sizes, name)
+        fused_in = {key: state[part.stored] for key, part in parts.items()}
+        state = {key: parts[key].of(fused_in[key]) if key in parts else state[key] for key in found}
     check_tensors(wanted, found, family.names, name)
     embedding, head = f"{family.names.embedding}.weight", f"{family.names.head}.weight"
     like = state[embedding]
-    for key in (key for slot in wanted for key, _ in slot.sources):
+    dtypes = {key: slot.dtype(like.dtype) for slot in wanted for key, _ in slot.sources}
+    for key, wide in dtypes.items():
         tensor = state[key]
-        if (tensor.device, tensor.dtype) != (like.device, like.dtype):
+        if tensor.device != like.device or tensor.dtype not in (like.dtype, wide):
             raise CheckpointError(
                 f"{name}: {key}: expected {like.dtype} on {like.device} as {embedding} is, "
                 f"found {tensor.dtype} on {tensor.device}"
@@ -61,8 +68,8 @@ def load_module(
             for slot in wanted
         }
         return NativeModel(spec, sizes, weights, None)
-    warn_of_damage(module, getattr(module, "config", None), sizes, wanted, state)
-    return NativeModel(spec, sizes, share(wanted, module), None)
+    warn_of_damage(module, getattr(module, "config", None), family.names, sizes, wanted, state)
+    return NativeModel(spec, sizes, share(wanted, state, fused_in), None)
 
 
 def _check_plain(name: str, state: Mapping[str, Any]) -> None:

@@ -201,8 +201,16 @@ def _load_folder(
         overrides=overrides,
     )
     shards = Shards(folder)
+    if sizes.moe is not None:
+        shards.read_layout(family.names, sizes, str(folder))
+        if kind is not None:
+            raise ValueError(f"weights: expected None for a mixture of experts, got {kind!r}")
     wanted = list(slots(family.names, sizes))
     found, scales = split_scales(shards.found)
+    if sizes.moe is not None and scales:
+        raise CheckpointError(
+            f"{folder}: expected 16-bit weights in a mixture of experts, found {min(scales)}"
+        )
     check_tensors(wanted, found, family.names, str(folder))
     embedding, head = f"{family.names.embedding}.weight", f"{family.names.head}.weight"
     if dtype is None:

@@ -12,8 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pydllm import ops
+from pydllm._backend.errors import PydllmError
 from pydllm._backend.preference import prefers_linear
 from pydllm.models.cache import StaticCache
+from pydllm.models.experts import TENSORS, Experts
 from pydllm.models.families import Sizes
 from pydllm.models.protocol import Fresh
 from pydllm.models.rope import RopeTables
@@ -43,6 +45,7 @@ class Layer:
     out_bias: Tensor | None = None
     gate_up_bias: Tensor | None = None
     down_bias: Tensor | None = None
+    experts: Experts | None = None  # then gate_up and down are the experts', stacked
     # A LoRA of forward(adapter=True): (r, in) and, scaled, (hidden, r).
     out_lora_a: Tensor | None = None
     out_lora_b: Tensor | None = None
@@ -67,16 +70,9 @@ class NativeModel:
         self._head = weights.get("head", self._embedding)[: spec.vocab_size]
         bias = weights.get("head_bias")
         self._head_bias = None if bias is None else bias[: spec.vocab_size]
-        self._layers = [
-            Layer(
-                **{
-                    name.removeprefix(prefix): tensor
-                    for name, tensor in weights.items()
-                    if name.startswith(prefix)
-                }
-            )
-            for prefix in (f"layers.{layer}." for layer in range(sizes.layers))
-        ]
+        self._layers = [_layer(sizes, weights, f"layers.{layer}.") for layer in range(sizes.layers)]
+        # Set to a list, it is given the experts of each row, (B, T, top_k) for each expert layer.
+        self.routed: list[Tensor] | None = None
         self.chat_template: ChatTemplate | None = None
         self.graphs = Workspace()
         self._rope = RopeTables(sizes.rope, self.dtype, self.device)
@@ -90,6 +86,11 @@ class NativeModel:
         states, logits and statistics of a sequence then have the same bits alone, in any batch,
         and with any number of branches: what ``ops.linear`` promises, and the attention with it.
         """
+        if self.sizes.moe is not None and self.device.type == "cpu":
+            raise PydllmError(
+                "deterministic: the experts of a mixture are batch-invariant in their kernels "
+                "alone, on a CPU a matrix library computes them"
+            )
         model = copy.copy(self)
         model.batch_invariant, model.graphs = True, self._invariant_graphs
         return model
@@ -107,6 +108,8 @@ class NativeModel:
         """Bytes of the weights."""
         own = [self._embedding, self._norm, self._head, self._head_bias]
         own += [tensor for layer in self._layers for tensor in vars(layer).values()]
+        experts = [layer.experts for layer in self._layers if layer.experts is not None]
+        own += [tensor for each in experts for tensor in vars(each).values()]
         places = {t.data_ptr(): t.nbytes for t in own if isinstance(t, Tensor)}
         return sum(places.values())
 
@@ -187,8 +190,7 @@ class NativeModel:
                 layer, hidden, keys[index], values[index], window, fresh, scale, adapter
             )
             hidden = ops.rms_norm(hidden, layer.mlp_norm, eps, residual=residual, backend=backend)
-            hidden = self._linear(hidden, layer.gate_up, layer.gate_up_bias, backend)
-            hidden = self._contract(layer, ops.swiglu(hidden, backend=backend), backend)
+            hidden = self._mlp(layer, hidden, window)
             # The residual is added by the norm that comes next, the next layer's or the last.
             hidden = ops.rms_norm(hidden, following[index], eps, residual=residual, backend=backend)
         return hidden
@@ -264,6 +266,13 @@ class NativeModel:
             q = q * scale
         attended = ops.window_attention(q, k, v, keys, values, **window)
         return self._project(layer, attended.flatten(-2), window["backend"], adapter)
+
+    def _mlp(self, layer: Layer, hidden: Tensor, window: dict) -> Tensor:
+        if layer.experts is not None:
+            return layer.experts(hidden, window, self.routed)
+        backend = window["backend"]
+        hidden = self._linear(hidden, layer.gate_up, layer.gate_up_bias, backend)
+        return self._contract(layer, ops.swiglu(hidden, backend=backend), backend)
 
     def _mask(self, attention: str | None) -> dict[str, Any]:
         """The mask of a forward, in the words of ``ops.window_attention``."""
@@ -372,3 +381,14 @@ class NativeModel:
                 raise ValueError(
                     f"{name}: expected shape ({cache.batch},), got {tuple(tensor.shape)}"
                 )
+
+
+def _layer(sizes: Sizes, weights: Mapping[str, Any], prefix: str) -> Layer:
+    """A layer of the weights whose names begin with ``prefix``."""
+    own = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in weights.items()
+        if name.startswith(prefix)
+    }
+    experts = None if sizes.moe is None else Experts.of(own, sizes.moe)
+    return Layer(**{k: v for k, v in own.items() if k not in TENSORS}, experts=experts)

@@ -157,6 +157,10 @@ class ParallelModel(NativeModel):
         own = attended[..., self.partition.own_values]
         return self._sum("layers", super()._project(layer, own, backend, adapter))
 
+    def _mlp(self, layer: Layer, hidden: Tensor, window: dict) -> Tensor:
+        whole = super()._mlp(layer, hidden, window)
+        return whole if layer.experts is None else self._sum("layers", whole)
+
     def _contract(self, layer: Layer, inner: Tensor, backend: str | None) -> Tensor:
         return self._sum("layers", super()._contract(layer, inner, backend))
 

@@ -1,8 +1,8 @@
 """Which part of every weight one of N processes holds (tensor parallel).
 
-Attention is spread over its heads, the MLP over its inner columns, embedding and LM head over the
-vocabulary. The matrices that lead back to the hidden states (attention output, MLP down) hold
-columns, so that each process has a term of a sum.
+Attention is spread over its heads, MLP and experts over their inner columns, embedding and LM head
+over the vocabulary. The matrices that lead back to the hidden states (attention output, MLP down)
+hold columns, so that each process has a term of a sum.
 """
 
 from __future__ import annotations
@@ -44,23 +44,38 @@ class Partition:
                 f"tp: expected a divisor or a multiple of the {sizes.kv_heads} key-value heads, "
                 f"got {size}"
             )
-        if sizes.intermediate % size:
-            raise ValueError(
-                f"tp: expected a divisor of the MLP's {sizes.intermediate} columns, got {size}"
-            )
+        for name, columns in self._inner():
+            if columns % size:
+                raise ValueError(
+                    f"tp: expected a divisor of the {name}'s {columns} columns, got {size}"
+                )
         if (size - 1) * self.vocab_step >= self.vocab:
             raise ValueError(
                 f"tp: expected every process to get some of the {self.vocab} ids, {_ID_STEP} at a "
                 f"time, got {size} processes"
             )
 
+    def _inner(self) -> list[tuple[str, int]]:
+        """The inner columns that are spread."""
+        moe = self.sizes.moe
+        dense = moe is None or not all(moe.sparse)
+        inner = [("MLP", self.sizes.intermediate)] if dense else []
+        return (
+            inner
+            if moe is None
+            else [*inner, ("experts", moe.width), ("shared expert", moe.shared)]
+        )
+
     @property
     def local(self) -> Sizes:
         """Sizes of the part."""
         sizes = self.sizes
-        rows = self.vocab_rows
+        rows, moe = self.vocab_rows, sizes.moe
+        if moe is not None:
+            moe = replace(moe, width=moe.width // self.size, shared=moe.shared // self.size)
         return replace(
             sizes,
+            moe=moe,
             heads=max(sizes.heads // self.size, 1),
             kv_heads=max(sizes.kv_heads // self.size, 1),
             intermediate=sizes.intermediate // self.size,
@@ -92,15 +107,15 @@ class Partition:
         shapes = [shape for _, shape in slot.sources]
         if name in ("out_bias", "down_bias"):
             return tuple(_all(shape) for shape in shapes) if self.rank == 0 else None
-        if name in ("out", "down"):
+        if name in ("out", "down", "shared_down"):
             return tuple((slice(None), self._share(shape[1])) for shape in shapes)
         if name in ("embedding", "head", "head_bias"):
             rows = [self.vocab_rows] * len(shapes)
-        elif name in ("gate_up", "gate_up_bias"):
+        elif name in ("gate_up", "gate_up_bias", "shared_gate_up"):
             rows = [self._share(shape[0]) for shape in shapes]
         elif name in ("qkv", "qkv_bias"):
             rows = [self._heads(n) for n in (self.sizes.heads, *[self.sizes.kv_heads] * 2)]
-        else:  # norms
+        else:  # norms, routers
             rows = [slice(None)] * len(shapes)
         return tuple((row, *_all(shape)[1:]) for row, shape in zip(rows, shapes, strict=True))
 

@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pydllm._backend.errors import CheckpointError
 from pydllm.models.families import Names, Shape, Sizes
+from pydllm.models.moe import expert_tensors
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Buffers that some checkpoints carry along; the tables are computed here.
-_IGNORED = ("inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
+_IGNORED = ("inv_freq", "v_head.weight", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
 _SHOWN = 4
 Index = tuple[slice, ...]
 
@@ -38,14 +39,22 @@ class Found(NamedTuple):
 
 @dataclass(frozen=True)
 class Slot:
-    """One tensor of the native transformer: the checkpoint's tensors stacked along dimension 0."""
+    """One tensor of the native transformer: the checkpoint's tensors stacked along dimension 0.
+
+    A wide one is fp32, or fp64 in an fp64 model.
+    """
 
     name: str
     sources: tuple[tuple[str, Shape], ...]
+    wide: bool = False
 
     @property
     def shape(self) -> Shape:
         return (sum(shape[0] for _, shape in self.sources), *self.sources[0][1][1:])
+
+    def dtype(self, model: torch.dtype) -> torch.dtype:
+        """The tensor's dtype in a model of a dtype."""
+        return torch.promote_types(model, torch.float32) if self.wide else model
 
     @property
     def index(self) -> tuple[Index, ...]:
@@ -83,10 +92,14 @@ def slots(names: Names, sizes: Sizes) -> Iterator[Slot]:
         yield norm(slot + "attn_norm", source + names.attn_norm, hidden)
         yield from linear(slot + "qkv", qkv, [q_rows, kv_rows, kv_rows], hidden, sizes.qkv_bias)
         if sizes.qk_norm:
-            yield norm(slot + "q_norm", source + "self_attn.q_norm", sizes.head_dim)
-            yield norm(slot + "k_norm", source + "self_attn.k_norm", sizes.head_dim)
+            yield norm(slot + "q_norm", source + names.q_norm, sizes.head_dim)
+            yield norm(slot + "k_norm", source + names.k_norm, sizes.head_dim)
         yield from linear(slot + "out", [source + names.out], [hidden], q_rows, sizes.out_bias)
         yield norm(slot + "mlp_norm", source + names.mlp_norm, hidden)
+        if sizes.moe is not None and sizes.moe.sparse[layer]:
+            for name, sources, wide in expert_tensors(source, hidden, sizes.moe):
+                yield Slot(slot + name, sources, wide)
+            continue
         gate_up = [source + name for name in names.gate_up]
         yield from linear(slot + "gate_up", gate_up, [mlp, mlp], hidden, sizes.mlp_bias)
         yield from linear(slot + "down", [source + names.down], [hidden], mlp, sizes.mlp_bias)
@@ -128,23 +141,44 @@ def _some(names: Sequence[str]) -> str:
     return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"
 
 
-def share(wanted: Sequence[Slot], module: nn.Module) -> dict[str, Tensor]:
+def share(
+    wanted: Sequence[Slot], state: Mapping[str, Tensor], fused_in: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """The transformer's tensors by name, in the memory of a module's parameters.
 
     What is fused is concatenated once, and the module's parameters become views of the result:
-    memory does not double, the module computes as before, and both see later changes in place.
+    memory does not double, the module computes as before, and both see later changes in place. A
+    wide tensor of a module in another dtype is a copy.
+
+    Args:
+        state: the module's parameters, or parts of them, by the names of the slots' sources.
+        fused_in: for such a part, the parameter that has it.
     """
-    state = module.state_dict(keep_vars=True)
     shared = {}
     for slot in wanted:
         parts = [state[name] for name, _ in slot.sources]
         fused = parts[0].detach() if len(parts) == 1 else _joined(parts)
         if fused is None:
             fused = torch.cat([part.detach() for part in parts])
-            for part, (_, view) in zip(parts, slot.views(fused), strict=True):
-                part.data = view
-        shared[slot.name] = fused
+            first: dict[int, list[Tensor]] = {}
+            for part, (name, view) in zip(parts, slot.views(fused), strict=True):
+                if name in fused_in:
+                    first.setdefault(id(fused_in[name]), []).append(view)
+                else:
+                    part.data = view
+            for parameter in {id(p): p for p in fused_in.values() if id(p) in first}.values():
+                _spread(parameter, first[id(parameter)])
+        shared[slot.name] = fused.to(slot.dtype(fused.dtype))
     return shared
+
+
+def _spread(parameter: Tensor, views: Sequence[Tensor]) -> None:
+    """Let a parameter of experts be those views, which are equally far from each other."""
+    place = [view.storage_offset() for view in views]
+    step = place[1] - place[0] if len(place) > 1 else views[0].numel()
+    parameter.data = views[0].as_strided(
+        (len(views), *views[0].shape), (step, *views[0].stride()), place[0]
+    )
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor | None:

@@ -1,0 +1,84 @@
+"""The expert layer of the native transformer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from pydllm import ops
+from pydllm.models.moe import MoeSizes
+
+TENSORS = ("router", "router_bias", "shared_gate_up", "shared_down")
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Weights of a layer's router and experts; None where the family has none.
+
+    Attributes:
+        router: ``(E, hidden)``, fp32 for sigmoid scores, otherwise in the model's dtype.
+        gate_up, down: ``(E, 2I, hidden)`` and ``(E, hidden, I)``.
+        router_bias: ``(E,)`` fp32.
+        shared_gate_up, shared_down: ``(2S, hidden)`` and ``(hidden, S)``.
+    """
+
+    sizes: MoeSizes
+    router: Tensor
+    gate_up: Tensor
+    down: Tensor
+    router_bias: Tensor | None = None
+    shared_gate_up: Tensor | None = None
+    shared_down: Tensor | None = None
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], sizes: MoeSizes) -> Experts | None:
+        """From a layer's slots, where experts are stacked in two dimensions; None if dense."""
+        if "router" not in tensors:
+            return None
+        own = {name: tensors[name] for name in TENSORS if name in tensors}
+        gate_up, down = tensors["gate_up"], tensors["down"]
+        count, hidden = sizes.experts, gate_up.shape[1]
+        own |= {"gate_up": gate_up.view(count, -1, hidden), "down": down.view(count, hidden, -1)}
+        return cls(sizes, **own)
+
+    def __call__(
+        self, hidden: Tensor, window: Mapping[str, Any], routed: list[Tensor] | None
+    ) -> Tensor:
+        """``(B, T, hidden)`` of normalised rows; rows that are not in use are routed nowhere.
+
+        Args:
+            window: ``start``, ``length``, ``pad``, ``branches`` and ``backend`` of the forward.
+            routed: a list that is given the experts of each row.
+        """
+        sizes, start, pad = self.sizes, window["start"], window["pad"]
+        routes = ops.route(
+            hidden,
+            self.router,
+            self.router_bias,
+            top_k=sizes.top_k,
+            score=sizes.score,
+            renormalize=sizes.renormalize,
+            scale=sizes.scale,
+            groups=sizes.groups,
+            topk_groups=sizes.topk_groups,
+            capacity=sizes.capacity,
+            block_size=sizes.block_size,
+            length=window["length"],
+            start=start if pad is None else start - pad,
+            branches=window["branches"],
+            backend=window["backend"],
+        )
+        if routed is not None:
+            routed.append(routes.ids)
+        return ops.experts(
+            hidden,
+            self.gate_up,
+            self.down,
+            *routes,
+            shared_gate_up=self.shared_gate_up,
+            shared_down=self.shared_down,
+            backend=window["backend"],
+        )
