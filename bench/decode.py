@@ -6,9 +6,9 @@
 
 The weights are random, of the named model's shape: nothing is downloaded, and what one forward
 costs does not depend on them. The loops of bench/published.py run in the same run on the same
-weights; "static" and "multiblock" decode as many tokens a forward as theirs. FreeDave's tokens are
-those of Static, which stands in for a published loop there. A random model predicts the same token
-for all masks: at a mixture of 0.7 APD accepts them all, at the default here one or two a round.
+weights; "static" and "multiblock" decode as many tokens per forward as theirs. FreeDave's tokens
+are those of Static, which stands in for a published loop. A random model predicts the same token
+for all masks: at a mixture of 0.7 APD accepts them all, at the default here one or two per round.
 
 Each row is compared with the last published-style loop (or Static) above it: speedup, and the share
 of tokens that are the same (empty where both draw tokens, with different noise).

@@ -181,7 +181,7 @@ def llada(job: Job) -> list[Contender]:
 
 
 def fast_dllm_dual(job: Job) -> list[Contender]:
-    """Fast-dLLM's generate_with_dual_cache: a full forward a block, then the block alone."""
+    """Fast-dLLM's generate_with_dual_cache: a full forward per block, then the block alone."""
     root = upstream.find("Fast-dLLM/llada", "Fast-dLLM/v1/llada")
     total, blocks = job.prompt_length + job.new, job.new // job.block
     rows = blocks * (total + (job.block // job.per_step - 1) * job.block)

@@ -8,7 +8,7 @@
 
 A part is a list of jobs, each a command with a log. What a job did is kept in
 ``bench/results/<gpu>/state.json`` with the commit; a job that succeeded on this commit is not run
-again. Exit status: 0 all done, 1 a job failed, 3 nothing failed and jobs are left (run it again).
+again. Exit status: 0 all done, 1 per job failed, 3 nothing failed and jobs are left (run it again).
 """
 
 from __future__ import annotations

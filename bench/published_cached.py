@@ -81,7 +81,7 @@ class ReplacingForward:
 class PublishedDual:
     """Fast-dLLM's loop with its dual cache (arXiv 2505.22618), LLaDA's family, one sequence.
 
-    A number of tokens a step, or with ``threshold`` those above it and at least one.
+    A number of tokens per step, or with ``threshold`` those above it and at least one.
     """
 
     model: NativeModel

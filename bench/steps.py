@@ -200,7 +200,7 @@ def plot(rows: list[dict[str, Any]], rates: Rates, path: Path) -> None:
     names = [f"{row['algorithm']} {row['step']}" for row in rows]
     bars.barh(names, [row["ms_p50"] for row in rows], color="lightgrey", label="measured")
     bars.barh(names, [row["floor_ms"] for row in rows], color="tab:blue", label="floor")
-    bars.set_xlabel("ms a step")
+    bars.set_xlabel("ms per step")
     bars.tick_params(labelsize=6)
     bars.legend()
     widths = [row["rows"] for row in rows]

@@ -102,7 +102,7 @@ def main(name: str, sizes: tuple[int, ...], dtype: str, new: int) -> None:
     """Print what each process holds and sends; exit with 1 where the tokens differ."""
     table = Table(
         "processes", "same tokens", "forwards", "weights MB", "peak MB", "calls a forward",
-        "layer KB a forward", "head bytes a forward", "seconds", title=f"{name}, {dtype}",
+        "layer KB a forward", "head bytes per forward", "seconds", title=f"{name}, {dtype}",
     )  # fmt: skip
     wrong = 0
     with tempfile.TemporaryDirectory() as temporary:

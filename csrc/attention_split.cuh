@@ -52,7 +52,7 @@ __device__ __forceinline__ void join(Online<kHeadDim>& online, Total& total,
 }
 
 // Where in call.part the values of a split of a lane's row are: lane / 4 of the warp's, or with r =
-// 1 that 8 behind. Null: there is no such row, or nothing is split.
+// 1 that 8 after it. Null: there is no such row, or nothing is split.
 template <int kHeadDim, typename T>
 __device__ __forceinline__ float* part_row(const WindowAttention& call, const Sequence<T>& sequence,
                                            const Walk& walk, int warp_m, int r) {

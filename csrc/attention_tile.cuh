@@ -24,7 +24,7 @@ __device__ __forceinline__ unsigned swizzled(unsigned n, unsigned row, unsigned 
   return row * kHeadDim + ((chunk ^ row % 8) ^ 2 * k) * kChunk + 16 * n * kHeadDim;
 }
 
-// RoPE turns chunk `first` of a head with chunk `second`; behind the pairs that it turns come pairs
+// RoPE turns chunk `first` of a head with chunk `second`; after the pairs that it turns come pairs
 // that it leaves. A unit is one pair of chunks: head_dim / 16 neighbouring threads hold a head.
 template <int kHeadDim>
 struct Unit {

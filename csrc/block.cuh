@@ -37,7 +37,7 @@ __device__ __forceinline__ T reduce_warp(T value, Operation operation) {
 }
 
 // The result in every thread. A barrier as well: what was written to shared memory before can be
-// read behind it.
+// read after it.
 template <typename T, typename Operation>
 __device__ __forceinline__ T reduce_block(T value, T identity, Operation operation) {
   __shared__ T of_warps[kMaxWarps];

@@ -8,7 +8,7 @@
 namespace pydllm {
 
 // For each sequence b: slots start[b] .. start[b] + commit[b] - 1 of the cache get the first rows
-// of branch branch[b], keys after the norm (if there is one) and RoPE. Rows before pad[b] or behind
+// of branch branch[b], keys after the norm (if there is one) and RoPE. Rows before pad[b] or after
 // the last slot are left out; a branch that is none writes nothing.
 //
 // Without a norm a key has the bits that window_attention stores and attends to.

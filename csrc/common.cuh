@@ -81,14 +81,14 @@ __device__ __forceinline__ void store_vector(T* p, const Vector<T>& vector) {
   *reinterpret_cast<Vector<T>*>(p) = vector;
 }
 
-// How many elements lie before the first 16-byte boundary at or behind `p`.
+// How many elements lie before the first 16-byte boundary at or after `p`.
 template <typename T>
 __device__ __forceinline__ int unaligned_head(const T* p) {
   const auto past = reinterpret_cast<uintptr_t>(p) % 16;
   return past == 0 ? 0 : static_cast<int>((16 - past) / sizeof(T));
 }
 
-// Whether `p` and every row behind it, `stride` elements apart, lie at 16-byte boundaries.
+// Whether `p` and every row after it, `stride` elements apart, lie at 16-byte boundaries.
 template <typename T>
 inline bool rows_are_aligned(const T* p, int64_t stride) {
   return reinterpret_cast<uintptr_t>(p) % 16 == 0 && stride % Vector<T>::kSize == 0;

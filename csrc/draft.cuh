@@ -6,7 +6,7 @@
 
 namespace pydllm {
 
-// Not the block of a mask: behind all blocks.
+// Not the block of a mask: after all blocks.
 constexpr int kNoBlock = INT_MAX;
 
 // When a mask is filled: the smallest is first.

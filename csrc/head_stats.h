@@ -1,4 +1,4 @@
-// What vocab_stats and head_stats leave behind of the pieces of a vocabulary, made into statistics.
+// Merges the partial results that vocab_stats and head_stats write per piece of a vocabulary.
 #pragma once
 
 #include <cstdint>

@@ -8,7 +8,7 @@
 
 namespace pydllm {
 
-// What a block looks at: so many bytes of a row of logits, or candidates of a list.
+// What a block reads: bytes of a row of logits, or candidates of a list.
 constexpr int64_t kTileBytes = 16384;
 constexpr int64_t kCandidateTile = 32;
 

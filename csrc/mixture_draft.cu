@@ -13,7 +13,7 @@ constexpr int kThreads = 512;
 constexpr int kUnroll = 4;
 // Terms are at most 1; in these units their sums are exact, whatever the order.
 constexpr float kPerTerm = 1099511627776.f;  // 2^40
-// The bound on what may be in a nucleus is loosened by so many nats: no rounding can matter.
+// The bound on what may be in a nucleus is loosened by this many nats: no rounding can matter.
 constexpr float kSlack = 1.f;
 
 // The highest bits of an fp32 number that a number of the type can have set, sign included.

@@ -9,7 +9,7 @@
 namespace pydllm {
 
 constexpr int64_t kMaxCapacity = 1024;        // MAX_CAPACITY in pydllm/ops/mixture_draft.py
-constexpr int64_t kMaxSharedVocab = 1 << 23;  // so many terms of at most 1 fit in 64 bits
+constexpr int64_t kMaxSharedVocab = 1 << 23;  // this number of terms of at most 1 fits in 64 bits
 
 struct MixtureDraft {
   // Pointers; written unless const, null for what is not given.
@@ -35,7 +35,7 @@ struct MixtureDraft {
   bool squared;
   int64_t count, sources, vocab, shared, banned_count, capacity, notes;
   float inverse;          // 1 / temperature
-  float inverse_squared;  // of a temperature for all; of one a row it is computed
+  float inverse_squared;  // of a temperature for all; of one per row it is computed
   float top_p;
   int64_t seed;
   // Strides in elements.

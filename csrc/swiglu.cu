@@ -11,7 +11,7 @@ __device__ __forceinline__ float silu(float x) {
   return x / (1.f + expf(-x));
 }
 
-// One thread a vector of a row; what is behind the last whole one of a row is a shorter one.
+// One thread per vector of a row; the rest of a row after its last whole vector is a shorter one.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     swiglu_kernel(T* __restrict__ y,              // (rows, width) contiguous

@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kThreads)
   int branch = 0;
   while (leads_on[branch]) ++branch;  // the last candidate leads nowhere
 
-  // The state behind it, its masks, and their turns by its own statistics.
+  // The state after it, its masks, and their turns by its own statistics.
   token += branch * rows;
   score += branch * rows;
   const int place = place_of[branch];

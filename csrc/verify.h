@@ -11,7 +11,7 @@ namespace pydllm {
 constexpr int64_t kVerifyBranches = 32;
 
 // Candidate j + 1 is accepted if j is and the step from j, which fills the first of its masks in
-// the order of draft, leads there. x becomes the state behind the last accepted one, `branch`; what
+// the order of draft, leads there. x becomes the state after the last accepted one, `branch`; what
 // that writes gets step_map = nfe, and nfe counts the forward unless x had no mask. The statistics
 // of `branch` give the next candidates. complete: leading window rows whose blocks `branch`
 // completes.

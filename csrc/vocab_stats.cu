@@ -93,7 +93,7 @@ __device__ __forceinline__ float cap(float x, float softcap) {
   return fabsf(x) == INFINITY ? x : x < 0.f ? -size : size;
 }
 
-// Take the logits of ids first .. first + kCount - 1, which lie behind all ids taken before, for
+// Take the logits of ids first .. first + kCount - 1, which lie after all ids taken before, for
 // what the rule makes of them; the first is a multiple of 4.
 template <bool kSampled, int kCount>
 __device__ __forceinline__ void take(Best& best, Sample& sample, float (&x)[kCount], int first,

@@ -18,7 +18,7 @@ constexpr int64_t kMaxBanned = 16;
 // the token's probability, the entropy, how far the best probability is above the second best, and
 // the log-sum-exp, as pydllm/reference/vocab_stats.py defines them.
 //
-// Two kernels: a block a piece, which leaves values and ids behind, and merge_stats.
+// Two kernels: a block per piece, which writes partial results, and merge_stats.
 cudaError_t vocab_stats(
     int64_t* token,             // (rows,), as the next four
     float* prob,                //

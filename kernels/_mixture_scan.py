@@ -1,6 +1,6 @@
-"""How the pieces that ``mixture_accept`` leaves behind are joined.
+"""How the partial results of ``mixture_accept`` are joined.
 
-One program a sequence takes the best of each row's pieces and looks for the first row whose draft
+One program per sequence takes the best of each row's pieces and looks for the first row whose draft
 is another.
 """
 
@@ -71,7 +71,7 @@ def _mixture_accept_scan_kernel(
 
 
 class Pieces:
-    """What the pieces of all rows leave behind, and how it is joined."""
+    """The partial results of all rows, and how they are joined."""
 
     def __init__(
         self, token: torch.Tensor, length: torch.Tensor, tiles: int, critical: bool

@@ -255,7 +255,7 @@ def options(
 
 
 def merge(values: torch.Tensor, ids: torch.Tensor, block_r: int) -> tuple[torch.Tensor, ...]:
-    """Token, probability, entropy, margin and log-sum-exp from what the tiles left behind."""
+    """Token, probability, entropy, margin and log-sum-exp from the partial results of the tiles."""
     _, rows, tiles = values.shape
     token = torch.empty(rows, dtype=torch.int64, device=values.device)
     statistics = [torch.empty(rows, dtype=torch.float32, device=values.device) for _ in range(4)]

@@ -55,7 +55,7 @@ class StatsTile(NamedTuple):
 
 
 # vocab_stats: (vocabulary up to, tile). By the vocabulary alone: a row is split alike in any batch.
-# 4096 ids are 31 programs a row of LLaDA's vocabulary, each with 64 bytes a thread in flight.
+# 4096 ids are 31 programs per row of LLaDA's vocabulary, each with 64 bytes per thread in flight.
 VOCAB_STATS = ((1024, StatsTile(4, 1024, 4)), (None, StatsTile(1, 4096, 4)))
 VOCAB_STATS_INTERPRETER = ((4096, StatsTile(32, 1024, 4)), (None, StatsTile(32, 16384, 4)))
 
@@ -103,7 +103,7 @@ def head_stats_tile(device: torch.device, element_size: int, rows: int) -> HeadT
 
 
 def merge_rows(device: torch.device) -> int:
-    """Rows of a program that merges what the tiles of ``head_stats`` left behind."""
+    """Rows per program that merges the partial results of ``head_stats``."""
     return 32 if arch(device) == INTERPRETER else 1
 
 
@@ -305,7 +305,7 @@ class MixtureAcceptTile(NamedTuple):
     num_warps: int
 
 
-# mixture_accept: like vocab_stats; of the head so many rows and columns are read at a time.
+# mixture_accept: like vocab_stats; rows and columns of the head that are read at a time.
 MIXTURE_ACCEPT = MixtureAcceptTile(4096, 8, 128, 4)
 MIXTURE_ACCEPT_INTERPRETER = MixtureAcceptTile(1024, 32, 128, 4)
 
@@ -373,7 +373,7 @@ LINEAR = {
     (1, 37888, 3584): (128, 1, 3),
     (1, 3584, 18944): (128, 8, 3),
 }
-# Other shapes: splits are doubled up to so many programs while each keeps so many steps.
+# Other shapes: splits double up to this number of programs and keep this number of steps each.
 LINEAR_PROGRAMS, LINEAR_STEPS = 112, 8
 LINEAR_FP32 = LinearTile(64, 32, 1, 8, 2)  # exact, without tensor cores; not for speed
 LINEAR_INTERPRETER = LinearTile(128, 128, 2, 4, 1)

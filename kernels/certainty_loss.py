@@ -1,4 +1,4 @@
-"""Cross-entropy and certainty of rows of logits: one program a row forward, tiles backward."""
+"""Cross-entropy and certainty of rows of logits: one program per row forward, tiles backward."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from ._row_stats import (
 )
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_PARTIAL_BYTES = 48 * 2**20  # what the tiles of one launch may leave behind
+_PARTIAL_BYTES = 48 * 2**20  # partial results of one launch, at most
 
 
 # A new batch size or seed must not compile the kernel again.
@@ -239,7 +239,7 @@ def head_stats(
     temperatures: torch.Tensor | None = None,
     rows: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    """Launch the kernels, many rows a part at a time: that bounds what the tiles leave behind."""
+    """Launch the kernels, many rows in parts: that bounds the memory of the partial results."""
     count = hidden.shape[0] if rows is None else rows.shape[0]
     block = _tiles.head_stats_tile(hidden.device, hidden.element_size(), count).block_r
     height = max(_PARTIAL_BYTES // (32 * tile_count(hidden, weight)) // block, 1) * block

@@ -1,4 +1,4 @@
-"""The draft from a row's nucleus: one program a row, and as a rule one read of the logits.
+"""The draft from a row's nucleus: one program per row, and as a rule one read of the logits.
 
 While it sums up the row, a program notes the ids that may be in the nucleus: those that are within
 a factor (1 - top_p) / V of the mass so far, since what is below that of the whole mass cannot make
@@ -18,7 +18,7 @@ from ._row_stats import contiguous, inverse_of, signed_word, source_rows
 from .vocab_stats import KEY_BITS, load_keys
 
 _NO_ID = tl.constexpr(2**31 - 1)
-# The bound on what may be in the nucleus is loosened by so many nats: no rounding can matter.
+# The bound on what may be in the nucleus is loosened by this many nats: no rounding can matter.
 _SLACK = tl.constexpr(1.0)
 
 

@@ -1,4 +1,4 @@
-"""Residual addition and root-mean-square normalisation: one program a row, one read of it."""
+"""Residual addition and root-mean-square normalisation: one program per row, one read of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FreeDave's step, one program a sequence: candidates are compared by the one token that a step
+"""FreeDave's step, one program per sequence: candidates are compared by the one token that a step
 writes, since candidate j + 1 has one token more than candidate j.
 """
 

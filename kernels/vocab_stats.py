@@ -1,6 +1,6 @@
 """Statistics of rows of logits, and a sampled token: one read of the logits in tiles, then a merge.
 
-With top-k or top-p a kernel before that finds the smallest logit that is kept, one program a row.
+With top-k or top-p a kernel before that finds the smallest logit that is kept, one program per row.
 """
 
 from __future__ import annotations

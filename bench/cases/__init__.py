@@ -1,4 +1,4 @@
-"""What is measured and compiled for each op, one file an op.
+"""What is measured and compiled for each op, one file per op.
 
 Each case module has
 

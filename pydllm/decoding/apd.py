@@ -50,10 +50,10 @@ class APD(Algorithm):
         rule: ``"paper"``; or ``"reference"``, what the published code computes: drafts at the
             square of the temperature, targets without noise and nucleus. The same at temperature 0.
 
-    ``mixture``, ``window`` and ``lookahead`` are one value for all or a list with one a prompt.
+    ``mixture``, ``window`` and ``lookahead`` are one value for all or a list with one per prompt.
 
     The tokens do not follow either model's distribution, nor the product's (only accepted drafts
-    are written). ``Generation.nfe`` counts forwards of the diffusion model, one a round;
+    are written). ``Generation.nfe`` counts forwards of the diffusion model, one per round;
     ``Generation.verifier_nfe`` those of the verifier, which a round of one draft does not need; the
     pieces in which a round is verified on a CPU count as one.
     """

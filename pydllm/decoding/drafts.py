@@ -178,7 +178,7 @@ class RuleDrafter:
 
 
 class FusedDrafter:
-    """The same by ``ops.draft`` and ``ops.verify``, for one token a step in an order by score."""
+    """The same by ``ops.draft`` and ``ops.verify``, for one token per step in an order by score."""
 
     def __init__(
         self,

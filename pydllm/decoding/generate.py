@@ -149,7 +149,7 @@ def warmup(
 
     Decodes ``batch`` prompts of one repeated token, three times, without looking for ends, and with
     every step that a block may need. Calls of ``generate`` with the same model, algorithm and
-    keywords, at most so many prompts and at most ``max_len`` positions use the buffers that this
+    keywords, at most ``batch`` prompts and at most ``max_len`` positions use the buffers that this
     makes, cache of keys and values included. What such a call needs and has not been captured here
     is captured then: steps of fewer sequences for instance, or of a window of another width, as
     ``MultiBlock`` has.

@@ -99,7 +99,7 @@ class Graphs:
 
     Args:
         device: where the model is; without CUDA steps are recorded instead of captured.
-        after: so many runs of a step before it is captured, at least one.
+        after: runs of a step before it is captured, at least one.
         strict: raise if a step cannot be captured; otherwise say so once and go on without.
     """
 

@@ -15,7 +15,7 @@ from pydllm.models import Model
 
 @dataclass(frozen=True, kw_only=True)
 class LeftToRight(Algorithm):
-    """A fixed number of tokens a forward, from left to right: the baseline of arXiv 2506.00413.
+    """A fixed number of tokens per forward, from left to right: the baseline of arXiv 2506.00413.
 
     Equal to ``APD`` with mixture 1 that accepts at most ``tokens_per_step`` drafts a round, under
     the same noise.

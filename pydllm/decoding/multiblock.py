@@ -6,7 +6,7 @@ before their keys and values are kept, because those of a bidirectional model dr
 follows.
 
 Everything that happens between two forwards is one launch, ``ops.multiblock_step``, which leaves
-the next window on the device. The host reads four numbers a forward: the widths of the window and
+the next window on the device. The host reads four numbers per forward: the widths of the window and
 of the head, how many sequences are left, and whether keys have to be copied. Widths bounded by what
 the host knows would be those of a full forward: the windows of cached forwards are a matter of the
 tokens. They choose the CUDA graph that is replayed, so here the host looks at every forward.
@@ -47,16 +47,16 @@ class MultiBlock(Algorithm):
         full_at: part of a block that is decoded before the next must advance every forward.
         delay: forwards that the prompt and each finished block wait, while full forwards renew the
             cache, before their keys and values are kept.
-        refresh: one forward in so many is full and renews the cache; None: never.
-        early_stop: decode nothing behind an end of sequence, as soon as one is written.
+        refresh: every this many forwards, one is full and renews the cache; None: never.
+        early_stop: decode nothing after an EOS, as soon as one is written.
         cache: keep keys and values of the prompt and of finished blocks. An approximation.
         profile: ``"fixed"``, or ``"compat"``: the tokens and forwards of the published decoders,
             LLaDA's for models with unshifted logits and Dream's for shifted ones, their defects
-            included, among them tokens behind an end of sequence and masks that are left where
+            included, among them tokens after an EOS and masks that are left where
             ``max_new_tokens`` is no multiple of ``block_length``; up to 10001 forwards are counted
             then. Sampling is ours all the same, and a length of 20, which Dream's code takes for a
             default that was not changed, is nothing special.
-        tail: how many masks behind the newest block are forwarded: ``"full"``, all, as in training;
+        tail: how many masks after the newest block are forwarded: ``"full"``, all, as in training;
             ``"blocks"``, none; or a number.
 
     With a shifted model and a cache, the window starts one position early (``"fixed"``). The first
@@ -240,7 +240,7 @@ class MultiBlockDecoder(Decoder):
 
 
 def _copy_twice(cache: StaticCache, step: MultiBlockState, total: Tensor, most: int) -> None:
-    """Behind a refresh of Dream's published decoder: the keys and values of the slots from the
+    """After a refresh of Dream's published decoder: the keys and values of the slots from the
     prefix to the last waiting block are seen again by the next forwards, beside those that replace
     them."""
     offset = torch.arange(most, device=total.device)

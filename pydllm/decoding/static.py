@@ -22,7 +22,7 @@ def expect_semantics(name: str, rule: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Static(BlockwiseAlgorithm):
-    """A fixed number of tokens a step, the best-scored first (LLaDA, arXiv 2502.09992).
+    """A fixed number of tokens per step, the best-scored first (LLaDA, arXiv 2502.09992).
 
     Attributes:
         tokens_per_step: tokens written a step; a block takes
@@ -110,7 +110,7 @@ class Factor(BlockwiseAlgorithm):
     confidence is at least ``1 - factor / (r + 1)`` (Fast-dLLM, arXiv 2505.22618).
 
     Attributes:
-        factor: at least 0; larger writes more tokens a step.
+        factor: at least 0; larger writes more tokens per step.
         semantics: ``"exact"``, ``"dllm"`` (the same rule), or ``"fast_dllm"`` and ``"dinfer"``,
             where the last two masks of a window always go together.
     """

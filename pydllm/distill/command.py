@@ -80,7 +80,7 @@ def distill(
 ) -> None:
     """Distil a model on its own trajectories, so that it decodes in fewer forwards (d3LLM).
 
-    Decodes every prompt with the teacher, one token a step; trains a copy of the teacher to
+    Decodes every prompt with the teacher, one token per step; trains a copy of the teacher to
     predict the same tokens early and with certainty; writes the copy's checkpoint to --out. Prompts
     are taken as they stand: apply a chat template before. The same command goes on where it was
     interrupted. Options below from --score on are the preset's unless given.

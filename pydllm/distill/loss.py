@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pydllm import ops
 
-# Logits of a chunk, at most so many elements: 64 Mi are 530 rows of LLaDA's vocabulary.
+# Elements of a chunk of logits, at most: 64 Mi are 530 rows of LLaDA's vocabulary.
 CHUNK = 2**26
 
 

@@ -59,7 +59,7 @@ class Noisy:
 
     Attributes:
         clean: int64, the targets.
-        noisy: int64: clean before the window, masks behind it, in it what the teacher had by then.
+        noisy: int64: clean before the window, masks after it, in it what the teacher had by then.
         complement: int64, the same with the window's masks exchanged for its clean tokens.
         masked: bool, window positions that are masks in ``noisy``: those that carry its loss.
         unmasked: bool, the window's others: those that carry the loss of ``complement``.
@@ -79,7 +79,7 @@ def make_noisy(trajectories: Trajectories, windows: Sequence[Window], mask_id: i
 
     Differs from the published builder where that one is wrong or wasteful: the state after ``j``
     steps has ``j`` tokens written, not ``j + 1``, so the mask ratio is the one that was drawn;
-    there is no empty window behind the last; a window can never be longer than its trajectory;
+    there is no empty window after the last; a window can never be longer than its trajectory;
     every sample has its own window and ratio, on every device another; and what follows the answer
     is hidden from the model, where there was visible padding.
     """
@@ -95,7 +95,7 @@ def make_noisy(trajectories: Trajectories, windows: Sequence[Window], mask_id: i
     written = trajectories.step_map.long().gather(1, place.clamp(0, answer - 1))
     inside = (place >= start) & (place < end)
     masked, unmasked = inside & (written >= steps), inside & (written < steps)
-    behind = (place >= end) & (place < answer)
-    noisy = clean.masked_fill(masked | behind, mask_id)
-    complement = clean.masked_fill(unmasked | behind, mask_id)
+    after = (place >= end) & (place < answer)
+    noisy = clean.masked_fill(masked | after, mask_id)
+    complement = clean.masked_fill(unmasked | after, mask_id)
     return Noisy(clean, noisy, complement, masked, unmasked, lengths)

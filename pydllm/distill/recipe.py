@@ -91,7 +91,7 @@ class Recipe:
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
 
-# Published with 4 samples a forward, 4 forwards a step and 4 GPUs: 64 samples a step, here on one.
+# Published with 4 samples per forward, 4 forwards per step and 4 GPUs: 64 per step, here on one.
 PRESETS = {
     "llada": Recipe(),
     "dream": Recipe(

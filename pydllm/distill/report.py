@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-# Steps that one point of a curve is the mean of, at most so many points.
+# Points of a curve at most; each is the mean of as many steps as that takes.
 _POINTS = 200
 
 

@@ -115,7 +115,7 @@ def add_lora(model: Transformer, rank: int) -> nn.Module:
 def draw_batch(
     trajectories: Trajectories, recipe: Recipe, mask_id: int, seed: int, place: tuple[int, ...]
 ) -> tuple[Noisy, float, int]:
-    """The noisy batch of (step, forward, process), of so many; its mean ratio and its window.
+    """The noisy batch of a step, forward and process; its mean ratio and its window.
 
     ``place`` is (step, steps, forward, process, processes). It depends on the seed and these
     numbers alone. Every epoch shuffles the samples anew.

@@ -29,8 +29,8 @@ class Trajectories:
         ids: ``(N, L)`` int32: prompt, then ``n`` answer tokens, then padding of no meaning.
         prompt_length: ``(N,)`` int32.
         step_map: ``(N, n)`` int16, a permutation of 0 to n - 1 in each row: the position is a mask
-            before that step and stays clean after it. What the teacher filled behind an end of
-            sequence counts as written after everything else, one position a step from the left.
+            before that step and stays clean after it. What the teacher filled after an
+            EOS counts as written after everything else, one position per step from the left.
     """
 
     ids: Tensor
@@ -56,7 +56,7 @@ def extract(
     seed: int = 0,
     backend: str | None = None,
 ) -> Trajectories:
-    """Decode prompts with the teacher, one token a step, and record the order (arXiv 2601.07568).
+    """Decode prompts with the teacher, one token per step, and record the order (arXiv 2601.07568).
 
     Differs from the published extraction where that one is wrong: the prompts are the very tokens
     that training sees (it decoded raw text and trained on templated text), and a rejected answer
@@ -118,7 +118,7 @@ def _pack(pairs: list[tuple[Tensor, Tensor]], count: int) -> Trajectories:
     step_map = torch.empty(len(pairs), count, dtype=torch.int16)
     for row, (sequence, written) in enumerate(pairs):
         ids[row, : len(sequence)] = sequence
-        # Rank of the position by (step, place); -1, filled behind an end of sequence, comes last.
+        # Rank of the position by (step, place); -1, filled after an EOS, comes last.
         order = written.masked_fill(written < 0, LONGEST).argsort(stable=True)
         step_map[row, order] = torch.arange(count, dtype=torch.int16)
     lengths = torch.tensor([len(ids) - count for ids, _ in pairs], dtype=torch.int32)

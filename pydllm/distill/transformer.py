@@ -61,7 +61,7 @@ class Transformer(nn.Module):
 
     @property
     def head(self) -> tuple[Tensor, Tensor | None]:
-        """Weight ``(vocab_size, D)`` and bias of the head; rows behind the vocabulary left out."""
+        """Weight ``(vocab_size, D)`` and bias of the head; rows past the vocabulary left out."""
         names, vocab = self.family.names, self.spec.vocab_size
         head = self._at(names.embedding if self.sizes.tied else names.head)
         bias = getattr(head, "bias", None)
@@ -82,7 +82,7 @@ class Transformer(nn.Module):
 
         Args:
             ids: ``(B, S)`` int64.
-            lengths: ``(B,)``, positions in use; those behind are seen by nobody.
+            lengths: ``(B,)``, positions in use; those after them are seen by nobody.
         """
         names, sizes = self.family.names, self.sizes
         place = torch.arange(ids.shape[1], device=ids.device)

@@ -27,8 +27,8 @@ def aup(points: Sequence[tuple[float, float]], y_max: float, alpha: float = 3.0)
         alpha: how hard lost accuracy is punished, at least 0.
 
     Returns:
-        The score. A single point at one token a forward scores its accuracy; an accuracy that stays
-        at ``y_max`` scores ``rho_max * y_max``.
+        The score. A single point at one token per forward scores its accuracy; an accuracy that
+        stays at ``y_max`` scores ``rho_max * y_max``.
 
     Raises:
         ValueError: no points, a number out of its range, two points at one rho, or a fastest point

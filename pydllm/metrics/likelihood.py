@@ -57,7 +57,7 @@ def log_likelihood(
         pairs: (context, target) token ids, of any lengths. The context may be empty, but for
             shifted models.
         samples: maskings a target (or a block of it), at least 1.
-        batch_size: sequences a forward.
+        batch_size: sequences per forward.
         seed: of the maskings, in [0, 2^63). They depend on the seed and the pair's tokens, and on
             nothing else in the call.
         backend: as in ``pydllm.ops``.
@@ -108,7 +108,7 @@ def matches_greedy(
     batch_size: int = 32,
     backend: str | None = None,
 ) -> Tensor:
-    """Whether decoding one token a step, the most probable first, gives exactly the target.
+    """Whether decoding one token per step, the most probable first, gives exactly the target.
 
     The target is masked as one block (with a block-causal model in its blocks), the mask id is
     never predicted, and the lowest position wins a tie. A pair is given up at its first wrong

@@ -69,7 +69,7 @@ class StaticCache:
     def take(self, rows: Sequence[int]) -> StaticCache:
         """Row i becomes what row ``rows[i]`` was, in place; a view of these rows.
 
-        Only rows that change their place are copied. The rows behind mean nothing afterwards.
+        Only rows that change their place are copied. The rows after them mean nothing afterwards.
         """
         moved = [(to, row) for to, row in enumerate(rows) if to != row]
         if moved:

@@ -54,7 +54,7 @@ class Layer:
 class NativeModel:
     """A transformer with fused projections, over ``pydllm.ops``; implements ``Model``.
 
-    Made by ``pydllm.load``. ``spec`` may be replaced, for instance to add an end of sequence.
+    Made by ``pydllm.load``. ``spec`` may be replaced, for instance to add an EOS id.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class NativeModel:
     ) -> None:
         self.spec, self.sizes, self.tokenizer = spec, sizes, tokenizer
         self._embedding, self._norm = weights["embedding"], weights["norm"]
-        # Rows behind the vocabulary are padding, no tokens.
+        # Rows past the vocabulary are padding, not tokens.
         self._head = weights.get("head", self._embedding)[: spec.vocab_size]
         bias = weights.get("head_bias")
         self._head_bias = None if bias is None else bias[: spec.vocab_size]
@@ -208,7 +208,7 @@ class NativeModel:
     ) -> None:
         """Write a candidate's keys and values to the cache; see ``Model.commit_branch``.
 
-        One launch a layer. The stored bits are those that the forward attended to.
+        One launch per layer. The stored bits are those that the forward attended to.
         """
         cos, sin = self._rope.tables(cache.max_len)
         for layer, (k, v) in enumerate(fresh):

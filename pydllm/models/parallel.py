@@ -1,8 +1,8 @@
-"""The native transformer spread over processes, one a device (tensor parallel).
+"""The native transformer spread over processes, one per device (tensor parallel).
 
 All processes run the same program on the same prompts. Hidden states are equal on all of them,
-weights and cache are parts: two sums of hidden states a layer and one behind the embedding cross
-the processes, and of the LM head a few numbers a row instead of logits. What decoding decides is
+weights and cache are parts: two sums of hidden states per layer and one after the embedding cross
+the processes, and of the LM head a few numbers per row instead of logits. What decoding decides is
 decided everywhere alike, since the statistics and the keyed noise are the same bits everywhere.
 """
 
@@ -97,7 +97,7 @@ class ParallelModel(NativeModel):
         self.partition = partition
         self.calls: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()
-        # Rows behind the vocabulary are padding, no tokens.
+        # Rows past the vocabulary are padding, not tokens.
         rows = max(spec.vocab_size - partition.vocab_rows.start, 0)
         self._head = self._head[:rows]
         self._head_bias = None if self._head_bias is None else self._head_bias[:rows]

@@ -68,10 +68,10 @@ class Model(Protocol):
             cache: what the window sees besides itself, and where it commits.
             length: ``(B,)`` int32, window rows in use, 0 to ``T``.
             kv_len: ``(B,)`` int32, end of the slots that are seen: cached ones before the window
-                and behind it, fresh ones inside it.
+                and after it, fresh ones inside it.
             commit: ``(B,)`` int32, how many of the window's rows are written to the cache.
             pad: ``(B,)`` int32, slots of left padding, or None for none.
-            branches: ``ids`` are so many candidates of the window, ``T / branches`` rows each, one
+            branches: number of candidates of the window in ``ids``, ``T / branches`` rows each, one
                 after the other, all at ``start``; each sees the cache and itself. ``commit`` is of
                 the first.
             fresh: a list that is given what ``commit_branch`` needs of this forward.
@@ -98,7 +98,7 @@ class Model(Protocol):
         """Write a candidate's keys and values to the cache, after the forward that made them.
 
         Args:
-            fresh: from a forward with so many ``branches`` at ``start``.
+            fresh: from a forward with that number of ``branches`` at ``start``.
             branch: ``(B,)`` int32, which candidate.
             commit: ``(B,)`` int32, how many of its rows, from the first on; 0 writes nothing.
         """

@@ -1,4 +1,4 @@
-"""The public functional API, one file an op."""
+"""The public functional API, one file per op."""
 
 from pydllm.ops.certainty_loss import certainty_loss
 from pydllm.ops.commit_branch import commit_branch

@@ -36,7 +36,7 @@ def draft(
     """Nested candidates: candidate j is ``x`` with the j first masks of its window filled.
 
     The masks of sequence b are the rows ``i < length[b]`` with ``x[b, start[b] + i] == mask_id``,
-    in the order in which static decoding with one token a step would fill them if a step did not
+    in the order in which static decoding with one token per step would fill them if a step did not
     change what the others predict: by block, then score, highest first, then position. Where there
     are fewer than j masks, all are filled. NaN counts as the lowest score (FreeDave,
     arXiv 2510.00294).

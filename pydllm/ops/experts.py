@@ -50,7 +50,7 @@ def experts(
         TypeError: a dtype that is not supported.
         BackendError: the named backend cannot run the call.
 
-    Determinism: no atomics; in the kernels a row's bits depend on its hidden state
+    Determinism: no atomics; in the kernels per row's bits depend on its hidden state
     and routes alone, not on the number of rows. The torch backend on a GPU is ``grouped_mm``, which
     chooses its tiles by the shape. CUDA graphs: safe, and a replay may route elsewhere than the
     capture. No host read on a GPU; on a CPU the torch backend reads which experts were chosen, and

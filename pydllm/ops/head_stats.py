@@ -55,7 +55,7 @@ def head_stats(
         bias: ``(V,)``, dtype of ``hidden``, or None.
         temperature, seed, counter, banned, tempered, softcap: as in ``vocab_stats``.
         rows: ``(N,)`` int32 or int64 on the device, the rows of ``hidden`` that count, in any
-            order; a shifted model's are one less than the positions. What has an entry a row then
+            order; a shifted model's are one less than the positions. What has an entry per row then
             has N.
             An entry outside [0, R) is padding: the result is that of a row of -inf.
         batch_invariant: the torch backend, too, promises what Determinism says; 32 rows at a time.
@@ -175,7 +175,7 @@ def fold_stats(partial: StatsPartial) -> StatsPartial:
     ``merge_stats`` of folded partials is that of the partials, up to the rounding of the sums.
 
     Returns:
-        ``StatsPartial`` with S = 1: 20 bytes a row in fp32, 32 if sampled.
+        ``StatsPartial`` with S = 1: 20 bytes per row in fp32, 32 if sampled.
 
     CUDA graphs: safe. A dozen small launches in plain torch; none where S is 1 already.
     """

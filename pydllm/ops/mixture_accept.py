@@ -71,7 +71,7 @@ def mixture_accept(
         verifier_logits: ``(R, V_A)``, same dtype: those of the autoregressive model, where row
             ``b * M + j`` has seen the drafts before position j.
         token: ``(R,)`` int64, the drafts.
-        length: ``(B,)`` int32, rows in use, 0 to M; the rows behind may hold anything.
+        length: ``(B,)`` int32, rows in use, 0 to M; the rows after them may hold anything.
         mixture: R of the paper, the weight of the draft model, in [0, 1]; or ``(B,)`` fp32. A
             sequence whose own is not in [0, 1] has no targets.
         threshold: ``(R,)`` fp32 (fp64), ``MixtureDraft.threshold``. None: all ids count.
@@ -200,7 +200,7 @@ def mixture_accept_sparse(
 
     Determinism: a sequence's results depend on that sequence alone; the verifier's logits are
     summed in another order on each backend.
-    Cost: ``size * H`` elements of the head and 12 bytes a candidate for each row in use, instead
+    Cost: ``size * H`` elements of the head and 12 bytes per candidate for each row in use, instead
     of the whole head and both logits: 0 bytes an element of the vocabulary.
     CUDA graphs: safe. ``torch.compile``: one op.
 

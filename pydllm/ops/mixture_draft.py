@@ -30,15 +30,15 @@ _MIN_SQUARED = 1e-3  # the square of a temperature has to be one, too
 class Candidates(NamedTuple):
     """The nucleus of each row, as a list in ascending order of ids; C is the capacity."""
 
-    ids: Tensor  # (R, C) int32; 0 behind the list
-    logits: Tensor  # (R, C) fp32 (fp64 of fp64 logits); -inf behind the list
-    noise: Tensor  # (R, C) the Gumbel noise of the ids, same dtype; 0 behind the list
+    ids: Tensor  # (R, C) int32; 0 past the list
+    logits: Tensor  # (R, C) fp32 (fp64 of fp64 logits); -inf past the list
+    noise: Tensor  # (R, C) the Gumbel noise of the ids, same dtype; 0 past the list
     size: Tensor  # (R,) int32, length of the list; 0 for a row that overflowed
     overflow: Tensor  # (R,) bool: the row has no nucleus, or one of more than C ids
 
 
 class MixtureDraft(NamedTuple):
-    """One entry a row of logits; floats are fp32 (fp64 of fp64 logits)."""
+    """One entry per row of logits; floats are fp32 (fp64 of fp64 logits)."""
 
     token: Tensor  # (R,) int64
     logsumexp: Tensor  # (R,) of logits / temperature, or of logits at temperature 0
@@ -87,7 +87,7 @@ def mixture_draft(
         shared_vocab: in [1, V], the number of leading ids that mean the same token to the verifier;
             those from it on are never drafted. None: V.
         rows: ``(N,)`` int32 or int64 on the device, the rows of ``logits`` that count. What has an
-            entry a row then has N. An entry outside [0, R) is padding: token 0, log-sum-exp -inf.
+            entry per row then has N. An entry outside [0, R) is padding: token 0, log-sum-exp -inf.
         capacity: in [0, 1024], room for the nucleus's ids; 0 makes no list.
         rule: ``"paper"``, or ``"reference"``: as the published code does, the nucleus is that of
             the temperature, the draft is drawn at its square (at least 1e-3 then, or 0).
@@ -158,7 +158,7 @@ def round_counter(start: Tensor, request: Tensor, rows: int, *, emit: str = "dra
     Args:
         start: ``(B,)`` int32, absolute position of each sequence's first row.
         request: ``(B,)`` int32, which stream of noise a sequence uses.
-        rows: M, rows a sequence.
+        rows: M, rows per sequence.
         emit: as in ``mixture_accept``; the draw of the first row is 1 for ``"draft"`` alone.
 
     Returns:

@@ -49,8 +49,8 @@ def verify(
 
     Candidate 0 is the state ``x``. A step fills the first mask, in the order of ``draft``, by the
     statistics of the candidate it starts from. Candidate j + 1 is accepted if candidate j is and a
-    step leads from j to j + 1: then it is a state of static decoding with one token a step, and so
-    is the state that one more step leads to from the last accepted one. That is what ``x`` becomes,
+    step leads from j to j + 1: then it is a state of static decoding with one token per step, and
+    so is the state that one more step leads to from the last accepted one. ``x`` becomes that one,
     and the statistics of the last accepted candidate give the next candidates, as in ``draft``
     (FreeDave, arXiv 2510.00294).
 

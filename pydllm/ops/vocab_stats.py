@@ -17,7 +17,7 @@ MAX_TEMPERATURE = 1e18  # its square is a number of fp32, too
 
 
 class VocabStats(NamedTuple):
-    """One entry a row of logits; statistics are fp32 (fp64 of fp64 logits)."""
+    """One entry per row of logits; statistics are fp32 (fp64 of fp64 logits)."""
 
     token: Tensor  # (R,) int64
     prob: Tensor  # (R,) probability of `token`
@@ -65,7 +65,7 @@ def vocab_stats(
         tempered: statistics of ``softmax(x / temperature)`` instead of ``softmax(x)``.
         softcap: a positive number c, ``c * tanh(logits / c)`` is taken for the logits; -inf stays.
         rows: ``(N,)`` int32 or int64 on the device, the rows of ``logits`` that count, in any
-            order. What has an entry a row, results included, then has one for each of these N.
+            order. What has an entry per row, results included, then has one for each of these N.
             An entry outside [0, R) is padding: the result is that of a row of -inf.
         top_k: at least 1: only the k largest logits count, the others are as if banned.
         top_p: in (0, 1]: only the largest logits count whose mass, of all that are not banned and

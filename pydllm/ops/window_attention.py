@@ -132,7 +132,7 @@ def window_attention(
     on the device and are not checked; window rows that do not fit into the cache give zeros and
     are not written.
 
-    A NaN stays in its sequence and its branch. Behind the masks by position it may show in a row
+    A NaN stays in its sequence and its branch. After the masks by position it may show in a row
     that does not see it, as a NaN times a weight of 0.
 
     Determinism: with the kernels, and in torch with ``batch_invariant`` but for ``pad``, a row's

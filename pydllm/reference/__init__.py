@@ -1,4 +1,4 @@
-"""Plain PyTorch, one file an op: the definition, the ``torch`` backend and the tests' oracle."""
+"""Plain PyTorch, one file per op: the definition, the ``torch`` backend and the tests' oracle."""
 
 from pydllm.reference.certainty_loss import certainty_loss, certainty_loss_backward
 from pydllm.reference.commit_branch import commit_branch

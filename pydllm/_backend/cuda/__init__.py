@@ -1,6 +1,6 @@
 """The compiled CUDA kernels, ``pydllm._C``: found, checked and called here and nowhere else.
 
-One file an op beside this one, with ``supports`` and a launcher of the same arguments as those of
+One file per op beside this one, with ``supports`` and a launcher of the same arguments as those of
 ``kernels/<op>.py``; they end in ``call``.
 """
 

@@ -1,4 +1,4 @@
-"""Launches csrc/head_stats.cu: what pieces of a vocabulary left behind becomes statistics."""
+"""Launches csrc/head_stats.cu, which merges partial results into statistics."""
 
 from __future__ import annotations
 

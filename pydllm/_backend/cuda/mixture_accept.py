@@ -67,7 +67,7 @@ def _why_not(logits: Tensor, verifier: Tensor, lists: tuple[Tensor | None, ...])
             return f"matrices must be rows of contiguous elements, got strides {matrix.stride()}"
     for tensor in lists:
         if tensor is not None and not tensor.is_contiguous():
-            return f"what is one entry a row must be contiguous, got strides {tensor.stride()}"
+            return f"what is one entry per row must be contiguous, got strides {tensor.stride()}"
     return None
 
 

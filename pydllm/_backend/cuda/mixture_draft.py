@@ -8,7 +8,7 @@ from torch import Tensor
 from pydllm._backend.cuda import DTYPES, call
 
 MAX_SHARED_VOCAB = 2**23  # kMaxSharedVocab in csrc/mixture_draft.h
-# What may be in a nucleus is noted; beyond so many ids the row is read again instead.
+# What may be in a nucleus is noted; beyond this number of ids the row is read again instead.
 NOTES = 8192
 
 
