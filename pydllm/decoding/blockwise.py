@@ -52,6 +52,7 @@ class BlockwiseAlgorithm(Algorithm):
         first_token: for shifted models with a cache: ``"window"`` starts the window one token
             early, so that every position is predicted by the row before it; ``"forced"`` takes the
             first token of each block from the block's first forward, as Fast-dLLM and FreeDave do.
+            A block-causal model takes it from there if it is ``seeded``, and only then.
         semantics: ``"exact"``, or whose accept rule to follow, as in ``pydllm.ops.unmask``, on
             fp32 scores. Under every name but ``"exact"`` the mask id may be predicted, and then
             stays a mask, as in that code; ``"llada"`` and ``"fast_dllm"`` fill such a mask in later
@@ -104,6 +105,11 @@ class BlockwiseAlgorithm(Algorithm):
                 "cache: expected 'none' with a block-causal model, which always keeps exact keys "
                 f"and values of finished blocks, got {self.cache!r}"
             )
+        if self.first_token == "forced" and spec.shift_logits and not spec.seeded:
+            raise ValueError(
+                "first_token: expected 'window' with a block-causal model that is not seeded, "
+                f"got {self.first_token!r}"
+            )
         if self.carries_masks:
             raise ValueError(
                 f"semantics: expected none of {', '.join(CARRY_MASKS)} with a block-causal model "
@@ -126,6 +132,7 @@ class Block:
         first_selection, selection: the positions that the first step and the others decide.
         positions: those of the block.
         first_decides_block, decides_block: whether these are the block's and no others.
+        skips_first: nothing is stored or forced, and the first forward is left out.
         ends_from: ``(b,)`` int32, the first position that may hold an EOS.
     """
 
@@ -140,6 +147,7 @@ class Block:
     ends_from: Tensor
     first_decides_block: bool = True
     decides_block: bool = True
+    skips_first: bool = False
 
 
 @dataclass
@@ -195,7 +203,12 @@ class BlockwiseDecoder(Decoder):
         window = block.refresh if first else block.window
         selection = block.first_selection if first else block.selection
         forced = first and block.is_forced
-        stats = window_stats(self.algorithm, state, window, selection)
+        stats = window_stats(
+            self.algorithm, state, window, selection, **_reading(state, block, first)
+        )
+        if first and state.call.model.spec.seeded:  # stored the prompt, and wrote nothing
+            only_stored = (window.length > 0) & (selection.length == 0) & ~state.done
+            state.nfe += only_stored.int()
         accept = force_first if forced else self.algorithm.accept
         # One forced token does not complete a block.
         ending = None if forced and not last else block_ending(state, block, last=last)
@@ -227,7 +240,10 @@ def begin_blocks(
         **extra,
     )
     size = call.model.spec.block_size or 1
-    state.next_start.copy_(state.prompt_length // size * size)
+    if call.model.spec.block_origin == "prompt":
+        state.next_start.copy_(state.prompt_length)
+    else:
+        state.next_start.copy_(state.prompt_length // size * size)
     return state
 
 
@@ -240,15 +256,18 @@ def is_over(state: BlockState, counts: Counts | None) -> bool:
 
 def open_block(algorithm: BlockwiseAlgorithm, state: BlockState) -> Block:
     """Open the next block of every sequence."""
-    if state.call.model.spec.block_size is None:
+    spec = state.call.model.spec
+    if spec.block_size is None:
         block = _layout_full(algorithm, state)
+    elif spec.seeded:
+        block = _layout_seeded(algorithm, state)
     else:
         block = _layout_block_causal(algorithm, state)
     buffers = state.call.runner.static_buffer
     state.block = buffers("block", block) if state.call.runner.fixed_shapes else block
     state.next_start += algorithm.block_length
     state.blocks = [index + 1 for index in state.blocks]
-    state.steps_done = 0
+    state.steps_done = int(block.skips_first)
     return state.block
 
 
@@ -332,7 +351,8 @@ def _layout_block_causal(algorithm: BlockwiseAlgorithm, state: BlockState) -> Bl
     width, before = 2 * size, start - size
     if opening:
         longest = max(call.prompt_lengths[state.prompts[slot]] for slot in opening)
-        whole = (longest // size + 1) * size
+        at_prompt = call.model.spec.block_origin == "prompt"
+        whole = longest + size if at_prompt else (longest // size + 1) * size
         others = width if len(opening) < len(state.live) else 0
         width = runner.width(max(whole, others), slots)
         before = torch.where(start < prompt + 1, 0, before)
@@ -347,6 +367,58 @@ def _layout_block_causal(algorithm: BlockwiseAlgorithm, state: BlockState) -> Bl
     return Block(steps, known, False, refresh, window, positions, positions, positions, ends_from)
 
 
+def _layout_seeded(algorithm: BlockwiseAlgorithm, state: BlockState) -> Block:
+    """The first forward stores the block before, or all that the prompt fills, and its last row
+    predicts the block's first token. The others forward the block alone.
+    """
+    call, size = state.call, algorithm.block_length
+    slots, prompt = call.max_len, state.prompt_length
+    start = state.next_start.clamp(max=slots - size)
+    length = torch.full_like(prompt, size).masked_fill(state.done, 0)
+    positions = Selection(start, length, size)
+    opening = [slot for slot in state.live if state.blocks[slot] == 0]
+    at_prompt = call.model.spec.block_origin == "prompt"
+    width, before, skips_first = size, start - size, False
+    if opening:
+        lengths = [call.prompt_lengths[state.prompts[slot]] for slot in opening]
+        longest = max(lengths) if at_prompt else max(lengths) // size * size
+        skips_first = longest == 0 and len(opening) == len(state.live)
+        width = call.runner.width(max(longest, size), slots)
+        before = torch.where(start < prompt + 1, 0, before)
+    rows = (start - before).masked_fill(state.done, 0)
+    refresh = Window.make(before, rows, start, width=width, commit=rows)
+    # The prompt's end may share the first block with masks: its first token is known then.
+    seeds = (start >= prompt).int().masked_fill(state.done, 0)
+    first_selection = Selection(start, seeds, 1)
+    window = Window.make(start, length, start + size, width=size)
+    steps, known = _limit(algorithm, [size], True)
+    if opening and not at_prompt:
+        steps, known = size + 1, False
+    ends_from = torch.maximum(start, prompt)
+    return Block(
+        steps,
+        known,
+        True,
+        refresh,
+        window,
+        first_selection,
+        positions,
+        positions,
+        ends_from,
+        first_decides_block=False,
+        skips_first=skips_first,
+    )
+
+
+def _reading(state: State, block: Block, first: bool) -> dict[str, Any]:
+    """How a forward attends and what its rows predict, where it is not as the model's own."""
+    spec = state.call.model.spec
+    if spec.context == "block":
+        return {}
+    # Causal forwards store blocks and predict the next token; a mask predicts itself.
+    return {"attention": "causal", "shifted": True} if first else {"attention": "full"}
+
+
 def window_stats(
     algorithm: BlockwiseAlgorithm,
     state: State,
@@ -355,17 +427,21 @@ def window_stats(
     *,
     branches: int = 1,
     noise_offset: Tensor | None = None,
+    attention: str | None = None,
+    shifted: bool = False,
 ) -> ops.VocabStats:
     """One forward of the window and the statistics of the selected positions ``(b, S)``.
 
     With ``branches``, the state and the selection hold that number of copies of each sequence, side
     by side, all at the sequence's window and over its cache.
     """
-    hidden = forward(state, window, branches=branches)
+    hidden = forward(state, window, branches=branches, attention=attention)
+    # Rows that predict the next token, of a model whose others do not.
+    early = int(shifted and not state.call.model.spec.shift_logits)
     return statistics(
         state,
         hidden,
-        window.start.repeat_interleave(branches),
+        window.start.repeat_interleave(branches) + early,
         selection,
         suppress_ids=state.call.suppress_ids if algorithm.semantics == "exact" else None,
         noise_offset=noise_offset,

@@ -101,15 +101,24 @@ class Call:
         return self.runner.width(longest, self.max_len)
 
 
-def padded_length(model: Model, longest: int, *, fixed_shapes: bool) -> int:
+def region(model: Model, prompt: int, max_new_tokens: int) -> int:
+    """End of the last block of a sequence, in positions."""
+    block = model.spec.block_size or 1
+    first = prompt if model.spec.block_origin == "prompt" else 0
+    return first - (first - prompt - max_new_tokens) // block * block
+
+
+def padded_length(model: Model, prompt: int, max_new_tokens: int, *, fixed_shapes: bool) -> int:
     """Positions that the rows of a call have: whole blocks, and a bucket for recorded steps."""
     spec = model.spec
-    block = spec.block_size or 1
+    whole = region(model, prompt, max_new_tokens)
     if not fixed_shapes:
-        return -(-longest // block) * block
+        return whole
+    block = spec.block_size or 1
+    # Where blocks begin at the prompt's end, another prompt's may end up to a block later.
+    spare = block - 1 if spec.block_origin == "prompt" else 0
     multiple = lcm(16, block)
-    length = -(-bucket(longest) // multiple) * multiple
-    whole = -(-longest // block) * block
+    length = -(-bucket(prompt + max_new_tokens + spare) // multiple) * multiple
     return length if spec.max_positions is None else max(whole, min(length, spec.max_positions))
 
 
@@ -119,10 +128,9 @@ def lay_out(
     """The tokens ``(N, max_len)`` of a call, on the host: prompt, masks, EOS."""
     spec = model.spec
     fill = spec.eos_ids[0] if spec.eos_ids else 0
-    block = spec.block_size or 1
     x = torch.full((len(ids), max_len), fill)
     for row, prompt in enumerate(ids):
-        end = -(-(len(prompt) + max_new_tokens) // block) * block
+        end = region(model, len(prompt), max_new_tokens)
         x[row, : len(prompt)] = torch.tensor(prompt, dtype=torch.int64)
         x[row, len(prompt) : end] = mask_id
     return x

@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from pydllm.decoding.call import Call, Step
+from pydllm.decoding.call import Call, Step, region
 from pydllm.decoding.graph import Eager
 from pydllm.decoding.state import IDLE, State, fill_holes
 from pydllm.models import Model
@@ -232,8 +232,8 @@ class _Drive:
         if self.call.on_step is None:
             return
         self.results.collect(state, state.live)
-        block = self.call.model.spec.block_size or 1
-        longest = -(-self.call.longest // block) * block
+        call = self.call
+        longest = region(call.model, max(call.prompt_lengths), call.max_new_tokens)
         x, step_map = (t[:, :longest].clone() for t in (self.results.x, self.results.step_map))
         self.call.on_step(Step(self.forwards, x, step_map, self.call.prompt_length.clone()))
 

@@ -100,6 +100,16 @@ class FreeDave(Algorithm):
 
     def check(self, model: Model, max_new_tokens: int) -> None:
         self._baseline().check(model, max_new_tokens)
+        if model.spec.seeded or model.spec.context != "block":
+            raise ValueError(
+                "FreeDave: expected a model whose blocks open with a forward of their own masks, "
+                "got one whose first token comes from the block before"
+            )
+        if self.mode == "pipelined" and model.spec.block_origin != "zero":
+            raise ValueError(
+                "mode: expected 'strict' for blocks that begin at the prompt's end, "
+                f"got {self.mode!r}"
+            )
         if self.mode == "pipelined" and model.spec.attention != "block_causal":
             raise ValueError(
                 "mode: expected 'strict' with full attention, where a later block changes what "

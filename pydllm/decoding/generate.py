@@ -238,7 +238,7 @@ def _call(
 
     lengths = [len(prompt) for prompt in ids]
     eos = torch.tensor(spec.eos_ids, device=device) if spec.eos_ids else None
-    max_len = padded_length(model, longest, fixed_shapes=False)
+    max_len = padded_length(model, max(lengths), max_new_tokens, fixed_shapes=False)
     empty = -1 if mask_id is None else mask_id
     x = lay_out(model, empty, ids, max_new_tokens, max_len)
     return Call(
@@ -294,7 +294,9 @@ def _graphs(call: Call, algorithm: Algorithm, max_batch: int | None, *, auto: bo
     """Recorded steps and buffers for calls of this kind."""
     rows = len(call.prompt_lengths)
     batch = power_of_two(min(rows, max_batch or rows))
-    max_len = padded_length(call.model, call.longest, fixed_shapes=True)
+    max_len = padded_length(
+        call.model, max(call.prompt_lengths), call.max_new_tokens, fixed_shapes=True
+    )
     per_prompt = isinstance(call.temperature, Tensor)
     sampled = per_prompt or call.temperature > 0
     # What noise is drawn with is captured, where there is any.

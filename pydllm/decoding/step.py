@@ -63,6 +63,11 @@ def forward(
     side, over one row of the cache. ``fresh`` is a list that receives what the model's
     ``commit_branch`` needs. ``attention`` and ``adapter`` as in ``Model.forward``.
     """
+    spec, options = state.call.model.spec, _options(attention, adapter)
+    if spec.block_origin == "prompt" and attention is None:
+        # A state of candidates may have a row for each, or one for all of a sequence.
+        lengths = state.prompt_length[:: len(state.prompt_length) // len(window.start)]
+        options["block_offset"] = (-lengths).remainder(spec.block_size or 1)
     index = window.index.repeat_interleave(branches, 0)
     ids = state.x.gather(1, index).unflatten(0, (-1, branches)).flatten(1)
     hidden = state.call.model.forward(
@@ -75,7 +80,7 @@ def forward(
         branches=branches,
         fresh=fresh,
         backend=state.call.backend,
-        **_options(attention, adapter),
+        **options,
     )
     return hidden.unflatten(1, (branches, -1)).flatten(0, 1)
 

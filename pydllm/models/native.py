@@ -149,6 +149,7 @@ class NativeModel:
         fresh: Fresh | None = None,
         attention: str | None = None,
         adapter: bool = False,
+        block_offset: Tensor | None = None,
         backend: str | None = None,
     ) -> Tensor:
         """Hidden states ``(B, T, hidden)`` of a window, final norm applied; see ``Model.forward``.
@@ -157,7 +158,8 @@ class NativeModel:
 
         Raises:
             ValueError: shapes or devices do not fit the model or the cache, or ``attention`` is
-                one that this model cannot have, or there is no draft adapter.
+                one that this model cannot have, or it has no draft adapter, or needs a
+                ``block_offset``.
             TypeError: ids are not int64, or a number not int32.
 
         CUDA graphs: safe with a cache that was made before the capture.
@@ -174,7 +176,7 @@ class NativeModel:
         cos, sin = self._rope.tables(keys.shape[2])
         eps = self.sizes.eps
         window: dict = {**numbers, "pad": pad, "cos": cos, "sin": sin, "backend": backend}
-        window |= self._mask(attention)
+        window |= self._mask(attention, block_offset)
         if adapter and not self.has_draft_adapter:
             raise ValueError("adapter: expected a model with a draft adapter, this one has none")
         window |= {"branches": branches, "batch_invariant": self.batch_invariant}
@@ -274,7 +276,7 @@ class NativeModel:
         hidden = self._linear(hidden, layer.gate_up, layer.gate_up_bias, backend)
         return self._contract(layer, ops.swiglu(hidden, backend=backend), backend)
 
-    def _mask(self, attention: str | None) -> dict[str, Any]:
+    def _mask(self, attention: str | None, block_offset: Tensor | None) -> dict[str, Any]:
         """The mask of a forward, in the words of ``ops.window_attention``."""
         spec = self.spec
         if attention is None:
@@ -288,10 +290,12 @@ class NativeModel:
             raise ValueError(
                 f"attention: expected 'full', 'causal' or {spec.attention!r}, got {attention!r}"
             )
-        if attention == "block_causal" and spec.block_origin != "zero":
+        if attention != "block_causal":
+            block_offset = None
+        elif spec.block_origin == "prompt" and block_offset is None:
             raise ValueError(
-                f"attention: blocks that begin at {spec.block_origin!r} are not supported in one "
-                "forward; load(..., block_origin='zero') counts them from position 0"
+                "block_offset: expected a tensor for a model whose blocks begin at the prompt's "
+                "end, got None"
             )
         blocks = spec.block_size if attention == "block_causal" else None
         if blocks and self.sizes.sliding_windows:
@@ -299,7 +303,11 @@ class NativeModel:
                 "attention: expected 'full' or 'causal' for a model with sliding windows, "
                 "got 'block_causal'"
             )
-        return {"causal": attention == "causal", "block_size": blocks}
+        return {
+            "causal": attention == "causal",
+            "block_size": blocks,
+            "block_offset": block_offset,
+        }
 
     def _sliding_window(self, layer: int, causal: bool) -> int | None:
         """The op's ``window``: keys at that distance are hidden."""

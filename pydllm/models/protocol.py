@@ -57,6 +57,7 @@ class Model(Protocol):
         fresh: Fresh | None = None,
         attention: str | None = None,
         adapter: bool = False,
+        block_offset: Tensor | None = None,
         backend: str | None = None,
     ) -> Tensor:
         """Hidden states of a window of each sequence, final norm applied.
@@ -78,6 +79,9 @@ class Model(Protocol):
             attention: of this forward: ``"full"``, ``"causal"`` or ``"block_causal"``; None: as the
                 spec says, which a model with ``context="causal"`` leaves open.
             adapter: with the model's draft adapter, a LoRA that is not merged.
+            block_offset: ``(B,)`` int32, the block of position p is
+                ``(p + block_offset) // block_size``; a model whose blocks begin at the prompt's
+                end needs it.
             backend: as in ``pydllm.ops``.
 
         Returns:

@@ -279,12 +279,13 @@ class Plain:
             return c["sliding_window"] if layer >= c["max_window_layers"] else None
         return None
 
-    def __call__(self, ids, first=0, frozen=None, block=None, causal=False):
+    def __call__(self, ids, first=0, frozen=None, block=None, causal=False, offset=0):
         """Hidden states, logits, and (keys, values) of every layer for ``ids (T,)`` from ``first``.
 
         ``frozen`` has (keys, values), each ``(n, heads, head_dim)``, of every layer: what is seen
-        besides the ids themselves. ``block``: own keys of later blocks are hidden. ``causal``: own
-        keys of later positions are, and in sliding layers those too far back.
+        besides the ids themselves. ``block``: own keys of later blocks are hidden, blocks counted
+        from ``-offset``. ``causal``: own keys of later positions are, and in sliding layers those
+        too far back.
         """
         wte, norm, head = self.ends
         x, kept = self.weights[wte + ".weight"][ids], []
@@ -303,7 +304,8 @@ class Plain:
             kept.append((k, v))
             hidden = torch.zeros(len(ids), len(ids), dtype=torch.bool)
             if block is not None:
-                hidden = positions // block > (positions // block)[:, None]
+                own = (positions + offset) // block
+                hidden = own > own[:, None]
             away = positions[:, None] - positions
             if causal:
                 hidden = away < 0
