@@ -428,7 +428,7 @@ def window_stats(
     branches: int = 1,
     noise_offset: Tensor | None = None,
     attention: str | None = None,
-    shifted: bool = False,
+    shifted: bool | None = None,
 ) -> ops.VocabStats:
     """One forward of the window and the statistics of the selected positions ``(b, S)``.
 
@@ -436,15 +436,14 @@ def window_stats(
     by side, all at the sequence's window and over its cache.
     """
     hidden = forward(state, window, branches=branches, attention=attention)
-    # Rows that predict the next token, of a model whose others do not.
-    early = int(shifted and not state.call.model.spec.shift_logits)
     return statistics(
         state,
         hidden,
-        window.start.repeat_interleave(branches) + early,
+        window.start.repeat_interleave(branches),
         selection,
         suppress_ids=state.call.suppress_ids if algorithm.semantics == "exact" else None,
         noise_offset=noise_offset,
+        shifted=shifted,
     )
 
 

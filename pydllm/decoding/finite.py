@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,7 +46,10 @@ def check_finite(call: Call, x: Tensor) -> Tensor:
 def _is_finite(call: Call, sequence: Tensor) -> bool:
     model = call.model
     length = torch.full_like(call.end[:1], len(sequence))
-    zero = torch.zeros_like(length)
+    zero, spec = torch.zeros_like(length), model.spec
+    # Any mask tells; some models have no single one for a whole sequence.
+    plain = spec.block_origin == "zero" and spec.context == "block"
+    options: dict[str, Any] = {} if plain else {"attention": "full"}
     hidden = model.forward(
         sequence[None].clamp(min=0),
         zero,
@@ -54,6 +58,7 @@ def _is_finite(call: Call, sequence: Tensor) -> bool:
         kv_len=length,
         commit=zero,
         backend=call.backend,
+        **options,
     )
     last = hidden[0, max(0, len(sequence) - call.max_new_tokens - 1) :]
     return bool(model.head_stats(last, backend=call.backend).logsumexp.isfinite().all())
