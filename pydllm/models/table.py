@@ -57,11 +57,15 @@ class Row:
     @property
     def decoders(self) -> tuple[str, ...]:
         """Names of the algorithms; ``"APD.verifier"`` for causal models."""
+        family = FAMILIES[self.family]
         if self.attention == "causal":
-            return ("APD.verifier",)
+            return ("Autoregressive", "APD.verifier")
         if self.attention == "full":
             return (*_BLOCKWISE, "FreeDave", "LeftToRight", "MultiBlock", "APD")
-        return _BLOCKWISE if FAMILIES[self.family].seeded else (*_BLOCKWISE, "FreeDave")
+        names = _BLOCKWISE if family.seeded else (*_BLOCKWISE, "FreeDave")
+        if family.causal is not None:
+            names = (*names, "Autoregressive")
+        return (*names, "SelfSpeculative") if family.causal == "shifted" else names
 
     def cells(self) -> tuple[str, ...]:
         options = "".join(f", {name}={value!r}" for name, value in self.overrides)
@@ -80,6 +84,7 @@ class Row:
 
 
 _TRUNK = "its trunk in transformers 5.24 (`pydllm verify`), an fp64 forward"
+_MOE = "an fp64 forward"
 _CAUSAL = "transformers 4.57 and 5.24, causal"
 ROWS = (
     Row(
@@ -163,6 +168,23 @@ ROWS = (
         _TRUNK,
         overrides=(("attention", "full"), ("shift_logits", True), ("mask_id", 151666)),
     ),
+    Row(
+        "LLaDA-MoE 7B-A1B",
+        "inclusionAI/LLaDA-MoE-7B-A1B-Instruct",
+        "LLaDAMoEModelLM",
+        _MOE,
+    ),
+    Row(
+        "LLaDA2.x mini, flash",
+        "inclusionAI/LLaDA2.0-mini",
+        "LLaDA2MoeModelLM",
+        _MOE,
+        drop_in=("llada2",),
+    ),
+    Row("SDAR 30B-A3B", "JetLM/SDAR-30B-A3B-Chat", "SDARMoeForCausalLM", _MOE),
+    Row("RND1 30B-A3B", "radicalnumerics/RND1-Base-0910", "RND1LM", _MOE, patch=False),
+    Row("Ling 2.0", "inclusionAI/Ling-mini-2.0", "BailingMoeV2ForCausalLM", _MOE, patch=False),
+    Row("Qwen 3 MoE", "Qwen/Qwen3-30B-A3B", "Qwen3MoeForCausalLM", _MOE),
     Row("Qwen 2, 2.5", "Qwen/Qwen2.5-7B-Instruct", "Qwen2ForCausalLM", _CAUSAL),
     Row("Qwen 3", "Qwen/Qwen3-8B", "Qwen3ForCausalLM", _CAUSAL),
     Row("Llama 2, 3.x", "meta-llama/Llama-3.1-8B-Instruct", "LlamaForCausalLM", _CAUSAL),

@@ -87,6 +87,8 @@ class Trunk:
 
 
 def _kind(sizes: Sizes) -> str:
+    if sizes.moe is not None:
+        raise PydllmError("mixtures of experts have no common class")
     if sizes.head_bias:
         raise PydllmError("transformers has no such class with a bias of the head")
     if sizes.rope.rotary != sizes.head_dim:
