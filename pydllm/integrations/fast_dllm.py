@@ -51,7 +51,9 @@ def generate(
     Args:
         model: a loaded LLaDA module, whose weights are shared, or a pydllm model.
         prompt: ``(B, P)`` token ids, not padded. The original takes one sequence; several are
-            decoded side by side, each as if alone, until the last has finished a block.
+            decoded side by side, each as if alone, until the last has finished a block. Masks in it
+            compete with those of the block, so some may be left, as in the original;
+            ``compat=False`` fills all of them.
         steps: a multiple of the number of blocks; the schedule where there is neither a threshold
             nor a factor.
         gen_length: new tokens, a multiple of ``block_length``.
@@ -238,21 +240,23 @@ def _decode(
         board.seed = draw_seed()
     for first in range(prompt.shape[1], board.length, block_length):
         last = first + block_length
-        quota = get_num_transfer_tokens(board.masked(first, last), steps).int()
-        left, all_left = board.masks_left((first, last), (0, last))
         begin, step = board.first_mask(last), 0
+        # The originals count the masks of the block; those of the prompt may be left.
+        low = first if rule.compat else min(begin, first)
+        quota = get_num_transfer_tokens(board.masked(low, last), steps).int()
+        left, all_left = board.masks_left((low, last), (0, last))
         once = rule.compat and (cache != "none" or rule.new)  # the first forward is always run
         twice = rule.old and cache != "none"
         while left or (once and step == 0) or (twice and step == 1):
             if rule.new and cache == "dual" and step >= max(steps, 1):
                 break
             before = all_left
-            window = _forward(board, cache, first, last, step, rule)
-            start = begin if cache == "none" or step == 0 else first
+            window = _forward(board, cache, low, last, step, rule)
+            start = begin if cache == "none" or step == 0 else low
             # Behind the schedule's end only masks that were predicted are left, one a step.
             now = quota[:, step] if step < steps else torch.ones_like(quota[:, 0])
             rule.apply(board, start, last, window, now.contiguous())
-            left, all_left = board.masks_left((first, last), (0, last))
+            left, all_left = board.masks_left((low, last), (0, last))
             step += 1
             stuck = left > 0 and all_left == before and rule.temperature == 0
             ends = rule.new and cache == "dual"

@@ -50,7 +50,8 @@ def generate(
 
     Args:
         model: a loaded LLaDA module, whose weights are shared, or a pydllm model.
-        prompt: ``(B, P)`` token ids; masks in it are filled too.
+        prompt: ``(B, P)`` token ids. Masks in it compete with those of the block for its schedule,
+            so some may be left, as in the original; ``compat=False`` fills all of them.
         attention_mask: ``(B, P)``, zeros on the left for padding, or None.
         steps: forwards in all, a multiple of the number of blocks.
         gen_length: new tokens, a multiple of ``block_length``.
@@ -104,7 +105,8 @@ def generate(
     loop = _Loop(board, temperature, remasking, last_ids, compat, cfg_scale)
     for last in range(prompt.shape[1] + block_length, board.length + 1, block_length):
         first = last - block_length
-        quota = get_num_transfer_tokens(board.masked(first, last), steps).int()
+        counted = board.masked(first if compat else 0, last)
+        quota = get_num_transfer_tokens(counted, steps).int()
         begin = board.first_mask(last)
         for step in range(steps):
             proposed, score = loop.propose(begin, last)

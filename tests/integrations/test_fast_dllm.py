@@ -116,6 +116,16 @@ def test_masks_in_the_prompt(models, cache):
 
 
 @pytest.mark.parametrize("cache", LOOPS)
+@pytest.mark.parametrize("options", [{}, {"threshold": 0.9}, {"factor": 0.5, "temperature": 1.0}])
+def test_filling_in(models, cache, options):
+    """Masks of the prompt: none is left without ``compat``, in a batch neither."""
+    ids, _ = prompts(2, 9)
+    ids[0, 4:6], ids[1, 2:7] = MASK, MASK
+    x, _ = LOOPS[cache](models[1], ids, **LENGTHS, **options, compat=False)
+    assert not (x == MASK).any() and torch.equal(x[:, :9][ids != MASK], ids[ids != MASK])
+
+
+@pytest.mark.parametrize("cache", LOOPS)
 def test_a_model_that_predicts_masks_alone(models, cache):
     """The loops that do not return raise; that of the dual cache returns masks since May 2026."""
     plain = type(models[0])(models[0].config, dict(models[0].weights))

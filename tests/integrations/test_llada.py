@@ -67,6 +67,17 @@ def test_masks_in_the_prompt_are_filled_and_ends_matter_nothing(models):
     assert torch.equal(llada.generate(own, ids, **LENGTHS, **IDS), expected)
 
 
+def test_filling_in(models):
+    """Masks of the prompt may be left, as in the original; without ``compat`` none are."""
+    ids, mask = prompts(3, 9, pads=[2, 0, 0])
+    ids[0, 4:6], ids[1, 2:7] = MASK, MASK
+    x = llada.generate(models[1], ids, mask, **LENGTHS, **IDS)
+    assert (x == MASK).sum() == 7
+    for options in ({}, {"temperature": 1.0}, {"remasking": "random"}, {"cfg_scale": 1.0}):
+        x = llada.generate(models[1], ids, mask, **LENGTHS, **IDS, **options, compat=False)
+        assert not (x == MASK).any() and torch.equal(x[:, :9][ids != MASK], ids[ids != MASK])
+
+
 def test_eos_last_writes_ends_last(models):
     """A model that mostly predicts the end: the option decides, in both readings."""
     plain, _ = models
