@@ -10,6 +10,7 @@
 #include "commit_branch.h"
 #include "draft.h"
 #include "head_stats.h"
+#include "linear.h"
 #include "mixture_accept.h"
 #include "mixture_draft.h"
 #include "multiblock_step.h"
@@ -118,6 +119,13 @@ PYBIND11_MODULE(_C, m) {
          "stride_token_row", "stride_score_row", "stream");
   define(m, "merge_stats", pydllm::merge_stats, "token", "prob", "entropy", "margin", "logsumexp",
          "values", "ids", "rows", "pieces", "sampled", "stream");
+  {
+    using Call = pydllm::Linear;
+    define_call(m, "linear", pydllm::linear, FIELD(y), FIELD(partial), FIELD(x), FIELD(weight),
+                FIELD(scale), FIELD(bias), FIELD(dtype), FIELD(stored), FIELD(per_block),
+                FIELD(rows), FIELD(width), FIELD(depth), FIELD(splits), FIELD(stride_x_row),
+                FIELD(stride_weight_row), FIELD(stride_scale_row));
+  }
   {
     using Call = pydllm::MixtureAccept;
     define_call(m, "mixture_accept", pydllm::mixture_accept, FIELD(accepted), FIELD(correction),

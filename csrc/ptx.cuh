@@ -70,6 +70,24 @@ __device__ __forceinline__ void mma_m16n8k16<__nv_bfloat16>(float (&c)[4], const
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// a * b + c of two pairs, each rounded once; subnormal numbers count.
+template <typename T>
+__device__ __forceinline__ unsigned fma_x2(unsigned a, unsigned b, unsigned c);
+
+template <>
+__device__ __forceinline__ unsigned fma_x2<__half>(unsigned a, unsigned b, unsigned c) {
+  unsigned d;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+
+template <>
+__device__ __forceinline__ unsigned fma_x2<__nv_bfloat16>(unsigned a, unsigned b, unsigned c) {
+  unsigned d;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+
 // Copy 16 bytes to shared memory in the background, past the L1; zeros unless `read`, and then
 // nothing is read. Both addresses are multiples of 16.
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool read) {

@@ -88,6 +88,19 @@ void mma_m16n8k16(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b
   }
 }
 
+template <typename T>
+unsigned fma_x2(unsigned a, unsigned b, unsigned c) {
+  T x[2], y[2], z[2];
+  std::memcpy(x, &a, 4);
+  std::memcpy(y, &b, 4);
+  std::memcpy(z, &c, 4);
+  for (int i = 0; i < 2; ++i)
+    x[i] = from_float<T>(fmaf(to_float(x[i]), to_float(y[i]), to_float(z[i])));
+  unsigned d;
+  std::memcpy(&d, x, 4);
+  return d;
+}
+
 inline void land(const Copy& copy) {
   if (copy.global == nullptr) {
     std::memset(copy.shared, 0, 16);

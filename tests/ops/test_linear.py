@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from pydllm import ops, reference
+from pydllm._backend.cuda import linear as cuda_linear
 from pydllm.kernels import _tiles
 from pydllm.kernels import linear as kernel
 from pydllm.ops import QuantizedWeight
@@ -59,6 +60,78 @@ def test_within_the_error_budget(backend, dtype, kind, shape):
         assert y.shape == shape[:2] and y.dtype == dtype and y.is_contiguous()
         exact = _exact(x, weight, added)
         assert max_error(y, exact) <= error_budget(exact, _plain(x, weight, added))
+
+
+CUDA_SHAPES = [
+    (1, 1, 16),
+    (3, 7, 32),
+    (33, 129, 272),
+    (65, 200, 528),
+    (17, 70, 1040),
+    (2, 384, 128),
+]
+
+
+@pytest.mark.parametrize("shape", CUDA_SHAPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_cuda_within_the_error_budget(cuda_on_cpu, dtype, kind, shape):
+    x, weight, bias = _operands(kind, dtype, *shape)
+    for added in (bias, None) if shape[0] == 17 else (bias,):
+        y = ops.linear(x, weight, added, backend="cuda")
+        exact = _exact(x, weight, added)
+        assert max_error(y, exact) <= error_budget(exact, _plain(x, weight, added))
+
+
+@pytest.mark.parametrize(
+    "dtype, kind",
+    [*[(torch.bfloat16, kind) for kind in KINDS], (torch.float16, "int8")],
+    ids=str,
+)
+def test_a_row_alone_equals_the_row_among_256_in_cuda(cuda_on_cpu, dtype, kind):
+    """Two splits; alone a row has a tile of 16 rows, among others one of 64."""
+    x, weight, bias = _operands(kind, dtype, 256, 70, 1040)
+    assert cuda_linear.splits(70, 1040) == 2
+    _assert_rows_stand_alone(x, lambda x: ops.linear(x, weight, bias, backend="cuda"))
+
+
+def test_splits_in_cuda_come_from_the_weight():
+    """Enough blocks for a GPU, and at least eight steps each."""
+    for width, depth in ((12288, 4096), (4096, 4096), (4096, 12288), (3584, 18944), (79, 128)):
+        count = cuda_linear.splits(width, depth)
+        assert count == 1 or depth // 64 // count >= 8
+        assert -(-width // 64) * count >= 192 or depth // 64 < 16 * count
+    assert cuda_linear.splits(4096, 4096) == 4
+
+
+def test_what_the_cuda_kernel_does_not_take(cuda_on_cpu):
+    x, weight = torch.ones(2, 32).half(), torch.ones(5, 32).half()
+    wide = torch.ones(2, 50).half()
+    for change, message in (
+        ({"x": x.float(), "weight": weight.float()}, "takes fp16 and bf16"),
+        ({"x": x[:, :24], "weight": weight[:, :24]}, "depths of a multiple of 16, got 24"),
+        ({"x": wide[:, :32]}, "x must be rows at multiples of 16 bytes"),
+        ({"x": torch.ones(2, 48).half()[:, 4:36]}, "x must begin at a multiple of 16 bytes"),
+        ({"x": torch.ones(2, 2, 48).half()[..., :32]}, "more than two dimensions must be contig"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            ops.linear(**{"x": x, "weight": weight} | change, backend="cuda")
+    rows = torch.ones(2, 48).half()[:, 8:40]  # rows with a stride are read in place
+    assert torch.equal(ops.linear(rows, weight, backend="cuda"), torch.full((2, 5), 32).half())
+    assert ops.linear(x[:0], weight, backend="cuda").shape == (0, 5)
+
+
+def test_every_byte_is_converted_exactly_in_cuda(cuda_on_cpu):
+    codes = torch.arange(256, dtype=torch.int32).to(torch.uint8)
+    for stored in (torch.float8_e4m3fn, torch.int8):
+        values = codes.view(stored)
+        values = values[~values.float().isnan()]
+        padded = torch.zeros(len(values), 16, dtype=torch.uint8)
+        padded[:, 5] = values.view(torch.uint8)
+        weight = QuantizedWeight(padded.view(stored), torch.ones(len(values)))
+        for dtype in DTYPES[1:]:
+            y = ops.linear(torch.ones(1, 16, dtype=dtype), weight, backend="cuda")
+            assert torch.equal(y[0].float(), values.float())
 
 
 def test_the_definition_in_fp64():
@@ -296,8 +369,8 @@ def test_the_reference_multiplies_quantised_weights_piece_by_piece(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("width, depth", [(12288, 4096), (4096, 4096), (3584, 18944), (640, 1000)])
-@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("width, depth", [(12288, 4096), (4096, 4096), (3584, 18944), (640, 1024)])
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
 def test_rows_stand_alone_on_a_gpu(backend, width, depth, kind):
     x, weight, bias = _operands(kind, torch.bfloat16, 300, width, depth)
     x, bias = x.cuda(), bias.cuda()
@@ -314,7 +387,7 @@ def test_rows_stand_alone_on_a_gpu(backend, width, depth, kind):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
 def test_a_captured_graph_replays(backend):
     x, weight, bias = (t.cuda() for t in _operands("dense", torch.bfloat16, 32, 4096, 4096))
     static = torch.zeros_like(x)

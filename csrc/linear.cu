@@ -1,0 +1,258 @@
+#include "linear.h"
+
+#include "common.cuh"
+#include "ptx.cuh"
+
+namespace pydllm {
+namespace {
+
+constexpr int kThreads = 128, kWarps = kThreads / kWarpSize;
+constexpr int kColumns = 64, kStep = 64, kStages = 4, kScaleBlock = 128;
+constexpr int kTiles = kColumns / kWarps / 8;  // of 8 columns, each warp
+constexpr int kJoinThreads = 256;
+
+// Four bytes of a weight as two pairs of T, exactly.
+template <typename T, Stored kStored>
+__device__ __forceinline__ void widen(unsigned bytes, unsigned& low, unsigned& high) {
+  constexpr bool kHalf = std::is_same_v<T, __half>;
+  const unsigned parts[2] = {(bytes & 0xffu) | (bytes & 0xff00u) << 8,
+                             (bytes >> 16 & 0xffu) | (bytes >> 16 & 0xff00u) << 8};
+  unsigned wide[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const unsigned part = parts[i];  // a byte in the low half of each 16 bits
+    if constexpr (kStored == Stored::kE4m3) {
+      // Sign and seven bits where T has its own: the number times 2^-8 or 2^-120.
+      const unsigned moved = (part & 0x00800080u) << 8 | (part & 0x007f007fu) << (kHalf ? 7 : 4);
+      wide[i] = ptx::fma_x2<T>(moved, kHalf ? 0x5c005c00u : 0x7b807b80u, 0x80008000u);
+    } else if constexpr (kHalf) {
+      // 1024 plus the byte as 0 to 255, less 1152.
+      wide[i] = ptx::fma_x2<T>((part ^ 0x00800080u) | 0x64006400u, 0x3c003c00u, 0xe480e480u);
+    } else {
+      // 128 plus the low seven bits, less 128 or 256.
+      const unsigned biased = part | 0x43004300u;
+      wide[i] = ptx::fma_x2<T>(biased & 0xff80ff80u, 0xbf80bf80u, biased & 0xff7fff7fu);
+    }
+  }
+  low = wide[0];
+  high = wide[1];
+}
+
+// Where 16 bytes of a row of 64 elements of 16 bits lie: eight rows of one chunk in all banks.
+__device__ __forceinline__ unsigned swizzle(unsigned row, unsigned chunk) {
+  return row * 128 + (chunk ^ row % 8) * 16;
+}
+
+// Elements 16 q to 16 q + 15 of a row, as pairs.
+__device__ __forceinline__ void load_sixteen(unsigned (&pairs)[8], const unsigned char* tile,
+                                             unsigned row, unsigned q) {
+#pragma unroll
+  for (unsigned i = 0; i < 2; ++i) {
+    const auto chunk =
+        load_vector(reinterpret_cast<const unsigned*>(tile + swizzle(row, 2 * q + i)));
+#pragma unroll
+    for (int j = 0; j < 4; ++j) pairs[4 * i + j] = chunk.lane[j];
+  }
+}
+
+template <typename T, Stored kStored, int kFragments>
+struct Stage {
+  static constexpr int kRows = 16 * kFragments;
+  static constexpr int kWeightBytes = kStored == Stored::kPlain ? 2 : 1;
+  static constexpr int kX = kRows * kStep * 2, kBytes = kX + kColumns * kStep * kWeightBytes;
+};
+
+// A block has 16 kFragments rows, 64 columns and one split. A warp has 16 columns of all rows, so
+// that a weight is converted once. Of a step of 64, lane q of four holds elements 16 q to 16 q +
+// 15, four for each of four instructions, of x and weight alike: a sum does not mind which are
+// together.
+template <typename T, Stored kStored, bool kPerBlock, int kFragments>
+__global__ void __launch_bounds__(kThreads) linear_kernel(const Linear call, int row_blocks) {
+  using Tile = Stage<T, kStored, kFragments>;
+  PYDLLM_DYNAMIC_SHARED(shared);
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarpSize;
+  const unsigned lane = thread % kWarpSize, g = lane / 4, q = lane % 4;
+  const int64_t block = blockIdx.x;
+  const int64_t first_row = block % row_blocks * Tile::kRows;
+  const int64_t split = block / row_blocks % call.splits;
+  const int64_t tile = block / row_blocks / call.splits;
+  const int64_t all = (call.depth + kStep - 1) / kStep;
+  const int64_t span = (all + call.splits - 1) / call.splits;
+  const int64_t first_step = split * span;
+  const int64_t rest = all - first_step;
+  const int steps = static_cast<int>(rest < 0 ? 0 : rest < span ? rest : span);
+
+  const auto* const x = static_cast<const unsigned char*>(call.x);
+  const auto* const weight = static_cast<const unsigned char*>(call.weight);
+  const auto load = [&](int step) {
+    unsigned char* const stage = shared + step % kStages * Tile::kBytes;
+    const int64_t k = (first_step + step) * kStep;
+    if (step < steps) {
+#pragma unroll
+      for (int i = thread; i < Tile::kRows * 8; i += kThreads) {
+        const int64_t row = first_row + i / 8, at = k + i % 8 * 8;
+        const bool read = row < call.rows && at < call.depth;
+        ptx::cp_async_16(stage + swizzle(i / 8, i % 8),
+                         read ? x + (row * call.stride_x_row + at) * 2 : x, read);
+      }
+      constexpr int kChunks = 4 * Tile::kWeightBytes, kElements = kStep / kChunks;
+#pragma unroll
+      for (int i = thread; i < kColumns * kChunks; i += kThreads) {
+        const int64_t row = tile * kColumns + i / kChunks, at = k + i % kChunks * kElements;
+        const bool read = row < call.width && at < call.depth;
+        const unsigned place = kStored == Stored::kPlain ? swizzle(i / 8, i % 8) : i * 16;
+        const int64_t from = (row * call.stride_weight_row + at) * Tile::kWeightBytes;
+        ptx::cp_async_16(stage + Tile::kX + place, read ? weight + from : weight, read);
+      }
+    }
+    ptx::cp_async_commit();
+  };
+
+  float acc[kFragments][kTiles][4] = {};
+#pragma unroll
+  for (int step = 0; step < kStages - 1; ++step) load(step);
+  for (int step = 0; step < steps; ++step) {
+    ptx::cp_async_wait<kStages - 2>();
+    __syncthreads();
+    load(step + kStages - 1);
+    const unsigned char* const stage = shared + step % kStages * Tile::kBytes;
+    const unsigned char* const weights = stage + Tile::kX;
+    unsigned b[kTiles][8];
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      const unsigned column = (warp * kTiles + n) * 8 + g;
+      if constexpr (kStored == Stored::kPlain) {
+        load_sixteen(b[n], weights, column, q);
+      } else {
+        const auto bytes =
+            load_vector(reinterpret_cast<const unsigned*>(weights + column * kStep + q * 16));
+#pragma unroll
+        for (int i = 0; i < 4; ++i) widen<T, kStored>(bytes.lane[i], b[n][2 * i], b[n][2 * i + 1]);
+      }
+    }
+    float scale = 1.f;
+    if constexpr (kPerBlock) {
+      scale = call.scale[tile * kColumns / kScaleBlock * call.stride_scale_row +
+                         (first_step + step) * kStep / kScaleBlock];
+    }
+#pragma unroll
+    for (int f = 0; f < kFragments; ++f) {
+      unsigned upper[8], lower[8];
+      load_sixteen(upper, stage, 16 * f + g, q);
+      load_sixteen(lower, stage, 16 * f + g + 8, q);
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+        float part[4] = {};
+        float (&sum)[4] = kPerBlock ? part : acc[f][n];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const unsigned a[4] = {upper[2 * i], lower[2 * i], upper[2 * i + 1], lower[2 * i + 1]};
+          ptx::mma_m16n8k16<T>(sum, a, b[n][2 * i], b[n][2 * i + 1]);
+        }
+        if constexpr (kPerBlock) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) acc[f][n][i] = fmaf(scale, part[i], acc[f][n][i]);
+        }
+      }
+    }
+  }
+
+  const auto* const bias = static_cast<const T*>(call.bias);
+#pragma unroll
+  for (int f = 0; f < kFragments; ++f) {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int64_t row = first_row + 16 * f + g + i / 2 * 8;
+        const int64_t column = tile * kColumns + (warp * kTiles + n) * 8 + 2 * q + i % 2;
+        if (row >= call.rows || column >= call.width) continue;
+        float value = acc[f][n][i];
+        if (call.splits > 1) {
+          call.partial[(split * call.rows + row) * call.width + column] = value;
+          continue;
+        }
+        if (!kPerBlock && call.scale != nullptr) value *= call.scale[column];
+        if (bias != nullptr) value += to_float(bias[column]);
+        static_cast<T*>(call.y)[row * call.width + column] = from_float<T>(value);
+      }
+    }
+  }
+}
+
+// Adds the splits in ascending order; a thread has one element.
+template <typename T>
+__global__ void __launch_bounds__(kJoinThreads) linear_join_kernel(const Linear call) {
+  const int64_t index = int64_t{blockIdx.x} * kJoinThreads + threadIdx.x;
+  const int64_t size = call.rows * call.width, column = index % call.width;
+  if (index >= size) return;
+  float total = call.partial[index];
+  for (int64_t split = 1; split < call.splits; ++split) total += call.partial[split * size + index];
+  if (call.scale != nullptr && !call.per_block) total *= call.scale[column];
+  if (call.bias != nullptr) total += to_float(static_cast<const T*>(call.bias)[column]);
+  static_cast<T*>(call.y)[index] = from_float<T>(total);
+}
+
+template <typename T, Stored kStored, bool kPerBlock, int kFragments>
+cudaError_t launch(const Linear& call, cudaStream_t stream) {
+  using Tile = Stage<T, kStored, kFragments>;
+  auto* const kernel = linear_kernel<T, kStored, kPerBlock, kFragments>;
+  const int64_t row_blocks = (call.rows + Tile::kRows - 1) / Tile::kRows;
+  const int64_t tiles = (call.width + kColumns - 1) / kColumns;
+  const int64_t blocks = row_blocks * tiles * call.splits;
+  const int64_t joins = (call.rows * call.width + kJoinThreads - 1) / kJoinThreads;
+  if (blocks > INT_MAX || joins > INT_MAX) return cudaErrorInvalidValue;
+  constexpr int kShared = kStages * Tile::kBytes;
+  const cudaError_t allowed = allow_shared(kernel, kShared);
+  if (allowed != cudaSuccess) return allowed;
+  PYDLLM_LAUNCH(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), kShared, stream, call,
+                static_cast<int>(row_blocks));
+  const cudaError_t launched = cudaGetLastError();
+  if (launched != cudaSuccess || call.splits == 1) return launched;
+  PYDLLM_LAUNCH(linear_join_kernel<T>, dim3(static_cast<unsigned>(joins)), dim3(kJoinThreads), 0,
+                stream, call);
+  return cudaGetLastError();
+}
+
+template <typename T, Stored kStored, bool kPerBlock = false>
+cudaError_t with_rows(const Linear& call, cudaStream_t stream) {
+  // One fragment reads a quarter of the shared memory; the bits are the same.
+  return call.rows <= 16 ? launch<T, kStored, kPerBlock, 1>(call, stream)
+                         : launch<T, kStored, kPerBlock, 4>(call, stream);
+}
+
+template <typename T>
+cudaError_t with_weight(const Linear& call, cudaStream_t stream) {
+  switch (call.stored) {
+    case Stored::kPlain:
+      return with_rows<T, Stored::kPlain>(call, stream);
+    case Stored::kE4m3:
+      return call.per_block ? with_rows<T, Stored::kE4m3, true>(call, stream)
+                            : with_rows<T, Stored::kE4m3>(call, stream);
+    case Stored::kInt8:
+      return with_rows<T, Stored::kInt8>(call, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace
+
+cudaError_t linear(const Linear& call, cudaStream_t stream) {
+  const bool small = call.stored != Stored::kPlain;
+  if (call.rows < 0 || call.width < 1 || call.depth < 1 || call.depth % 16 != 0 ||
+      call.splits < 1 || (call.splits > 1 && call.partial == nullptr) ||
+      small != (call.scale != nullptr) || (call.per_block && call.stored != Stored::kE4m3)) {
+    return cudaErrorInvalidValue;
+  }
+  if (call.rows == 0) return cudaSuccess;
+  switch (call.dtype) {
+    case Dtype::kFloat16:
+      return with_weight<__half>(call, stream);
+    case Dtype::kBFloat16:
+      return with_weight<__nv_bfloat16>(call, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace pydllm
