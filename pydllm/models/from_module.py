@@ -13,6 +13,7 @@ from pydllm.models.adapter import merged_state, peft_layers, unwrapped
 from pydllm.models.agreement import warn_of_damage
 from pydllm.models.config import Config
 from pydllm.models.families import find_family
+from pydllm.models.hooked import check_unhooked
 from pydllm.models.layouts import read_layout
 from pydllm.models.native import NativeModel
 from pydllm.models.overrides import Overrides, make_spec
@@ -39,6 +40,7 @@ def load_module(
     adapted = peft_layers(module)
     state = merged_state(module) if adapted else module.state_dict(keep_vars=True)
     _check_plain(name, state)
+    check_unhooked(module)
     found = {key: Found(tuple(value.shape), value.dtype) for key, value in state.items()}
     fused_in: dict[str, Tensor] = {}
     if sizes.moe is not None:
