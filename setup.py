@@ -23,6 +23,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 USUAL_PLACE = Path("/usr/local/cuda")
+SYSTEM_INCLUDES = (Path("/usr/include"), Path("/usr/lib/cuda/include"))
 
 OLDEST_ARCH = 80
 # PTX of the oldest one: what has no code of its own (Jetson, the next generation) translates that.
@@ -37,34 +38,58 @@ def build_cuda() -> str:
     return value
 
 
-def find_cuda() -> Path | None:
-    """The toolkit's folder: the one that is named, the usual place, or that of the nvcc on PATH."""
-    for name in ("CUDA_HOME", "CUDA_PATH"):
+@dataclass(frozen=True)
+class Toolkit:
+    """nvcc, and the folder of cuda_runtime.h."""
+
+    nvcc: Path
+    include: Path
+
+
+def find_cuda() -> tuple[Toolkit | None, str]:
+    """A toolkit, and where it was looked for: named folders, the usual place, the nvcc on PATH."""
+    looked = []
+    for name in ("CUDA_HOME", "CUDA_PATH", "CONDA_PREFIX"):
         if folder := os.environ.get(name):
-            if is_toolkit(Path(folder)):
-                return Path(folder)
-            raise SystemExit(
-                f"{name}: expected a folder with bin/nvcc and include/cuda_runtime.h, "
-                f"got {folder!r} (unset it, or set PYDLLM_BUILD_CUDA=0 to skip the CUDA kernels)"
-            )
-    if is_toolkit(USUAL_PLACE):
-        return USUAL_PLACE
+            if toolkit := toolkit_in(Path(folder)):
+                return toolkit, ""
+            looked.append(f"{name}={folder}")
+            if name != "CONDA_PREFIX":
+                return None, missing(looked)  # another one than the one that is named: no guess
+    if toolkit := toolkit_in(USUAL_PLACE):
+        return toolkit, ""
+    looked.append(str(USUAL_PLACE))
     if nvcc := shutil.which("nvcc"):
+        looked.append(nvcc)
         # The nvcc on PATH can be a script or a link far from its toolkit, so ask it where that is.
         plan = subprocess.run([nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True)
-        if found := re.search(r"^#\$ TOP=(.+)$", plan.stderr, re.MULTILINE):
-            folder = Path(found[1].strip()).resolve()
-            return folder if is_toolkit(folder) else None
-    return None
+        found = re.search(r"^#\$ TOP=(.+)$", plan.stderr, re.MULTILINE)
+        if found and (toolkit := toolkit_in(Path(found[1].strip()).resolve())):
+            return toolkit, ""
+        # A distribution's nvcc has its headers where the compiler looks by itself.
+        for folder in SYSTEM_INCLUDES:
+            if (folder / "cuda_runtime.h").exists():
+                return Toolkit(Path(nvcc), folder), ""
+    else:
+        looked.append("PATH")
+    return None, missing(looked)
 
 
-def is_toolkit(folder: Path) -> bool:
-    return (folder / "bin/nvcc").exists() and (folder / "include/cuda_runtime.h").exists()
+def missing(looked: list[str]) -> str:
+    return f"looked for bin/nvcc and cuda_runtime.h in {', '.join(looked)}"
 
 
-def choose_archs(cuda: Path) -> list[str]:
+def toolkit_in(folder: Path) -> Toolkit | None:
+    """NVIDIA's layout, or conda's, whose headers are one folder per target."""
+    nvcc = folder / "bin/nvcc"
+    places = [folder / "include", *sorted(folder.glob("targets/*/include"))]
+    include = next((place for place in places if (place / "cuda_runtime.h").exists()), None)
+    return Toolkit(nvcc, include) if include is not None and nvcc.exists() else None
+
+
+def choose_archs(cuda: Toolkit) -> list[str]:
     listed = subprocess.run(
-        [cuda / "bin/nvcc", "--list-gpu-code"], capture_output=True, text=True, check=True
+        [cuda.nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True
     )
     # Older ones lack instructions that the kernels are made of.
     known = [sm for sm in re.findall(r"sm_(\d+)", listed.stdout) if int(sm) >= OLDEST_ARCH]
@@ -81,11 +106,11 @@ def choose_archs(cuda: Path) -> list[str]:
         raise SystemExit(
             "PYDLLM_CUDA_ARCHS: expected architectures separated by semicolons, "
             f"such as '80;90a;100+PTX', got {value!r} "
-            f"({cuda / 'bin/nvcc'} compiles for {', '.join(known)})"
+            f"({cuda.nvcc} compiles for {', '.join(known)})"
         )
     if unknown := [arch for arch in archs if not supported(arch)]:
         raise SystemExit(
-            f"PYDLLM_CUDA_ARCHS: {cuda / 'bin/nvcc'} compiles these kernels for "
+            f"PYDLLM_CUDA_ARCHS: {cuda.nvcc} compiles these kernels for "
             f"{', '.join(known)}, got {', '.join(unknown)}"
         )
     return archs
@@ -135,7 +160,7 @@ class BuildCuda(build_ext):
         objects = tuple(step.output for step in steps)
         # Without architectures the link step would add code of its own, for nvcc's default one.
         codes = [flag for arch in ext.archs for flag in gencode(arch.removesuffix("+PTX"))]
-        link = [str(ext.cuda / "bin/nvcc"), "-shared", "-cudart", "static", "-Xlinker=-s", *codes]
+        link = [str(ext.cuda.nvcc), "-shared", "-cudart", "static", "-Xlinker=-s", *codes]
         link += ["-Xlinker=--as-needed", *map(str, objects), "-o", str(target)]
         steps.append(Step(target, objects, tuple(link)))
         ninja = shutil.which("ninja")
@@ -157,11 +182,11 @@ class BuildCuda(build_ext):
             flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"]
             flags += ["-Xfatbin=-compress-all", f"--threads={threads}"]
             flags += [flag for arch in ext.archs for flag in gencode(arch)]
-            command = [str(ext.cuda / "bin/nvcc"), *flags]
+            command = [str(ext.cuda.nvcc), *flags]
         else:
             flags = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden"]
             flags += [f'-DPYDLLM_VERSION="{VERSION}"', f'-DPYDLLM_ARCHS="{";".join(ext.archs)}"']
-            includes = [pybind11.get_include(), str(ext.cuda / "include"), *self.include_dirs]
+            includes = [pybind11.get_include(), str(ext.cuda.include), *self.include_dirs]
             flags += [f"-I{include}" for include in includes]
             command = [*shlex.split(os.environ.get("CXX", "c++")), *flags]
         path = ROOT.resolve() / source
@@ -203,15 +228,17 @@ def cuda_extension() -> list[Extension]:
     mode = build_cuda()
     if mode == "0":
         return []
-    cuda = find_cuda()
+    cuda, looked = find_cuda()
     if cuda is None:
         if mode == "1":
             raise SystemExit(
-                "PYDLLM_BUILD_CUDA=1, but nvcc was not found: install the CUDA toolkit, "
-                "set CUDA_HOME to it, or set PYDLLM_BUILD_CUDA=0"
+                f"PYDLLM_BUILD_CUDA=1, but nvcc was not found ({looked}): install the CUDA "
+                "toolkit, set CUDA_HOME to it, or set PYDLLM_BUILD_CUDA=0"
             )
         if any("wheel" in argument or "build" in argument for argument in sys.argv):
-            print("pydllm: no nvcc, so the CUDA kernels are left out (Triton ones are not)")
+            print(
+                f"pydllm: no nvcc, so the CUDA kernels are left out (Triton ones are not); {looked}"
+            )
         return []
     files = sorted(f"csrc/{file.name}" for file in (ROOT / "csrc").iterdir())
     sources = [file for file in files if file.endswith((".cu", ".cpp"))]
@@ -220,9 +247,9 @@ def cuda_extension() -> list[Extension]:
     return [extension]
 
 
-def tag(cuda: Path, archs: list[str]) -> str:
+def tag(cuda: Toolkit, archs: list[str]) -> str:
     """What a wheel's version says of its CUDA kernels: ``cu130.sm80ptx.sm90a``."""
-    shown = subprocess.run([cuda / "bin/nvcc", "--version"], capture_output=True, text=True)
+    shown = subprocess.run([cuda.nvcc, "--version"], capture_output=True, text=True)
     found = re.search(r"release (\d+)\.(\d+)", shown.stdout)
     toolkit = f"cu{found[1]}{found[2]}" if found else "cu"
     return ".".join([toolkit, *(f"sm{arch.lower().replace('+', '')}" for arch in archs)])

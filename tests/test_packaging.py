@@ -243,7 +243,9 @@ def setup_module(monkeypatch):
     spec.loader.exec_module(module)
     for name in ("PYDLLM_BUILD_CUDA", "PYDLLM_CUDA_ARCHS", "CUDA_HOME", "CUDA_PATH"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("CONDA_PREFIX", raising=False)
     monkeypatch.setattr(module, "USUAL_PLACE", Path("/nonexistent"))
+    monkeypatch.setattr(module, "SYSTEM_INCLUDES", ())
     monkeypatch.setenv("PATH", "/nonexistent")
     return module
 
@@ -264,7 +266,10 @@ LISTS_80_AND_90 = "printf 'sm_80\\nsm_90\\n'"
 BAD_SETTINGS = {
     "mode": ({"PYDLLM_BUILD_CUDA": "maybe"}, "expected auto, 1 or 0, got 'maybe'"),
     "no nvcc": ({"PYDLLM_BUILD_CUDA": "1", "CUDA_HOME": ""}, "nvcc was not found"),
-    "not a toolkit": ({"CUDA_HOME": "/etc"}, "expected a folder with bin/nvcc"),
+    "not a toolkit": (
+        {"CUDA_HOME": "/etc", "PYDLLM_BUILD_CUDA": "1"},
+        "nvcc was not found (looked for bin/nvcc and cuda_runtime.h in CUDA_HOME=/etc)",
+    ),
     "no archs": ({"PYDLLM_CUDA_ARCHS": ";"}, "expected architectures separated by semicolons"),
     "not an arch": ({"PYDLLM_CUDA_ARCHS": "abc"}, "such as '80;90a;100+PTX', got 'abc'"),
     "and which there are": ({"PYDLLM_CUDA_ARCHS": "sm_90"}, "compiles for 80, 90)"),
@@ -294,9 +299,10 @@ def test_archs_may_be_separated_by_spaces(setup_module, monkeypatch, tmp_path):
         tmp_path, f"[ $1 = --version ] && echo release 13.1, || {LISTS_80_AND_90}"
     )
     monkeypatch.setenv("PYDLLM_CUDA_ARCHS", "80+PTX 90a,")
-    archs = setup_module.choose_archs(toolkit)
+    found = setup_module.toolkit_in(toolkit)
+    archs = setup_module.choose_archs(found)
     assert archs == ["80+PTX", "90a"]
-    assert setup_module.tag(toolkit, archs) == "cu131.sm80ptx.sm90a"
+    assert setup_module.tag(found, archs) == "cu131.sm80ptx.sm90a"
 
 
 def test_the_version_of_sources_names_no_architecture(setup_module, monkeypatch, tmp_path):
@@ -393,7 +399,41 @@ def test_nvcc_on_path_may_be_a_script_elsewhere(setup_module, monkeypatch, tmp_p
     wrapper = fake_toolkit(tmp_path / "wrapper", f"echo '#$ TOP={toolkit}/bin/..' >&2")
     (wrapper / "include/cuda_runtime.h").unlink()
     monkeypatch.setenv("PATH", str(wrapper / "bin"))
-    assert setup_module.find_cuda() == toolkit
+    found, _ = setup_module.find_cuda()
+    assert found.nvcc == toolkit / "bin/nvcc" and found.include == toolkit / "include"
+
+
+@pytest.mark.parametrize("name", ["CUDA_HOME", "CUDA_PATH", "CONDA_PREFIX"])
+def test_auto_never_stops_an_install(setup_module, monkeypatch, tmp_path, capsys, name):
+    """A runtime container: CUDA_HOME has libraries and no nvcc."""
+    (tmp_path / "lib64").mkdir()
+    monkeypatch.setenv(name, str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["setup.py", "bdist_wheel"])
+    assert setup_module.cuda_extension() == []
+    said = capsys.readouterr().out
+    assert "the CUDA kernels are left out" in said and f"{name}={tmp_path}" in said
+
+
+@pytest.mark.parametrize("name", ["CUDA_HOME", "CONDA_PREFIX"])
+def test_condas_headers_are_one_folder_per_target(setup_module, monkeypatch, tmp_path, name):
+    toolkit = fake_toolkit(tmp_path, LISTS_80_AND_90)
+    headers = toolkit / "targets/x86_64-linux/include"
+    headers.mkdir(parents=True)
+    (toolkit / "include/cuda_runtime.h").rename(headers / "cuda_runtime.h")
+    monkeypatch.setenv(name, str(toolkit))
+    (extension,) = setup_module.cuda_extension()
+    assert extension.cuda == setup_module.Toolkit(toolkit / "bin/nvcc", headers)
+
+
+def test_a_distributions_nvcc_is_found(setup_module, monkeypatch, tmp_path):
+    """On PATH, without a toolkit's folder around it; the headers are the system's."""
+    toolkit = fake_toolkit(tmp_path / "usr", LISTS_80_AND_90)
+    (toolkit / "include").rename(tmp_path / "include")
+    monkeypatch.setenv("PATH", f"{toolkit / 'bin'}:{os.defpath}")
+    assert setup_module.find_cuda()[0] is None
+    monkeypatch.setattr(setup_module, "SYSTEM_INCLUDES", (tmp_path / "include",))
+    (extension,) = setup_module.cuda_extension()
+    assert extension.cuda == setup_module.Toolkit(toolkit / "bin/nvcc", tmp_path / "include")
 
 
 def locks():
