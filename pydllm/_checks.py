@@ -146,3 +146,24 @@ def _span(low: int, high: int) -> str:
         start = "-2^63" if low == -(2**63) else str(low)
         return f"[{start}, 2^{(high + 1).bit_length() - 1})"
     return f"[{low}, {high}]"
+
+
+def check_usable(name: str, device: torch.device | str) -> torch.device:
+    """A device that this machine has.
+
+    Raises:
+        ValueError: not a device's name, or not here.
+    """
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(
+            f"{name}: expected a device such as cpu, cuda or cuda:1, got {describe(device)}"
+        ) from None
+    if found.type == "cuda":
+        if torch.version.cuda is None and torch.version.hip is None:
+            raise ValueError(f"{name}: expected cpu, as this torch is built for, got {device}")
+        count = torch.cuda.device_count()
+        if (found.index or 0) >= count:
+            raise ValueError(f"{name}: expected one of {count} CUDA devices, got {device}")
+    return found

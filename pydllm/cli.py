@@ -13,8 +13,9 @@ from typing import Any
 import click
 from rich.console import Console
 
+from pydllm._backend import env as env_settings
 from pydllm._backend.errors import PydllmError
-from pydllm._options import BACKEND, JSON
+from pydllm._options import BACKEND, DEVICE, JSON
 from pydllm.demo import MODELS, SWEEPS, VERIFIER, WEIGHTS
 from pydllm.demo.aup import aup
 from pydllm.demo.command import demo
@@ -28,9 +29,14 @@ class _Group(click.Group):
 
     def invoke(self, context: click.Context) -> Any:
         try:
+            if env_settings.ERROR is not None:
+                raise ValueError(env_settings.ERROR)
             return super().invoke(context)
-        except (PydllmError, ValueError, TypeError) as error:
+        except (PydllmError, ValueError, TypeError, OSError) as error:
             raise click.ClickException(str(error)) from error
+        except KeyboardInterrupt:
+            click.echo("Interrupted.", err=True)
+            context.exit(130)  # 128 + SIGINT, as shells have it
 
 
 @click.group(cls=_Group)
@@ -49,7 +55,7 @@ def main() -> None:
 @click.option("--max-new-tokens", default=48, show_default=True, help="The bundled model wants 48.")
 @click.option("--temperature", default=0.0, show_default=True)
 @click.option("--seed", default=0, show_default=True)
-@click.option("--device", help="Default: the GPU if there is one.")
+@DEVICE
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16", "float64"]))
 @click.option("--data", type=PATH, help="Prompts, a JSON object a line; with --out.")
 @click.option("--out", type=PATH, help="Folder of the answers to --data; a cut off job goes on.")
@@ -121,6 +127,8 @@ def generate(
     chosen = _make_algorithm(
         algorithm, settings, lambda: load(VERIFIER if verifier is None else verifier, **options)
     )
+    if not prompts and sys.stdin.isatty():
+        click.echo("Prompts, one per line; Ctrl-D ends them (or use --prompt TEXT):", err=True)
     texts = list(prompts) or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not texts:
         raise click.UsageError("expected --prompt or lines on standard input, got neither")
@@ -184,7 +192,7 @@ def _run_job(
     join_processes(None, torch.device("cuda" if accelerated else "cpu"))
     started = time.perf_counter()
     with Progress(console=Console(stderr=True, quiet=not is_first_process())) as bar:
-        total = sum(1 for _ in data.open("rb")) if data.is_file() else None
+        total = sum(1 for line in data.open("rb") if line.strip()) if data.is_file() else None
         task = bar.add_task("rows", total=total)
 
         def progress(done: int, failed: int) -> None:
@@ -200,6 +208,11 @@ def _run_job(
         click.echo(json.dumps(record))
     else:
         click.echo(f"{out / 'results.jsonl'}: {', '.join(f'{k} {v}' for k, v in record.items())}")
+    if summary.failed == summary.rows:
+        raise click.ClickException(
+            f"expected an answer to at least one of {summary.rows} rows, got none: "
+            f"{out / 'results.jsonl'} tells why"
+        )
 
 
 def _make_algorithm(name: str, settings: tuple[str, ...], verifier: Callable[[], Any]) -> Any:
@@ -231,7 +244,7 @@ def _make_algorithm(name: str, settings: tuple[str, ...], verifier: Callable[[],
 @click.option("--strict", is_flag=True, help="Exit code 1 unless all tokens are equal.")
 @click.option("--problems", default=50, show_default=True, type=click.IntRange(1, 10000))
 @click.option("--seed", default=0, show_default=True, help="Which held-out problems.")
-@click.option("--device", help="Default: the GPU if there is one.")
+@DEVICE
 @click.option("--out", default="out/compare", show_default=True, type=click.Path(path_type=Path))
 @BACKEND
 @JSON
@@ -288,7 +301,7 @@ def env(as_json: bool) -> None:
 
 @main.command()
 @click.argument("source", metavar="DIR")
-@click.option("--device", help="Default: the GPU if there is one.")
+@DEVICE
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16", "float64"]))
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="As pydllm.load has.")
 @click.option("--reference/--no-reference", default=True, help="Compare with transformers.")
@@ -328,6 +341,15 @@ def verify(
         sys.exit(1)
 
 
+LM_EVAL_HELP = """\
+Usage: pydllm lm-eval [ARGUMENTS OF LM-EVAL]
+
+  lm-evaluation-harness with this package's models: its arguments, less --model. It is not
+  installed here: pip install 'pydllm[eval]', then this shows its own help. Example:
+
+  pydllm lm-eval --tasks gsm8k --batch_size 8 --model_args pretrained=DIR,algorithm=threshold"""
+
+
 @main.command("lm-eval", context_settings={"ignore_unknown_options": True, "help_option_names": []})
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def lm_eval(arguments: tuple[str, ...]) -> None:
@@ -335,6 +357,9 @@ def lm_eval(arguments: tuple[str, ...]) -> None:
     try:
         from pydllm.integrations.harness import main as run
     except ImportError as error:
+        if not {"--help", "-h"}.isdisjoint(arguments):
+            click.echo(LM_EVAL_HELP)
+            return
         raise PydllmError(
             f"lm-evaluation-harness cannot be imported ({error}): pip install 'pydllm[eval]'"
         ) from error

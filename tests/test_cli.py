@@ -1,8 +1,13 @@
 import json
+import os
+import re
+import subprocess
+import sys
 
 import pytest
 from click.testing import CliRunner
 
+import pydllm
 from pydllm.cli import main
 from pydllm.demo.evaluate import Score
 from pydllm.demo.sweep import frontier
@@ -170,3 +175,96 @@ def test_bad_options(arguments, code, message):
     assert result.exit_code == code, result.output
     assert message in " ".join(result.output.split())
     assert "Traceback" not in result.output
+
+
+def _process(*arguments, **settings):
+    done = subprocess.run(
+        [sys.executable, "-m", "pydllm", *arguments],
+        env=os.environ | settings,
+        capture_output=True,
+        text=True,
+    )
+    assert "Traceback" not in done.stderr
+    return done
+
+
+@pytest.mark.parametrize("name", ["PYDLLM_BACKEND", "PYDLLM_LOG", "PYDLLM_REPLACE"])
+def test_a_bad_environment_is_one_line(name):
+    done = _process("env", **{name: "foo"})
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith(f"Error: {name}: expected one of ")
+    assert done.stderr.endswith("got 'foo'\n") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "device, message",
+    [
+        ("gpu", "expected a device such as cpu, cuda or cuda:1, got 'gpu'"),
+        ("cuda:99", "expected cpu, as this torch is built for, got cuda:99|of . CUDA devices"),
+    ],
+)
+@pytest.mark.parametrize("command", ["generate", "demo", "compare", "aup"])
+def test_a_device_that_is_not_here(command, device, message):
+    result = _run(command, "--device", device)
+    assert result.exit_code == 1 and re.search(f"--device: .*({message})", result.output)
+    with pytest.raises(ValueError, match=f"^device: .*({message})"):
+        pydllm.load("llada-tiny", device=device)
+
+
+def test_messages_keep_their_brackets(tmp_path, monkeypatch):
+    """Square brackets are text: those of an extra's name, and those of a folder's."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    arguments = ("--problems", "2", "--model", "llada-tiny", "--only", "0.9", "--out")
+    result = _run("demo", *arguments, str(tmp_path / "[red]out[/red]"))
+    assert result.exit_code == 0, result.output
+    assert "pip install 'pydllm[demo]'" in result.output
+    assert "[red]out[/red]" in "".join(result.output.split())
+
+
+def test_the_demos_table_is_read_by_aup(tmp_path):
+    only = ("--problems", "2", "--model", "llada-tiny", "--only", "threshold 0", "--out")
+    assert _run("demo", *only, str(tmp_path)).exit_code == 0
+    csv = str(tmp_path / "demo.csv")
+    result = _run("aup", csv, "--out", str(tmp_path / "aup"), "--json")
+    assert result.exit_code == 0, result.output
+    points = json.loads(result.stdout.splitlines()[-1])["points"]
+    assert set(points) == {"llada-tiny, Threshold"}
+    assert len(points["llada-tiny, Threshold"]["word problems"]) >= 2
+
+
+def test_bundled_models_have_names_everywhere(tmp_path):
+    result = _run("generate", "--model", "sdar-tiny", "--prompt", PROMPT, "--set", "block_length=8")
+    assert result.exit_code == 0, result.output
+    assert pydllm.load("sdar-tiny", device="cpu").spec.block_size == 8
+    with pytest.raises(pydllm.CheckpointError, match="no-such-model: expected a directory"):
+        pydllm.load("no-such-model")
+
+
+def test_an_interrupt_is_130(monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pydllm.decoding.generate", interrupted)
+    result = _run("generate", "--prompt", PROMPT)
+    assert result.exit_code == 130 and "Interrupted." in result.output
+
+
+def test_a_terminal_is_asked_for_prompts():
+    terminal, keyboard = os.openpty()
+    os.write(terminal, b"\x04")  # Ctrl-D at once: no prompt
+    done = subprocess.run(
+        [sys.executable, "-m", "pydllm", "generate"],
+        stdin=keyboard,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2 and "Prompts, one per line; Ctrl-D ends them" in done.stderr
+
+
+def test_the_harness_has_help_without_itself(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "pydllm.integrations.harness", raising=False)
+    result = _run("lm-eval", "--help")
+    assert result.exit_code == 0 and "pip install 'pydllm[eval]'" in result.output
+    assert _run("lm-eval", "--tasks", "gsm8k").exit_code == 1

@@ -40,7 +40,7 @@ class _Once(logging.Filter):
 
 def _make_logger() -> logging.Logger:
     root = logging.getLogger("pydllm")
-    if env.LOG != "off":
+    if env.ERROR is None and env.LOG != "off":
         root.setLevel(env.LOG.upper())
         root.addHandler(logging.StreamHandler())
     logger = root.getChild("dispatch")

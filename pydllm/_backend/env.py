@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 BACKENDS = ("auto", "cuda", "triton", "torch")
 LOG_LEVELS = ("off", "info", "debug")
@@ -16,9 +17,26 @@ def _choice(name: str, allowed: tuple[str, ...]) -> str:
     return value
 
 
-BACKEND = _choice("PYDLLM_BACKEND", BACKENDS)
-LOG = _choice("PYDLLM_LOG", LOG_LEVELS)
-REPLACE = _choice("PYDLLM_REPLACE", ("0", "1")) == "1"
+BACKEND: str
+LOG: str
+REPLACE: bool
+ERROR: str | None = None  # what is wrong with one of the three; whoever reads one raises it
+try:
+    BACKEND = _choice("PYDLLM_BACKEND", BACKENDS)
+    LOG = _choice("PYDLLM_LOG", LOG_LEVELS)
+    REPLACE = _choice("PYDLLM_REPLACE", ("0", "1")) == "1"
+except ValueError as error:
+    ERROR = str(error)
+    for _name in ("BACKEND", "LOG", "REPLACE"):
+        globals().pop(_name, None)
+
+
+def __getattr__(name: str) -> Any:
+    if ERROR is not None and name in ("BACKEND", "LOG", "REPLACE"):
+        raise ValueError(ERROR)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 TRITON_INTERPRET = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 # Checkouts of published code, for bench/ to compare with; None: restatements are compared with.
 UPSTREAM_DIR = os.environ.get("PYDLLM_UPSTREAM_DIR") or None

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from pydllm._options import BACKEND, JSON
+from pydllm._options import BACKEND, DEVICE, JSON
 
 ALGORITHMS = ("threshold", "entropybound", "multiblock")
 
@@ -28,7 +28,7 @@ ALGORITHMS = ("threshold", "entropybound", "multiblock")
 )
 @click.option("--alpha", default=3.0, show_default=True, help="How hard lost accuracy is punished.")
 @click.option("--out", default="out/aup", show_default=True, type=click.Path(path_type=Path))
-@click.option("--device", help="Default: the GPU if there is one.")
+@DEVICE
 @BACKEND
 @JSON
 def aup(
@@ -62,7 +62,7 @@ def aup(
             ) from None
     values = parse_thresholds(thresholds, algorithm)
     tables = [metrics.read_points(path) for path in files]
-    console = Console(stderr=as_json)
+    console = Console(stderr=as_json, markup=False)
     tables.append(
         sweep_models(
             models, algorithm, values, problems, device=device, backend=backend, console=console

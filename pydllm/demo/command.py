@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from pydllm._options import BACKEND, JSON
+from pydllm._options import BACKEND, DEVICE, JSON
 from pydllm.demo import MODELS, VERIFIER
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     "--model", "names", multiple=True, type=click.Choice(sorted(MODELS)), help="Default: all."
 )
 @click.option("--only", multiple=True, help="Only algorithms whose name contains this.")
-@click.option("--device", help="Default: the GPU if there is one.")
+@DEVICE
 @click.option("--out", default="out/demo", show_default=True, type=click.Path(path_type=Path))
 @BACKEND
 @JSON
@@ -66,7 +66,7 @@ def demo(
             param_hint="--only",
         )
     tasks = held_out_problems(problems, seed)
-    console = Console(stderr=as_json)
+    console = Console(stderr=as_json, markup=False)
     out.mkdir(parents=True, exist_ok=True)
     scores: list[Score] = []
     curves: dict[tuple[str, str], list[Score]] = {}
@@ -128,7 +128,7 @@ def sweep(
 
     model, verifier = load(MODELS[name], device=device), load(VERIFIER, device=device)
     tasks = held_out_problems(problems, seed)
-    console = Console(stderr=as_json)
+    console = Console(stderr=as_json, markup=False)
     out.mkdir(parents=True, exist_ok=True)
     found = {}
     for kind in sweeps:
@@ -187,7 +187,8 @@ def _show_answer(console: Console, model: Any, name: str, prompt: str, generatio
     steps = [step for step in generation.step_map[0].tolist() if step >= 0]
     ids = generation.sequences[0][-generation.step_map.shape[1] :].tolist()[: len(steps)]
     words = [model.tokenizer.id_to_token(token) for token in ids]
-    console.print(f"\n[bold]{prompt}[/bold]   ({name}; the number is the step)")
+    console.print(f"\n{prompt}", style="bold", end="")
+    console.print(f"   ({name}; the number is the step)")
     if console.is_terminal:
         with Live(console=console, refresh_per_second=20, transient=True) as live:
             for step in range(max(steps) + 1):

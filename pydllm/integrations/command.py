@@ -52,7 +52,7 @@ def side_by_side(
         tokens = read_prompts(prompts, tokenizer)
     else:
         tokens = [tokenizer.encode(text).ids for text in texts]
-    console = Console(stderr=as_json)
+    console = Console(stderr=as_json, markup=False)
     labels = list(names) if names[0] != names[1] else [names[0], f"{names[1]} (patched)"]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
@@ -75,7 +75,9 @@ def side_by_side(
     table = Table(*rows[0], title=f"{folder}: {len(tokens)} prompts, {model.device}")
     for row in rows:
         table.add_row(*map(str, row.values()))
-    (console if console.is_terminal else Console(stderr=as_json, width=160)).print(table)
+    (console if console.is_terminal else Console(stderr=as_json, width=160, markup=False)).print(
+        table
+    )
     if result.first_difference is not None:
         prompt, place = result.first_difference
         sides = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from pydllm.metrics.harness_results import harness_points, is_harness_results
 Curve = list[tuple[float, float]]
 Points = dict[str, dict[str, Curve]]  # method, task, (tokens per forward, accuracy in percent)
 COLUMNS = ("method", "task", "tokens_per_forward", "accuracy")
+_DEMO = ("model", "algorithm", "exact_percent", "tokens_per_forward")
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,8 @@ def compare(
 def read_points(path: Path) -> Points:
     """Points from a CSV, JSON or YAML file.
 
-    A CSV has the columns method, task, tokens_per_forward and accuracy; JSON and YAML map methods
+    A CSV has the columns method, task, tokens_per_forward and accuracy, or is that of
+    ``pydllm demo`` or ``pydllm compare --sweep``; JSON and YAML map methods
     to tasks to lists of [tokens per forward, accuracy]. A results file that lm-evaluation-harness
     wrote of this package's models is read too.
 
@@ -125,6 +128,8 @@ def _read(path: Path) -> str:
 
 def _from_csv(path: Path, text: str) -> Points:
     reader = csv.DictReader(text.splitlines())
+    if set(_DEMO) <= set(reader.fieldnames or ()):
+        return _from_demo(reader)
     missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
     if missing:
         raise ValueError(
@@ -141,6 +146,21 @@ def _from_csv(path: Path, text: str) -> Points:
             ) from None
         points.setdefault(method, {}).setdefault(task, []).append((rho, y))
     return points
+
+
+def _from_demo(reader: csv.DictReader) -> Points:
+    """``pydllm demo``'s scores: settings of one algorithm of a model are one method's points.
+
+    Of settings with the same tokens per forward, as with two caches, the most accurate counts.
+    """
+    best: dict[str, dict[float, float]] = {}
+    for row in reader:
+        model, algorithm, *numbers = (row[name] for name in _DEMO)
+        accuracy, rate = map(float, numbers)
+        method = f"{model}, {re.split(r'[ ,]', algorithm)[0]}"
+        curve = best.setdefault(method, {})
+        curve[rate] = max(curve.get(rate, 0.0), accuracy)
+    return {method: {"word problems": sorted(curve.items())} for method, curve in best.items()}
 
 
 def _from_mapping(path: Path, values: Any) -> Points:

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from pydllm._backend.errors import CheckpointError
+from pydllm._checks import check_usable
 from pydllm.models.adapter import base_of, is_adapter, kept_beside, read_adapter
 from pydllm.models.agreement import check as check_module
 from pydllm.models.chat import read_chat_template
@@ -28,6 +29,8 @@ from pydllm.models.quantized import KINDS, check_scheme, load_quantized, split_s
 from pydllm.models.tokenizer import read_tokenizer
 from pydllm.models.weights import FLOATS, Found, check_tensors, check_tied, slots
 
+_BUNDLED = Path(__file__).parents[1] / "demo/weights"  # models by name, as in the demo
+_NAME = re.compile(r"[a-z0-9-]+")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "merges.txt")
 # Looked up in tokenizer.json where config.json has no mask_token_id.
@@ -140,7 +143,7 @@ def load(
         raise TypeError(f"source: expected a path, a hub id or a module, got {type(source)}")
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
+    device = check_usable("device", device)
     processes = 1 if tp == 1 else join_processes(tp, device)
     folder = find_folder(source, revision)
     if is_adapter(folder):
@@ -154,6 +157,8 @@ def load(
 def find_folder(source: str | os.PathLike[str], revision: str | None = None) -> Path:
     """The directory of a checkpoint: itself, or where the hub's files were put."""
     folder = Path(source)
+    if not folder.exists() and isinstance(source, str) and _NAME.fullmatch(source):
+        folder = _BUNDLED / source if (_BUNDLED / source).is_dir() else folder
     if folder.is_dir():
         if revision is not None:
             raise ValueError(f"revision: expected None for a directory, got {revision!r}")

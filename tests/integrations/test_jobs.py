@@ -1,19 +1,28 @@
 """Batch jobs: nothing lost, nothing twice, whatever stops them."""
 
+import errno
 import hashlib
 import json
+import re
+import shutil
 import threading
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 
-from pydllm import PydllmError
+from pydllm import PydllmError, generate
 from pydllm.cli import main
 from pydllm.demo import VERIFIER, WEIGHTS
 from pydllm.demo.task import held_out_problems
 from pydllm.integrations.jobs import Job, Recipe, Worker, run_job
 from pydllm.integrations.jobs import run as running
+from pydllm.integrations.jobs import worker as working
+from pydllm.integrations.jobs.worker import fingerprint
 
 # In fp64 an answer does not depend on the height of a batch's matrices.
 RECIPE = Recipe(
@@ -98,17 +107,107 @@ def test_poisoned_rows_are_reported_and_the_others_answered(tmp_path):
     errors = {record["index"]: record["error"] for record in found if "error" in record}
     assert errors.keys() == {1, 3, 4, 5}
     assert "prompt: expected text that the tokenizer can encode" in errors[1]
-    assert "line 4: expected" in errors[3]
+    assert errors[3].startswith("line 4: expected a JSON object with a 'prompt'")
+    assert "got b'{not json' (Expecting property name" in errors[3]
     assert "expected at most 128 positions" in errors[4]
-    assert "line 6: expected 'prompt' with text or token ids, got 3" in errors[5]
+    assert errors[5].endswith("text or token ids, got the prompt 3")
     assert [r for r in found if "error" not in r] == [good[index] for index in (0, 2, 6, 7)]
+
+
+def test_lines_that_are_no_rows(tmp_path):
+    """Blank ones are left out; NaN is not JSON; deep nesting is one row's error, not the job's."""
+    lines = ["", '{"id": NaN, "prompt": "tom"}', "   ", '{"prompt": ' + "[" * 100_000, "[1]", ""]
+    data = tmp_path / "x.jsonl"
+    data.write_text("\n".join([*lines, json.dumps({"prompt": [5, 6], "id": "last"})]) + "\n\n")
+    summary = run_job(data, tmp_path / "out", RECIPE)
+    assert (summary.rows, summary.failed) == (4, 3)
+
+    def no_constant(name):
+        raise AssertionError(name)
+
+    text = (tmp_path / "out" / "results.jsonl").read_text()
+    found = [json.loads(line, parse_constant=no_constant) for line in text.splitlines()]
+    assert [record["index"] for record in found] == [1, 3, 4, 6]
+    for record, got in zip(found, ("got NaN", "nested too deeply", "got list"), strict=False):
+        assert record["error"].endswith(got)
+        assert record["error"].startswith(f"line {record['index'] + 1}: expected a JSON object")
+
+
+def test_changed_weights_are_another_job(tmp_path):
+    """In place: the same folder, the same sizes; a copy elsewhere has the same fingerprint."""
+    model, copy = tmp_path / "model", tmp_path / "copy"
+    shutil.copytree(WEIGHTS, model)
+    data = write_data(tmp_path / "x.jsonl", 2)
+    recipe = replace(RECIPE, model=str(model))
+    run_job(data, tmp_path / "out", recipe)
+    shutil.copytree(model, copy)
+    assert fingerprint(copy) == fingerprint(model) == fingerprint(WEIGHTS)
+    tensors = load_file(model / "model.safetensors")
+    name = min(tensors)
+    save_file(tensors | {name: tensors[name] * 1.01}, model / "model.safetensors")
+    with pytest.raises(PydllmError, match="another job: fingerprint of the model was"):
+        run_job(data, tmp_path / "out", recipe)
+    (copy / "tokenizer.json").write_text((copy / "tokenizer.json").read_text() + " ")
+    assert fingerprint(copy) != fingerprint(WEIGHTS)
+
+
+def test_rows_that_failed_are_tried_again(tmp_path, monkeypatch):
+    """An error that has gone, such as too little memory, is no answer."""
+    data = write_data(tmp_path / "x.jsonl", 5)
+    whole = run_job(data, tmp_path / "whole", RECIPE)
+
+    def out_of_memory(model, prompts, *arguments, request_ids, **options):
+        if 1 in request_ids or 3 in request_ids:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return generate(model, prompts, *arguments, request_ids=request_ids, **options)
+
+    monkeypatch.setattr(working, "generate", out_of_memory)
+    first = run_job(data, tmp_path / "out", RECIPE, batch_size=5)
+    assert (first.failed, first.resumed) == (2, 0)
+    monkeypatch.undo()
+    second = run_job(data, tmp_path / "out", RECIPE)
+    assert (second.failed, second.resumed, second.sha256) == (0, 3, whole.sha256)
+
+
+@pytest.mark.parametrize(
+    "file, text",
+    [
+        *(("job.json", text) for text in ("", "{", "[1]", '{"no": 1}')),
+        *(("parts/*.jsonl", text) for text in ("{", "[1]", '{"no": 1}\n')),
+    ],
+)
+def test_damaged_files_are_named(tmp_path, file, text):
+    data = write_data(tmp_path / "x.jsonl", 2)
+    run_job(data, tmp_path / "out", RECIPE)
+    (path,) = (tmp_path / "out").glob(file)
+    path.write_text(text)
+    with pytest.raises(PydllmError, match=f"{re.escape(str(path))}|holds another job"):
+        run_job(data, tmp_path / "out", RECIPE)
+
+
+def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
+    data = write_data(tmp_path / "x.jsonl", 2)
+
+    def full(self, *arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(PydllmError, match="job.json: cannot be written: No space left on device"):
+        run_job(data, tmp_path / "out", RECIPE)
+
+
+def test_a_job_without_an_answer_fails(tmp_path):
+    data = tmp_path / "x.jsonl"
+    data.write_text(json.dumps(POISON) + "\n")
+    arguments = ["generate", "--data", str(data), "--out", str(tmp_path / "out"), "--json"]
+    done = CliRunner().invoke(main, [*arguments, "--max-new-tokens", "16"])
+    assert done.exit_code == 1 and json.loads(done.stdout)["failed"] == 1
+    assert "expected an answer to at least one of 1 rows, got none" in done.stderr
 
 
 def test_another_job_does_not_mix_in(tmp_path):
     data = write_data(tmp_path / "x.jsonl", 2)
     run_job(data, tmp_path / "out", RECIPE)
-    from dataclasses import replace
-
     with pytest.raises(PydllmError, match="holds another job: seed was 7, is 8"):
         run_job(data, tmp_path / "out", replace(RECIPE, seed=8))
     with pytest.raises(PydllmError, match="sha256 of the prompts"):
@@ -131,6 +230,8 @@ BAD = {
     "workers": ({"workers": 2}, ValueError, "workers: expected None, or at least 1 with Ray"),
     "algorithm": ({"algorithm": "beam"}, ValueError, "expected one of static, threshold"),
     "its check": ({"settings": (("threshold", "7"),)}, ValueError, "threshold"),
+    "parameter": ({"settings": (("treshold", "0.9"),)}, ValueError, "got 'treshold'"),
+    "model": ({"model": "no/such/folder"}, PydllmError, "expected a directory or a hub id"),
     "temperature": ({"temperature": -1.0}, ValueError, "temperature: expected 0 or at least"),
     "tokens": ({"max_new_tokens": 0}, ValueError, "max_new_tokens: expected at least 1"),
 }
@@ -148,7 +249,7 @@ def test_bad_jobs_are_refused_whole(tmp_path, changes, error, message):
     data = tmp_path / changes.pop("data", "x.jsonl")
     with pytest.raises(error, match=message.replace("(", r"\(")):
         run_job(data, tmp_path / "out", Recipe(**recipe), **changes)
-    assert not (tmp_path / "out" / "results.jsonl").exists()
+    assert not (tmp_path / "out").exists()  # free for the corrected command
 
 
 def test_the_command_line_runs_a_job(tmp_path):

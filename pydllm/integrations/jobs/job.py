@@ -4,21 +4,25 @@
     out/parts/*.jsonl  the answers of a batch, renamed into place when they are complete
     out/results.jsonl  all of them in the order of the prompts, when nothing is left
 
-A row is done when a part holds it. A batch that was cut off has no part, one that ran twice has
-written the same part twice: nothing is lost and nothing is there two times.
+A row is done when a part holds an answer to it; rows that failed are tried again. A batch that
+was cut off has no part, one that ran twice has written the same part twice: nothing is lost and
+nothing is there two times.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from pydllm._backend.errors import PydllmError
+
+_OBJECT = "a JSON object with a 'prompt', text or token ids"
 
 
 @dataclass(frozen=True)
@@ -43,10 +47,38 @@ class Summary:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it is there completely or not at all."""
+    """Write a file so that it is there completely or not at all.
+
+    Raises:
+        PydllmError: it cannot be written: no space, no permission.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise PydllmError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def read_json_line(line: str | bytes) -> Any:
+    """One JSON value.
+
+    Raises:
+        ValueError: not JSON, NaN or an infinity, which JSON lacks, or nested too deeply.
+    """
+
+    def refuse(constant: str) -> NoReturn:
+        raise ValueError(f"got {constant}")
+
+    try:
+        return json.loads(line, parse_constant=refuse)
+    except RecursionError:
+        raise ValueError("got one nested too deeply") from None
+    except ValueError as error:
+        got = str(error) if str(error).startswith("got ") else f"got {line[:60]!r} ({error})"
+        raise ValueError(got) from None
 
 
 class Job:
@@ -54,13 +86,13 @@ class Job:
 
     Args:
         data: a JSON object a line, ``{"prompt": text or ids, "id": anything}``; ``id`` is the line
-            number where there is none.
-        out: the folder, made where it does not exist.
+            number where there is none. Blank lines are left out.
+        out: the folder; ``claim`` makes it where it does not exist.
         recipe: what else decides the answers, as JSON values.
 
     Raises:
-        PydllmError: the file cannot be read or is empty, or the folder holds another job: says
-            what differs.
+        PydllmError: the file cannot be read or is empty, the folder holds another job (says what
+            differs), or a file in it is damaged.
     """
 
     def __init__(self, data: Path, out: Path, recipe: dict[str, Any]) -> None:
@@ -72,47 +104,69 @@ class Job:
         self.rows: list[Row] = []
         self.unreadable: list[dict[str, Any]] = []
         for index, line in enumerate(content.splitlines()):
-            self._read(index, line)
+            if line.strip():
+                self._read(index, line)
         self.count = len(self.rows) + len(self.unreadable)
         if self.count == 0:
             raise PydllmError(f"--data: expected a JSON object a line in {data}, got an empty file")
-        settings = recipe | {"sha256 of the prompts": hashlib.sha256(content).hexdigest()}
-        self._claim(settings)
-        self.done = {record["index"] for record in self.records()}
+        self.settings = recipe | {"sha256 of the prompts": hashlib.sha256(content).hexdigest()}
+        self._compare()
+        self.done = {record["index"] for record in self.records() if "error" not in record}
         self.resumed = len(self.done)
 
     def _read(self, index: int, line: bytes) -> None:
         name: Any = index
         try:
-            record = json.loads(line)
+            record = read_json_line(line)
             if not isinstance(record, dict):
-                raise ValueError(f"a JSON object, got {type(record).__name__}")
+                raise ValueError(f"got {type(record).__name__}")
             name = record.get("id", index)
             prompt = record.get("prompt")
             if not isinstance(prompt, str) and not (
                 isinstance(prompt, list) and all(type(token) is int for token in prompt)
             ):
-                raise ValueError(f"'prompt' with text or token ids, got {prompt!r:.80}")
-        except ValueError as error:  # what json raises is one too
-            message = f"line {index + 1}: expected {error}"
+                raise ValueError(f"got the prompt {prompt!r:.80}")
+        except ValueError as error:
+            message = f"line {index + 1}: expected {_OBJECT}, {error}"
             self.unreadable.append({"index": index, "id": name, "error": message})
         else:
             self.rows.append(Row(index, name, prompt))
 
-    def _claim(self, settings: dict[str, Any]) -> None:
-        """Make the folder this job's, or go on with it."""
-        self.parts.mkdir(parents=True, exist_ok=True)
+    def claim(self) -> None:
+        """Make the folder this job's; nothing is written before."""
+        try:
+            self.parts.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise PydllmError(f"--out: {self.parts} cannot be made: {error}") from error
         path = self.out / "job.json"
         if not path.exists():
-            write_whole(path, json.dumps(settings, indent=2) + "\n")
+            write_whole(path, json.dumps(self.settings, indent=2) + "\n")
+        self._compare()  # another process may have been first
+
+    def _compare(self) -> None:
+        path = self.out / "job.json"
+        if not path.exists():
             return
-        found = json.loads(path.read_text(encoding="utf-8"))
-        for key in {**settings, **found}:
-            if settings.get(key) != found.get(key):
+        found = self._read_own(path, path.read_bytes())
+        for key in {**self.settings, **found}:
+            if self.settings.get(key) != found.get(key):
                 raise PydllmError(
                     f"--out: {self.out} holds another job: {key} was {found.get(key)!r}, "
-                    f"is {settings.get(key)!r} (take another folder)"
+                    f"is {self.settings.get(key)!r} (take another folder)"
                 )
+
+    @staticmethod
+    def _read_own(path: Path, text: bytes) -> dict[str, Any]:
+        """An object that this job has written."""
+        try:
+            record = read_json_line(text)
+        except ValueError as error:
+            raise PydllmError(
+                f"{path}: expected JSON, {error}: the file is damaged; delete it to go on"
+            ) from None
+        if not isinstance(record, dict):
+            raise PydllmError(f"{path}: expected a JSON object, got {type(record).__name__}")
+        return record
 
     def batches(self, size: int) -> list[list[Row]]:
         """Rows that are left, ``size`` at a time, prompts of like length together.
@@ -127,8 +181,11 @@ class Job:
     def records(self) -> Iterator[dict[str, Any]]:
         """What the parts hold."""
         for path in sorted(self.parts.glob("*.jsonl")):
-            for line in path.read_text(encoding="utf-8").splitlines():
-                yield json.loads(line)
+            for line in path.read_bytes().splitlines():
+                record = self._read_own(path, line)
+                if "index" not in record:
+                    raise PydllmError(f"{path}: expected rows with an index, got {line[:60]!r}")
+                yield record
 
     def finish(self) -> Summary:
         """Write ``results.jsonl`` in the order of the prompts.
@@ -136,7 +193,8 @@ class Job:
         Raises:
             PydllmError: rows are missing.
         """
-        records = {record["index"]: record for record in self.records()}
+        written = sorted(self.records(), key=lambda record: "error" not in record)
+        records = {record["index"]: record for record in written}  # an answer before an error
         records |= {record["index"]: record for record in self.unreadable}
         if len(records) != self.count:
             raise PydllmError(
@@ -144,7 +202,7 @@ class Job:
                 "run the same command again for those that are missing"
             )
         ordered = [records[index] for index in sorted(records)]
-        text = "".join(json.dumps(record) + "\n" for record in ordered)
+        text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in ordered)
         write_whole(self.out / "results.jsonl", text)
         answered = [record for record in ordered if "error" not in record]
         return Summary(

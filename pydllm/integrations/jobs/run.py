@@ -41,7 +41,8 @@ def run_job(
         progress: called with the rows done so far and those that failed of them.
 
     Returns:
-        What was done. A row that cannot be answered has an ``error`` in place of a text.
+        What was done. A row that cannot be answered has an ``error`` in place of a text, and is
+        tried again by the next run.
 
     Raises:
         PydllmError: the data or folder is not usable, Ray is missing, or rows stayed undone.
@@ -53,25 +54,23 @@ def run_job(
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
     if workers is not None and (workers < 1 or engine == "process"):
         raise ValueError(f"workers: expected None, or at least 1 with Ray, got {workers}")
+    recipe.check()
     job = Job(data, out, recipe.as_json())
     batches = job.batches(batch_size)
     done, failed = job.resumed + len(job.unreadable), len(job.unreadable)
-    run = _on_ray(batches, recipe, job.parts, workers, device) if engine == "ray" else None
-    for rows, errors in run or _here(batches, recipe, job.parts, device):
+    if engine == "ray":
+        job.claim()
+        run = _on_ray(batches, recipe, job.parts, workers, device)
+    else:
+        worker = Worker(recipe, job.parts, device) if batches else None
+        job.claim()  # what the model or the algorithm refuses has left no trace
+        run = (worker(batch) for batch in batches if worker is not None)
+    for rows, errors in run:
         done, failed = done + rows, failed + errors
         if progress is not None:
             progress(done, failed)
     wait_for_all_processes()  # the first one has written what all of them read now
     return job.finish()
-
-
-def _here(
-    batches: list[list[Row]], recipe: Recipe, parts: Path, device: str | None
-) -> Iterator[tuple[int, int]]:
-    worker = Worker(recipe, parts, device) if batches else None
-    for batch in batches:
-        if worker is not None:
-            yield worker(batch)
 
 
 class _Actor:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pydllm.decoding import generate
-from pydllm.decoding.settings import make_algorithm
+from pydllm.decoding.settings import ALGORITHMS, make_algorithm
 from pydllm.integrations.jobs.job import Row, part_name, write_whole
 from pydllm.models import load
+from pydllm.models.load import find_folder
 from pydllm.models.parallel import is_first_process
+
+_CHECKPOINT_FILES = (".json", ".safetensors", ".jinja", ".txt", ".model")
+_SAMPLE, _MAX_HEADER = 512, 2**27  # bytes
 
 
 @dataclass(frozen=True)
@@ -46,8 +51,58 @@ class Recipe:
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed: expected an integer in [0, 2^64), got {self.seed}")
 
+    def check(self) -> None:
+        """Raise for a name or a number that no model can make right; loads nothing.
+
+        Raises:
+            PydllmError, ValueError: no such folder, algorithm or parameter, or one out of range.
+        """
+        find_folder(self.model)
+        if self._has_verifier():
+            find_folder(self.verifier)
+            return  # which its algorithm checks beside its numbers
+        make_algorithm(self.algorithm, dict(self.settings))
+
     def as_json(self) -> dict[str, Any]:
-        return json.loads(json.dumps(asdict(self)))
+        """What decides an answer, with fingerprints of the checkpoints that are read."""
+        record = json.loads(json.dumps(asdict(self)))
+        record["fingerprint of the model"] = fingerprint(find_folder(self.model))
+        if self._has_verifier():
+            record["fingerprint of the verifier"] = fingerprint(find_folder(self.verifier))
+        return record
+
+    def _has_verifier(self) -> bool:
+        kind = ALGORITHMS.get(self.algorithm.lower())
+        return kind is not None and "verifier" in {field.name for field in fields(kind)}
+
+
+def fingerprint(folder: Path) -> str:
+    """A digest of a checkpoint's files, the same for a copy of it elsewhere.
+
+    Small files are read whole. Of weights the header is read, and of each tensor its first, middle
+    and last bytes: training, merging or converting changes those, and a large file is not read.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix not in _CHECKPOINT_FILES or not path.is_file():
+            continue
+        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+        with path.open("rb") as file:
+            if path.suffix != ".safetensors":
+                digest.update(file.read())
+                continue
+            start = int.from_bytes(file.read(8), "little")
+            header = file.read(min(start, _MAX_HEADER))
+            digest.update(header)
+            try:
+                tensors = json.loads(header).values()
+            except ValueError:
+                continue  # loading it tells more
+            for first, last in (t["data_offsets"] for t in tensors if "data_offsets" in t):
+                for place in {first, (first + last) // 2, max(first, last - _SAMPLE)}:
+                    file.seek(8 + start + place)
+                    digest.update(file.read(min(_SAMPLE, last - place)))
+    return digest.hexdigest()
 
 
 class Worker:
@@ -72,7 +127,7 @@ class Worker:
         """Answer a batch and write its part; how many rows it had, and how many of them failed."""
         records = self._answer(rows)
         if self.writes:
-            text = "".join(json.dumps(record) + "\n" for record in records)
+            text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
             write_whole(self.parts / part_name(rows), text)
         return len(records), sum("error" in record for record in records)
 
