@@ -121,6 +121,28 @@ class Evaluator:
     def encode(self, text: str) -> list[int]:
         return encode(self.tokenizer, text)
 
+    def _cut_text(self, text: str, ids: list[int], until: Sequence[str]) -> str:
+        """The answer up to its first stop string, without special tokens.
+
+        A stop string that is a special token, or has one in it, is not in ``text`` any more: it is
+        looked for in ``ids`` with these kept, and what stands before it is decoded again.
+        """
+        special = {
+            t.content for t in self.tokenizer.get_added_tokens_decoder().values() if t.special
+        }
+        for stop in until:
+            inside = [content for content in special if content in stop]
+            if not inside:
+                text = text.partition(stop)[0]
+                continue
+            for count in range(1, len(ids) + 1):
+                if stop in self.tokenizer.decode(ids[:count], skip_special_tokens=False):
+                    plain = stop[: min(stop.index(content) for content in inside)]
+                    before = self.tokenizer.decode(ids[: count - 1]).removesuffix(plain)
+                    text = min(text, before, key=len)
+                    break
+        return text
+
     def _bare(self, text: str) -> list[int]:
         """Without the special tokens that the tokenizer adds."""
         return self.tokenizer.encode(text, add_special_tokens=False).ids
@@ -165,9 +187,8 @@ class Evaluator:
             )
             seconds = (time.perf_counter() - started) / len(batch)
             for row, question in enumerate(batch):
-                text = (result.text or [])[row]
-                for stop in question.until:
-                    text = text.partition(stop)[0]
+                ids = result.sequences[row][-length:].tolist()
+                text = self._cut_text((result.text or [])[row], ids, question.until)
                 answers[question.index] = text
                 task = "" if tasks is None else tasks[question.index]
                 verified = 0 if result.verifier_nfe is None else int(result.verifier_nfe[row])

@@ -1,6 +1,8 @@
 """What a harness asks for, without the harness; algorithms from names and text."""
 
 import dataclasses
+import json
+import shutil
 
 import pytest
 import torch
@@ -61,6 +63,29 @@ def test_an_answer_stops_at_the_first_of_its_strings(model, expected):
     assert got == [text[:first]]
     one = _evaluator(model).generate_until([(PROBLEMS[0].prompt, OPTIONS | {"until": words[2]})])
     assert one == [text.partition(words[2])[0]]
+
+
+@pytest.mark.parametrize("stop", ["answer", " answer"])
+def test_a_stop_string_may_be_a_special_token(model, tmp_path, stop):
+    """As a chat model's end of turn is: what is dropped from the text still ends it."""
+    shutil.copytree(MODELS["sdar-tiny"], tmp_path / "model")
+    file = tmp_path / "model/tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    token = {"id": tokenizer["model"]["vocab"]["answer"], "content": "answer", "special": True}
+    token |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    requests = [(problem.prompt, OPTIONS | {"until": [stop]}) for problem in PROBLEMS]
+    algorithm = pydllm.Static(block_length=8)
+    plain = pydllm.load(tmp_path / "model", device="cpu")
+    want = _evaluator(plain, algorithm=algorithm).generate_until(requests)
+    tokenizer["added_tokens"].append(token)
+    file.write_text(json.dumps(tokenizer))
+    special = pydllm.load(tmp_path / "model", device="cpu")
+    whole = _evaluator(special, algorithm=algorithm).generate_until(
+        [(problem.prompt, OPTIONS) for problem in PROBLEMS]
+    )
+    got = _evaluator(special, algorithm=algorithm).generate_until(requests)
+    assert [text.strip() for text in got] == [text.strip() for text in want]
+    assert all(len(short) < len(text) for short, text in zip(got, whole, strict=True))
 
 
 def test_lengths_and_temperatures_are_each_requests_own(model):
