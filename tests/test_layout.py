@@ -186,6 +186,42 @@ def test_one_word_an_op():
     assert words("csrc", "*.h") - {"dtype"} == words("csrc", "*.cu")
 
 
+def test_an_op_is_exported_and_its_bench_case_listed():
+    import pydllm.ops
+    import pydllm.reference
+
+    cases = (ROOT / "bench/cases/__init__.py").read_text()
+    for op in words("pydllm/ops"):
+        assert op in pydllm.ops.__all__ and callable(getattr(pydllm.ops, op))
+        assert callable(getattr(pydllm.reference, op))
+        assert f"    {op},\n" in cases.partition("_MODULES")[2]
+
+
+def test_pages_name_files_that_exist():
+    """Paths of this repository in backticks; ``<op>`` stands for any name."""
+    pages = [ROOT / "AGENTS.md", ROOT / "ENVS.md", ROOT / "README.md", *ROOT.glob("docs/*.md")]
+    roots = ("pydllm/", "kernels/", "csrc/", "tests/", "bench/", "docs/", "_backend/", "training/")
+    lost = []
+    for page in pages:
+        for path in re.findall(r"`([\w./<>-]+\.(?:py|md|cu|cuh|h))`", page.read_text()):
+            pattern = path.replace("<op>", "*")
+            places = (ROOT, ROOT / "pydllm")
+            if path.startswith(roots) and not any(any(p.glob(pattern)) for p in places):
+                lost.append(f"{page.name}: {path}")
+    assert lost == []
+
+
+def test_every_environment_variable_is_listed():
+    listed = set(re.findall(r"PYDLLM_\w+", (ROOT / "ENVS.md").read_text()))
+    used = set()
+    for file in ("setup.py", "pydllm/**/*.py", "bench/**/*.py", "tests/**/*.py"):
+        for path in ROOT.glob(file):
+            text = path.read_text()
+            used |= set(re.findall(r"environ(?:\.get\(|\[)\"(PYDLLM_\w+)\"", text))
+            used |= set(re.findall(r"_choice\(\"(PYDLLM_\w+)\"", text))
+    assert used - listed == set()
+
+
 def test_a_kernel_file_belongs_to_an_op():
     ops = words("pydllm/ops")
     strangers = {name for name in words("kernels") if not name.startswith(tuple(ops))}

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pydllm import ops
+from pydllm._checks import FLOATS, check_tensor
 
 __all__ = [
     "add_gumbel_noise",
@@ -33,6 +34,7 @@ __all__ = [
     "get_transfer_index_threshold",
     "sample_tokens",
 ]
+MAX_STEPS = 2**20  # a schedule is a list
 
 
 def add_gumbel_noise(logits: Tensor, temperature: float) -> Tensor:
@@ -62,6 +64,9 @@ def get_num_transfer_tokens(mask_index: Tensor, steps: int) -> Tensor:
     Returns:
         ``(B, steps)`` int64.
     """
+    check_tensor("mask_index", mask_index, ("B", "L"), torch.bool)
+    if type(steps) is not int or not 1 <= steps <= MAX_STEPS:
+        raise ValueError(f"steps: expected an int from 1 to {MAX_STEPS}, got {steps!r}")
     masks = mask_index.sum(dim=1, keepdim=True)
     step = torch.arange(steps, device=mask_index.device)
     return masks // steps + (step < masks % steps)
@@ -98,12 +103,18 @@ def get_transfer_index(
         ``x0 (B, L)`` int64, ``x`` with every mask replaced by its token, and
         ``transfer_index (B, L)`` bool, the positions to take over.
     """
+    _check_step(logits, mask_index, x)
     option: dict[str, object] = {"rule": "quota"}
     if threshold is not None and threshold <= 1:
         option = {"rule": "threshold", "threshold": max(0.0, threshold)}
     elif threshold is not None:  # no confidence exceeds 1: only the best, always taken, remains
         option["quota"] = mask_index.new_ones(len(x), dtype=torch.int32)
     elif num_transfer_tokens is not None:
+        if num_transfer_tokens.numel() != len(x):
+            raise ValueError(
+                f"num_transfer_tokens: expected one per sequence, {len(x)}, "
+                f"got {tuple(num_transfer_tokens.shape)}"
+            )
         option["quota"] = num_transfer_tokens.reshape(-1).to(torch.int32)
     else:
         raise ValueError("num_transfer_tokens: expected (B,) integers or a threshold, got None")
@@ -132,6 +143,7 @@ def get_transfer_index_dynamic(
 
     Arguments and results as ``get_transfer_index``; ``num_transfer_tokens`` is not read.
     """
+    _check_step(logits, mask_index, x)
     x0, confidence = propose(logits, temperature, remasking, mask_index, torch.float64, precise)
     chosen = choose(
         mask_index, confidence, semantics="fast_dllm", rule="factor", factor=float(factor)
@@ -171,6 +183,7 @@ def get_transfer_index_threshold(
         ``x0 (B, L)`` int64 and ``transfer_index (B, L)`` bool. A position that predicts the mask
         keeps its id in ``x0`` where ``rm_mask`` is set.
     """
+    _check_step(logits, mask_index, x)
     dtype = torch.float64 if use_float64 else torch.float32
     x0, confidence = propose(logits, temperature, "low_confidence", mask_index, dtype, precise)
     if rm_mask:
@@ -206,6 +219,13 @@ def sample_tokens(
         ``confidence (R,)`` and ``x0 (R,)`` int64. Without the two flags the confidence is the
         probability of the token.
     """
+    check_tensor("logits", logits, ("R", "V"), FLOATS)
+    if not temperature >= 0:
+        raise ValueError(f"temperature: expected at least 0, got {temperature!r}")
+    if top_k is not None and (type(top_k) is not int or top_k < 1):
+        raise ValueError(f"top_k: expected an int of at least 1 or None, got {top_k!r}")
+    if top_p is not None and not top_p >= 0:
+        raise ValueError(f"top_p: expected at least 0 or None, got {top_p!r}")
     nucleus = top_p is not None and top_p < 1
     if not precise and temperature == 0 and not nucleus and top_k is None:
         stats = ops.vocab_stats(logits)
@@ -236,6 +256,13 @@ def sample_tokens(
     if neg_entropy:
         confidence = (probs * (probs + 1e-10).log()).sum(-1)
     return confidence, x0
+
+
+def _check_step(logits: Tensor, mask_index: Tensor, x: Tensor) -> None:
+    """``logits (B, L, V)``, ``mask_index (B, L)`` bool and ``x (B, L)`` int64."""
+    check_tensor("logits", logits, ("B", "L", "V"), FLOATS)
+    for name, value, dtype in (("mask_index", mask_index, torch.bool), ("x", x, torch.int64)):
+        check_tensor(name, value, tuple(logits.shape[:2]), dtype, logits, "logits")
 
 
 def propose(

@@ -22,6 +22,7 @@ from pydllm.integrations._board import (
     with_ids,
 )
 from pydllm.integrations._drawing import Drawn, check_filters, draw
+from pydllm.integrations.samplers import MAX_STEPS
 
 __all__ = ["block_diffusion_generate"]
 
@@ -148,6 +149,8 @@ def block_diffusion_generate(
 
 def spread(block_length: int, steps: int) -> list[int]:
     """The tokens of a block over its steps, the remainder first."""
+    if steps > MAX_STEPS:
+        raise ValueError(f"steps: expected at most {MAX_STEPS}, got {steps}")
     return [block_length // steps + (step < block_length % steps) for step in range(steps)]
 
 

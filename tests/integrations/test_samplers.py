@@ -220,6 +220,45 @@ def test_signatures_are_those_of_the_originals():
         assert ", ".join(positional) == wanted
 
 
+BAD_SAMPLES = {
+    "top_k 0": {"top_k": 0},
+    "top_k -1": {"top_k": -1},
+    "top_k True": {"top_k": True},
+    "top_p": {"top_p": -0.1},
+    "temperature": {"temperature": -1.0},
+    "temperature NaN": {"temperature": float("nan")},
+    "logits": {"logits": torch.zeros(2, 3, 4)},
+    "integers": {"logits": torch.zeros(2, 3, dtype=torch.int64)},
+}
+
+
+@pytest.mark.parametrize("case", BAD_SAMPLES.values(), ids=BAD_SAMPLES)
+def test_bad_samples_are_refused(case):
+    (name,) = case
+    with pytest.raises((ValueError, TypeError), match=f"^{name}: expected .*, got "):
+        samplers.sample_tokens(**{"logits": torch.zeros(2, 7)} | case)
+
+
+@pytest.mark.parametrize("name", ["mask_index", "x", "logits", "num_transfer_tokens"])
+def test_shapes_that_do_not_fit_are_refused(name):
+    logits, x, mask_index = make(0)
+    given = {"logits": logits, "x": x, "mask_index": mask_index}
+    given["num_transfer_tokens"] = torch.ones(len(x), dtype=torch.int64)
+    given[name] = given[name][:, :-1] if given[name].ndim > 1 else given[name][:-1]
+    expected = "mask_index" if name == "logits" else name
+    for function in (samplers.get_transfer_index, samplers.get_transfer_index_dynamic):
+        if name == "num_transfer_tokens" and function is samplers.get_transfer_index_dynamic:
+            continue  # which does not read it
+        with pytest.raises(ValueError, match=f"^{expected}: expected .*, got "):
+            function(temperature=0.0, remasking="low_confidence", **given)
+
+
+@pytest.mark.parametrize("steps", [0, -1, 2**31, True, 2.0])
+def test_schedules_have_a_length(steps):
+    with pytest.raises(ValueError, match="^steps: expected an int from 1 to 1048576, got "):
+        samplers.get_num_transfer_tokens(torch.ones(2, 4, dtype=torch.bool), steps)
+
+
 def test_bad_input_is_refused():
     logits, x, mask_index = make(0)
     with pytest.raises(NotImplementedError, match="expected one of low_confidence, random, got"):
