@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from pydllm.decoding.checks import expect_int
 from pydllm.decoding.driver import Algorithm, Decoded, drive
 from pydllm.decoding.finite import check_finite
 from pydllm.decoding.graph import Eager, Graphs, cache_key, graphs_of, power_of_two
-from pydllm.decoding.prompts import encode_prompts
+from pydllm.decoding.prompts import Prompt, encode_prompts
 from pydllm.models import Model, NativeModel
 
 _WARM = 3  # dummy batches: the first compiles, the second captures, the third is as any other
@@ -23,13 +24,15 @@ _COLDEST = 1e-6  # least temperature that is not 0
 _HOTTEST = 1e6  # beyond it logits / temperature says nothing any more
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Generation:
     """Decoded sequences and what they cost.
 
     Attributes:
         sequences: one 1-D int64 tensor per prompt: the prompt and ``max_new_tokens`` ids;
             everything after the first EOS is EOS.
+        new_tokens: the new ids of each sequence, up to and including its first EOS.
+        finish_reason: ``"eos"``, or ``"length"`` where no EOS was written.
         nfe: ``(B,)`` int64, forwards of the diffusion model in which the sequence took part.
         tokens_per_forward: ``(B,)`` fp32, new tokens up to and including the first EOS, divided by
             ``nfe``.
@@ -44,6 +47,8 @@ class Generation:
     """
 
     sequences: list[Tensor]
+    new_tokens: list[Tensor]
+    finish_reason: list[str]
     nfe: Tensor
     tokens_per_forward: Tensor
     step_map: Tensor
@@ -52,10 +57,18 @@ class Generation:
     rounds: Tensor | None = None
     finite: Tensor | None = None
 
+    def __repr__(self) -> str:
+        tokens = sum(map(len, self.new_tokens))
+        return (
+            f"Generation({len(self.sequences)} sequences, {tokens} new tokens, "
+            f"{self.nfe.double().mean():.1f} forwards and "
+            f"{self.tokens_per_forward.double().mean():.2f} tokens per forward on average)"
+        )
+
 
 def generate(
     model: Model,
-    prompts: Sequence[Sequence[int]] | Sequence[Tensor] | Sequence[str],
+    prompts: Sequence[Prompt] | Tensor | Mapping[str, Any],
     algorithm: Algorithm,
     *,
     max_new_tokens: int,
@@ -72,7 +85,9 @@ def generate(
 
     Args:
         model: what ``pydllm.load`` returned, or anything with the protocol ``pydllm.models.Model``.
-        prompts: lists or 1-D tensors of token ids, or strings where the model has a tokenizer.
+        prompts: a list: token ids (lists or 1-D tensors), strings, or chat messages (lists of
+            ``{"role": ..., "content": ...}``), which the model's template renders. Or a ``(B, L)``
+            tensor or array of ids, or a mapping with ``input_ids`` and ``attention_mask``.
         algorithm: ``Static(...)``, ``Threshold(...)``, ``Factor(...)``, ``EntropyBound(...)``,
             ``FreeDave(...)``, ``APD(...)``, ``LeftToRight(...)`` or ``MultiBlock(...)``.
         max_new_tokens: length of every generation region, in tokens.
@@ -338,6 +353,8 @@ def _collect(decoded: Decoded, call: Call) -> Generation:
         text = model.tokenizer.decode_batch(kept)
     return Generation(
         sequences=[x[row, : part.stop].clone() for row, part in enumerate(new)],
+        new_tokens=[row[:n].clone() for row, n in zip(answers, counted.numpy(), strict=True)],
+        finish_reason=["eos" if ended else "length" for ended in ends.any(1).numpy()],
         nfe=nfe,
         tokens_per_forward=counted / nfe.clamp(min=1),
         step_map=torch.stack([step_map[row, part] for row, part in enumerate(new)]),

@@ -139,7 +139,7 @@ class Worker:
         try:
             made = generate(
                 self.model,
-                [row.prompt for row in rows],  # type: ignore[arg-type]
+                [row.prompt for row in rows],
                 self.algorithm,
                 max_new_tokens=recipe.max_new_tokens,
                 temperature=recipe.temperature,
