@@ -127,7 +127,7 @@ class AttentionTile(NamedTuple):
 WINDOW_ATTENTION = {
     (INTERPRETER, 2, 512): AttentionTile(128, 64, 4, 1),
     (INTERPRETER, 4, 512): AttentionTile(128, 64, 4, 1),
-    (80, 2, 64): AttentionTile(64, 32, 4, 3, 168),
+    (80, 2, 64): AttentionTile(64, 32, 4, 3, 192),
     (80, 2, 128): AttentionTile(64, 32, 8, 3),
     (80, 2, 256): AttentionTile(32, 32, 8, 2),
     (80, 2, 512): AttentionTile(16, 32, 8, 1),

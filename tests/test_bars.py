@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
 import sass
+import step_model
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -72,3 +74,20 @@ def test_bars_that_are_missed_are_reported():
     done = run("window_attention", "--case", "LLaDA, 32 rows, 2k", change=change)
     assert done.returncode == 1, done.stdout + done.stderr[-2000:]
     assert all(bar in done.stdout for bar in ("issue:", "serial:", "flight:"))
+
+
+def test_the_model_of_a_step():
+    """Its floors by hand, and that it says what it is."""
+    llada = step_model.MODELS["LLaDA-8B"]
+    layer = 4 * 4096 * 4096 + 3 * 4096 * 12288
+    assert llada.weight_bytes == 2 * (32 * layer + 126464 * 4096)
+    moved = llada.weight_bytes + 32 * 2048 * 32 * 128 * 2 * 2
+    best = step_model.achievable(step_model.GPUS["h100"], llada, 1, 2048)
+    assert best == pytest.approx(moved / (0.9 * 3.35e12))
+    for batch in (1, 8, 32):
+        found = step_model.step(step_model.GPUS["h100"], llada, batch, 2048)
+        predicted = sum(kernel.count * kernel.seconds for kernel in found)
+        assert predicted > step_model.achievable(step_model.GPUS["h100"], llada, batch, 2048)
+    result = CliRunner().invoke(step_model.main, ["--gpu", "h100", "--kernels"])
+    assert result.exit_code == 0
+    assert "nothing here was measured" in result.output
