@@ -84,7 +84,7 @@ def attend(
     seen,  # [1 or BLOCK_M, BLOCK_N]
     online,
     scores,  # Scores
-    poison,  # [BLOCK_M, BLOCK_D] is added to the sums, or None
+    poison,  # None, or rows [BLOCK_M, 1] and what is added to their sums, [1, BLOCK_D]
 ):
     """One key tile."""
     s = tl.dot(q_a, tl.trans(k_a), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
@@ -99,7 +99,7 @@ def attend(
     l_new = online.l_i * alpha + tl.sum(p, 1)
     acc = online.acc * alpha[:, None]
     if poison is not None:
-        acc += poison
+        acc = tl.where(poison[0], acc + poison[1], acc)
     acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
     return OnlineSoftmax(acc, m_new, l_new)
 
@@ -277,8 +277,8 @@ def attend_window(
             finite = (v - v).to(tl.float32) == 0.0
             clean = tl.where(finite, v, 0.0).to(v.dtype)
             poison = tl.sum(tl.where(finite, 0.0, v.to(tl.float32)), 0)[None, :]
-            poison = tl.where(mine & (poison != 0.0), poison, -0.0)  # -0 changes no bit
-            online = attend(q_a, q_b, k_a, k_b, clean, seen & mine, online, scores, poison)
+            poison = tl.where(poison == 0.0, -0.0, poison)  # -0 changes no bit
+            online = attend(q_a, q_b, k_a, k_b, clean, seen & mine, online, scores, (mine, poison))
     return online
 
 
