@@ -1,9 +1,13 @@
 """Blocks that begin at the prompt's end, seeds, causal contexts: against loops without a cache."""
 
+import json
+
 import pytest
 import torch
 
 import pydllm
+from pydllm.demo import MODELS
+from pydllm.demo.task import held_out_problems
 from tests.models.plain import RECENT, random_plain, write_checkpoint
 
 MASK, EOS = 60, (59, 57)
@@ -180,3 +184,22 @@ def test_a_seed_needs_a_token_before_it(tmp_path):
     model, _ = make(tmp_path, "nemotron", 0, 1.0)
     with pytest.raises(ValueError, match="expected at least one token"):
         pydllm.generate(model, [[]], pydllm.Static(block_length=4), max_new_tokens=8)
+
+
+def test_a_chat_checkpoint_stops_at_its_turns_end(tmp_path):
+    """SDAR's chat models name the end of a turn in generation_config.json alone."""
+    bundled = MODELS["sdar-tiny"]
+    for file in bundled.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    turn, text = config["eos_token_id"], 2
+    (tmp_path / "config.json").write_text(json.dumps(config | {"eos_token_id": text}))
+    ends = {"eos_token_id": [turn, text]}
+    (tmp_path / "generation_config.json").write_text(json.dumps(ends))
+    rows = [problem.prompt for problem in held_out_problems(3)]
+    options = {"max_new_tokens": 64}
+    algorithm = pydllm.Threshold(threshold=0.9, block_length=8)
+    expected = pydllm.generate(pydllm.load(bundled, device="cpu"), rows, algorithm, **options)
+    got = pydllm.generate(pydllm.load(tmp_path, device="cpu"), rows, algorithm, **options)
+    assert torch.equal(got.nfe, expected.nfe)
+    assert got.text == expected.text

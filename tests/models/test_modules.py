@@ -63,3 +63,48 @@ def test_ends_of_a_modules_generation_config(module):
 
 def test_a_bundled_folder_has_no_template():
     assert load(MODELS["llada-tiny"], device="cpu").chat_template is None
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * 1.5
+
+
+def scaled(block):
+    old = block.q_proj
+    block.q_proj = Scaled(old.in_features, old.out_features, bias=False)
+
+
+def replaced(block):
+    old = block.q_proj.forward
+    block.q_proj.forward = lambda x: old(x) * 1.5
+
+
+COMPUTED = {
+    "hook": (lambda b: b.register_forward_hook(lambda *a: a[2]), "blocks.1: .*a forward hook"),
+    "pre-hook": (lambda b: b.q_proj.register_forward_pre_hook(lambda *a: None), "q_proj: .*hook"),
+    "replaced": (replaced, "blocks.1.q_proj: .*, found a forward of its own, which would be left"),
+    "subclass": (scaled, "blocks.1.q_proj: .*, found a Scaled, which would be left out"),
+}
+
+
+@pytest.mark.parametrize("change, message", COMPUTED.values(), ids=COMPUTED)
+def test_what_is_computed_besides_the_weights(module, change, message):
+    change(module.model.transformer.blocks[1])
+    with pytest.raises(CheckpointError, match=message + r"(?s:.*)pydllm.patch\(module\)"):
+        load(module)
+
+
+def test_hooks_of_the_whole_module_are_warned_of(module):
+    module.register_forward_hook(lambda *a: a[2])
+    with pytest.warns(RuntimeWarning, match="a forward hook of the whole module is left out"):
+        load(module)
+
+
+def test_accelerate_on_one_device(module):
+    hooks = pytest.importorskip("accelerate.hooks", reason="attaches its hooks")
+    plain = load(LLaDAModelLM(CONFIG | {"n_layers": 2})).sizes
+    hooks.add_hook_to_module(
+        module.model.transformer.blocks[1], hooks.AlignDevicesHook(execution_device="cpu")
+    )
+    assert load(module).sizes == plain

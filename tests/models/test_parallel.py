@@ -18,7 +18,7 @@ from pydllm.models.checkpoint import Shards, read_config
 from pydllm.models.families import find_family
 from pydllm.models.partition import Partition
 from pydllm.models.weights import slots
-from tests.models.plain import CONFIGS, LLADA, random_plain, write_checkpoint
+from tests.models.plain import CONFIGS, LLADA, RECENT, random_plain, write_checkpoint
 
 TWO_HEADS = LLADA | {"n_heads": 2, "n_kv_heads": 2}
 SHAPES = {2: [name for name in CONFIGS if name != "sdar"], 4: ["llada", "llada-gqa", "two-heads"]}
@@ -232,3 +232,26 @@ def test_torchrun_runs_a_job(tmp_path):
         sums.append(json.loads(line)["sha256"])
     assert len(set(sums)) == 1
     assert len(list((tmp_path / "two" / "parts").iterdir())) == 3
+
+
+def look_at_a_draft(tp, folder):
+    """Hidden states of a bidirectional window past the original length, with the draft adapter."""
+    model = pydllm.load(folder, dtype=torch.float64, device="cpu", tp=tp)
+    ids = torch.arange(15)[None]
+    cache, at = model.new_cache(1, 15), torch.tensor([15], dtype=torch.int32)
+    options = {"length": at, "kv_len": at, "commit": at, "attention": "full"}
+    zero = torch.zeros_like(at)
+    return [model.forward(ids, zero, cache, adapter=adapter, **options) for adapter in (0, 1)]
+
+
+def test_query_scale_and_draft_adapter(tmp_path):
+    from tests.models.test_adapter import factors, write_adapter
+
+    plain = random_plain(RECENT["nemotron"])
+    folder = write_checkpoint(tmp_path / "checkpoint", plain)
+    write_adapter(folder / "linear_spec_lora", factors(plain, ["o_proj"]))
+    alone = look_at_a_draft(1, folder)
+    assert (alone[0] - alone[1]).abs().max() > 0.1
+    for own in spread(tmp_path / "spread", 2, look_at_a_draft, folder):
+        for got, expected in zip(own, alone, strict=True):
+            torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
