@@ -47,7 +47,7 @@ def test_messages_are_rendered_by_the_template(model):
     with pytest.raises(ValueError, match=r"prompts\[0\]: .*without a template"):
         encode_prompts(model, [messages])
     template = "{% for m in messages %}{{ m.content }} .{% endfor %}"
-    model.chat_template = ChatTemplate(template, {})
+    model.chat_template = ChatTemplate({"default": template}, {})
     try:
         assert encode_prompts(model, [messages]) == encode_prompts(model, ["tom has 3 coins ."])
     finally:
