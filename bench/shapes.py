@@ -118,7 +118,7 @@ def random_model(settings: dict[str, Any], device: str, dtype: torch.dtype) -> N
     generator = torch.Generator(device).manual_seed(0)
     weights = {}
     for slot in slots(family.names, sizes):
-        tensor = torch.empty(slot.shape, dtype=dtype, device=device)
+        tensor = torch.empty(slot.shape, dtype=slot.dtype(dtype), device=device)
         if tensor.ndim == 2:
             tensor.normal_(0.0, 0.02, generator=generator)
         elif slot.name.endswith("norm"):

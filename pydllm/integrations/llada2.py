@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pydllm import ops
+from pydllm._backend.errors import CheckpointError
 from pydllm.decoding.checks import expect_int, expect_number
 from pydllm.integrations._board import (
     Board,
@@ -51,9 +52,10 @@ def generate(
 
     Args:
         model: a pydllm model or module with block-causal attention, which is decoded over cached
-            keys (the original computes all tokens in every step; the same logits to rounding). Or
-            a loaded LLaDA2 module: a mixture of experts, which the native transformer is not, so
-            its own forward computes the logits, as in the original, and the choice is fused.
+            keys (the original computes all tokens in every step; the same logits to rounding). A
+            loaded LLaDA2 module shares its parameters and runs that way too; one that
+            ``pydllm.load`` does not take computes its own logits, as in the original, and the
+            choice is fused.
         inputs: ``(1, P)`` token ids.
         temperature: of tokens and confidences; 0 takes the arg-max.
         block_length: tokens in a block, blocks at multiples of it.
@@ -142,8 +144,12 @@ def _model(model: Any, block_length: int, mask_id: int) -> Any:
                 "generate: expected LLaDA2.0, got a model whose own generate edits tokens "
                 "(editing_threshold: LLaDA2.1), which this loop does not"
             )
-        return _Module(model, block_length, mask_id)
-    own = as_model(model)
+        try:
+            own = as_model(model)
+        except CheckpointError:  # of a kind that the native transformer is not
+            return _Module(model, block_length, mask_id)
+    else:
+        own = as_model(model)
     if own.spec.attention != "block_causal":
         raise ValueError(
             f"generate: expected a model with block-causal attention, got {own.spec.attention}"

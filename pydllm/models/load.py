@@ -91,9 +91,10 @@ def load(
         check: compare with the module's own forward on some random tokens, ``pydllm.models.check``.
 
     Returns:
-        The model, of a family in docs/models.md. ``model.tokenizer`` and ``model.chat_template``
-        are set where their files were found. Qwen, Llama and Mistral come with causal attention
-        and no mask id.
+        The model: LLaDA, Dream, SDAR, A2D, Qwen, Llama and their like, or the mixtures of experts
+        LLaDA2.x, LLaDA-MoE, SDAR-MoE, RND1, Qwen3-MoE and Ling. ``model.tokenizer`` and
+        ``model.chat_template`` are set where their files were found. Qwen, Llama and Mistral come
+        with causal attention and no mask id.
 
     Raises:
         CheckpointError: the checkpoint is incomplete, damaged or of an unknown kind; names the key,

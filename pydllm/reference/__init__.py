@@ -3,7 +3,7 @@
 from pydllm.reference.certainty_loss import certainty_loss, certainty_loss_backward
 from pydllm.reference.commit_branch import commit_branch
 from pydllm.reference.draft import draft
-from pydllm.reference.experts import experts, experts_grouped
+from pydllm.reference.experts import activate, experts, experts_grouped
 from pydllm.reference.head_stats import (
     fold_stats,
     head_stats,
@@ -23,6 +23,7 @@ from pydllm.reference.vocab_stats import vocab_stats
 from pydllm.reference.window_attention import window_attention
 
 __all__ = [
+    "activate",
     "certainty_loss",
     "certainty_loss_backward",
     "commit_branch",

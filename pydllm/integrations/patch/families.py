@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from pydllm._backend.signatures import check_called
-from pydllm.integrations.patch import hooks, interface, layers
+from pydllm.integrations.patch import experts, hooks, interface, layers
 from pydllm.integrations.patch.attention import Attention, Options
 
 SUPPORTED = """\
@@ -42,7 +42,7 @@ class Found:
     Attributes:
         name: its path in the model.
         kind: its class.
-        part: what of it: attention, RMS norm or gated feed-forward layer.
+        part: what of it: attention, RMS norm, gated feed-forward layer or experts.
         op: what computes that now; None where nothing changed.
         reason: how it is reached, or why it was left.
     """
@@ -71,6 +71,8 @@ def changes(model: nn.Module, options: Options) -> Iterator[tuple[Found, list[Ch
             yield _norm(replace(found, part="RMS norm"), module, eps, options)
         elif layers.is_mlp(module):
             yield _mlp(replace(found, part="gated feed-forward"), module, options)
+        elif experts.is_experts(module):
+            yield _experts(replace(found, part="experts"), module, options)
 
 
 def _block(found: Found, module: nn.Module, options: Options) -> tuple[Found, list[Change]]:
@@ -149,6 +151,16 @@ def _mlp(found: Found, module: nn.Module, options: Options) -> tuple[Found, list
         return replace(found, reason=reason), []
     forward = layers.mlp_forward(found.name, options, module.forward)
     done = replace(found, op="swiglu", reason="its forward")
+    return done, [(module, "forward", types.MethodType(forward, module))]
+
+
+def _experts(found: Found, module: nn.Module, options: Options) -> tuple[Found, list[Change]]:
+    reason = _NO_FASTER if options.backend is None else experts.experts_reason(module)
+    if reason is not None:
+        return replace(found, reason=reason), []
+    kind = experts.activation(module) or "silu"
+    forward = experts.experts_forward(found.name, kind, options, module.forward)
+    done = replace(found, op="experts", reason="its forward")
     return done, [(module, "forward", types.MethodType(forward, module))]
 
 
