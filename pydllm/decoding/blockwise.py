@@ -42,7 +42,8 @@ class BlockwiseAlgorithm(Algorithm):
 
     Attributes:
         block_length: tokens in a block; the last block may be shorter. For a block-causal model
-            it has to be the model's.
+            it has to be the model's, or, for a seeded one (Fast-dLLM v2), a divisor of it: the
+            model's block is filled in parts, from left to right.
         cache: ``"none"``: every step forwards the whole sequence. ``"prefix"``: each block opens
             with a forward of the whole sequence whose keys and values before the block are kept;
             the block and everything after it are recomputed. ``"dual"``: those after it are kept
@@ -95,7 +96,8 @@ class BlockwiseAlgorithm(Algorithm):
             )
         if spec.attention == "full":
             return
-        if self.block_length != spec.block_size:
+        parts = spec.seeded and (spec.block_size or 1) % self.block_length == 0
+        if self.block_length != spec.block_size and not parts:
             raise ValueError(
                 f"block_length: expected {spec.block_size}, the block of the block-causal model, "
                 f"got {self.block_length}"
@@ -368,43 +370,44 @@ def _layout_block_causal(algorithm: BlockwiseAlgorithm, state: BlockState) -> Bl
 
 
 def _layout_seeded(algorithm: BlockwiseAlgorithm, state: BlockState) -> Block:
-    """The first forward stores the block before, or all that the prompt fills, and its last row
-    predicts the block's first token. The others forward the block alone.
+    """The first forward stores the model's block before, or all that the prompt fills, and its last
+    row predicts the first token. The others forward the model's block alone, and decide a part.
     """
-    call, size = state.call, algorithm.block_length
-    slots, prompt = call.max_len, state.prompt_length
-    start = state.next_start.clamp(max=slots - size)
-    length = torch.full_like(prompt, size).masked_fill(state.done, 0)
-    positions = Selection(start, length, size)
-    opening = [slot for slot in state.live if state.blocks[slot] == 0]
-    at_prompt = call.model.spec.block_origin == "prompt"
-    width, before, skips_first = size, start - size, False
-    if opening:
-        lengths = [call.prompt_lengths[state.prompts[slot]] for slot in opening]
-        longest = max(lengths) if at_prompt else max(lengths) // size * size
-        skips_first = longest == 0 and len(opening) == len(state.live)
-        width = call.runner.width(max(longest, size), slots)
-        before = torch.where(start < prompt + 1, 0, before)
-    rows = (start - before).masked_fill(state.done, 0)
+    call, part = state.call, algorithm.block_length
+    spec, prompt = call.model.spec, state.prompt_length
+    size, at_prompt = spec.block_size or 1, spec.block_origin == "prompt"
+    part_start = state.next_start.clamp(max=call.max_len - part)
+    phase = (part_start - prompt if at_prompt else part_start).remainder(size)
+    start = part_start - phase  # of the model's block
+    length = torch.full_like(prompt, part).masked_fill(state.done, 0)
+    positions = Selection(part_start, length, part)
+    begins = (phase == 0) & ~state.done
+    # On the host: which slots open a block of the model, and which of these their first.
+    opening = [slot for slot in state.live if state.blocks[slot] * part % size == 0]
+    lengths = [call.prompt_lengths[state.prompts[s]] for s in opening if state.blocks[s] == 0]
+    stored = [length if at_prompt else length // size * size for length in lengths]
+    skips_first = not opening or (len(stored) == len(opening) and max(stored) == 0)
+    width = call.runner.width(max([size, *stored]), call.max_len)
+    before = torch.where(start < prompt + 1, 0, start - size)
+    rows = torch.where(begins, start - before, 0)
     refresh = Window.make(before, rows, start, width=width, commit=rows)
     # The prompt's end may share the first block with masks: its first token is known then.
-    seeds = (start >= prompt).int().masked_fill(state.done, 0)
-    first_selection = Selection(start, seeds, 1)
-    window = Window.make(start, length, start + size, width=size)
-    steps, known = _limit(algorithm, [size], True)
-    if opening and not at_prompt:
-        steps, known = size + 1, False
-    ends_from = torch.maximum(start, prompt)
+    seeds = (begins & (start >= prompt)).int()
+    whole = torch.full_like(prompt, size).masked_fill(state.done, 0)
+    window = Window.make(start, whole, start + size, width=size)
+    steps, known = _limit(algorithm, [part], True)
+    if part < size or (lengths and not at_prompt):
+        steps, known = part + 1, False
     return Block(
         steps,
         known,
         True,
         refresh,
         window,
-        first_selection,
+        Selection(start, seeds, 1),
         positions,
         positions,
-        ends_from,
+        torch.maximum(part_start, prompt),
         first_decides_block=False,
         skips_first=skips_first,
     )

@@ -69,7 +69,7 @@ def _encode(model: Model, name: str, prompt: Any) -> list[int]:
             raise ValueError(
                 f"{name}[{place}]: expected no mask in a prompt, got the mask id {token}"
             )
-    if spec.shift_logits and not ids:
+    if (spec.shift_logits or spec.seeded) and not ids:
         raise ValueError(
             f"{name}: expected at least one token (position i is predicted from i - 1), got none"
         )

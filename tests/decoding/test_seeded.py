@@ -38,9 +38,12 @@ def likely(logits):
     return logits.softmax(-1).max(-1)
 
 
-def restated(name, plain, block, prompt, new, threshold, per_step):
-    """Tokens and forwards of one prompt, block by block, every forward anew."""
-    p, nfe = len(prompt), 0
+def restated(name, plain, block, prompt, new, threshold, per_step, part=None):
+    """Tokens and forwards of one prompt, block by block, every forward anew.
+
+    ``part``: positions that are filled at a time, from left to right.
+    """
+    p, nfe, part = len(prompt), 0, part or block
     at_prompt = name != "fast-dllm-v2"
     start = p if at_prompt else p // block * block
     offset = -p % block if at_prompt else 0
@@ -57,6 +60,10 @@ def restated(name, plain, block, prompt, new, threshold, per_step):
             if start >= p:
                 x[start] = int(likely(logits[-1])[1])
         while MASK in x[start:]:
+            first = start + x[start:].index(MASK)
+            first = (first - start) // part * part
+            if start + first >= p + new or any(token in EOS for token in x[p : start + first]):
+                break  # nothing that is wanted is left
             ids = torch.tensor(x)
             if name == "nemotron":
                 rows = plain(ids[start:], start, kept)[1]
@@ -67,17 +74,20 @@ def restated(name, plain, block, prompt, new, threshold, per_step):
                 rows = rows[start:]
             prob, token = likely(rows)
             prob = prob.masked_fill(ids[start:] != MASK, -1)
+            prob[first + part :] = -1
             best = prob.argsort(descending=True, stable=True)
             if threshold is None:
                 taken = [int(i) for i in best[:per_step] if prob[i] > 0]
             else:
                 taken = [int(i) for i in best if prob[i] >= threshold or i == best[0]]
+                taken = [i for i in taken if x[start + i] == MASK]
             for i in taken:
                 x[start + i] = int(token[i])
             nfe += 1
         start += block
         if any(token in EOS for token in x[p:start]):
             break
+    x = [EOS[0] if token == MASK else token for token in x]
     fresh = (x[p:] + [EOS[0]] * new)[:new]
     end = next((i for i, token in enumerate(fresh) if token in EOS), new)
     return prompt + fresh[: end + 1] + [EOS[0]] * (new - end - 1), nfe
@@ -108,6 +118,24 @@ def test_batches_are_the_loops(tmp_path, name, algorithm):
                 assert got.sequences[row].tolist() == tokens, (seed, max_batch, row)
                 assert int(got.nfe[row]) == nfe, (seed, max_batch, row)
     assert 0 < ended < 12
+
+
+@pytest.mark.parametrize("name, part", [("fast-dllm-v2", 4), ("fast-dllm-v2", 2), ("nemotron", 2)])
+@pytest.mark.parametrize("threshold", [None, 0.4])
+def test_parts_of_blocks(tmp_path, name, part, threshold):
+    """Sub-blocks: the model's block is forwarded, a part of it is decided."""
+    if threshold is None:
+        algorithm = pydllm.Static(block_length=part)
+    else:
+        algorithm = pydllm.Threshold(threshold=threshold, block_length=part)
+    model, plain = make(tmp_path, name, part, 1.2)
+    block, rows = model.spec.block_size, prompts(part)
+    expected = [restated(name, plain, block, row, 18, threshold, 1, part) for row in rows]
+    for max_batch in (None, 2):
+        got = pydllm.generate(model, rows, algorithm, max_new_tokens=18, max_batch=max_batch)
+        for row, (tokens, nfe) in enumerate(expected):
+            assert got.sequences[row].tolist() == tokens, (max_batch, row)
+            assert int(got.nfe[row]) == nfe, (max_batch, row)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
