@@ -45,6 +45,7 @@ from run import DTYPES, provenance
 from shapes import CONFIGS, make_model, make_verifier
 
 import pydllm
+from pydllm.integrations import d3llm
 from pydllm.models import NativeModel
 
 # Part of the entropies of a first forward that lies below the threshold of "multiblock".
@@ -148,9 +149,21 @@ def multiblock(job: Job) -> dict[str, Contender]:
     published = "published-style loop"
     loop = PublishedMultiBlock(job.model, threshold, job.block)
     contenders = {published: Contender(lambda: loop.decode(job.prompts, job.new), published)}
-    for profile in ("compat", "fixed"):
-        algorithm = pydllm.MultiBlock(threshold=threshold, block_length=job.block, profile=profile)
-        contenders[f"pydllm, {profile}"] = Contender(partial(job.run, algorithm), published)
+    drop_in = partial(
+        d3llm.generate_multi_block_kv_cache,
+        job.model,
+        job.prompts,
+        max_new_tokens=job.new,
+        block_size=job.block,
+        threshold=threshold,
+        block_add_threshold=0.1,
+        decoded_token_threshold=0.95,
+        cache_delay_iter=2,
+        mask_id=job.model.spec.mask_id,
+    )
+    contenders["pydllm, drop-in"] = Contender(drop_in, published)
+    algorithm = pydllm.MultiBlock(threshold=threshold, block_length=job.block)
+    contenders["pydllm, fixed"] = Contender(partial(job.run, algorithm), published)
     return contenders
 
 

@@ -269,9 +269,7 @@ def d3llm(job: Job) -> list[Contender]:
     else:
         loop = PublishedMultiBlock(model, limit, job.block)
         original = Contender("restatement", lambda: loop.decode(ids, job.new))
-    algorithm = pydllm.MultiBlock(
-        threshold=limit, block_length=job.block, profile="compat", early_stop=False
-    )
+    algorithm = pydllm.MultiBlock(threshold=limit, block_length=job.block, early_stop=False)
 
     def call(function: Any) -> tuple[Tensor, int]:
         return function(module, ids, **arguments)

@@ -165,10 +165,10 @@ PYBIND11_MODULE(_C, m) {
                 FIELD(prompt), FIELD(eos), FIELD(dtype), FIELD(batch), FIELD(slots), FIELD(columns),
                 FIELD(count), FIELD(ends), FIELD(mask_id), FIELD(generated), FIELD(size),
                 FIELD(limit), FIELD(add), FIELD(full_at), FIELD(delay), FIELD(refresh), FIELD(tail),
-                FIELD(early_stop), FIELD(cached), FIELD(shifted), FIELD(compat),
-                FIELD(stride_x_row), FIELD(stride_step_map_row), FIELD(stride_numbers_row),
-                FIELD(stride_blocks_plane), FIELD(stride_blocks_row), FIELD(stride_eligible_row),
-                FIELD(stride_token_row), FIELD(stride_entropy_row));
+                FIELD(early_stop), FIELD(cached), FIELD(shifted), FIELD(stride_x_row),
+                FIELD(stride_step_map_row), FIELD(stride_numbers_row), FIELD(stride_blocks_plane),
+                FIELD(stride_blocks_row), FIELD(stride_eligible_row), FIELD(stride_token_row),
+                FIELD(stride_entropy_row));
   }
   define(m, "rms_norm", pydllm::rms_norm, "y", "residual", "x", "weight", "dtype", "rows", "width",
          "eps", "stride_x_row", "stride_residual_row", "stream");

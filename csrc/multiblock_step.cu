@@ -7,7 +7,6 @@ namespace pydllm {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kLimit = 10001;   // forwards after which the published decoder gives up
 constexpr int kNone = INT_MAX;  // behind every position and block
 enum Mode : int { kFinished, kFull, kCached, kCommit, kRefresh };
 
@@ -36,18 +35,16 @@ __global__ void __launch_bounds__(kThreads) multiblock_step_kernel(const Multibl
   const int thread = threadIdx.x;
   int32_t* numbers = call.numbers + sequence;
   const auto number = [&](int row) -> int32_t& { return numbers[row * call.stride_numbers_row]; };
-  int mode = number(5);
+  int mode = number(4);
   if (mode == kFinished) return;
   int nfe = number(0), decoded = number(1), created = number(2), prefix = number(3);
-  int stale = number(4);
-  const int first = number(10);
+  const int first = number(9);
 
   const int count = static_cast<int>(call.count), size = call.size, generated = call.generated;
   // Any other prompt would be written elsewhere.
   const int prompt = max(0, min(call.prompt[sequence], static_cast<int>(call.slots) - generated));
   created = max(1, min(created, count));
-  const bool compat = call.compat, shifted = call.shifted, cached = call.cached;
-  const int usable = compat && !(shifted && cached) ? generated / size : count;
+  const bool shifted = call.shifted, cached = call.cached;
   int32_t* blocks = call.blocks + sequence * call.stride_blocks_row;
   const int64_t plane = call.stride_blocks_plane;
 
@@ -106,12 +103,9 @@ __global__ void __launch_bounds__(kThreads) multiblock_step_kernel(const Multibl
       id = token[static_cast<int64_t>(prompt) + j - first];
       x[j] = id;
       step_map[j] = nfe - 1;
-      atomicSub(&masks[j / size], 1);
     }
     accepted += accept;
-    const bool snapshot = id == call.mask_id;
-    any_mask |= snapshot;
-    marks[j] = snapshot;
+    any_mask |= id == call.mask_id;
     for (int64_t end = 0; end < call.ends; ++end) {
       if (id == call.eos[end]) last = min(last, j);
     }
@@ -120,83 +114,41 @@ __global__ void __launch_bounds__(kThreads) multiblock_step_kernel(const Multibl
   any_mask = any_of(any_mask);
   last = first_of(last);
 
-  // Is there another forward?
-  bool over = !any_mask;
-  if (compat) {
-    bool left = any_mask;
-    if (cached) {
-      bool own = false;
-      for (int k = thread; k < count; k += kThreads) {
-        masks[k] = max(masks[k], 0);
-        own |= masks[k] > 0 && k < usable;
-      }
-      own = any_of(own);
-      if (!shifted) left = own;
-    }
-    over = nfe >= kLimit || (!left && created >= usable);
-    nfe += !over;
-  }
-
-  // What is behind an end of sequence.
-  const bool fills = compat ? call.early_stop && !over : call.early_stop || over;
-  if (!fills) last = kNone;
+  // What follows an end of the sequence: filled at once with early_stop, otherwise at the end.
+  if (!call.early_stop && any_mask) last = kNone;
   const bool ended = last != kNone;
+  for (int k = thread; k < count; k += kThreads) masks[k] = 0;
+  __syncthreads();
   bool any_left = false;
-  if (!compat || ended) {
-    // The masks of each block are counted again.
-    const int at_eos = ended ? last / size : count;
-    const auto recounted = [&](int k) {
-      return !compat || (k < created && (shifted || k >= at_eos));
-    };
-    for (int k = thread; k < count; k += kThreads) {
-      if (recounted(k)) masks[k] = 0;
+  for (int j = thread; j < positions; j += kThreads) {
+    if (ended && j > last) {
+      x[j] = call.eos[0];
+      step_map[j] = -1;
     }
-    __syncthreads();
-    for (int j = thread; j < positions; j += kThreads) {
-      if (ended && j > last) {
-        x[j] = call.eos[0];
-        step_map[j] = -1;
-      }
-      const bool masked = x[j] == call.mask_id;
-      any_left |= masked;
-      if (!compat) marks[j] = masked;
-      if (masked && recounted(j / size)) atomicAdd(&masks[j / size], 1);
-    }
-    any_left = any_of(any_left);
-    if (compat) {
-      for (int k = thread; k < count; k += kThreads) {
-        const bool missing = k >= created && k < usable;
-        full[k] = full[k] || (recounted(k) && masks[k] == 0) || missing;
-        if (missing) {
-          masks[k] = 0;
-          done[k] = nfe;
-        }
-        kept[k] = kept[k] || missing || (shifted && k > at_eos);
-      }
-      created = usable;
-    }
-    over = compat ? over || !any_left : !any_left;
+    const bool masked = x[j] == call.mask_id;
+    any_left |= masked;
+    marks[j] = masked;
+    if (masked) atomicAdd(&masks[j / size], 1);
   }
-  if (!compat) nfe += !over;
+  const bool over = !any_of(any_left);
+  nfe += !over;
   __syncthreads();
 
   // Blocks: at most one is created, those behind a nearly decoded one are promoted.
   const int got = size - masks[max(created, 1) - 1];
-  if ((got >= call.add || got == size) && created < usable && !ended) ++created;
-  int end = 0;
+  if ((got >= call.add || got == size) && created < count && !ended) ++created;
   for (int k = thread; k < count; k += kThreads) {
     const int before = k > 0 ? masks[k - 1] : 0;
     const bool exists = k < created;
     full[k] = full[k] || (exists && size - before >= call.full_at);
-    if (exists && (full[k] || masks[k] > 0)) end = max(end, (k + 1) * size);
   }
-  end = compat ? last_of(end) : created * size;
+  const int end = created * size;
 
   // The cache: commit a finished prefix that has waited, refresh while one waits.
   const int total = prompt + generated;
   const int64_t forwarded = static_cast<int64_t>(prompt) + int64_t{created} * size + call.tail;
   const int stop = forwarded < total ? static_cast<int>(forwarded) : total;
-  int start = 0, commit = 0, kv_len = stop;
+  int start = 0, commit = 0;
   mode = kFull;
   if (cached) {
     const auto end_of = [&](int k) { return prompt + min((k + 1) * size, generated); };
@@ -207,58 +159,28 @@ __global__ void __launch_bounds__(kThreads) multiblock_step_kernel(const Multibl
     }
     unfinished = first_of(unfinished);
     const bool waiting = prompt > prefix;  // the prompt, finished before the first forward
-    int young = kNone;
-    if (compat && !shifted) {  // one at a time
-      for (int k = thread; k < count; k += kThreads) {
-        const bool is_young = nfe - (done[k] < 0 ? nfe : done[k]) < call.delay;
-        if (pending(k) && k < unfinished && is_young) young = min(young, k);
-      }
-      young = first_of(young);
-      if (waiting && nfe < call.delay) young = -1;
-    }
     int upto = waiting && nfe >= call.delay ? prompt : prefix;
-    int latest = prefix;
     bool due = call.refresh > 0 && nfe % max(call.refresh, 1) == 0;
     for (int k = thread; k < count; k += kThreads) {
-      const bool reached = pending(k) && k < unfinished && k <= young;
+      const bool reached = pending(k) && k < unfinished;
       if (reached && done[k] < 0) done[k] = nfe;
       if (reached && nfe - done[k] >= call.delay && !kept[k]) {
         kept[k] = true;
         upto = max(upto, end_of(k));
       }
-      if (k < created && masks[k] == 0 && done[k] >= 0 && !kept[k]) {
-        due = true;
-        latest = max(latest, prompt + k * size);
-      }
+      due |= k < created && masks[k] == 0 && done[k] >= 0 && !kept[k];
     }
     upto = last_of(upto);
-    latest = last_of(latest);
     due = any_of(due);
     const bool grows = upto > prefix, some = prefix > 0;
-    const bool fresh = some && due && !(grows && compat);
+    const bool fresh = some && due;
     mode = fresh ? kRefresh : grows ? kCommit : some ? kCached : kFull;
-    start = fresh ? 0 : shifted && !compat ? prefix - some : prefix;
+    start = fresh ? 0 : shifted ? prefix - some : prefix;
     if (mode == kCommit || fresh) commit = upto - start;
-    if (compat && shifted) {  // keys of a block that waits are seen twice
-      if (fresh) {
-        commit = latest;
-        stale = latest - prefix;
-      }
-      if (mode == kCached || mode == kCommit) kv_len = stop + stale;
-    }
     prefix = upto;
   }
 
   const auto is_candidate = [&](int j) { return marks[j] != 0 && j < end && prompt + j >= start; };
-  if (compat) {  // nothing will ever change: the published loop runs on to its limit
-    bool own = false;
-    for (int j = thread; j < positions; j += kThreads) own |= is_candidate(j);
-    own = any_of(own);
-    if (!over && !own && created >= usable) {
-      nfe = kLimit;
-      over = true;
-    }
-  }
   int low = generated, high = 0;
   for (int j = thread; j < positions; j += kThreads) {
     const bool candidate = !over && is_candidate(j);
@@ -281,14 +203,13 @@ __global__ void __launch_bounds__(kThreads) multiblock_step_kernel(const Multibl
   number(1) = decoded;
   number(2) = created;
   number(3) = prefix;
-  number(4) = stale;
-  number(5) = over ? kFinished : mode;
-  number(6) = start;
-  number(7) = over ? 0 : stop - start;
-  number(8) = over ? stop : kv_len;
-  number(9) = over ? 0 : commit;
-  number(10) = prompt + low;
-  number(11) = max(high - low, 0);
+  number(4) = over ? kFinished : mode;
+  number(5) = start;
+  number(6) = over ? 0 : stop - start;
+  number(7) = stop;
+  number(8) = over ? 0 : commit;
+  number(9) = prompt + low;
+  number(10) = max(high - low, 0);
 }
 
 }  // namespace

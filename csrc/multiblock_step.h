@@ -15,7 +15,7 @@ struct MultiblockStep {
   // Pointers; written unless const.
   int64_t* x;             // (batch, slots)
   int32_t* step_map;      // (batch, slots)
-  int32_t* numbers;       // (12, batch), rows as in pydllm/ops/multiblock_step.py
+  int32_t* numbers;       // (11, batch), rows as in pydllm/ops/multiblock_step.py
   int32_t* blocks;        // (4, batch, count): masks left, full, waiting since, kept
   bool* eligible;         // (batch, slots)
   const int64_t* token;   // (batch, columns)
@@ -31,7 +31,7 @@ struct MultiblockStep {
   int32_t add, full_at;     // decoded tokens
   int32_t delay, refresh;   // forwards; a refresh of 0 is never
   int32_t tail;
-  bool early_stop, cached, shifted, compat;
+  bool early_stop, cached, shifted;
   // Strides in elements; the last dimension is contiguous.
   int64_t stride_x_row, stride_step_map_row, stride_numbers_row, stride_blocks_plane,
       stride_blocks_row, stride_eligible_row, stride_token_row, stride_entropy_row;

@@ -328,8 +328,7 @@ def certainty_loss_tile(device: torch.device, direction: str) -> tuple[int, int]
     return CERTAINTY_LOSS_INTERPRETER if arch(device) == INTERPRETER else CERTAINTY_LOSS[direction]
 
 
-# multiblock_step: positions of the tile up to -> num_warps; a sequence is one program. The compat
-# profile holds more at a time, and spills registers at the last row, which it therefore lacks.
+# multiblock_step: positions of the tile up to -> num_warps; a sequence is one program.
 MULTIBLOCK_STEP = ((512, 2), (2048, 8), (4096, 16))
 
 

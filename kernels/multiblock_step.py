@@ -15,7 +15,6 @@ _FINISHED = tl.constexpr(0)
 _FULL = tl.constexpr(1)
 _COMMIT = tl.constexpr(3)
 _REFRESH = tl.constexpr(4)
-_LIMIT = tl.constexpr(10_001)  # forwards after which the published decoder gives up
 _NONE = tl.constexpr(2**31 - 1)  # behind every position and block
 
 
@@ -47,7 +46,7 @@ def _multiblock_step_kernel(
     # pointers
     x_ptr,  # (B, L), read and written, as all that is not said to be read
     step_map_ptr,  # (B, L)
-    numbers_ptr,  # (12, B)
+    numbers_ptr,  # (11, B)
     blocks_ptr,  # (4, B, K)
     eligible_ptr,  # (B, L)
     token_ptr,  # (B, S), read
@@ -82,21 +81,19 @@ def _multiblock_step_kernel(
     EARLY_STOP: tl.constexpr,
     CACHED: tl.constexpr,
     SHIFTED: tl.constexpr,
-    COMPAT: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     numbers_ptr += row
-    mode = tl.load(numbers_ptr + 5 * stride_numbers_row)
+    mode = tl.load(numbers_ptr + 4 * stride_numbers_row)
     if mode == _FINISHED:
         return
     nfe = tl.load(numbers_ptr)
     decoded = tl.load(numbers_ptr + stride_numbers_row)
     created = tl.load(numbers_ptr + 2 * stride_numbers_row)
     prefix = tl.load(numbers_ptr + 3 * stride_numbers_row)
-    stale = tl.load(numbers_ptr + 4 * stride_numbers_row)
-    first = tl.load(numbers_ptr + 10 * stride_numbers_row)
+    first = tl.load(numbers_ptr + 9 * stride_numbers_row)
     # Any other prompt would be written elsewhere.
     prompt = tl.minimum(tl.maximum(tl.load(prompt_ptr + row), 0), slots - new)
     created = tl.minimum(tl.maximum(created, 1), count)
@@ -104,9 +101,6 @@ def _multiblock_step_kernel(
     offs_k = tl.arange(0, BLOCK_K)
     offs_n = tl.arange(0, BLOCK_N)[None, :]
     mask_k = offs_k < count
-    usable = count
-    if COMPAT and not (SHIFTED and CACHED):
-        usable = new // size
     blocks_ptr += row * stride_blocks_row + offs_k
     # [BLOCK_K]
     masks = tl.load(blocks_ptr, mask=mask_k, other=0)
@@ -144,59 +138,22 @@ def _multiblock_step_kernel(
     ids = tl.where(accept, token, ids)
     decided = nfe - 1
     decoded += tl.sum(accept.to(tl.int32))
-    masks -= tl.sum(accept.to(tl.int32), 1)
 
-    # Is there another forward?
-    snapshot = inside & (ids == mask_id)
-    if COMPAT:
-        if CACHED:
-            masks = tl.maximum(masks, 0)
-        left = _any(snapshot)
-        if CACHED and not SHIFTED:
-            left = _any((masks > 0) & (offs_k < usable))
-        over = (nfe >= _LIMIT) | ((left == 0) & (created >= usable))
-        nfe += tl.where(over, 0, 1)
-    else:
-        over = _any(snapshot) == 0
-
-    # What is behind an end of sequence.
+    # What follows an end of the sequence: filled at once with early_stop, otherwise at the end.
     last = tl.full((), _NONE, tl.int32)
     if HAS_EOS:
         is_eos = inside & (ids != ids)
         for end in range(ends):
             is_eos = is_eos | (inside & (ids == tl.load(eos_ptr + end)))
         last = _first(is_eos, offs)
-        if COMPAT:
-            if EARLY_STOP:
-                last = tl.where(over, _NONE, last)
-            else:
-                last = tl.full((), _NONE, tl.int32)
-        elif not EARLY_STOP:
-            last = tl.where(over, last, _NONE)
+        if not EARLY_STOP:
+            last = tl.where(_any(inside & (ids == mask_id)), _NONE, last)
         ids = tl.where(inside & (offs > last), tl.load(eos_ptr), ids)
-    ended = last != _NONE
     behind = inside & (offs > last)
     masked = inside & (ids == mask_id)
-    recount = tl.sum(masked.to(tl.int32), 1)
-    if COMPAT:
-        at_eos = tl.where(ended, last // size, count)
-        counted = ended & (offs_k < created)
-        if not SHIFTED:
-            counted = counted & (offs_k >= at_eos)
-        masks = tl.where(counted, recount, masks)
-        missing = ended & (offs_k >= created) & (offs_k < usable)
-        full = full | (counted & (masks == 0)) | missing
-        masks = tl.where(missing, 0, masks)
-        done = tl.where(missing, nfe, done)
-        kept = kept | missing
-        if SHIFTED:
-            kept = kept | (offs_k > at_eos)
-        created = tl.where(ended, usable, created)
-        over = over | (ended & (_any(masked) == 0))
-    else:
-        masks = recount
-        over = _any(masked) == 0
-        nfe += tl.where(over, 0, 1)
+    masks = tl.sum(masked.to(tl.int32), 1)
+    over = _any(masked) == 0
+    nfe += tl.where(over, 0, 1)
 
     # Every thread has read the sequence and its blocks before one writes them, and the counts are
     # written before each is read by the next block's.
@@ -211,32 +168,22 @@ def _multiblock_step_kernel(
 
     # Blocks: at most one is created, those behind a nearly decoded one are promoted.
     got = size - tl.sum(tl.where(offs_k == created - 1, masks, 0))
-    opens = ((got >= add) | (got == size)) & (created < usable) & (last == _NONE)
+    opens = ((got >= add) | (got == size)) & (created < count) & (last == _NONE)
     created += tl.where(opens, 1, 0)
     exists = offs_k < created
     full = full | (exists & (size - before >= full_at))
-    end = created * size
-    if COMPAT:
-        end = tl.max(tl.where(exists & (full | (masks > 0)), (offs_k + 1) * size, 0))
-        candidates = snapshot & (offs < end)
-    else:
-        candidates = masked & (offs < end)
+    candidates = masked & (offs < created * size)
 
     # The cache: commit a finished prefix that has waited, refresh while one waits.
     stop = tl.minimum(prompt + new, prompt + created * size + tail)
     start = prefix * 0
     commit = prefix * 0
-    kv_len = stop
     mode = prefix * 0 + _FULL
     if CACHED:
         at_end = prompt + tl.minimum((offs_k + 1) * size, new)
         pending = exists & (at_end > prefix)
         reached = pending & (offs_k < _first(pending & (masks > 0), offs_k))
         waiting = prompt > prefix  # the prompt, finished before the first forward
-        if COMPAT and not SHIFTED:  # one at a time
-            young = reached & (nfe - tl.where(done < 0, nfe, done) < delay)
-            reached = reached & (offs_k <= _first(young, offs_k))
-            reached = reached & ((waiting & (nfe < delay)) == 0)
         done = tl.where(reached & (done < 0), nfe, done)
         ready = reached & (nfe - done >= delay) & (kept == 0)
         kept = kept | ready
@@ -247,28 +194,16 @@ def _multiblock_step_kernel(
         grows = upto > prefix
         some = prefix > 0
         fresh = some & due
-        if COMPAT:
-            fresh = fresh & (grows == 0)
         mode = tl.where(grows, _COMMIT, mode + tl.where(some, 1, 0))
         mode = tl.where(fresh, _REFRESH, mode)
         start = prefix
-        if SHIFTED and not COMPAT:
+        if SHIFTED:
             start = prefix - tl.where(some, 1, 0)
         start = tl.where(fresh, 0, start)
         commit = tl.where((mode == _COMMIT) | fresh, upto - start, 0)
-        if COMPAT and SHIFTED:  # keys of a block that waits are seen twice
-            latest = tl.max(tl.where(stable, prompt + offs_k * size, 0))
-            latest = tl.maximum(latest, prefix)
-            commit = tl.where(fresh, latest, commit)
-            stale = tl.where(fresh, latest - prefix, stale)
-            kv_len = stop + tl.where((mode == _FULL) | fresh, 0, stale)
         prefix = upto
         candidates = candidates & (at >= start)
 
-    if COMPAT:  # nothing will ever change: the published loop runs on to its limit
-        stuck = (over == 0) & (_any(candidates) == 0) & (created >= usable)
-        nfe = tl.where(stuck, _LIMIT, nfe)
-        over = over | stuck
     candidates = candidates & (over == 0)
     low = tl.minimum(_first(candidates, offs), new)
     rows = tl.maximum(tl.max(tl.where(candidates, offs + 1, 0)) - low, 0)
@@ -280,14 +215,13 @@ def _multiblock_step_kernel(
     tl.store(numbers_ptr + stride_numbers_row, decoded)
     tl.store(numbers_ptr + 2 * stride_numbers_row, created)
     tl.store(numbers_ptr + 3 * stride_numbers_row, prefix)
-    tl.store(numbers_ptr + 4 * stride_numbers_row, stale)
-    tl.store(numbers_ptr + 5 * stride_numbers_row, tl.where(over, _FINISHED, mode))
-    tl.store(numbers_ptr + 6 * stride_numbers_row, start)
-    tl.store(numbers_ptr + 7 * stride_numbers_row, tl.where(over, 0, stop - start))
-    tl.store(numbers_ptr + 8 * stride_numbers_row, kv_len)
-    tl.store(numbers_ptr + 9 * stride_numbers_row, tl.where(over, 0, commit))
-    tl.store(numbers_ptr + 10 * stride_numbers_row, prompt + low)
-    tl.store(numbers_ptr + 11 * stride_numbers_row, rows)
+    tl.store(numbers_ptr + 4 * stride_numbers_row, tl.where(over, _FINISHED, mode))
+    tl.store(numbers_ptr + 5 * stride_numbers_row, start)
+    tl.store(numbers_ptr + 6 * stride_numbers_row, tl.where(over, 0, stop - start))
+    tl.store(numbers_ptr + 7 * stride_numbers_row, stop)
+    tl.store(numbers_ptr + 8 * stride_numbers_row, tl.where(over, 0, commit))
+    tl.store(numbers_ptr + 9 * stride_numbers_row, prompt + low)
+    tl.store(numbers_ptr + 10 * stride_numbers_row, rows)
 
 
 def supports(
@@ -312,13 +246,12 @@ def supports(
     cached: bool,
     tail: int,
     shifted: bool,
-    compat: bool,
 ) -> str | None:
     """None if the kernel can run this call, otherwise why not."""
     if entropy.dtype == torch.float64:
         return f"the kernel takes fp32, fp16 and bf16 entropies, got {entropy.dtype}"
     block_k, block_n = _shape(new, size)
-    most = _tiles.MULTIBLOCK_STEP[-2 if compat else -1][0]
+    most = _tiles.MULTIBLOCK_STEP[-1][0]
     if block_k * block_n > most:
         return (
             f"the kernel takes up to {most} positions (blocks times "
@@ -359,7 +292,6 @@ def multiblock_step(
     cached: bool,
     tail: int,
     shifted: bool,
-    compat: bool,
 ) -> None:
     """Launch the kernel; arguments as in ``pydllm.reference.multiblock_step``."""
     if x.shape[0] == 0:
@@ -400,7 +332,6 @@ def multiblock_step(
         EARLY_STOP=early_stop,
         CACHED=cached,
         SHIFTED=shifted,
-        COMPAT=compat,
         BLOCK_K=block_k,
         BLOCK_N=block_n,
         num_warps=_tiles.multiblock_step_warps(block_k * block_n),

@@ -9,6 +9,7 @@ import torch
 from click.testing import CliRunner
 
 import pydllm
+from pydllm.integrations import d3llm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
 import decode
@@ -64,11 +65,13 @@ def test_published_apd_is_ours_at_temperature_0(tiny, prompts, window):
 @pytest.mark.parametrize("threshold", [-1.0, 0.3, 1.0])
 def test_published_multiblock_is_ours(tiny, prompts, threshold):
     loop = published.PublishedMultiBlock(tiny, threshold, 8)
-    algorithm = pydllm.MultiBlock(threshold=threshold, block_length=8, profile="compat")
+    options = {"threshold": threshold, "block_size": 8, "cache_delay_iter": 2}
+    options |= {"block_add_threshold": 0.1, "decoded_token_threshold": 0.95}
+    options["mask_id"] = tiny.spec.mask_id
     for prompt in prompts:
-        want = pydllm.generate(tiny, list(prompt), algorithm, max_new_tokens=32)
+        want, nfe = d3llm.generate_multi_block_kv_cache(tiny, prompt, max_new_tokens=32, **options)
         tokens, forwards = loop.decode(prompt, 32)
-        assert torch.equal(tokens[0], want.sequences[0]) and forwards == want.nfe[0]
+        assert torch.equal(tokens, want) and forwards == nfe
 
 
 @pytest.mark.parametrize(

@@ -137,16 +137,16 @@ def test_unmask_in_windows_of_every_size(cuda_on_cpu):
 
 
 def check_multiblock_step(long=False):
-    """Every profile on a trajectory; long: more positions and blocks than there are threads."""
+    """Every kind on a trajectory; long: more positions and blocks than there are threads."""
     shapes = ((700, 33), (520, 2)) if long else ((20, 5),)
     for new, size in shapes:
-        for number in range(8):
-            cached, shifted, compat = number & 1 > 0, number & 2 > 0, number & 4 > 0
+        for number in range(4):
+            cached, shifted = number & 1 > 0, number & 2 > 0
             x, steps, state, lengths = start([2, 1, 5], new, size)
             options = {"mask_id": MASK, "prompt_length": lengths, "eos_ids": torch.tensor(ENDS)}
             options |= {"max_new_tokens": new, "block_length": size, "threshold": 0.25}
             options |= {"add_at": 0.3, "full_at": 0.5, "cached": cached, "shifted": shifted}
-            options |= {"delay": 1, "refresh": 3, "profile": "compat" if compat else "fixed"}
+            options |= {"delay": 1, "refresh": 3}
             if long:
                 state.created[:] = -(-new // size) - 1
                 x[0, 2 : new // 2] = 7

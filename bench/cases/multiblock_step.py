@@ -69,12 +69,12 @@ def call(inputs: dict, backend: str) -> tuple[torch.Tensor, ...]:
     return inputs["x"], inputs["step_map"], *state
 
 
-def _positional(inputs: dict, *, shifted: bool = False, compat: bool = False, size: int = BLOCK):
+def _positional(inputs: dict, *, shifted: bool = False, size: int = BLOCK):
     """The arguments as the reference and the launcher take them."""
     *tensors, new, cached = inputs.values()
     *tensors, prompt, eos = tensors
     rule = (new, size, 0.5, 4, 31, 2, 3)
-    return (*tensors, MASK, prompt, eos, *rule, True, cached, new, shifted, compat)
+    return (*tensors, MASK, prompt, eos, *rule, True, cached, new, shifted)
 
 
 def _compiled() -> Callable[[dict], tuple[torch.Tensor, ...]]:
@@ -100,10 +100,8 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
     """Every kind of decoder, at every tile that it has."""
     from pydllm.kernels import multiblock_step as kernel
 
-    for new, cached, shifted, compat in product((256, 2048, 4096), *[(False, True)] * 3):
-        if compat and new == 4096:
-            continue
+    for new, cached, shifted in product((256, 2048, 4096), *[(False, True)] * 2):
         inputs = make(torch.float32, "meta", batch=4, new=new, cached=cached)
-        arguments = _positional(inputs, shifted=shifted, compat=compat)
-        kind = f"{'dream' if shifted else 'llada'}{' compat' * compat}{' cached' * cached}"
+        arguments = _positional(inputs, shifted=shifted)
+        kind = f"{'dream' if shifted else 'llada'}{' cached' * cached}"
         yield f"{kind} {new}", lambda arguments=arguments: kernel.multiblock_step(*arguments)

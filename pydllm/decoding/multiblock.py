@@ -27,11 +27,8 @@ from pydllm.decoding.checks import expect, expect_bool, expect_int, expect_numbe
 from pydllm.decoding.driver import Algorithm, Counts, Decoder, Plan
 from pydllm.decoding.state import Selection, State, Window
 from pydllm.decoding.step import forward, statistics
-from pydllm.models import Model, StaticCache
-from pydllm.ops.multiblock_step import MODES, MultiBlockState
-
-_REFRESH = MODES.index("refresh")
-_PUBLISHED_LIMIT = 10_001  # forwards
+from pydllm.models import Model
+from pydllm.ops.multiblock_step import MultiBlockState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,20 +47,15 @@ class MultiBlock(Algorithm):
         refresh: every this many forwards, one is full and renews the cache; None: never.
         early_stop: decode nothing after an EOS, as soon as one is written.
         cache: keep keys and values of the prompt and of finished blocks. An approximation.
-        profile: ``"fixed"``, or ``"compat"``: the tokens and forwards of the published decoders,
-            LLaDA's for models with unshifted logits and Dream's for shifted ones, their defects
-            included, among them tokens after an EOS and masks that are left where
-            ``max_new_tokens`` is no multiple of ``block_length``; up to 10001 forwards are counted
-            then. Sampling is ours all the same, and a length of 20, which Dream's code takes for a
-            default that was not changed, is nothing special.
         tail: how many masks after the newest block are forwarded: ``"full"``, all, as in training;
             ``"blocks"``, none; or a number.
 
-    With a shifted model and a cache, the window starts one position early (``"fixed"``). The first
+    With a shifted model and a cache, the window starts one position early. The first
     position is thus predicted from a row computed with the present tokens: exactly what a full
     forward gives where the cache is up to date, while a hidden row carried over from the commit
-    would stay as it was until the next refresh. ``"compat"`` predicts it from its own row, as Dream
-    does.
+    would stay as it was until the next refresh.
+
+    The published decoders, defects included, are ``pydllm.integrations.d3llm``.
     """
 
     threshold: float = 0.5
@@ -74,7 +66,6 @@ class MultiBlock(Algorithm):
     refresh: int | None = None
     early_stop: bool = True
     cache: bool = True
-    profile: str = "fixed"
     tail: str | int = "full"
 
     def __post_init__(self) -> None:
@@ -87,23 +78,15 @@ class MultiBlock(Algorithm):
             expect_int("refresh", self.refresh, 1)
         expect_bool("early_stop", self.early_stop)
         expect_bool("cache", self.cache)
-        expect("profile", self.profile, ("fixed", "compat"))
         if isinstance(self.tail, str):
             expect("tail", self.tail, ("full", "blocks"))
         else:
             expect_int("tail", self.tail, 0)
-        if self.profile == "compat" and self.tail != "full":
-            raise ValueError(f"tail: expected 'full' with profile 'compat', got {self.tail!r}")
 
     def check(self, model: Model, max_new_tokens: int) -> None:
         if model.spec.attention != "full":
             raise ValueError(
                 f"MultiBlock: expected a model with full attention, got {model.spec.attention!r}"
-            )
-        if self.profile == "compat" and max_new_tokens < self.block_length:
-            raise ValueError(
-                f"max_new_tokens: expected at least one block ({self.block_length}) with profile "
-                f"'compat', got {max_new_tokens}"
             )
 
     def decoder(self, call: Call) -> MultiBlockDecoder:
@@ -136,18 +119,17 @@ class MultiBlockCallState(State):
 
 @dataclass(frozen=True, kw_only=True)
 class MultiBlockPlan(Plan):
-    """Rows of the window and of the head; whether keys are copied (``compat``)."""
+    """Rows of the window and of the head."""
 
     width: int
     rows: int
-    copies: bool
 
 
 @dataclass(frozen=True)
 class MultiBlockDecoder(Decoder):
     """One forward and one ``ops.multiblock_step`` per step.
 
-    The counts have three more rows: those of ``MultiBlockPlan``.
+    The counts have two more rows: those of ``MultiBlockPlan``.
     """
 
     algorithm: MultiBlock
@@ -155,17 +137,11 @@ class MultiBlockDecoder(Decoder):
 
     def most_forwards(self, call: Call) -> int:
         # With logits that are NaN a mask can stay a mask.
-        return _PUBLISHED_LIMIT if self._compat else call.max_new_tokens
-
-    @property
-    def _compat(self) -> bool:
-        return self.algorithm.profile == "compat"
+        return call.max_new_tokens
 
     def begin(self, call: Call, prompts: list[int]) -> tuple[MultiBlockCallState, Tensor]:
         algorithm, new = self.algorithm, call.max_new_tokens
-        # Dream's published refresh leaves keys in two places; the second is after the sequence.
-        spare = new if self._compat and call.model.spec.shift_logits else 0
-        kept = call.max_len + spare if algorithm.cache else 0
+        kept = call.max_len if algorithm.cache else 0
         cache = call.runner.cache("cache", call.model, len(prompts), kept)
         shape = call.x.new_empty(len(prompts), call.max_len)
         step = MultiBlockState.make(shape, new, algorithm.block_length)
@@ -180,9 +156,8 @@ class MultiBlockDecoder(Decoder):
             raise ValueError("counts: expected those of the last step, got None")
         runner, slots = state.call.runner, state.call.max_len
         width, rows = (runner.width(max(count), slots) for count in counts[1:3])
-        copies = max(counts[3]) > 0
-        key = (width, rows, copies, state.call.max_new_tokens)
-        return MultiBlockPlan(key, 1, width=width, rows=rows, copies=copies)
+        key = (width, rows, state.call.max_new_tokens)
+        return MultiBlockPlan(key, 1, width=width, rows=rows)
 
     def step(self, state: MultiBlockCallState, plan: MultiBlockPlan) -> tuple[Tensor, None]:
         call, step = state.call, state.step
@@ -191,14 +166,12 @@ class MultiBlockDecoder(Decoder):
         )
         selection = Selection(step.first, step.rows, plan.rows)
         hidden = forward(state, window)
-        if plan.copies:
-            _copy_twice(state.cache, step, state.end, call.max_new_tokens)
         stats = statistics(
             state,
             hidden,
             step.start,
             selection,
-            suppress_ids=None if self._compat else call.suppress_ids,
+            suppress_ids=call.suppress_ids,
             noise_offset=step.decoded,
             eligible=step.eligible,
         )
@@ -210,7 +183,6 @@ class MultiBlockDecoder(Decoder):
         tail: str | int | None = algorithm.tail
         if isinstance(tail, str):
             tail = {"full": None, "blocks": 0}[tail]
-        eos = call.eos
         ops.multiblock_step(
             state.x,
             state.step_map,
@@ -224,30 +196,14 @@ class MultiBlockDecoder(Decoder):
             threshold=algorithm.threshold,
             add_at=algorithm.add_at,
             full_at=algorithm.full_at,
-            eos_ids=eos[:1] if self._compat and eos is not None else eos,
+            eos_ids=call.eos,
             early_stop=algorithm.early_stop,
             cached=algorithm.cache,
             delay=algorithm.delay,
             refresh=algorithm.refresh,
             tail=tail,
             shifted=call.model.spec.shift_logits,
-            profile=algorithm.profile,
             backend=call.backend,
         )
-        copies = (step.mode == _REFRESH) & (step.stale > 0)
         finished = -(step.mode == 0).int()
-        return torch.stack((finished, step.length, step.rows, copies.int()))
-
-
-def _copy_twice(cache: StaticCache, step: MultiBlockState, total: Tensor, most: int) -> None:
-    """After a refresh of Dream's published decoder: the keys and values of the slots from the
-    prefix to the last waiting block are seen again by the next forwards, beside those that replace
-    them."""
-    offset = torch.arange(most, device=total.device)
-    wanted = (offset < step.stale[:, None]) & (step.mode == _REFRESH)[:, None]
-    row = torch.arange(len(total), device=total.device)[:, None]
-    source = (step.prefix[:, None] + offset).clamp(max=cache.max_len - 1).long()
-    target = (total[:, None] + offset).long()
-    for tensor in (cache.keys, cache.values):
-        old, new = tensor[:, row, target], tensor[:, row, source]
-        tensor[:, row, target] = torch.where(wanted[..., None, None], new, old)
+        return torch.stack((finished, step.length, step.rows))

@@ -13,7 +13,6 @@ from pydllm._backend.library import Op
 from pydllm._checks import (
     FLOATS,
     check_bool,
-    check_choice,
     check_int,
     check_no_grad,
     check_number,
@@ -32,7 +31,6 @@ ROWS = (
     "decoded",
     "created",
     "prefix",
-    "stale",
     "mode",
     "start",
     "length",
@@ -47,7 +45,7 @@ class MultiBlockState(NamedTuple):
     """What ``multiblock_step`` carries from forward to forward, all on the device.
 
     Attributes:
-        numbers: ``(12, B)`` int32; each row is a ``(B,)`` tensor to be used as it is, by the names
+        numbers: ``(11, B)`` int32; each row is a ``(B,)`` tensor to be used as it is, by the names
             below.
         blocks: ``(4, B, K)`` int32, of each block of the generation region: masks left, fully
             activated, the forward since which it waits to be cached (-1: it does not), cached.
@@ -60,7 +58,6 @@ class MultiBlockState(NamedTuple):
     decoded    tokens accepted so far
     created    blocks that are open for decoding
     prefix     slots of the cache that are in use once the planned forward has run
-    stale      shifted compat: slots behind the sequence that hold keys seen twice
     mode       of the planned forward, index of ``MODES``: 0 finished, 1 full, 2 cached, 3 commit,
                4 refresh
     start      first position of its window
@@ -122,7 +119,6 @@ def multiblock_step(
     refresh: int | None = None,
     tail: int | None = None,
     shifted: bool = False,
-    profile: str = "fixed",
     backend: str | None = None,
 ) -> None:
     """Accept tokens of the forward that ``state`` planned, and plan the next (d3LLM, arXiv
@@ -167,13 +163,6 @@ def multiblock_step(
         delay, refresh: forwards; ``refresh`` None is never.
         tail: masks behind the newest block that are forwarded, None for all of them.
         shifted: whether row i of the model predicts position i + 1.
-        profile: ``"fixed"``, or ``"compat"``: the published decoders (LLaDA's, or shifted Dream's)
-            with the defects that decide their tokens and counts: what an end of sequence has just
-            overwritten is still eligible, and what follows one written last is not filled;
-            the forward that would follow is counted; a rest of ``max_new_tokens`` is never decoded,
-            in 10001 forwards, or without them in LLaDA's cached decoder; commits go before
-            refreshes, LLaDA's are one at a time, Dream's refresh keeps keys in two places
-            (``stale``). ``tail`` has to be None.
         backend: None (``PYDLLM_BACKEND``), ``"auto"``, ``"cuda"``, ``"triton"`` or ``"torch"``.
 
     Raises:
@@ -218,20 +207,11 @@ def multiblock_step(
     if threshold not in (math.inf, -math.inf):
         check_number("threshold", threshold, -FP32_MAX, FP32_MAX)
     check_token_id("mask_id", mask_id)
-    check_choice("profile", profile, ("fixed", "compat"))
-    compat = profile == "compat"
-    if compat and tail is not None:
-        raise ValueError(f"tail: expected None with profile 'compat', got {tail}")
-    if compat and max_new_tokens < block_length:
-        raise ValueError(
-            "max_new_tokens: expected at least one block with profile 'compat', "
-            f"got {max_new_tokens} with block_length {block_length}"
-        )
     check_no_grad("multiblock_step", entropy=entropy)
     add, full = (decoded_at_least(part, block_length) for part in (add_at, full_at))
     rule = (max_new_tokens, block_length, float(threshold), add, full, delay, refresh or 0)
     tail = max_new_tokens if tail is None else min(tail, max_new_tokens)
-    flags = (early_stop, cached, tail, shifted, compat)
+    flags = (early_stop, cached, tail, shifted)
     inputs = (x, step_map, *state, token, entropy, mask_id, prompt_length, eos_ids)
     arguments: tuple[Any, ...] = (*inputs, *rule, *flags)
 
@@ -274,7 +254,7 @@ _OP = Op(
     "multiblock_step(Tensor(a!) x, Tensor(b!) step_map, Tensor(c!) numbers, Tensor(d!) blocks, "
     "Tensor(e!) eligible, Tensor token, Tensor entropy, int mask_id, Tensor prompt, Tensor? eos, "
     "int new, int size, float limit, int add, int full_at, int delay, int refresh, "
-    "bool early_stop, bool cached, int tail, bool shifted, bool compat, str backend) -> ()",
+    "bool early_stop, bool cached, int tail, bool shifted, str backend) -> ()",
     _fake,
     reference.multiblock_step,
     opaque=True,

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 FINISHED, FULL, CACHED, COMMIT, REFRESH = range(5)
-_LIMIT = 10_001  # forwards after which the published decoder gives up
 
 
 def multiblock_step(
@@ -32,7 +31,6 @@ def multiblock_step(
     cached: bool,
     tail: int,
     shifted: bool,
-    compat: bool,
 ) -> None:
     """Accept tokens of the last forward, then plan the next: section by section as the op says.
 
@@ -40,11 +38,10 @@ def multiblock_step(
     coordinates of the generation region, ``(B, new)`` and ``(B, K)``.
     """
     prompt = prompt.clamp(0, x.shape[1] - new)  # any other would be written elsewhere
-    nfe, decoded, created, prefix, stale, mode, _, _, _, _, first, _ = numbers.clone()
+    nfe, decoded, created, prefix, mode, _, _, _, _, first, _ = numbers.clone()
     masks, full, done, kept = blocks.clone()
     count = masks.shape[1]
     created = created.clamp(1, count)
-    usable = new // size if compat and not (shifted and cached) else count
     live = mode != FINISHED
     offset, k = torch.arange(new, device=x.device), torch.arange(count, device=x.device)
     block, ends = offset // size, ((k + 1) * size).clamp(max=new)
@@ -71,54 +68,26 @@ def multiblock_step(
     ids = torch.where(accept, F.pad(token, (0, 1)).gather(1, column), ids)
     steps = torch.where(accept, nfe[:, None] - 1, steps)
     decoded = decoded + accept.sum(1, dtype=torch.int32)
-    masks = masks - per_block(accept)
 
-    # Is there another forward?
-    snapshot = ids == mask_id
-    over = nfe >= _LIMIT if compat else ~snapshot.any(1)
-    if compat:
-        masks = masks.clamp(min=0) if cached else masks
-        left = ((masks > 0) & (k < usable)).any(1) if cached and not shifted else snapshot.any(1)
-        over |= ~left & (created >= usable)
-        nfe = nfe + ~over
-
-    # What is behind an end of sequence.
-    is_eos = torch.zeros_like(snapshot) if eos is None else torch.isin(ids, eos)
-    filling = ~over if compat and early_stop else torch.zeros_like(over)
-    filling = filling if compat else torch.full_like(over, early_stop) | over
-    is_eos &= filling[:, None]
+    # What follows an end of the sequence: filled at once with early_stop, otherwise at the end.
+    is_eos = torch.zeros_like(accept) if eos is None else torch.isin(ids, eos)
+    is_eos &= early_stop | ~(ids == mask_id).any(1, keepdim=True)
     behind, ended = is_eos.cumsum(1) - is_eos.int() > 0, is_eos.any(1)
     if eos is not None:
         ids = torch.where(behind, eos[0], ids)
         steps = steps.masked_fill(behind, -1)
     masked = ids == mask_id
-    if compat:
-        at_eos = torch.where(ended, is_eos.int().argmax(1) // size, count)[:, None]
-        counted = ended[:, None] & (k < created[:, None]) & (shifted | (k >= at_eos))
-        masks = torch.where(counted, per_block(masked), masks)
-        missing = ended[:, None] & (k >= created[:, None]) & (k < usable)
-        full = full | ((counted & (masks == 0)) | missing)
-        masks = masks.masked_fill(missing, 0)
-        done = torch.where(missing, nfe[:, None], done)
-        kept = kept | missing | (shifted & (k > at_eos))
-        created = torch.where(ended, usable, created)
-        over |= ended & ~masked.any(1)
-    else:
-        masks = per_block(masked)
-        over |= ~masked.any(1)
-        nfe = nfe + ~over
+    masks, over = per_block(masked), ~masked.any(1)
+    nfe = nfe + ~over
 
     # Blocks: at most one is created, those behind a nearly decoded one are promoted.
     got = size - masks
     newest = got.gather(1, (created[:, None] - 1).clamp(min=0).long()).squeeze(1)
     opens = (newest >= add) | (newest == size)
-    created = created + (opens & (created < usable) & ~ended)
+    created = created + (opens & (created < count) & ~ended)
     exists = k < created[:, None]
     full = full | (exists & (F.pad(got[:, :-1], (1, 0), value=size) >= full_at))
-    end = created * size
-    if compat:
-        end = torch.where(exists & ((full > 0) | (masks > 0)), (k + 1) * size, 0).amax(1)
-    candidates = (snapshot if compat else masked) & (offset < end[:, None])
+    candidates = masked & (offset < (created * size)[:, None])
 
     # The cache: commit a finished prefix that has waited, refresh while one waits.
     total, start = prompt + new, torch.zeros_like(nfe)
@@ -129,9 +98,6 @@ def multiblock_step(
         pending = exists & (at_end > prefix[:, None])
         reached = pending & ((pending & (masks > 0)).cumsum(1) == 0)
         waiting = prompt > prefix  # the prompt, finished before the first forward
-        if compat and not shifted:  # one at a time
-            young = reached & (nfe[:, None] - torch.where(done < 0, nfe[:, None], done) < delay)
-            reached &= (young.cumsum(1) - young.int() == 0) & ~(waiting & (nfe < delay))[:, None]
         done = torch.where(reached & (done < 0), nfe[:, None], done)
         ready = reached & (nfe[:, None] - done >= delay) & (kept == 0)
         kept = kept | ready
@@ -140,31 +106,21 @@ def multiblock_step(
         stable = exists & (masks == 0) & (done >= 0) & (kept == 0)
         due = stable.any(1) | (nfe % max(refresh, 1) == (0 if refresh else -1))
         grows, some = upto > prefix, prefix > 0
-        fresh = some & due & ~(grows & compat)
+        fresh = some & due
         mode = torch.where(fresh, REFRESH, torch.where(grows, COMMIT, mode + some))
-        lead = prefix - (prefix > 0).int() if shifted and not compat else prefix
+        lead = prefix - (prefix > 0).int() if shifted else prefix
         start = torch.where(mode == REFRESH, 0, lead)
         commit = torch.where((mode == COMMIT) | (mode == REFRESH), upto - start, 0)
-        if compat and shifted:  # keys of a block that waits are seen twice
-            latest = torch.where(stable, prompt[:, None] + k * size, 0).amax(1)
-            latest = torch.maximum(latest, prefix)
-            commit = torch.where(fresh, latest, commit)
-            stale = torch.where(fresh, latest - prefix, stale)
         prefix = upto
         candidates &= at >= start[:, None]
 
-    if compat:  # nothing will ever change: the published loop runs on to its limit
-        stuck = ~over & ~candidates.any(1) & (created >= usable)
-        nfe = torch.where(stuck, _LIMIT, nfe)
-        over |= stuck
     candidates &= ~over[:, None]
     low = torch.where(candidates, offset, new).amin(1)
     rows = (torch.where(candidates, offset + 1, 0).amax(1) - low).clamp(min=0)
     length = (stop - start).masked_fill(over, 0)
     mode = mode.masked_fill(over, FINISHED)
-    twice = torch.where((mode == CACHED) | (mode == COMMIT), stale, 0)
-    window = (start, length, stop + twice, commit.masked_fill(over, 0))
-    planned = (nfe, decoded, created, prefix, stale, mode, *window, prompt + low, rows)
+    window = (start, length, stop, commit.masked_fill(over, 0))
+    planned = (nfe, decoded, created, prefix, mode, *window, prompt + low, rows)
     for target, result in ((numbers, planned), (blocks, (masks, full, done, kept))):
         for old, value in zip(target, result, strict=True):
             old.copy_(torch.where(live if old.ndim == 1 else live[:, None], value, old))

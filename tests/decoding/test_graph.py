@@ -76,9 +76,6 @@ FULL = {
     "multiblock-plain": pydllm.MultiBlock(
         threshold=1.0, block_length=4, cache=False, early_stop=False
     ),
-    "multiblock-compat": pydllm.MultiBlock(
-        threshold=1.5, block_length=4, profile="compat", refresh=3
-    ),
     "left-to-right": pydllm.LeftToRight(tokens_per_step=2, window=3, lookahead=5),
     "left-to-right-all": pydllm.LeftToRight(tokens_per_step=1),
 }
@@ -103,7 +100,7 @@ VERIFIED = {
 }
 CASES = [
     *(("full", False, name, algorithm) for name, algorithm in FULL.items()),
-    *(("full", True, name, FULL[name]) for name in ("threshold", "multiblock-compat")),
+    *(("full", True, name, FULL[name]) for name in ("threshold", "multiblock-refresh")),
     *(("full", True, f"{name}-forced", algorithm) for name, algorithm in FORCED.items()),
     *(("blocks", False, name, algorithm) for name, algorithm in BLOCKS.items()),
     *(("blocks", True, name, BLOCKS[name]) for name in ("static", "pipelined")),

@@ -75,10 +75,9 @@ def run(model, algorithm, new=96, **options):
 
 
 @pytest.mark.parametrize("shifted", [False, True], ids=["llada", "dream"])
-@pytest.mark.parametrize("profile", ["fixed", "compat"])
-def test_a_certain_model_decodes_a_block_a_forward(profile, shifted):
+def test_a_certain_model_decodes_a_block_a_forward(shifted):
     model = Scripted(everything, shifted)
-    got = run(model, pydllm.MultiBlock(cache=False, profile=profile))
+    got = run(model, pydllm.MultiBlock(cache=False))
     assert got.nfe.tolist() == [3] and model.masks == [96, 64, 32]
     want = [5 + p % 7 for p in range(3, 99)]
     assert got.sequences[0][3:].tolist() == want
@@ -109,19 +108,14 @@ def test_behind_an_end_of_sequence_nothing_is_decoded(early_stop):
     assert got.nfe.tolist() == [1 if early_stop else 3]
     assert got.sequences[0][3:].tolist() == [EOS] * 96
     assert got.step_map.tolist() == [[0] + [-1] * 95]
-    # The published decoder counts the forward that it no longer runs.
-    published = pydllm.MultiBlock(cache=False, profile="compat")
-    again = Scripted(everything, tokens={0: EOS})
-    assert run(again, published).nfe.tolist() == [2] and len(again.forwards) == 1
 
 
 @pytest.mark.parametrize("shifted", [False, True], ids=["llada", "dream"])
 def test_what_the_last_forward_leaves_behind_an_end_of_sequence(shifted):
-    for profile, clean in (("fixed", True), ("compat", False)):
-        model = Scripted(everything, shifted, tokens={70: EOS})
-        got = run(model, pydllm.MultiBlock(cache=False, profile=profile))
-        assert got.nfe.tolist() == [3]
-        assert got.sequences[0][3 + 71 :].eq(EOS).all() == clean
+    model = Scripted(everything, shifted, tokens={70: EOS})
+    got = run(model, pydllm.MultiBlock(cache=False))
+    assert got.nfe.tolist() == [3]
+    assert got.sequences[0][3 + 71 :].eq(EOS).all()
 
 
 def test_masks_before_an_end_of_sequence_are_decoded():
@@ -137,31 +131,19 @@ def test_masks_before_an_end_of_sequence_are_decoded():
     assert got.step_map[0, 21:].eq(-1).all()
 
 
-def test_a_rest_that_the_published_decoders_never_decode():
-    algorithm = {
-        p: pydllm.MultiBlock(threshold=0.5, block_length=32, cache=False, profile=p)
-        for p in ("fixed", "compat")
-    }
-    fixed = run(Scripted(everything), algorithm["fixed"], new=70)
-    assert fixed.nfe.tolist() == [3] and fixed.sequences[0].ne(MASK).all()
-    got = run(Scripted(everything), algorithm["compat"], new=70)
-    assert got.nfe.tolist() == [10_001]
-    assert (got.sequences[0] == MASK).nonzero().flatten().tolist() == list(range(67, 73))
-    cached = pydllm.MultiBlock(threshold=0.5, block_length=32, profile="compat")
-    got = run(Scripted(everything), cached, new=70)
-    assert got.nfe.tolist() == [2] and got.sequences[0].eq(MASK).sum() == 6
-    got = run(Scripted(everything, shifted=True), cached, new=70)
+def test_a_rest_of_a_block_is_decoded():
+    algorithm = pydllm.MultiBlock(threshold=0.5, block_length=32, cache=False)
+    got = run(Scripted(everything), algorithm, new=70)
     assert got.nfe.tolist() == [3] and got.sequences[0].ne(MASK).all()
 
 
-@pytest.mark.parametrize("profile", ["fixed", "compat"])
 @pytest.mark.parametrize("delay", [0, 1, 2, 3])
-def test_windows_of_a_delayed_commit(delay, profile):
+def test_windows_of_a_delayed_commit(delay):
     """The prompt is kept in forward D; a finished block after D full forwards."""
     model = Scripted(leftmost(4))
     run(
         model,
-        pydllm.MultiBlock(threshold=0.5, block_length=8, delay=delay, profile=profile, add_at=1.0),
+        pydllm.MultiBlock(threshold=0.5, block_length=8, delay=delay, add_at=1.0),
         new=32,
     )
     full, total = (0, 35), 35
@@ -172,9 +154,9 @@ def test_windows_of_a_delayed_commit(delay, profile):
         2: [(*full, 0), (*full, 3), (*full, 3), (*full, 3), (3, 32, 8), (*full, 11)],
         3: [(*full, 0), (*full, 0), (*full, 3), (*full, 3), (*full, 3), (3, 32, 8)],
     }[delay]
-    if delay == 2 and profile == "fixed":  # the second block waits when the first is kept
+    if delay == 2:  # the second block waits when the first is kept
         expected[4] = (*full, 11)
-    if delay == 3 and profile == "fixed":
+    if delay == 3:
         expected[5] = (*full, 11)
     assert model.forwards[:6] == expected
     assert all(start + length == total for start, length, _ in model.forwards)
@@ -315,10 +297,8 @@ BAD = [
     ({"full_at": -0.1}, r"full_at: expected a number in \[0.0, 1.0\]"),
     ({"delay": -1}, "delay: expected an int of at least 0"),
     ({"refresh": 0}, "refresh: expected an int of at least 1"),
-    ({"profile": "old"}, "profile: expected one of fixed, compat"),
     ({"tail": "none"}, "tail: expected one of full, blocks"),
     ({"tail": -1}, "tail: expected an int of at least 0"),
-    ({"tail": 3, "profile": "compat"}, "tail: expected 'full' with profile 'compat', got 3"),
 ]
 
 
@@ -330,8 +310,6 @@ def test_bad_parameters(options, message):
 
 def test_models_and_lengths_that_do_not_fit():
     model = Scripted(everything)
-    with pytest.raises(ValueError, match="max_new_tokens: expected at least one block"):
-        run(model, pydllm.MultiBlock(profile="compat"), new=20)
     model.spec = ModelSpec(16, MASK, (EOS,), False, "block_causal", 4, 4096, None)
     with pytest.raises(ValueError, match="MultiBlock: expected a model with full attention"):
         run(model, pydllm.MultiBlock())

@@ -32,7 +32,6 @@ def supports(
     cached: bool,
     tail: int,
     shifted: bool,
-    compat: bool,
 ) -> str | None:
     """None if the kernel can run this call, otherwise why not."""
     if entropy.dtype not in DTYPES:
@@ -72,7 +71,6 @@ def multiblock_step(
     cached: bool,
     tail: int,
     shifted: bool,
-    compat: bool,
 ) -> None:
     """Launch the kernel; arguments as in ``pydllm.reference.multiblock_step``."""
     call(
@@ -105,7 +103,6 @@ def multiblock_step(
         early_stop=early_stop,
         cached=cached,
         shifted=shifted,
-        compat=compat,
         stride_x_row=x.stride(0),
         stride_step_map_row=step_map.stride(0),
         stride_numbers_row=numbers.stride(0),
