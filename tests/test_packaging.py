@@ -218,6 +218,21 @@ def test_cuda_wheel_holds_what_was_asked_for_and_needs_nothing(built, no_torch, 
     assert [kernel for kernel in kernels if (kernel[2], kernel[3]) != ("0", "0")] == []
 
 
+def test_import_brings_in_no_compiler_and_no_optional_package():
+    """What makes an import slow: of the CPU time of `import torch` it may add a quarter."""
+    call = (
+        "import json, sys, torch\n"
+        "before = set(sys.modules)\n"
+        "import pydllm\n"
+        "new = set(sys.modules) - before\n"
+        "print(json.dumps([len(new), sorted({name.partition('.')[0] for name in new})]))"
+    )
+    done = run(sys.executable, "-c", call, cwd=ROOT)
+    count, packages = json.loads(passed(done).splitlines()[-1])
+    assert set(packages) <= {"pydllm", "safetensors", "tokenizers"} | sys.stdlib_module_names
+    assert count < 250  # 115 when this was written
+
+
 def test_env_is_a_module_to_run_and_a_function_to_call():
     from pydllm import __version__
 

@@ -90,7 +90,9 @@ def run(job: Job) -> Iterator[str]:
     if accelerator.is_main_process:
         (job.out / TRAJECTORIES).mkdir(parents=True, exist_ok=True)
         text = json.dumps(job.settings(), indent=2) + "\n"
-        (job.out / SETTINGS).write_text(text)
+        temporary = job.out / f"{SETTINGS}.new"
+        temporary.write_text(text)
+        temporary.replace(job.out / SETTINGS)  # completely there, or not at all
     accelerator.wait_for_everyone()
     trajectories = _trajectories(job, teacher, prompts, accelerator)
     del teacher
@@ -199,7 +201,7 @@ def _check(job: Job, device: torch.device) -> tuple[NativeModel, list[list[int]]
         return teacher, ids
     if not (job.out / SETTINGS).is_file():
         raise ValueError(f"--out: expected a new folder or one to go on with, got {job.out}")
-    before, now = json.loads((job.out / SETTINGS).read_text()), job.settings()
+    before, now = _read_settings(job.out / SETTINGS), job.settings()
     changed = [key for key in now if before.get(key) != now[key]]
     if changed:
         key = changed[0]
@@ -208,6 +210,16 @@ def _check(job: Job, device: torch.device) -> tuple[NativeModel, list[list[int]]
             f"{before.get(key)}, got {now[key]}"
         )
     return teacher, ids
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: expected JSON, got {error}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(found).__name__}")
+    return found
 
 
 def _trajectories(

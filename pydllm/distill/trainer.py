@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import random
 import time
 from collections.abc import Iterator
@@ -248,7 +249,12 @@ def _resume(out: Path, trained: dict[str, nn.Parameter], optimiser: Any, steps: 
     if not (out / STATE).exists():
         (out / METRICS).unlink(missing_ok=True)
         return 0
-    state = torch.load(out / STATE, weights_only=True, map_location="cpu")
+    try:
+        state = torch.load(out / STATE, weights_only=True, map_location="cpu")
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise CheckpointError(
+            f"{out / STATE}: expected the state of a training, got a damaged file: {error}"
+        ) from error
     shapes = {name: tuple(weight.shape) for name, weight in state["weights"].items()}
     if shapes != {name: tuple(p.shape) for name, p in trained.items()} or state["steps"] != steps:
         raise CheckpointError(
@@ -260,6 +266,9 @@ def _resume(out: Path, trained: dict[str, nn.Parameter], optimiser: Any, steps: 
             parameter.copy_(state["weights"][name])
     optimiser.load_state_dict(state["optimiser"])
     lines = (out / METRICS).read_text().splitlines() if (out / METRICS).exists() else []
-    kept = [line for line in lines if json.loads(line)["step"] <= state["step"]]
+    try:
+        kept = [line for line in lines if json.loads(line)["step"] <= state["step"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{out / METRICS}: expected a JSON object a line: {error}") from error
     (out / METRICS).write_text("".join(line + "\n" for line in kept))
     return int(state["step"])

@@ -109,6 +109,15 @@ def test_bad_data_writes_nothing(tmp_path, text, message):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("text", ["", "{", "[1]"])
+def test_damaged_settings_are_named(tmp_path, data, text):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/settings.json").write_text(text)
+    result = _distill(tmp_path / "out", data)
+    assert result.exit_code == 1
+    assert "out/settings.json: expected" in "".join(result.output.split("\n"))
+
+
 def test_other_folders_and_models_are_refused(tmp_path, data):
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "thesis.txt").write_text("mine")

@@ -1,12 +1,14 @@
 import json
+import re
 
 import pytest
 import torch
 
 import pydllm
+from pydllm import CheckpointError
 from pydllm.distill import Recipe, extract, load_transformer, train
 from pydllm.distill.run import save_student
-from pydllm.distill.trainer import STATE, SingleDevice, draw_batch
+from pydllm.distill.trainer import METRICS, STATE, SingleDevice, draw_batch
 from tests.models.plain import CONFIGS, LLADA, random_plain, write_checkpoint
 
 SMALL = LLADA | {"n_layers": 2}
@@ -143,6 +145,18 @@ def test_accelerate_trains_the_same(tmp_path):
         assert hasattr(device, name)
     for name, value in plain.state_dict().items():
         assert torch.equal(value, other.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(
+    "name, content", [(STATE, b""), (STATE, b"PK damaged"), (METRICS, b"{\n"), (METRICS, b"{}\n")]
+)
+def test_a_damaged_file_is_named(tmp_path, name, content):
+    folder, trajectories = _teacher(tmp_path)
+    out = tmp_path / "out"
+    _run(folder, trajectories, out, 2)
+    (out / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"^{re.escape(str(out / name))}: expected "):
+        _run(folder, trajectories, out, 2)
 
 
 def test_wrong_input_is_refused(tmp_path):
