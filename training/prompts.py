@@ -16,7 +16,9 @@ from training import turns
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="JSONL to write.")
 @click.option("--count", default=6144, show_default=True, type=click.IntRange(1))
 @click.option("--seed", default=0, show_default=True)
-@click.option("--turns", "is_turns", is_flag=True, help="Of training/turns.py, not the demo's task.")
+@click.option(
+    "--turns", "is_turns", is_flag=True, help="Of training/turns.py, not the demo's task."
+)
 def main(out: Path, count: int, seed: int, is_turns: bool) -> None:
     """Write problems that are not held out, each with its answer, for ``pydllm distill``."""
     rng = random.Random(f"distill {seed}")
