@@ -60,10 +60,11 @@ class Kind:
         moved = operations = 0
         for work in self.work:
             sizes, layers = work.model.sizes, parameters(work.model)[0]
+            read, used = experts(work.model, work.rows)
             slot = 2 * sizes.layers * sizes.kv_heads * sizes.head_dim
-            moved += work.model.dtype.itemsize * (layers + slot * (work.seen + work.rows))
+            moved += work.model.dtype.itemsize * (layers + read + slot * (work.seen + work.rows))
             pairs = work.rows * (work.seen + work.rows) // work.batch
-            operations += 2 * layers * work.rows
+            operations += 2 * (layers + used) * work.rows
             operations += 4 * sizes.layers * sizes.heads * sizes.head_dim * pairs
         for model, rows in self.heads:
             head = parameters(model)[1]
@@ -74,9 +75,27 @@ class Kind:
 
 
 def parameters(model: NativeModel) -> tuple[int, int]:
-    """Of the layers, and of the head; the embedding is looked up."""
-    tensors = (value for layer in model._layers for value in vars(layer).values())
-    return sum(t.numel() for t in tensors if t is not None), model._head.numel()
+    """Of the layers but for experts, and of the head; the embedding is looked up."""
+    count = 0
+    for layer in model._layers:
+        own = dict(vars(layer))
+        if layer.experts is not None:
+            own |= vars(layer.experts) | {"gate_up": None, "down": None}
+        count += sum(t.numel() for t in own.values() if isinstance(t, Tensor))
+    return count, model._head.numel()
+
+
+def experts(model: NativeModel, rows: int) -> tuple[float, int]:
+    """Parameters of the experts that a forward reads, and that a row takes part in.
+
+    The former is what even and independent routes touch; where rows share experts it is less.
+    """
+    moe = model.sizes.moe
+    if moe is None:
+        return 0.0, 0
+    one = 3 * moe.width * model.sizes.hidden * sum(moe.sparse)
+    touched = moe.experts * (1 - (1 - moe.top_k / moe.experts) ** rows)
+    return touched * one, moe.top_k * one
 
 
 class Watch:
