@@ -129,7 +129,7 @@ def attention(gpu: Gpu, model: Model, batch: int, slots: int) -> list[Kernel]:
 
 def head_stats(gpu: Gpu, model: Model, rows: int) -> list[Kernel]:
     with mock.patch.object(_tiles, "arch", lambda device: 90):
-        tile = _tiles.head_stats_tile(torch.device("meta"), 2, rows)
+        tile = _tiles.head_stats_tile(torch.device("meta"), 2)
     tiles, blocks = -(-model.vocab // tile.block_v), -(-rows // tile.block_r)
     weight = 2 * model.vocab * model.width
     through = blocks * tiles * (min(rows, tile.block_r) + tile.block_v) * model.width * 2

@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   };
   const auto verifier = [&](int64_t id) {
     // An id that is not a row of the head would be read elsewhere.
-    id = max(int64_t{0}, min(id, call.verifier_vocab - 1));
+    if (static_cast<uint64_t>(id) >= static_cast<uint64_t>(call.verifier_vocab)) id = 0;
     const T* weights = head + id * call.stride_head_row;
     const auto bits = reinterpret_cast<uintptr_t>(hidden) | reinterpret_cast<uintptr_t>(weights);
     const float y = dot_warp(hidden, weights, width, bits % 16 == 0);

@@ -86,20 +86,16 @@ class HeadTile(NamedTuple):
     num_stages: int
 
 
-# head_stats: bytes an element -> tile, and that for more rows than it has. Both have a warp for 16
-# rows and take ids and width alike: the bits of a row do not depend on which of the two it is. fp32
-# is not for speed: it is exact, without tensor cores.
-HEAD_STATS = {2: HeadTile(64, 128, 64, 4, 3), 4: HeadTile(32, 128, 16, 4, 2)}
-HEAD_STATS_MANY = {2: HeadTile(128, 128, 64, 8, 3)}
+# head_stats: bytes per element -> tile. fp32 is not for speed: it is exact, without tensor cores.
+HEAD_STATS = {2: HeadTile(64, 128, 64, 8, 3), 4: HeadTile(32, 128, 16, 4, 2)}
 HEAD_STATS_INTERPRETER = HeadTile(64, 1024, 128, 4, 1)
 
 
-def head_stats_tile(device: torch.device, element_size: int, rows: int) -> HeadTile:
-    """The tile of ``HEAD_STATS`` for a dtype and a number of rows."""
+def head_stats_tile(device: torch.device, element_size: int) -> HeadTile:
+    """The tile of ``HEAD_STATS`` for a dtype."""
     if arch(device) == INTERPRETER:
         return HEAD_STATS_INTERPRETER
-    few = HEAD_STATS[element_size]
-    return few if rows <= few.block_r else HEAD_STATS_MANY.get(element_size, few)
+    return HEAD_STATS[element_size]
 
 
 def merge_rows(device: torch.device) -> int:

@@ -335,6 +335,8 @@ def _mlp(
     count, width, inner = down.shape
     tile = _tiles.experts_tile(hidden.device, hidden.element_size())
     programs = count + (0 if shared_down is None else triton.cdiv(routes["rows"], tile.block_m))
+    # Rows that begin anywhere are loaded by element, which takes more registers.
+    warps = tile.num_warps if width % 16 == inner % 16 == 0 else 2 * tile.num_warps
     act = torch.empty(pairs, inner, dtype=hidden.dtype, device=hidden.device)
     y = torch.empty(pairs, width, dtype=hidden.dtype, device=hidden.device)
     shared = routes | {"experts": count, "width": width, "inner": inner, "BLOCK_M": tile.block_m}
@@ -347,7 +349,7 @@ def _mlp(
         GELU=gelu,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
-        num_warps=tile.num_warps,
+        num_warps=warps,
         num_stages=tile.num_stages,
     )
     _experts_contract_kernel[(programs, triton.cdiv(width, tile.block_n))](
@@ -358,7 +360,7 @@ def _mlp(
         shared_ptr=shared_down,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
-        num_warps=tile.num_warps,
+        num_warps=warps,
         num_stages=tile.num_stages,
     )
     return y

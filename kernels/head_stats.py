@@ -141,7 +141,7 @@ def supports(
     for name, matrix in {"hidden": hidden, "weight": weight}.items():
         if matrix.shape[1] > 1 and matrix.stride(1) != 1:
             return f"{name} must be rows of contiguous elements, got strides {matrix.stride()}"
-    largest = MAX_TILES * _tiles.head_stats_tile(hidden.device, hidden.element_size(), 1).block_v
+    largest = MAX_TILES * _tiles.head_stats_tile(hidden.device, hidden.element_size()).block_v
     if weight.shape[0] > largest:
         return f"the kernel takes up to {largest} ids, got {weight.shape[0]}"
     return contiguous(bias=bias, banned=banned, temperature=temperatures, rows=rows)
@@ -149,7 +149,7 @@ def supports(
 
 def tile_count(hidden: torch.Tensor, weight: torch.Tensor) -> int:
     """Pieces that the vocabulary is cut into."""
-    tile = _tiles.head_stats_tile(hidden.device, hidden.element_size(), 1)
+    tile = _tiles.head_stats_tile(hidden.device, hidden.element_size())
     return triton.cdiv(weight.shape[0], tile.block_v)
 
 
@@ -170,7 +170,7 @@ def head_stats_partial(
     """Launch the tiles; arguments as in ``pydllm.ops.head_stats_partial``, ``seed`` 64 bits."""
     sources, width = hidden.shape
     count = sources if rows is None else rows.shape[0]
-    tile = _tiles.head_stats_tile(hidden.device, hidden.element_size(), count)
+    tile = _tiles.head_stats_tile(hidden.device, hidden.element_size())
     tiles = tile_count(hidden, weight)
     row_blocks = triton.cdiv(count, tile.block_r)
     sampled = is_sampled(counter, temperature, temperatures)
@@ -241,7 +241,7 @@ def head_stats(
 ) -> tuple[torch.Tensor, ...]:
     """Launch the kernels, many rows in parts: that bounds the memory of the partial results."""
     count = hidden.shape[0] if rows is None else rows.shape[0]
-    block = _tiles.head_stats_tile(hidden.device, hidden.element_size(), count).block_r
+    block = _tiles.head_stats_tile(hidden.device, hidden.element_size()).block_r
     height = max(_PARTIAL_BYTES // (32 * tile_count(hidden, weight)) // block, 1) * block
     parts = []
     for start in range(0, max(count, 1), height):

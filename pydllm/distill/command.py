@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from pydllm._options import BACKEND, DEVICE
+from pydllm._options import BACKEND
 from pydllm.distill.prompts import read_prompts
 from pydllm.distill.recipe import PRESETS, Recipe
 
@@ -55,7 +55,7 @@ def make_recipe(preset: str, changes: dict[str, Any]) -> Recipe:
 @click.option("--shard", default=256, show_default=True, type=click.IntRange(1), help="Prompts.")
 @click.option("--save-every", default=200, show_default=True, type=click.IntRange(1))
 @click.option("--seed", default=0, show_default=True)
-@DEVICE
+@click.option("--device", help="Default: the GPU if there is one.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Of matrix products.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads (default: torch's choice).")
 @click.option("--accelerate", is_flag=True, help="Several devices, under `accelerate launch`.")

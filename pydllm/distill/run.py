@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from pydllm._backend.errors import CheckpointError, PydllmError
 from pydllm._backend.signatures import check_called
+from pydllm._checks import check_usable
 from pydllm.decoding import Static
 from pydllm.decoding.prompts import encode_prompts
 from pydllm.distill.prompts import Prompt, answer_checker
@@ -146,7 +147,7 @@ def save_student(model: Transformer, teacher: Path, out: Path) -> None:
 def _accelerator(job: Job) -> Any:
     if not job.accelerate:
         default = "cuda" if torch.cuda.is_available() else "cpu"
-        return SingleDevice(torch.device(job.device or default))
+        return SingleDevice(check_usable("--device", job.device or default))
     try:
         from accelerate import Accelerator
     except ImportError:

@@ -207,7 +207,7 @@ def sample_tokens(
     """Dream's token and confidence of each row, in the dtype of the logits.
 
     Args:
-        logits: ``(R, V)``.
+        logits: ``(..., V)``.
         temperature: 0 takes the best; otherwise ``torch.distributions.Categorical`` draws.
         top_p: keep the ids up to and including the one that exceeds this probability.
         top_k: keep the ids with the k largest logits, and those that tie with the last of them.
@@ -219,7 +219,7 @@ def sample_tokens(
         ``confidence (R,)`` and ``x0 (R,)`` int64. Without the two flags the confidence is the
         probability of the token.
     """
-    check_tensor("logits", logits, ("R", "V"), FLOATS)
+    check_tensor("logits", logits.flatten(0, -2), ("R", "V"), FLOATS)
     if not temperature >= 0:
         raise ValueError(f"temperature: expected at least 0, got {temperature!r}")
     if top_k is not None and (type(top_k) is not int or top_k < 1):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,7 +31,7 @@ def load_module(
     """As ``load`` of a module. One with LoRA layers of PEFT is merged into weights of its own."""
     module = unwrapped(module)
     name = type(module).__name__
-    _check_own_forwards(name, module)
+    check_unhooked(module)
     config = _module_config(module)
     family = find_family(config, *(kind.__name__ for kind in type(module).__mro__))
     sizes = family.sizes(config, family)
@@ -42,7 +41,6 @@ def load_module(
     adapted = peft_layers(module)
     state = merged_state(module) if adapted else module.state_dict(keep_vars=True)
     _check_plain(name, state)
-    check_unhooked(module)
     found = {key: Found(tuple(value.shape), value.dtype) for key, value in state.items()}
     fused_in: dict[str, Tensor] = {}
     if sizes.moe is not None:
@@ -74,33 +72,6 @@ def load_module(
         return NativeModel(spec, sizes, weights, None)
     warn_of_damage(module, getattr(module, "config", None), family.names, sizes, wanted, state)
     return NativeModel(spec, sizes, share(wanted, state, fused_in), None)
-
-
-def _check_own_forwards(name: str, module: nn.Module) -> None:
-    """Refuse what is computed besides the weights: hooks, replaced forwards, Linear subclasses.
-
-    Those of accelerate that keep a module on its device, and of ``pydllm.patch``, change nothing.
-    """
-    patched = any("_pydllm_patched" in part.__dict__ for part in module.modules())
-    for path, part in module.named_modules():
-        found = None
-        if part._forward_hooks or part._forward_pre_hooks:
-            found = "a forward hook"
-        elif "forward" in part.__dict__ and not patched and not hasattr(part, "_hf_hook"):
-            found = "a forward of its own"
-        elif isinstance(part, nn.Linear) and type(part).forward is not nn.Linear.forward:
-            found = f"a {type(part).__name__}"
-        if found is not None and path:
-            raise CheckpointError(
-                f"{name}: {path}: expected its class's computation, found {found}, which would be "
-                f"left out; {_PATCH}"
-            )
-        if found is not None:
-            warnings.warn(
-                f"{name}: {found} of the whole module is left out: only its weights are used",
-                RuntimeWarning,
-                stacklevel=4,
-            )
 
 
 def _check_plain(name: str, state: Mapping[str, Any]) -> None:

@@ -106,7 +106,7 @@ def test_it_equals_any_baseline(baseline, attention, temperature):
     block, mode = None, "strict"
     if attention != "full":
         block, mode = baseline.block_length, attention
-        baseline = dataclasses.replace(baseline, cache="none")
+        baseline = dataclasses.replace(baseline, cache="none", first_token="window")
     options = {"temperature": temperature, "seed": 2}
     model, _ = random_pair(4, block=block, shift=True)
     expected = decode(model, PROMPTS, baseline, **options)

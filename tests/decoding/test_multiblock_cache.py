@@ -37,6 +37,9 @@ class Watched:
         return StaticCache(*(t.fill_(torch.nan) for t in (cache.keys, cache.values)))
 
     def forward(self, ids, start, cache, *, length, kv_len, commit, **options):
+        if not cache.max_len:  # the look at whether an answer is finite
+            call = {"length": length, "kv_len": kv_len, "commit": commit, **options}
+            return self.model.forward(ids, start, cache, **call)
         first, count, kept = int(start), int(commit), self.kept
         # The window begins where the cache ends (a shifted one a row earlier, to predict the first
         # position), or at 0: each position has one key, cached or fresh.

@@ -42,7 +42,7 @@ def published(model, prompt, gen_length=24, block_length=24, per_step=1):
 def ours(model, prompt, gen_length=24, block_length=24, per_step=1):
     model = copy.copy(model)
     model.spec = dataclasses.replace(model.spec, eos_ids=())
-    algorithm = pydllm.Static(block_length, per_step)
+    algorithm = pydllm.Static(block_length=block_length, tokens_per_step=per_step)
     return pydllm.generate(model, list(prompt), algorithm, max_new_tokens=gen_length)
 
 
