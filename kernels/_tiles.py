@@ -138,7 +138,7 @@ WINDOW_ATTENTION = {
     (90, 4, 64): AttentionTile(32, 32, 8, 2),
     (90, 4, 128): AttentionTile(32, 32, 8, 2),
     (90, 4, 256): AttentionTile(32, 16, 8, 1),
-    (90, 4, 512): AttentionTile(16, 16, 8, 1),
+    (90, 4, 512): AttentionTile(16, 16, 8, 1, 255),
     (100, 2, 64): AttentionTile(64, 64, 8, 3, 255),
     (100, 2, 128): AttentionTile(64, 64, 8, 2, 255),
     (100, 2, 256): AttentionTile(32, 32, 8, 2),
@@ -153,7 +153,6 @@ WINDOW_ATTENTION = {
 # row's sums are grouped alike and its bits do not depend on which of the two it is.
 WINDOW_ATTENTION_MANY = {
     (90, 2, 64): AttentionTile(128, 64, 8, 4),
-    (90, 2, 128): AttentionTile(128, 32, 8, 6),
 }
 
 # For long windows, which are not split.

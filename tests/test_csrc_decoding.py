@@ -318,11 +318,14 @@ MUTANTS = {
         "check_multiblock_step",
         {
             "masks are counted before they are wiped": (
-                "= 0;\n    }\n    __syncthreads();",
-                "= 0;\n    }",
+                "masks[k] = 0;\n  __syncthreads();",
+                "masks[k] = 0;",
             ),
             "limit is strict": ("cost < bound : cost <= bound", "cost < bound : cost < bound"),
-            "young blocks are not waited for": ("k < unfinished && k <= young", "k < unfinished"),
+            "young blocks are not waited for": (
+                "nfe - done[k] >= call.delay && !kept[k]",
+                "!kept[k]",
+            ),
             "end of sequence is filled too": ("ended && j > last", "ended && j >= last"),
         },
     ),

@@ -61,4 +61,4 @@ def _is_finite(call: Call, sequence: Tensor) -> bool:
         **options,
     )
     last = hidden[0, max(0, len(sequence) - call.max_new_tokens - 1) :]
-    return bool(model.head(last).logsumexp(-1).isfinite().all())
+    return bool(model.head_stats(last, backend=call.backend).logsumexp.isfinite().all())

@@ -219,7 +219,8 @@ def sample_tokens(
         ``confidence (R,)`` and ``x0 (R,)`` int64. Without the two flags the confidence is the
         probability of the token.
     """
-    check_tensor("logits", logits.flatten(0, -2), ("R", "V"), FLOATS)
+    rows = logits.flatten(0, -2) if isinstance(logits, Tensor) and logits.ndim > 2 else logits
+    check_tensor("logits", rows, ("R", "V"), FLOATS)
     if not temperature >= 0:
         raise ValueError(f"temperature: expected at least 0, got {temperature!r}")
     if top_k is not None and (type(top_k) is not int or top_k < 1):

@@ -366,6 +366,7 @@ class Observed:
     def __init__(self, model, look=lambda **call: None):
         self.model, self.look = model, look
         self.tokenizer, self.device, self.dtype = model.tokenizer, model.device, model.dtype
+        self.head_stats = model.head_stats
 
     @property
     def spec(self):
@@ -577,7 +578,7 @@ def test_a_temperature_for_each_prompt(trio, kind):
     for bad, error in (
         ([0.5] * 4, "expected 5, one per prompt"),
         ([0.5] * 4 + [-1.0], "a number in"),
-        ([0.5] * 4 + [1e-7], "0 or at least 1e-6"),
+        ([0.5] * 4 + [1e-7], "0 or at least 1e-06"),
     ):
         with pytest.raises(ValueError, match=f"temperature: .*{error}"):
             _decode(model, PROMPTS, algorithm, temperature=bad)

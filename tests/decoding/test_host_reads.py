@@ -19,6 +19,7 @@ from tests.decoding.test_graph import BLOCKS, FULL, LENGTHS, VERIFIED, models, p
 
 # Where a call is set up and its result taken; and how sequences that are done are dropped.
 OUTSIDE = {"generate", "apd.py:_check_prompts", "finite.py:check_finite"}
+OUTSIDE |= {"finite.py:_is_finite"}
 # What a CPU does and a GPU does not: leave out rows, and draft in chunks.
 CPU_ONLY = {"step.py:statistics", "rounds.py:_decide", "rounds.py:following"}
 CPU_ONLY |= {"rounds.py:_verifier_logits", "rounds.py:_next_chunk"}

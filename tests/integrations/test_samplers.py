@@ -227,7 +227,7 @@ BAD_SAMPLES = {
     "top_p": {"top_p": -0.1},
     "temperature": {"temperature": -1.0},
     "temperature NaN": {"temperature": float("nan")},
-    "logits": {"logits": torch.zeros(2, 3, 4)},
+    "logits": {"logits": torch.zeros(4)},
     "integers": {"logits": torch.zeros(2, 3, dtype=torch.int64)},
 }
 
