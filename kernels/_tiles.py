@@ -153,6 +153,7 @@ WINDOW_ATTENTION = {
 # row's sums are grouped alike and its bits do not depend on which of the two it is.
 WINDOW_ATTENTION_MANY = {
     (90, 2, 64): AttentionTile(128, 64, 8, 4),
+    (90, 2, 128): AttentionTile(128, 32, 8, 2),
 }
 
 # For long windows, which are not split.
