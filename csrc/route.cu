@@ -100,7 +100,7 @@ __device__ __forceinline__ float value_of(uint64_t key) {
   return from_ordered(~static_cast<uint32_t>(key >> 32));
 }
 
-// One warp a row.
+// One warp per row.
 template <typename T>
 __global__ void __launch_bounds__(kWarpSize) route_select_kernel(Route call, int64_t window_rows) {
   __shared__ uint64_t keys[kRouteExperts];
