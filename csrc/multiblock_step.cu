@@ -151,8 +151,8 @@ __global__ void __launch_bounds__(kThreads) multiblock_step_kernel(const Multibl
   int start = 0, commit = 0;
   mode = kFull;
   if (cached) {
-    const auto end_of = [&](int k) { return prompt + min((k + 1) * size, generated); };
-    const auto pending = [&](int k) { return k < created && end_of(k) > prefix; };
+    const auto end_of = [=](int k) { return prompt + min((k + 1) * size, generated); };
+    const auto pending = [=](int k) { return k < created && end_of(k) > prefix; };
     int unfinished = kNone;
     for (int k = thread; k < count; k += kThreads) {
       if (pending(k) && masks[k] > 0) unfinished = min(unfinished, k);

@@ -67,7 +67,7 @@ def read_layout(
     """
     seen: dict[str, Found] = {}
     parts: dict[str, Part] = {}
-    for stored, entry in found.items():
+    for stored, entry in sorted(found.items()):  # a file lists its tensors in any order
         for name, part, shape in _parts(stored, entry.shape, names, sizes, where):
             if name in seen:
                 before = parts[name].stored if name in parts else name
