@@ -140,7 +140,7 @@ WINDOW_ATTENTION = {
     (90, 4, 256): AttentionTile(32, 16, 8, 1),
     (90, 4, 512): AttentionTile(16, 16, 8, 1, 255),
     (100, 2, 64): AttentionTile(64, 64, 8, 3, 255),
-    (100, 2, 128): AttentionTile(64, 64, 8, 2, 255),
+    (100, 2, 128): AttentionTile(64, 32, 8, 4, 255),
     (100, 2, 256): AttentionTile(32, 32, 8, 2),
     (100, 2, 512): AttentionTile(32, 16, 8, 1),
     (100, 4, 64): AttentionTile(32, 32, 8, 2),
