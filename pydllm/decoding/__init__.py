@@ -4,7 +4,8 @@ from pydllm.decoding.apd import APD
 from pydllm.decoding.autoregressive import Autoregressive
 from pydllm.decoding.call import Step
 from pydllm.decoding.freedave import FreeDave
-from pydllm.decoding.generate import Generation, generate, warmup
+from pydllm.decoding.generate import generate, warmup
+from pydllm.decoding.generation import Generation
 from pydllm.decoding.left_to_right import LeftToRight
 from pydllm.decoding.multiblock import MultiBlock
 from pydllm.decoding.self_speculative import SelfSpeculative

@@ -183,8 +183,8 @@ def _check_prompts(call: Call, shared: int, limit: int) -> None:
     """What the verifier cannot take of prompts that suit the model."""
     if call.longest > limit:
         raise ValueError(
-            f"prompts: expected at most the verifier's {limit} positions with "
-            f"max_new_tokens={call.max_new_tokens}, got {call.longest}"
+            f"prompts: expected at most the verifier's {limit} positions with max_new_tokens, "
+            f"got {call.longest}"
         )
     rows = zip(call.prompt_lengths, call.x.tolist(), strict=True)
     for row, (length, ids) in enumerate(rows):

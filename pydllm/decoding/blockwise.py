@@ -289,15 +289,17 @@ def _limit(algorithm: BlockwiseAlgorithm, masks: Sequence[int], forced: bool) ->
 
 def _layout_full(algorithm: BlockwiseAlgorithm, state: BlockState) -> Block:
     call = state.call
-    runner, new, cache = call.runner, call.max_new_tokens, algorithm.cache
+    runner, cache = call.runner, algorithm.cache
     shifted = call.model.spec.shift_logits
     forced = shifted and algorithm.first_token == "forced" and cache != "none"
     offsets = [state.blocks[slot] * algorithm.block_length for slot in state.live]
-    sizes = [min(algorithm.block_length, new - offset) for offset in offsets]
+    lengths = [call.region_lengths[prompt] for prompt in state.live_prompts]
+    left = [length - offset for length, offset in zip(lengths, offsets, strict=True)]
+    sizes = [min(algorithm.block_length, count) for count in left]
     size, end = max(sizes), state.end
     start = torch.minimum(state.next_start, end)
     length = (end - start).clamp(max=algorithm.block_length)
-    padded = min(algorithm.block_length, new) if runner.fixed_shapes else size
+    padded = min(algorithm.block_length, max(call.region_lengths)) if runner.fixed_shapes else size
     positions = Selection(start, length, padded)
     first_selection = selection = positions
     zero = torch.zeros_like(end)
@@ -319,7 +321,7 @@ def _layout_full(algorithm: BlockwiseAlgorithm, state: BlockState) -> Block:
             rows, width = length + lead, lead + padded
         else:
             rows = end - start + lead
-            width = runner.width(lead + new - min(offsets), call.max_len)
+            width = runner.width(lead + max(left), call.max_len)
         rows = torch.where(length > 0, rows, 0)
         window = Window.make(start - lead, rows, end, width=width)
     steps, known = _limit(algorithm, sizes, forced)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pydllm.decoding.graph import Eager, Runner, bucket
+from pydllm.decoding.stops import Stops
 from pydllm.models import Model
 
 
@@ -44,12 +45,14 @@ class Call:
         request_id: ``(N,)`` int32 on the device, key of a prompt's noise.
         temperature: a number, or ``(N,)`` fp32 on the device, one per prompt.
         eos: ``(E,)`` int64 on the device, ids that end a sequence; None: there are none.
-        suppress_ids: ``(1,)`` int32 on the device, the mask id, which is never predicted; None for
-            a causal model without one, whose empty positions are ``mask_id`` -1.
-        prompt_lengths: ``prompt_length`` on the host.
-        max_new_tokens: length of every generation region, in tokens.
+        suppress_ids: ``(n,)`` int32 on the device, ids that are never predicted, the mask id first;
+            None for a causal model without one, whose empty positions are ``mask_id`` -1.
+        prompt_lengths, ends: the same on the host.
+        ignores_eos: whether the model's EOS ids are tokens as any other.
+        fill_id: what rows hold after their end.
         runner: runs the steps.
         warm: take every step that a block may need, so that all of them are captured.
+        stops: what else ends a sequence, looked for on the host; None: nothing.
     """
 
     model: Model
@@ -64,10 +67,13 @@ class Call:
     eos: Tensor | None
     suppress_ids: Tensor | None
     prompt_lengths: Sequence[int]
-    max_new_tokens: int
+    ends: Sequence[int]
+    ignores_eos: bool = False
+    fill_id: int = 0
     on_step: Callable[[Step], None] | None = None
     runner: Runner = field(default_factory=Eager)
     warm: bool = False
+    stops: Stops | None = None
 
     @property
     def device(self) -> torch.device:
@@ -81,7 +87,12 @@ class Call:
     @property
     def longest(self) -> int:
         """Prompt and new tokens of the longest sequence."""
-        return max(self.prompt_lengths) + self.max_new_tokens
+        return max(self.ends)
+
+    @property
+    def region_lengths(self) -> list[int]:
+        """New tokens of each prompt."""
+        return [end - start for start, end in zip(self.prompt_lengths, self.ends, strict=True)]
 
     def with_runner(self, runner: Runner) -> Call:
         """The call with its small tensors in the runner's buffers."""
@@ -90,47 +101,56 @@ class Call:
 
     def with_max_len(self, max_len: int) -> Call:
         """The call with rows of at least its length, filled as after an end."""
-        eos_ids = self.model.spec.eos_ids
         beyond = max_len - self.max_len
-        x = F.pad(self.x, (0, beyond), value=eos_ids[0] if eos_ids else 0)
-        return replace(self, x=x)
+        return replace(self, x=F.pad(self.x, (0, beyond), value=self.fill_id))
 
     def whole_width(self, prompts: Sequence[int]) -> int:
         """Rows of a forward over the whole sequences of some prompts."""
-        longest = max(self.prompt_lengths[prompt] for prompt in prompts) + self.max_new_tokens
-        return self.runner.width(longest, self.max_len)
+        return self.runner.width(max(self.ends[prompt] for prompt in prompts), self.max_len)
 
 
-def region(model: Model, prompt: int, max_new_tokens: int) -> int:
-    """End of the last block of a sequence, in positions."""
+def region(model: Model, prompt: int, end: int) -> int:
+    """End of the last block of a sequence, in positions, for ends of the prompt and all."""
     block = model.spec.block_size or 1
     first = prompt if model.spec.block_origin == "prompt" else 0
-    return first - (first - prompt - max_new_tokens) // block * block
+    return first - (first - end) // block * block
 
 
-def padded_length(model: Model, prompt: int, max_new_tokens: int, *, fixed_shapes: bool) -> int:
+def extents(lengths: Sequence[int], ends: Sequence[int], *, shared: bool) -> Sequence[int]:
+    """Positions of each row that are in use; ``shared``: every region is as long as the longest."""
+    if not shared:
+        return ends
+    longest = max(end - length for length, end in zip(lengths, ends, strict=True))
+    return [length + longest for length in lengths]
+
+
+def padded_length(
+    model: Model, prompt_lengths: Sequence[int], ends: Sequence[int], *, fixed_shapes: bool
+) -> int:
     """Positions that the rows of a call have: whole blocks, and a bucket for recorded steps."""
     spec = model.spec
-    whole = region(model, prompt, max_new_tokens)
+    whole = max(region(model, *each) for each in zip(prompt_lengths, ends, strict=True))
     if not fixed_shapes:
         return whole
     block = spec.block_size or 1
     # Where blocks begin at the prompt's end, another prompt's may end up to a block later.
     spare = block - 1 if spec.block_origin == "prompt" else 0
     multiple = lcm(16, block)
-    length = -(-bucket(prompt + max_new_tokens + spare) // multiple) * multiple
+    length = -(-bucket(max(ends) + spare) // multiple) * multiple
     return length if spec.max_positions is None else max(whole, min(length, spec.max_positions))
 
 
 def lay_out(
-    model: Model, mask_id: int, ids: Sequence[Sequence[int]], max_new_tokens: int, max_len: int
+    model: Model,
+    mask_id: int,
+    fill_id: int,
+    ids: Sequence[Sequence[int]],
+    ends: Sequence[int],
+    max_len: int,
 ) -> Tensor:
-    """The tokens ``(N, max_len)`` of a call, on the host: prompt, masks, EOS."""
-    spec = model.spec
-    fill = spec.eos_ids[0] if spec.eos_ids else 0
-    x = torch.full((len(ids), max_len), fill)
-    for row, prompt in enumerate(ids):
-        end = region(model, len(prompt), max_new_tokens)
+    """The tokens ``(N, max_len)`` of a call, on the host: prompt, masks, ``fill_id``."""
+    x = torch.full((len(ids), max_len), fill_id)
+    for row, (prompt, end) in enumerate(zip(ids, ends, strict=True)):
         x[row, : len(prompt)] = torch.tensor(prompt, dtype=torch.int64)
-        x[row, len(prompt) : end] = mask_id
+        x[row, len(prompt) : region(model, len(prompt), end)] = mask_id
     return x

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from pydllm.decoding.call import Call, Step, region
+from pydllm.decoding.call import Call, Step, padded_length
 from pydllm.decoding.graph import Eager
 from pydllm.decoding.state import IDLE, State, fill_holes
 from pydllm.models import Model
@@ -56,9 +56,15 @@ class Algorithm(ABC):
 
     Attributes:
         needs_mask: whether it needs a model that has a mask id.
+        shares_region: whether it gives every sequence the generation region of the longest, whose
+            rest holds ``Call.fill_id``, no EOS.
+        ends_early: whether an EOS counts before all tokens that precede it are known, and changes
+            them. Stops then do not count as EOS.
     """
 
     needs_mask: ClassVar[bool] = True
+    shares_region: ClassVar[bool] = False
+    ends_early: ClassVar[bool] = False
 
     @property
     def is_random(self) -> bool:
@@ -110,6 +116,13 @@ class Decoder(ABC):
         """
         return None
 
+    def stop(self, state: Any, slots: list[int]) -> None:
+        """End the sequences of some slots before their length; between two steps."""
+        rows = torch.tensor(slots, device=state.x.device)
+        x = state.x[rows]
+        state.x[rows] = x.masked_fill(x == state.call.mask_id, state.call.fill_id)
+        state.done[rows] = True
+
     def finish(self, call: Call, results: Decoded) -> Decoded:
         """Complete the results of all prompts."""
         return results
@@ -123,11 +136,13 @@ class Decoded:
         x: ``(N, L)`` int64 tokens.
         step_map: ``(N, L)`` int32.
         counters: ``(N,)`` int32 each, ``nfe`` and what else the decoder counts, by name.
+        interrupted: Ctrl-C ended the call early.
     """
 
     x: Tensor
     step_map: Tensor
     counters: dict[str, Tensor]
+    interrupted: bool = False
 
     @classmethod
     def begin(cls, call: Call) -> Decoded:
@@ -181,6 +196,7 @@ class _Drive:
     def __init__(self, decoder: Decoder, call: Call, max_batch: int | None) -> None:
         self.decoder, self.call, self.runner = decoder, call, call.runner
         self.mailbox = Mailbox(call.device)
+        self._watches = call.stops is not None and call.stops.watched
         self.results = Decoded.begin(call)
         self.forwards = 0
         prompts = range(len(call.prompt_lengths))
@@ -192,6 +208,23 @@ class _Drive:
         self.state = self.runner.static_buffer("state", self.state)
 
     def run(self) -> Decoded:
+        """All steps; or, where Ctrl-C interrupts them, what there is."""
+        try:
+            for _ in self.steps():
+                pass
+        except KeyboardInterrupt:
+            return self.finish(interrupted=True)
+        return self.finish()
+
+    def finish(self, *, interrupted: bool = False) -> Decoded:
+        """The results of all prompts."""
+        if self.state.live:
+            self.results.collect(self.state, self.state.live)
+        results = self.decoder.finish(self.call, self.results)
+        return replace(results, interrupted=interrupted)
+
+    def steps(self) -> Iterator[None]:
+        """Run the steps, one a turn."""
         steps = 0
         while self.state.live:
             plan = self.decoder.plan(self.state, self.counts)
@@ -202,8 +235,9 @@ class _Drive:
             self._report(plan, self.state)
             self.counts = self._poll(plan, posted, steps)
             if self.counts is not None and max(self.counts[0]) <= 0:
+                self._stop(self.counts)
                 self._turn_over(self.counts)
-        return self.decoder.finish(self.call, self.results)
+            yield
 
     def _begin(self, call: Call, prompts: list[int]) -> tuple[State, Counts]:
         state, posted = self.decoder.begin(call, prompts)
@@ -214,7 +248,7 @@ class _Drive:
 
     def _poll(self, plan: Plan, posted: Tensor, steps: int) -> Counts | None:
         """The counts that the host knows before the next step."""
-        if plan.poll == 1:
+        if plan.poll == 1 or (plan.poll and self._watches):
             self.mailbox.post(posted)
             return self.mailbox.read()
         counts = None
@@ -233,9 +267,27 @@ class _Drive:
             return
         self.results.collect(state, state.live)
         call = self.call
-        longest = region(call.model, max(call.prompt_lengths), call.max_new_tokens)
+        longest = padded_length(call.model, call.prompt_lengths, call.ends, fixed_shapes=False)
         x, step_map = (t[:, :longest].clone() for t in (self.results.x, self.results.step_map))
         self.call.on_step(Step(self.forwards, x, step_map, self.call.prompt_length.clone()))
+
+    def _stop(self, counts: Counts) -> None:
+        """End the sequences that have reached a stop which the device does not look for."""
+        call, state, stopped = self.call, self.state, []
+        slots = [slot for slot in state.live if counts[0][slot] >= 0]
+        if call.stops is None or not self._watches or not slots:
+            return
+        rows = state.x[torch.tensor(slots, device=state.x.device)].tolist()
+        for slot, row in zip(slots, rows, strict=True):
+            prompt = state.prompts[slot]
+            answer = row[call.prompt_lengths[prompt] : call.ends[prompt]]
+            if call.mask_id in answer:
+                answer = answer[: answer.index(call.mask_id)]
+            if call.stops.reached(prompt, answer):
+                stopped.append(slot)
+                counts[0][slot] = -1
+        if stopped:
+            self.decoder.stop(state, stopped)
 
     def _turn_over(self, counts: Counts) -> None:
         """Take finished sequences out, give their slots to waiting prompts, close the gaps."""

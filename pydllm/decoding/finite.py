@@ -20,9 +20,9 @@ def check_finite(call: Call, x: Tensor) -> Tensor:
     Args:
         x: ``(N, L)`` int64, decoded, on the call's device.
     """
-    lengths = torch.tensor(call.prompt_lengths)[:, None]
+    lengths, ends = (torch.tensor(t)[:, None] for t in (call.prompt_lengths, call.ends))
     position = torch.arange(x.shape[1])
-    new = (position >= lengths) & (position < lengths + call.max_new_tokens)
+    new = (position >= lengths) & (position < ends)
     tokens = x.cpu()
     doubtful = tokens == call.mask_id
     if 0 not in call.model.spec.eos_ids:
@@ -30,8 +30,7 @@ def check_finite(call: Call, x: Tensor) -> Tensor:
     rows = (doubtful & new).any(1).nonzero().flatten()
     finite = torch.ones(len(x), dtype=torch.bool)
     for row in rows.numpy():
-        end = call.prompt_lengths[row] + call.max_new_tokens
-        if _is_finite(call, x[row, :end]):
+        if _is_finite(call, x[row, : call.ends[row]], call.prompt_lengths[row]):
             continue
         finite[row] = False
         warnings.warn(
@@ -43,7 +42,7 @@ def check_finite(call: Call, x: Tensor) -> Tensor:
     return finite
 
 
-def _is_finite(call: Call, sequence: Tensor) -> bool:
+def _is_finite(call: Call, sequence: Tensor, prompt_length: int) -> bool:
     model = call.model
     length = torch.full_like(call.end[:1], len(sequence))
     zero, spec = torch.zeros_like(length), model.spec
@@ -60,5 +59,5 @@ def _is_finite(call: Call, sequence: Tensor) -> bool:
         backend=call.backend,
         **options,
     )
-    last = hidden[0, max(0, len(sequence) - call.max_new_tokens - 1) :]
+    last = hidden[0, max(0, prompt_length - 1) :]
     return bool(model.head_stats(last, backend=call.backend).logsumexp.isfinite().all())

@@ -3,67 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pydllm._backend.context import compute_context
 from pydllm._checks import check_bool
-from pydllm.decoding.call import Call, Step, lay_out, padded_length
+from pydllm.decoding.arguments import Options, make_call
+from pydllm.decoding.call import Call, Step, extents, padded_length
 from pydllm.decoding.checks import expect_int
-from pydllm.decoding.driver import Algorithm, Decoded, drive
-from pydllm.decoding.finite import check_finite
+from pydllm.decoding.driver import Algorithm, drive
+from pydllm.decoding.generation import Generation, collect
 from pydllm.decoding.graph import Eager, Graphs, cache_key, graphs_of, power_of_two
 from pydllm.decoding.prompts import Prompt, encode_prompts
+from pydllm.decoding.stops import Stop
 from pydllm.models import Model, NativeModel
 
 _WARM = 3  # dummy batches: the first compiles, the second captures, the third is as any other
-_COLDEST = 1e-6  # least temperature that is not 0
-_HOTTEST = 1e6  # beyond it logits / temperature says nothing any more
-
-
-@dataclass(frozen=True, repr=False)
-class Generation:
-    """Decoded sequences and what they cost.
-
-    Attributes:
-        sequences: one 1-D int64 tensor per prompt: the prompt and ``max_new_tokens`` ids;
-            everything after the first EOS is EOS.
-        new_tokens: the new ids of each sequence, up to and including its first EOS.
-        finish_reason: ``"eos"``, or ``"length"`` where no EOS was written.
-        nfe: ``(B,)`` int64, forwards of the diffusion model in which the sequence took part.
-        tokens_per_forward: ``(B,)`` fp32, new tokens up to and including the first EOS, divided by
-            ``nfe``.
-        step_map: ``(B, max_new_tokens)`` int64, index of the forward whose result wrote the
-            position, -1 for what was filled after an EOS.
-        text: the new text of each sequence, where the model has a tokenizer.
-        verifier_nfe: ``(B,)`` int64, forwards of the verifier in which the sequence took part; None
-            for algorithms without one.
-        rounds: ``(B,)`` int64, rounds of ``SelfSpeculative``; None for the others.
-        finite: ``(B,)`` bool, False where the model computed NaN or infinity for the answer, which
-            a RuntimeWarning says as well.
-    """
-
-    sequences: list[Tensor]
-    new_tokens: list[Tensor]
-    finish_reason: list[str]
-    nfe: Tensor
-    tokens_per_forward: Tensor
-    step_map: Tensor
-    text: list[str] | None
-    verifier_nfe: Tensor | None = None
-    rounds: Tensor | None = None
-    finite: Tensor | None = None
-
-    def __repr__(self) -> str:
-        tokens = sum(map(len, self.new_tokens))
-        return (
-            f"Generation({len(self.sequences)} sequences, {tokens} new tokens, "
-            f"{self.nfe.double().mean():.1f} forwards and "
-            f"{self.tokens_per_forward.double().mean():.2f} tokens per forward on average)"
-        )
 
 
 def generate(
@@ -71,8 +27,10 @@ def generate(
     prompts: Sequence[Prompt] | Tensor | Mapping[str, Any],
     algorithm: Algorithm,
     *,
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     temperature: float | Sequence[float] = 0.0,
+    stop: Stop | Sequence[Stop | None] | None = None,
+    ignore_eos: bool = False,
     seed: int = 0,
     request_ids: Sequence[int] | None = None,
     backend: str | None = None,
@@ -90,9 +48,15 @@ def generate(
             tensor or array of ids, or a mapping with ``input_ids`` and ``attention_mask``.
         algorithm: ``Static(...)``, ``Threshold(...)``, ``Factor(...)``, ``EntropyBound(...)``,
             ``FreeDave(...)``, ``APD(...)``, ``LeftToRight(...)`` or ``MultiBlock(...)``.
-        max_new_tokens: length of every generation region, in tokens.
+        max_new_tokens: length of the generation region, in tokens: one for all prompts, or a list
+            with one per prompt.
         temperature: 0 takes the arg-max; from 1e-6 on, tokens are drawn from
             softmax(logits / temperature). Or a list with one per prompt.
+        stop: what ends an answer besides EOS: a string, a token id, or a list of them; or a list of
+            such lists, one per prompt. A string may begin and end inside tokens and may be a
+            special token. Decoding ends when the block, or the round, that completes a stop is
+            done; the text ends before the stop.
+        ignore_eos: decode on after an EOS.
         seed: of the noise, in [0, 2^64). A prompt's noise depends on the seed, its request id, the
             position and the number of tokens decoded before, and on nothing else in the batch.
         request_ids: the prompts' ids in the noise key, int32; default 0, 1, 2, ...
@@ -111,7 +75,8 @@ def generate(
             tokens each time.
 
     Returns:
-        A ``Generation``, on the CPU.
+        A ``Generation``, on the CPU. Ctrl-C (``KeyboardInterrupt``) ends the call and returns what
+        has been decoded by then.
 
     Raises:
         ValueError, TypeError: an argument that cannot be decoded, said before anything runs.
@@ -121,6 +86,15 @@ def generate(
         ...                              max_new_tokens=64)
         >>> generation.text, generation.nfe
     """
+    options = Options(
+        temperature=temperature,
+        seed=seed,
+        request_ids=request_ids,
+        stop=stop,
+        ignore_eos=ignore_eos,
+        backend=backend,
+        on_step=on_step,
+    )
     ids = encode_prompts(model, prompts)
     check_bool("deterministic", deterministic)
     if deterministic:
@@ -131,17 +105,7 @@ def generate(
             )
         model = model.deterministic()
     with compute_context(model.device):
-        call = _call(
-            model,
-            ids,
-            algorithm,
-            max_new_tokens,
-            temperature=temperature,
-            seed=seed,
-            request_ids=request_ids,
-            backend=backend,
-            on_step=on_step,
-        )
+        call = make_call(model, ids, algorithm, max_new_tokens, options)
         _check_batch(max_batch, graph, model)
         graphs = None
         if graph is True or (graph == "auto" and model.device.type == "cuda" and _records(model)):
@@ -192,101 +156,13 @@ def warmup(
     _check_batch(None, True, model)
     token = next(t for t in range(model.spec.vocab_size) if t != model.spec.mask_id)
     prompts = [[token] * (max_len - new)] * batch
+    options = Options(temperature=temperature, seed=seed, backend=backend, warm=True)
     with compute_context(model.device):
         for _ in range(_WARM):
-            call = _call(
-                model,
-                prompts,
-                algorithm,
-                new,
-                temperature=temperature,
-                seed=seed,
-                backend=backend,
-                warm=True,
-            )
+            call = make_call(model, prompts, algorithm, new, options)
             graphs = _graphs(call, algorithm, None, auto=False)
             _run(call, algorithm, None, graphs)
     return len(graphs.steps)
-
-
-def _call(
-    model: Model,
-    ids: list[list[int]],
-    algorithm: Algorithm,
-    max_new_tokens: int,
-    *,
-    temperature: float | Sequence[float],
-    seed: int,
-    request_ids: Sequence[int] | None = None,
-    backend: str | None,
-    on_step: Callable[[Step], None] | None = None,
-    warm: bool = False,
-) -> Call:
-    """The checked call. ``warm``: no token ends a sequence, and every kind of step is taken."""
-    spec, device, mask_id = model.spec, model.device, model.spec.mask_id
-    if not isinstance(algorithm, Algorithm):
-        raise TypeError(f"algorithm: expected one such as pydllm.Static(), got {algorithm!r:.80}")
-    if mask_id is None and algorithm.needs_mask:
-        raise ValueError("model: expected a masked diffusion model, got one without a mask id")
-    expect_int("max_new_tokens", max_new_tokens, 1)
-    temperatures = _temperatures(temperature, len(ids))
-    if type(seed) is not int or not 0 <= seed < 2**64:
-        raise ValueError(f"seed: expected an int in [0, 2^64), got {seed!r}")
-    request_ids = range(len(ids)) if request_ids is None else request_ids
-    if len(request_ids) != len(ids):
-        raise ValueError(
-            f"request_ids: expected {len(ids)}, one per prompt, got {len(request_ids)}"
-        )
-    for request_id in request_ids:
-        if type(request_id) is not int or not -(2**31) <= request_id < 2**31:
-            raise ValueError(f"request_ids: expected ints in int32, got {request_id!r}")
-    longest = max(map(len, ids)) + max_new_tokens
-    if spec.max_positions is not None and longest > spec.max_positions:
-        raise ValueError(
-            f"prompts: expected at most {spec.max_positions} positions with "
-            f"max_new_tokens={max_new_tokens}, got {longest}"
-        )
-    algorithm.check(model, max_new_tokens)
-
-    def numbers(values: Sequence[int]) -> Tensor:
-        return torch.tensor(list(values), dtype=torch.int32, device=device)
-
-    lengths = [len(prompt) for prompt in ids]
-    eos = torch.tensor(spec.eos_ids, device=device) if spec.eos_ids else None
-    max_len = padded_length(model, max(lengths), max_new_tokens, fixed_shapes=False)
-    empty = -1 if mask_id is None else mask_id
-    x = lay_out(model, empty, ids, max_new_tokens, max_len)
-    return Call(
-        model=model,
-        mask_id=empty,
-        x=x.to(device),
-        prompt_length=numbers(lengths),
-        end=numbers([length + max_new_tokens for length in lengths]),
-        request_id=numbers(request_ids),
-        temperature=torch.tensor(temperatures, dtype=torch.float32, device=device)
-        if isinstance(temperature, Sequence)
-        else float(temperature),
-        seed=seed,
-        backend=backend,
-        eos=torch.full_like(eos, -1) if warm and eos is not None else eos,
-        suppress_ids=None if mask_id is None else numbers([mask_id]),
-        prompt_lengths=lengths,
-        max_new_tokens=max_new_tokens,
-        on_step=on_step,
-        warm=warm,
-    )
-
-
-def _temperatures(temperature: float | Sequence[float], prompts: int) -> list[float]:
-    values = list(temperature) if isinstance(temperature, Sequence) else [temperature]
-    for value in values:
-        if type(value) not in (int, float) or not 0 <= value <= _HOTTEST:
-            raise ValueError(f"temperature: expected a number in [0, {_HOTTEST:g}], got {value!r}")
-        if 0 < value < _COLDEST:
-            raise ValueError(f"temperature: expected 0 or at least {_COLDEST:g}, got {value!r}")
-    if isinstance(temperature, Sequence) and len(values) != prompts:
-        raise ValueError(f"temperature: expected {prompts}, one per prompt, got {len(values)}")
-    return values
 
 
 def _check_batch(max_batch: int | None, graph: bool | str, model: Model) -> None:
@@ -309,9 +185,8 @@ def _graphs(call: Call, algorithm: Algorithm, max_batch: int | None, *, auto: bo
     """Recorded steps and buffers for calls of this kind."""
     rows = len(call.prompt_lengths)
     batch = power_of_two(min(rows, max_batch or rows))
-    max_len = padded_length(
-        call.model, max(call.prompt_lengths), call.max_new_tokens, fixed_shapes=True
-    )
+    used = extents(call.prompt_lengths, call.ends, shared=algorithm.shares_region)
+    max_len = padded_length(call.model, call.prompt_lengths, used, fixed_shapes=True)
     per_prompt = isinstance(call.temperature, Tensor)
     sampled = per_prompt or call.temperature > 0
     # What noise is drawn with is captured, where there is any.
@@ -319,7 +194,8 @@ def _graphs(call: Call, algorithm: Algorithm, max_batch: int | None, *, auto: bo
         "each" if per_prompt else call.temperature,
         call.seed if sampled or algorithm.is_random else None,
     )
-    kind = (cache_key(algorithm), call.model.spec, noise, call.backend)
+    eos = 0 if call.eos is None else len(call.eos)
+    kind = (cache_key(algorithm), call.model.spec, noise, call.backend, eos)
     return graphs_of(call.model, kind, batch, max_len, auto=auto)
 
 
@@ -329,37 +205,9 @@ def _run(
     """Decode over the recorded steps; as it is where there are none, or another call has them."""
     if graphs is None or not graphs.lock.acquire(blocking=False):
         call = call.with_runner(Eager())
-        return _collect(drive(algorithm.decoder(call), call, max_batch=max_batch), call)
+        return collect(drive(algorithm.decoder(call), call, max_batch=max_batch), call)
     try:
         call = call.with_max_len(graphs.max_len).with_runner(graphs)
-        return _collect(drive(algorithm.decoder(call), call, max_batch=max_batch), call)
+        return collect(drive(algorithm.decoder(call), call, max_batch=max_batch), call)
     finally:
         graphs.lock.release()
-
-
-def _collect(decoded: Decoded, call: Call) -> Generation:
-    model, max_new_tokens = call.model, call.max_new_tokens
-    x, step_map = (t.to("cpu", torch.int64) for t in (decoded.x, decoded.step_map))
-    counters = {name: t.to("cpu", torch.int64) for name, t in decoded.counters.items()}
-    nfe = counters["nfe"]
-    new = [slice(n, n + max_new_tokens) for n in call.prompt_lengths]
-    answers = torch.stack([x[row, part] for row, part in enumerate(new)])
-    ends = torch.isin(answers, torch.tensor(model.spec.eos_ids, dtype=torch.int64))
-    before_end = (ends.cumsum(1) == 0).sum(1)
-    counted = (before_end + 1).clamp(max=max_new_tokens)
-    text = None
-    if model.tokenizer is not None:
-        kept = [row[:n].tolist() for row, n in zip(answers, before_end, strict=True)]
-        text = model.tokenizer.decode_batch(kept)
-    return Generation(
-        sequences=[x[row, : part.stop].clone() for row, part in enumerate(new)],
-        new_tokens=[row[:n].clone() for row, n in zip(answers, counted.numpy(), strict=True)],
-        finish_reason=["eos" if ended else "length" for ended in ends.any(1).numpy()],
-        nfe=nfe,
-        tokens_per_forward=counted / nfe.clamp(min=1),
-        step_map=torch.stack([step_map[row, part] for row, part in enumerate(new)]),
-        text=text,
-        verifier_nfe=counters.get("verifier_nfe"),
-        rounds=counters.get("rounds"),
-        finite=check_finite(call, decoded.x),
-    )

@@ -83,6 +83,9 @@ class MultiBlock(Algorithm):
         else:
             expect_int("tail", self.tail, 0)
 
+    shares_region: ClassVar[bool] = True
+    ends_early: ClassVar[bool] = True
+
     def check(self, model: Model, max_new_tokens: int) -> None:
         if model.spec.attention != "full":
             raise ValueError(
@@ -137,10 +140,10 @@ class MultiBlockDecoder(Decoder):
 
     def most_forwards(self, call: Call) -> int:
         # With logits that are NaN a mask can stay a mask.
-        return call.max_new_tokens
+        return max(call.region_lengths)
 
     def begin(self, call: Call, prompts: list[int]) -> tuple[MultiBlockCallState, Tensor]:
-        algorithm, new = self.algorithm, call.max_new_tokens
+        algorithm, new = self.algorithm, max(call.region_lengths)
         kept = call.max_len if algorithm.cache else 0
         cache = call.runner.cache("cache", call.model, len(prompts), kept)
         shape = call.x.new_empty(len(prompts), call.max_len)
@@ -151,19 +154,32 @@ class MultiBlockDecoder(Decoder):
         counts = self._advance(state, nothing, torch.zeros_like(nothing, dtype=torch.float32))
         return state, counts
 
+    def stop(self, state: MultiBlockCallState, slots: list[int]) -> None:
+        super().stop(state, slots)
+        rows = torch.tensor(slots, device=state.x.device)
+        for name in ("mode", "length", "commit", "rows"):
+            getattr(state.step, name)[rows] = 0
+
     def plan(self, state: MultiBlockCallState, counts: Counts | None) -> MultiBlockPlan:
         if counts is None:
             raise ValueError("counts: expected those of the last step, got None")
         runner, slots = state.call.runner, state.call.max_len
         width, rows = (runner.width(max(count), slots) for count in counts[1:3])
-        key = (width, rows, state.call.max_new_tokens)
+        key = (width, rows, max(state.call.region_lengths))
         return MultiBlockPlan(key, 1, width=width, rows=rows)
 
     def step(self, state: MultiBlockCallState, plan: MultiBlockPlan) -> tuple[Tensor, None]:
         call, step = state.call, state.step
-        window = Window.make(
-            step.start, step.length, step.kv_len, width=plan.width, commit=step.commit
+        # The op gives every sequence the region of the longest; nothing after its own end is seen.
+        length, kv_len, commit = (
+            torch.minimum(count, limit)
+            for count, limit in (
+                (step.length, state.end - step.start),
+                (step.kv_len, state.end),
+                (step.commit, state.end - step.start),
+            )
         )
+        window = Window.make(step.start, length, kv_len, width=plan.width, commit=commit)
         selection = Selection(step.first, step.rows, plan.rows)
         hidden = forward(state, window)
         stats = statistics(
@@ -191,7 +207,7 @@ class MultiBlockDecoder(Decoder):
             entropy,
             mask_id=call.mask_id,
             prompt_length=state.prompt_length,
-            max_new_tokens=call.max_new_tokens,
+            max_new_tokens=max(call.region_lengths),
             block_length=algorithm.block_length,
             threshold=algorithm.threshold,
             add_at=algorithm.add_at,

@@ -89,7 +89,7 @@ class PipelinedDecoder(Decoder):
 
     def most_forwards(self, call: Call) -> int:
         # As many as the baseline could need: NaN logits can leave a mask a mask.
-        return call.max_new_tokens + self.baseline.block_length - 1
+        return max(call.region_lengths) + self.baseline.block_length - 1
 
     def begin(self, call: Call, prompts: list[int]) -> tuple[PipelinedState, None]:
         size = self.baseline.block_length

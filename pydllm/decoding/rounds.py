@@ -185,6 +185,11 @@ class DraftVerifyDecoder(Decoder):
         state.verified.copy_(torch.where(spans.verify > 0, state.cursor - 1, state.verified))
         return self._counts(state), None
 
+    def stop(self, state: RoundState, slots: list[int]) -> None:
+        super().stop(state, slots)
+        rows = torch.tensor(slots, device=state.x.device)
+        state.cursor[rows] = state.end[rows]
+
     def _counts(self, state: RoundState) -> Tensor:
         if state.call.runner.fixed_shapes:
             return -(state.cursor >= state.end).int()[None]

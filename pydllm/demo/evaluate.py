@@ -122,6 +122,7 @@ def evaluate(
         generations.append(
             generate(model, prompts, algorithm, max_new_tokens=ANSWER_LENGTH, backend=backend)
         )
+        generations[-1].expect_complete()
         on_batch(len(batch))
     seconds = time.perf_counter() - started
     texts = [text for generation in generations for text in generation.text or ()]

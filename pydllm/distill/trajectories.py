@@ -103,6 +103,7 @@ def extract(
             request_ids=open_rows,
             backend=backend,
         )
+        result.expect_complete()
         for place, row in enumerate(open_rows):
             if accept is None or (result.text is not None and accept(row, result.text[place])):
                 kept[row] = (result.sequences[place], result.step_map[place])

@@ -185,6 +185,7 @@ class Evaluator:
                 backend=self.backend,
                 max_batch=self.batch_size,
             )
+            result.expect_complete()
             seconds = (time.perf_counter() - started) / len(batch)
             for row, question in enumerate(batch):
                 ids = result.sequences[row][-length:].tolist()

@@ -138,7 +138,7 @@ def _draw(count, algorithm, temperature):
         eos=None,
         suppress_ids=torch.tensor([V], dtype=torch.int32),
         prompt_lengths=[1] * count,
-        max_new_tokens=N,
+        ends=[N + 1] * count,
         temperature=temperature,
         seed=11,
         backend=None,

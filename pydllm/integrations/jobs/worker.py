@@ -147,6 +147,7 @@ class Worker:
                 backend=recipe.backend,
                 request_ids=[row.index for row in rows],
             )
+            made.expect_complete()
         except (ValueError, TypeError, torch.OutOfMemoryError) as error:
             if len(rows) == 1:
                 message = str(error).replace("prompts[0]", "prompt")

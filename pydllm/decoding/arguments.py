@@ -1,0 +1,154 @@
+"""The arguments of ``generate``, checked before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pydllm._checks import check_bool, check_int, describe
+from pydllm.decoding.call import Call, Step, extents, lay_out, padded_length
+from pydllm.decoding.checks import expect_int
+from pydllm.decoding.driver import Algorithm
+from pydllm.decoding.stops import read_stops
+from pydllm.models import Model
+
+_COLDEST = 1e-6  # least temperature that is not 0
+_HOTTEST = 1e6  # beyond it logits / temperature says nothing any more
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Arguments of ``generate`` beside the prompts, the algorithm and how steps are run.
+
+    ``warm``: no token ends a sequence, and every kind of step is taken.
+    """
+
+    temperature: float | Sequence[float] = 0.0
+    seed: int = 0
+    request_ids: Sequence[int] | None = None
+    stop: Any = None
+    ignore_eos: bool = False
+    backend: str | None = None
+    on_step: Callable[[Step], None] | None = None
+    warm: bool = False
+
+
+def make_call(
+    model: Model,
+    ids: Sequence[Sequence[int]],
+    algorithm: Algorithm,
+    max_new_tokens: int | Sequence[int],
+    options: Options,
+) -> Call:
+    """The checked call.
+
+    Raises:
+        ValueError, TypeError: an argument that cannot be decoded with.
+    """
+    spec, device, mask_id = model.spec, model.device, model.spec.mask_id
+    if not isinstance(algorithm, Algorithm):
+        raise TypeError(f"algorithm: expected one such as pydllm.Static(), got {algorithm!r:.80}")
+    if mask_id is None and algorithm.needs_mask:
+        raise ValueError("model: expected a masked diffusion model, got one without a mask id")
+    new = _new_tokens(max_new_tokens, len(ids))
+    temperatures = _temperatures(options.temperature, len(ids))
+    check_int("seed", options.seed, 0, 2**64 - 1)
+    request_ids = _request_ids(options.request_ids, len(ids))
+    check_bool("ignore_eos", options.ignore_eos)
+    stops = read_stops(
+        options.stop,
+        len(ids),
+        spec.vocab_size,
+        model.tokenizer,
+        on_device=not algorithm.ends_early,
+    )
+    lengths = [len(prompt) for prompt in ids]
+    ends = [length + count for length, count in zip(lengths, new, strict=True)]
+    _check_positions(model, ends, max_new_tokens)
+    algorithm.check(model, max(new))
+
+    def numbers(values: Sequence[int]) -> Tensor:
+        return torch.tensor(list(values), dtype=torch.int32, device=device)
+
+    eos_ids = [] if options.ignore_eos else list(spec.eos_ids)
+    ends_at = [*eos_ids, *(stops.shared_ids if stops is not None else ())]
+    eos = torch.tensor(ends_at, device=device) if ends_at else None
+    fill_id = spec.eos_ids[0] if spec.eos_ids else 0
+    if algorithm.shares_region:
+        fill_id = next(t for t in range(spec.vocab_size) if t not in (mask_id, *ends_at))
+    used = extents(lengths, ends, shared=algorithm.shares_region)
+    max_len = padded_length(model, lengths, used, fixed_shapes=False)
+    empty = -1 if mask_id is None else mask_id
+    x = lay_out(model, empty, fill_id, ids, ends, max_len)
+    return Call(
+        model=model,
+        mask_id=empty,
+        x=x.to(device),
+        prompt_length=numbers(lengths),
+        end=numbers(ends),
+        request_id=numbers(request_ids),
+        temperature=torch.tensor(temperatures, dtype=torch.float32, device=device)
+        if isinstance(options.temperature, Sequence)
+        else float(options.temperature),
+        seed=options.seed,
+        backend=options.backend,
+        eos=torch.full_like(eos, -1) if options.warm and eos is not None else eos,
+        suppress_ids=None if mask_id is None else numbers([mask_id]),
+        prompt_lengths=lengths,
+        ends=ends,
+        ignores_eos=options.ignore_eos,
+        fill_id=fill_id,
+        on_step=options.on_step,
+        warm=options.warm,
+        stops=stops,
+    )
+
+
+def per_prompt(name: str, value: Any, prompts: int) -> list[Any]:
+    """A value for every prompt, of one for all or a sequence with one each."""
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        return [value] * prompts
+    if len(value) != prompts:
+        raise ValueError(f"{name}: expected {prompts}, one per prompt, got {len(value)}")
+    return list(value)
+
+
+def _new_tokens(max_new_tokens: Any, prompts: int) -> list[int]:
+    values = per_prompt("max_new_tokens", max_new_tokens, prompts)
+    for value in values:
+        expect_int("max_new_tokens", value, 1)
+    return values
+
+
+def _temperatures(temperature: float | Sequence[float], prompts: int) -> list[float]:
+    values = per_prompt("temperature", temperature, prompts)
+    for value in values:
+        if type(value) not in (int, float) or not 0 <= value <= _HOTTEST:
+            raise ValueError(f"temperature: expected a number in [0, {_HOTTEST:g}], got {value!r}")
+        if 0 < value < _COLDEST:
+            raise ValueError(f"temperature: expected 0 or at least {_COLDEST:g}, got {value!r}")
+    return values
+
+
+def _request_ids(request_ids: Sequence[int] | None, prompts: int) -> Sequence[int]:
+    if request_ids is None:
+        return range(prompts)
+    if len(request_ids) != prompts:
+        raise ValueError(f"request_ids: expected {prompts}, one per prompt, got {len(request_ids)}")
+    for request_id in request_ids:
+        if type(request_id) is not int or not -(2**31) <= request_id < 2**31:
+            raise ValueError(f"request_ids: expected ints in int32, got {describe(request_id)}")
+    return request_ids
+
+
+def _check_positions(model: Model, ends: Sequence[int], max_new_tokens: Any) -> None:
+    most = model.spec.max_positions
+    if most is not None and max(ends) > most:
+        raise ValueError(
+            f"prompts: expected at most {most} positions with "
+            f"max_new_tokens={max_new_tokens}, got {max(ends)}"
+        )
