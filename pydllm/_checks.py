@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import reprlib
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -167,3 +169,26 @@ def check_usable(name: str, device: torch.device | str) -> torch.device:
         if (found.index or 0) >= count:
             raise ValueError(f"{name}: expected one of {count} CUDA devices, got {device}")
     return found
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def renamed(**names: str) -> Callable[[Function], Function]:
+    """A decorator: keywords that a function no longer takes, each with the one to use instead.
+
+    Raises, when the function is called:
+        TypeError: an old keyword was given.
+    """
+
+    def decorate(function: Function) -> Function:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            for old in names.keys() & kwargs.keys():
+                name = function.__qualname__.removesuffix(".__init__")
+                raise TypeError(f"{name}: {old} is no argument any more, use {names[old]}")
+            return function(*args, **kwargs)
+
+        return call  # type: ignore[return-value]
+
+    return decorate

@@ -99,7 +99,10 @@ class Decoder(ABC):
 
     @abstractmethod
     def plan(self, state: Any, counts: Counts | None) -> Any:
-        """The next step. ``counts`` is None where the last plan did not ask for them."""
+        """The next step, or None: all sequences are finished.
+
+        ``counts`` is None where the last plan did not ask for them.
+        """
 
     @abstractmethod
     def step(self, state: Any, plan: Any) -> tuple[Tensor, Any]:
@@ -228,6 +231,8 @@ class _Drive:
         steps = 0
         while self.state.live:
             plan = self.decoder.plan(self.state, self.counts)
+            if plan is None:
+                break
             step = partial(self.decoder.step, self.state, plan)
             key = (plan.key, len(self.state.prompts))
             posted, self.state.carried = self.runner.run(key, step)

@@ -56,14 +56,17 @@ def forward(
     fresh: Fresh | None = None,
     attention: str | None = None,
     adapter: bool = False,
+    pad: Tensor | None = None,
 ) -> Tensor:
     """Hidden rows ``(b, width, hidden)`` of the window; commits what the window says.
 
     With ``branches``, the state holds that number of copies of each sequence of the window, side by
     side, over one row of the cache. ``fresh`` is a list that receives what the model's
-    ``commit_branch`` needs. ``attention`` and ``adapter`` as in ``Model.forward``.
+    ``commit_branch`` needs. ``attention``, ``adapter`` and ``pad`` as in ``Model.forward``.
     """
     spec, options = state.call.model.spec, _options(attention, adapter)
+    if pad is not None:
+        options["pad"] = pad
     if spec.block_origin == "prompt" and attention is None:
         # A state of candidates may have a row for each, or one for all of a sequence.
         lengths = state.prompt_length[:: len(state.prompt_length) // len(window.start)]
@@ -100,6 +103,7 @@ def statistics(
     noise_offset: Tensor | None = None,
     eligible: Tensor | None = None,
     shifted: bool | None = None,
+    tempered: bool = False,
 ) -> ops.VocabStats:
     """Token and scores of the selected positions, each ``(b, S)``, of windows at ``start``.
 
@@ -108,7 +112,7 @@ def statistics(
     are left out (token 0, scores 0): the LM head is most of a small step.
 
     ``noise_offset``, ``(b,)`` or ``(b, S)`` int32, is the last word of the noise key, by default
-    the state's. ``shifted`` as in ``row_index``.
+    the state's. ``shifted`` as in ``row_index``, ``tempered`` as in ``ops.vocab_stats``.
     ``eligible (b, L)`` bool says which rows are needed where that is not the masks.
     """
     call = state.call
@@ -137,6 +141,7 @@ def statistics(
         hidden.reshape(-1, size),
         rows,
         temperature=temperature,
+        tempered=tempered,
         seed=call.seed,
         counter=counter,
         banned=suppress_ids,

@@ -1,7 +1,7 @@
-"""d3LLM's published multi-block decoders, for LLaDA and for Dream: one sequence, read on the host.
+"""d3LLM's published multi-block decoders for LLaDA and Dream: one sequence, decided on the host.
 
 This is what that code does, defects included: the end is decided on the masks in ``x``, tokens
-are accepted behind an EOS, a window of a shifted model predicts its first position from its own
+are accepted after an EOS, a window of a shifted model predicts its first position from its own
 row, and a refresh of Dream's cache keeps keys of waiting blocks twice. ``pydllm.MultiBlock`` is
 the algorithm of the paper.
 """
@@ -11,13 +11,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pydllm._backend.errors import PydllmError
+from pydllm.decoding.call import Call
+from pydllm.decoding.driver import Counts
+from pydllm.integrations._published import LoopState, Pass, PublishedLoop
 from pydllm.integrations.samplers import add_gumbel_noise
-from pydllm.models import Model
 
 _LIMIT = 10_000  # forwards after which the published loops give up
 _NAN = math.nan
@@ -71,44 +74,55 @@ class _Row:
     order: float = field(default=_NAN)  # what tokens are chosen by: the entropy, or noise
 
 
-class PublishedMultiBlock:
-    """One call of a published decoder: of LLaDA's for an unshifted model, of Dream's otherwise.
+@dataclass(frozen=True, kw_only=True)
+class _Pass(Pass):
+    """A forward, and the positions whose rows the host wants.
 
-    Args:
-        model: one with full attention and a mask id.
-        x: ``(1, L)`` int64, prompt and masks, decoded in place.
-        prompt_length: positions of the prompt.
-        pad: ``(1,)`` int32, positions of left padding, or None.
+    Attributes:
+        repeated: the first and the last slot whose keys are copied to after the sequence.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        x: Tensor,
-        prompt_length: int,
-        settings: Settings,
-        *,
-        pad: Tensor | None = None,
-        backend: str | None = None,
-    ) -> None:
-        self.model, self.x, self.pad, self.backend = model, x, pad, backend
-        self.settings, self.prompt_length = settings, prompt_length
-        self.shifted, self.mask_id = model.spec.shift_logits, model.spec.mask_id
-        new, size = x.shape[1] - prompt_length, settings.block_size
-        whole = not (self.shifted and settings.cache is not None)
+    rows: list[int]
+    repeated: tuple[int, int] = (0, 0)
+
+
+@dataclass(kw_only=True)
+class PublishedMultiBlock(PublishedLoop):
+    """A published decoder: LLaDA's for an unshifted model, Dream's otherwise.
+
+    Attributes:
+        nfe: the forwards that it reports.
+    """
+
+    settings: Settings
+    nfe: int = 0
+    has_eos: bool = False
+    prefix: int = 0
+    twice: int = 0
+    filled: bool = False
+    answer: list[list[int]] = field(default_factory=list)
+
+    def begin(self, call: Call, prompts: list[int]) -> tuple[LoopState, Tensor]:
+        spec, size = call.model.spec, self.settings.block_size
+        self.shifted, self.mask_id = spec.shift_logits, call.mask_id
+        self.prompt_length, new = call.prompt_lengths[0], call.region_lengths[0]
+        whole = not (self.shifted and self.settings.cache is not None)
         self.most = new // size if whole else -(-new // size)
         if self.most == 0:
             raise ValueError(f"max_new_tokens: expected at least one block ({size}), got {new}")
-        self.blocks = [_Block(0, prompt_length, 0, True, done=0)]
-        self.has_eos, self.nfe = False, 0
-        # Slots behind the sequence hold the keys that Dream's refresh keeps twice.
-        slots = x.shape[1] + (new if self.shifted else 0) if settings.cache is not None else 0
-        self.cache = model.new_cache(1, slots)
-        self.prefix, self.twice, self.filled = 0, 0, False
-        self._tokens: list[int] = x[0].tolist()
+        self.blocks = [_Block(0, self.prompt_length, 0, True, done=0)]
+        # Slots after the sequence hold the keys that Dream's refresh keeps twice.
+        slots = call.max_len + (new if self.shifted else 0) if self.settings.cache else 0
+        state = LoopState.begin(call, prompts, call.model.new_cache(1, slots))
+        self._tokens: list[int] = state.x[0].tolist()
+        state.schedule = self.schedule(state)
+        return state, torch.ones(1, 1, dtype=torch.int32, device=call.device)
 
-    def run(self) -> int:
-        """Decode; returns the forwards that the published decoder reports."""
+    def plan(self, state: LoopState, counts: Counts | None) -> Pass | None:
+        self.answer = counts or []
+        return next(state.schedule, None)
+
+    def schedule(self, state: LoopState) -> Iterator[Pass]:
         self._create()
         while True:
             masked = [p for p, token in enumerate(self._tokens) if token == self.mask_id]
@@ -116,7 +130,7 @@ class PublishedMultiBlock:
             if not left and len(self.blocks) > self.most:
                 break
             self.nfe += 1
-            if self._stop_early():
+            if self._stop_early(state.x):
                 break
             for before, block in self._pairs():
                 block.full |= before.progress >= self.settings.full_at
@@ -126,23 +140,24 @@ class PublishedMultiBlock:
                 self._create()
             end = next(b.end for b in reversed(self.blocks) if b.full or b.masks > 0)
             eligible = [p for p in masked if p < end]
-            window = self._window(end, idle=not eligible)
+            window = self._window(end)
             if window is None:
                 break
-            if eligible:
-                self._accept(eligible, self._rows(eligible, *window))
+            if eligible:  # otherwise no position can be written, and the forward is only counted
+                plan = self._pass(eligible, *window)
+                yield plan
+                self._accept(state.x, eligible, self._rows(plan, eligible))
             elif self.settings.cache is None:
                 self.nfe = _LIMIT + 1  # nothing changes any more: the rest up to the limit
             if self.nfe > _LIMIT:
                 break
-        return self.nfe
 
     def _pairs(self) -> Iterator[tuple[_Block, _Block]]:
         return zip(self.blocks, self.blocks[1:], strict=False)
 
     def _create(self, **known: int | bool) -> None:
         start = self.blocks[-1].end
-        end = min(start + self.settings.block_size, self.x.shape[1])
+        end = min(start + self.settings.block_size, len(self._tokens))
         if known:
             block = _Block(start, end, 0, True, done=self.nfe, cached=True)
         else:
@@ -153,14 +168,14 @@ class PublishedMultiBlock:
     def _masks(self, start: int, end: int) -> int:
         return self._tokens[start:end].count(self.mask_id or 0)
 
-    def _write(self, positions: list[int], tokens: list[int]) -> None:
+    def _write(self, x: Tensor, positions: list[int], tokens: list[int]) -> None:
         for position, token in zip(positions, tokens, strict=True):
             self._tokens[position] = token
-        index = torch.tensor(positions, device=self.x.device)
-        self.x[0, index] = torch.tensor(tokens, device=self.x.device)
+        index = torch.tensor(positions, device=x.device)
+        x[0, index] = torch.tensor(tokens, device=x.device)
 
-    def _stop_early(self) -> bool:
-        """Fill up behind the first EOS and count again; whether no mask is left."""
+    def _stop_early(self, x: Tensor) -> bool:
+        """Fill up after the first EOS and count again; whether no mask is left."""
         eos = self.settings.eos_id
         if eos is None or eos not in self._tokens[self.prompt_length :]:
             return False
@@ -168,7 +183,7 @@ class PublishedMultiBlock:
         place = self._tokens.index(eos, self.prompt_length)
         behind = [p for p in range(place + 1, len(self._tokens)) if self._tokens[p] != eos]
         if behind:
-            self._write(behind, [eos] * len(behind))
+            self._write(x, behind, [eos] * len(behind))
         for block in self.blocks[1:]:
             if self.shifted or block.end > place:
                 masks = self._masks(block.start, block.end)
@@ -181,14 +196,12 @@ class PublishedMultiBlock:
             self._create(known=True)
         return self._masks(self.prompt_length, len(self._tokens)) == 0
 
-    def _window(self, end: int, *, idle: bool) -> tuple[Tensor, int] | None:
-        """Forward what this step needs; returns hidden states ``(T, hidden)`` and their start.
-
-        None: the published decoder leaves here. ``idle``: no position can be written any more, and
-        the forward is counted, not computed.
+    def _window(self, end: int) -> tuple[int, int, tuple[int, int]] | None:
+        """Where the forward of this step starts, what it commits, and the slots whose keys it
+        keeps twice. None: the published decoder leaves here.
         """
         if self.settings.cache is None:
-            return self._forward(0, idle=idle), 0
+            return 0, 0, (0, 0)
         delay, interval = self.settings.cache
         commit = self._completed(delay)
         waiting = [b for b in self.blocks if b.masks == 0 and b.done is not None and not b.cached]
@@ -200,24 +213,17 @@ class PublishedMultiBlock:
             if start < self.prefix:
                 raise PydllmError(
                     "a block whose keys are kept has masks again: the model predicts the mask; "
-                    "compat=False does not allow the prediction"
+                    "compat=None does not allow the prediction"
                 )
-            return self._forward(start, idle=idle), start
+            return start, 0, (0, 0)
         if commit is not None:
-            start, grown = self.prefix, commit.end - self.prefix
-            hidden = self._forward(start, commit=grown, idle=idle)
-            self.prefix, self.filled = commit.end, True
-            return hidden, start
+            start, self.prefix, self.filled = self.prefix, commit.end, True
+            return start, commit.end - start, (0, 0)
         if not self.filled:
-            return self._forward(0, idle=idle), 0
+            return 0, 0, (0, 0)
         keep = waiting[-1].start if waiting else self.prefix
-        hidden = self._forward(0, commit=keep, idle=idle)
         self.twice = keep - self.prefix
-        if self.twice:
-            behind = self.x.shape[1]
-            for kept in (self.cache.keys, self.cache.values):
-                kept[:, :, behind : behind + self.twice] = kept[:, :, self.prefix : keep]
-        return hidden, 0
+        return 0, keep, (self.prefix, keep)
 
     def _completed(self, delay: int) -> _Block | None:
         """The last block whose keys are to be kept now."""
@@ -234,70 +240,76 @@ class PublishedMultiBlock:
                 break
         return commit
 
-    def _forward(self, start: int, *, commit: int = 0, idle: bool = False) -> Tensor:
-        if idle:
-            return self.x.new_empty(0)
-        length = self.x.shape[1]
-
-        def each(number: int) -> Tensor:
-            return torch.full((1,), number, dtype=torch.int32, device=self.x.device)
-
-        hidden = self.model.forward(
-            self.x[:, start:].contiguous(),
-            each(start),
-            self.cache,
-            length=each(length - start),
-            kv_len=each(length + self.twice if start else length),
-            commit=each(commit),
-            pad=self.pad,
-            backend=self.backend,
-        )
-        return hidden[0]
-
-    def _rows(self, eligible: list[int], hidden: Tensor, start: int) -> dict[int, _Row]:
-        """What the window says of the positions that may be written.
+    def _pass(
+        self, eligible: list[int], start: int, commit: int, repeated: tuple[int, int]
+    ) -> _Pass:
+        """The forward, with rows for the positions that may be written.
 
         A mask before the window, in a block whose keys are kept, has no row. Dream's decoder does
         not write it. LLaDA's reads logits of -inf there: token 0, and an entropy that is no number,
         for which positions that are no masks are chosen instead, so those get their rows too.
         """
-        settings, device = self.settings, hidden.device
-        length = self.x.shape[1]
-        lost = [p for p in eligible if p < start]
-        seen = eligible[len(lost) :]
+        length = len(self._tokens)
+        rows = [p for p in eligible if p >= start]
+        if len(rows) < len(eligible) and not self.shifted:
+            rows = list(range(start, length))
+        return _Pass(
+            start=start,
+            stop=length,
+            seen=length + self.twice if start else length,
+            commit=commit,
+            first=start,
+            last=length,
+            rows=rows,
+            repeated=repeated,
+        )
+
+    def step(self, state: LoopState, plan: Any) -> tuple[Tensor, None]:
+        """Posts token, arg-max and entropy of each row, then random numbers in place of entropies
+        where these are wanted: fp64 numbers as pairs of int32."""
+        hidden = self.forward(state, plan)
+        first, last = plan.repeated
+        for kept in (state.cache.keys, state.cache.values):
+            kept[:, :, plan.stop : plan.stop + last - first] = kept[:, :, first:last]
+        index = torch.tensor(plan.rows, dtype=torch.int64, device=hidden.device) - plan.start
+        source = (index - int(self.shifted)).clamp(min=0)
+        stats = state.call.model.head_stats(hidden[0], source, backend=state.call.backend)
+        token = self._draw(state, plan, hidden)[index] if self.temperature > 0 else stats.token
+        numbers = [token, stats.token, stats.entropy]
+        if self.settings.random_order:
+            numbers.append(torch.rand(state.x.shape, device=hidden.device)[0])
+        flat = torch.cat([n.double() for n in numbers]).view(torch.int32)[:, None]
+        return torch.cat((torch.ones_like(flat[:1]), flat)), None
+
+    def _rows(self, plan: _Pass, eligible: list[int]) -> dict[int, _Row]:
+        """What the forward said of the positions."""
+        numbers = torch.tensor(self.answer[1:], dtype=torch.int32).view(-1).view(torch.float64)
+        count = len(plan.rows)
+        token, best, entropy, order = numbers.split([count, count, count, len(numbers) - 3 * count])
         rows: dict[int, _Row] = {}
-        if lost and not self.shifted:
-            seen = list(range(start, length))
-            rows = {p: _Row(0, 0, _NAN) for p in range(start)}
-        index = torch.tensor(seen, dtype=torch.int64, device=device)
-        source = (index - start - int(self.shifted)).clamp(min=0)
-        stats = self.model.head_stats(hidden, source, backend=self.backend)
-        token = best = stats.token
-        if settings.temperature > 0:
-            token = self._draw(hidden, start)[index - start]
-        columns = [column.tolist() for column in (token, best, stats.entropy)]
-        for position, values in zip(seen, zip(*columns, strict=True), strict=True):
+        if eligible[0] < plan.start and not self.shifted:
+            rows = {p: _Row(0, 0, _NAN) for p in range(plan.start)}
+        columns = (token.long().tolist(), best.long().tolist(), entropy.tolist())
+        for position, values in zip(plan.rows, zip(*columns, strict=True), strict=True):
             rows[position] = _Row(*values)
-        order: list[float] | None = None
-        if settings.random_order:
-            order = torch.rand(self.x.shape, device=device)[0].tolist()
         for position, row in rows.items():
-            row.order = row.entropy if order is None else order[position]
+            row.order = row.entropy
+            if self.settings.random_order:
+                row.order = order[position].item()
         return rows
 
-    def _draw(self, hidden: Tensor, start: int) -> Tensor:
+    def _draw(self, state: LoopState, plan: Pass, hidden: Tensor) -> Tensor:
         """Tokens ``(T,)`` of all positions of the window, from torch's generator as published."""
-        logits = self.model.head(hidden)
-        temperature = self.settings.temperature
+        logits = state.call.model.head(hidden[0])
         if self.shifted:
             logits = torch.cat((logits[:1], logits[:-1]))
-            return torch.multinomial((logits / temperature).softmax(-1), 1)[:, 0]
+            return torch.multinomial((logits / self.temperature).softmax(-1), 1)[:, 0]
         # The noise is of the whole sequence.
-        unseen = logits.new_full((start, logits.shape[1]), -torch.inf)
+        unseen = logits.new_full((plan.start, logits.shape[1]), -torch.inf)
         whole = torch.cat((unseen, logits))[None]
-        return add_gumbel_noise(whole, temperature).argmax(-1)[0, start:]
+        return add_gumbel_noise(whole, self.temperature).argmax(-1)[0, plan.start :]
 
-    def _accept(self, eligible: list[int], rows: dict[int, _Row]) -> None:
+    def _accept(self, x: Tensor, eligible: list[int], rows: dict[int, _Row]) -> None:
         """Write what is certain, and at least one token of the first full block."""
         threshold = self.settings.threshold
         if self.shifted:
@@ -315,7 +327,7 @@ class PublishedMultiBlock:
                 chosen.add(forced)
                 tokens[forced] = rows[forced].token if self.shifted else rows[forced].best
         if tokens:
-            self._write(list(tokens), list(tokens.values()))
+            self._write(x, list(tokens), list(tokens.values()))
         for block in self.blocks[1:]:
             written = sum(block.start <= p < block.end for p in chosen)
             if self.settings.cache is not None:
@@ -330,7 +342,7 @@ class PublishedMultiBlock:
         """
         if all(rows[p].order == rows[p].order for p in eligible):
             return sorted(eligible, key=lambda p: (rows[p].order, p))
-        order = torch.full(self.x.shape[1:], torch.inf, dtype=torch.float64)
+        order = torch.full((len(self._tokens),), torch.inf, dtype=torch.float64)
         order[eligible] = torch.tensor([rows[p].order for p in eligible], dtype=torch.float64)
         return order.topk(len(eligible), largest=False).indices.tolist()
 

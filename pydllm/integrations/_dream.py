@@ -1,9 +1,9 @@
-"""What the loops for Dream models share: the arguments of ``diffusion_generate``."""
+"""What the loops for Dream models share: the arguments of ``diffusion_generate``, and a step."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from pydllm.decoding.checks import expect
-from pydllm.integrations._board import (
+from pydllm.integrations._arguments import (
     check_prompt,
     check_temperature,
     full_attention,
     left_padding,
 )
 from pydllm.integrations._outputs import Output
+from pydllm.integrations._published import LoopState, Pass, PublishedLoop
+from pydllm.integrations.samplers import sample_tokens
 from pydllm.models import Model
 
 _DEFAULT_LENGTH = 20
@@ -176,13 +178,56 @@ def _with_length(settings: Settings, length: int, model: Model, given: bool) -> 
     return replace(settings, max_length=total)
 
 
-def transfer_part(settings: Settings, steps: int, device: torch.device) -> Callable[[int], Tensor]:
-    """Which part of the masks a step writes, in ``(0, 1]``; all of them in the last step."""
-    times = torch.linspace(1, settings.eps, steps + 1, device=device)
+@dataclass(kw_only=True)
+class DreamLoop(PublishedLoop):
+    """What the loops for Dream models share: confidences, and Dream's schedule."""
 
-    def part(step: int) -> Tensor:
-        if step >= steps - 1:
-            return torch.ones_like(times[0])
-        return 1 - times[step + 1] / times[step]
+    settings: Settings
 
-    return part
+    @property
+    def places_temperature(self) -> float:
+        """Above 0 the places that are written are drawn, too."""
+        return float(self.settings.alg_temp or 0.0)
+
+    @property
+    def stored(self) -> bool:
+        """Whether logits are: what torch draws is drawn in their dtype, as in the original."""
+        filtered = self.settings.top_k is not None or (self.settings.top_p or 1) < 1
+        return filtered or self.draws or (self.published and self.places_temperature > 0)
+
+    def parts(self, steps: int) -> list[float]:
+        """Which part of the masks a step writes, in (0, 1]; all of them in the last step."""
+        times = torch.linspace(1, self.settings.eps, steps + 1)
+        return [*(1 - times[1:-1] / times[:-2]).tolist(), 1.0]
+
+    def quota(self, masks: int, batch: int, step: int, steps: int) -> int:
+        """Tokens per sequence, in the fp32 arithmetic of the original."""
+        return int(torch.tensor(masks) / batch * torch.tensor(self.parts(steps)[step]))
+
+    def propose(
+        self,
+        state: LoopState,
+        plan: Pass,
+        hidden: Tensor,
+        logits: Tensor | None,
+        wanted: Tensor,
+        score: str = "prob",
+    ) -> tuple[Tensor, Tensor]:
+        """Token and score of the wanted positions, of [first, last) or of those of the logits."""
+        if logits is None:
+            stats = self.stats(state, plan, hidden)
+            scores = {"margin": stats.margin, "entropy": -stats.entropy}
+            return stats.token, scores.get(score, stats.prob)
+        confidence, drawn = sample_tokens(
+            logits[wanted],
+            temperature=self.settings.temperature,
+            top_p=self.settings.top_p,
+            top_k=self.settings.top_k,
+            margin_confidence=score == "margin",
+            neg_entropy=score == "entropy",
+        )
+        token = torch.zeros(wanted.shape, dtype=torch.int64, device=wanted.device)
+        token[wanted] = drawn
+        spread = torch.zeros(wanted.shape, dtype=confidence.dtype, device=wanted.device)
+        spread[wanted] = confidence
+        return token, spread

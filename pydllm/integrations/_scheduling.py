@@ -66,7 +66,7 @@ def propose(
     logits: Tensor,
     method: dict[str, Any],
     generator: torch.Generator | None,
-    compat: bool,
+    published: bool,
     backend: str | None,
 ) -> Drawn:
     """Token, probability (fp32) and entropy of every position."""
@@ -76,7 +76,7 @@ def propose(
     if not temperature:
         stats = ops.vocab_stats(flat, backend=backend)
         fields = (stats.token, stats.prob.float(), stats.entropy)
-    elif compat or top_k or (top_p or 1.0) < 1:
+    elif published or top_k or (top_p or 1.0) < 1:
         drawn = draw((flat / temperature).float(), 1.0, top_k, top_p, generator)
         return Drawn(*(field.view(shape) for field in drawn))
     else:

@@ -6,7 +6,8 @@ model.generate_multi_block = types.MethodType(d3llm.dream_generate_multi_block, 
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,17 +16,19 @@ from torch import Tensor
 from pydllm.decoding import MultiBlock
 from pydllm.decoding import generate as decode
 from pydllm.decoding.checks import expect, expect_int, expect_number
-from pydllm.integrations._board import (
-    Board,
+from pydllm.integrations._arguments import (
     check_prompt,
     check_temperature,
     draw_seed,
+    follows,
     full_attention,
     raise_stuck,
     with_ids,
 )
 from pydllm.integrations._d3llm import PublishedMultiBlock, Settings
 from pydllm.integrations._dream import Call, DreamModelOutput, read_call
+from pydllm.integrations._published import LoopState, Pass, PublishedLoop
+from pydllm.integrations._rules import first
 from pydllm.models import Model
 
 __all__ = [
@@ -54,7 +57,7 @@ def generate_multi_block(
     eos_token_id: int | None = None,
     early_stop: bool = False,
     *,
-    compat: bool = True,
+    compat: str | None = "d3llm",
     backend: str | None = None,
 ) -> tuple[Tensor, int]:
     """d3LLM for LLaDA: several blocks at a time, every forward over the whole sequence.
@@ -74,11 +77,11 @@ def generate_multi_block(
         threshold: nats; a token is written up to this entropy. None: 999.
         block_add_threshold: part of the newest block that is decoded before the next opens.
         decoded_token_threshold: part of a block that is decoded before the next must advance.
-        eos_token_id: with ``early_stop``, nothing behind it is decoded.
+        eos_token_id: with ``early_stop``, nothing after it is decoded.
         early_stop: see there.
-        compat: the published loop, the defects that decide tokens included, with torch's generator
-            in its order. False: ``pydllm.MultiBlock``, where what follows an EOS is filled with it;
-            noise is drawn in the kernel.
+        compat: ``"d3llm"``: the published loop, the defects that decide tokens included, with
+            torch's generator in its order. None: ``pydllm.MultiBlock``, where what follows an EOS
+            is filled with it; noise is drawn in the kernel.
         backend: as in ``pydllm.ops``.
 
     Returns:
@@ -119,7 +122,7 @@ def generate_multi_block_kv_cache(
     eos_token_id: int | None = None,
     early_stop: bool = False,
     *,
-    compat: bool = True,
+    compat: str | None = "d3llm",
     backend: str | None = None,
 ) -> tuple[Tensor, int]:
     """``generate_multi_block`` with keys and values of finished blocks kept, after a delay.
@@ -182,7 +185,7 @@ def _llada(
     settings: Settings,
     new: int,
     mask_id: int,
-    compat: bool,
+    compat: str | None,
     backend: str | None,
 ) -> tuple[Tensor, int]:
     own = full_attention(model, "d3LLM's decoder", mask_id, shifted=False)
@@ -198,20 +201,16 @@ def _run(
     prompt: Tensor,
     settings: Settings,
     new: int,
-    compat: bool,
+    compat: str | None,
     backend: str | None,
     pad: Tensor | None = None,
 ) -> tuple[Tensor, int]:
     """The sequence ``(1, L)`` and the forwards."""
     if len(prompt) != 1:
         raise ValueError(f"prompt: expected one sequence, (1, P), got {tuple(prompt.shape)}")
-    if compat:
-        masks = prompt.new_full((1, new), model.spec.mask_id or 0)
-        x = torch.cat((prompt, masks), 1)
-        published = PublishedMultiBlock(
-            model, x, prompt.shape[1], settings, pad=pad, backend=backend
-        )
-        return x, published.run()
+    if follows(compat, "d3llm"):
+        loop = PublishedMultiBlock(settings=settings, temperature=settings.temperature, pad=pad)
+        return loop.run(model, prompt, new, backend).x, loop.nfe
     if settings.random_order:
         raise ValueError("remasking: expected 'low_confidence' without compat, got 'random'")
     delay, refresh = settings.cache or (0, _NEVER)
@@ -248,7 +247,7 @@ def dream_generate_multi_block(
     inputs: Tensor | None = None,
     generation_config: Any = None,
     *,
-    compat: bool = True,
+    compat: str | None = "d3llm",
     backend: str | None = None,
     **kwargs: Any,
 ) -> tuple[DreamModelOutput | Tensor, int]:
@@ -312,7 +311,7 @@ def dream_diffusion_generate(
     inputs: Tensor | None = None,
     generation_config: Any = None,
     *,
-    compat: bool = True,
+    compat: str | None = "d3llm",
     backend: str | None = None,
     **kwargs: Any,
 ) -> tuple[DreamModelOutput | Tensor, int]:
@@ -323,8 +322,8 @@ def dream_diffusion_generate(
 
     Args:
         model, inputs, generation_config, backend: as in ``dream_generate_multi_block``.
-        compat: torch's generator in the original's order. False: noise is drawn in the kernel and
-            the mask is never predicted.
+        compat: ``"d3llm"``: torch's generator in the original's order. None: noise is drawn in the
+            kernel and the mask is never predicted.
         kwargs: the config's names, and ``threshold=0.5``, ``block_length=32`` (None: one block).
 
     Returns:
@@ -341,46 +340,46 @@ def dream_diffusion_generate(
             f"got {call.settings.steps}"
         )
     expect_number("threshold", call.options["threshold"], 0.0, float("inf"))
-    # The original compares with "less than", the rule with "at most".
-    threshold = math.nextafter(float(call.options["threshold"]), 0.0)
-    temperature = call.settings.temperature
-    board = Board.behind(
-        call.prompt,
-        call.new,
-        call.model,
+    loop = _EntropyLoop(
+        block_length=size,
+        threshold=float(call.options["threshold"]),
+        temperature=call.settings.temperature,
         pad=call.pad,
-        banned=[] if compat else [call.settings.mask_token_id or 0],
-        backend=backend,
+        published=follows(compat, "d3llm"),
     )
-    if not compat:
-        board.seed = draw_seed()
-    for first in range(call.prompt.shape[1], board.length, size):
-        last = first + size
-        left, all_left = board.masks_left((first, last), (0, last))
-        begin = board.first_mask(last)
-        while left:
-            before = all_left
-            board.forward(0, board.length)
-            published = compat and temperature > 0
-            stats = board.stats(begin, last, temperature=0.0 if published else temperature)
-            token, entropy = stats.token, stats.entropy
-            if published:
-                masked = board.masked(begin, last)
-                logits = board.logits(begin, last)[masked] / temperature
-                token[masked] = torch.multinomial(logits.softmax(-1), 1)[:, 0]
-            if all_left > left:  # masks of earlier blocks: only so many as this block has count
-                masked = board.masked(begin, last)
-                rank = (
-                    entropy.masked_fill(~masked, torch.inf).argsort(stable=True, dim=1).argsort(1)
-                )
-                entropy = entropy.masked_fill(rank >= left, torch.inf)
-            board.write(
-                begin, token, entropy, rule="entropy", threshold=threshold, semantics="d3llm"
-            )
-            left, all_left = board.masks_left((first, last), (0, last))
-            if all_left == before and temperature == 0:
-                raise_stuck()
-    return call.result(board.x, call.history()), board.forwards
+    decoded = loop.run(call.model, call.prompt, call.new, backend)
+    return call.result(decoded.x, call.history()), int(decoded.counters["nfe"][0])
+
+
+@dataclass(kw_only=True)
+class _EntropyLoop(PublishedLoop):
+    block_length: int
+    threshold: float
+
+    def schedule(self, state: LoopState) -> Iterator[Pass]:
+        length, begin = state.call.max_len, state.first_mask()
+        for block in range(state.call.prompt_lengths[0], length, self.block_length):
+            last, left = block + self.block_length, self.block_length
+            before: list[int] | None = None
+            while left:
+                yield Pass(stop=length, first=begin, last=last, block=block, quota=left)
+                (left,) = state.block_left
+                if state.left == before and self.temperature == 0:
+                    raise_stuck()
+                before = state.left
+            if not any(state.left):
+                begin = last
+
+    def choose(self, state: LoopState, plan: Pass, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """The lowest entropy and those below the threshold, at most as many as the block has
+        masks."""
+        stats, masked = self.stats(state, plan, hidden), state.masked(plan.first, plan.last)
+        token = stats.token
+        if self.draws:
+            logits = self.logits(state, plan, hidden)[masked] / self.temperature
+            token[masked] = torch.multinomial(logits.softmax(-1), 1)[:, 0]
+        below = (masked & (stats.entropy < self.threshold)).sum(1, keepdim=True)
+        return token, first(-stats.entropy, masked, below.clamp(1, plan.quota))
 
 
 def _dream_call(

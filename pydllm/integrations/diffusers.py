@@ -4,25 +4,24 @@
     pipe.scheduler = BlockRefinementScheduler.from_config(pipe.scheduler.config)
 
 diffusers is not imported. What a scheduler draws comes from ``torch`` and the ``generator`` it is
-given, in the order of the original; ``compat=False`` in ``step`` draws in the kernel instead, from
+given, in the order of the original; ``compat=None`` in ``step`` draws in the kernel instead, from
 the same distribution, with a seed from that generator.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from pydllm.decoding.checks import expect, expect_int, expect_number
-from pydllm.integrations._board import check_temperature
+from pydllm.integrations._arguments import check_temperature, follows
 from pydllm.integrations._drawing import Drawn, check_filters
 from pydllm.integrations._outputs import Output
+from pydllm.integrations._published import spread
+from pydllm.integrations._rules import above, within
 from pydllm.integrations._scheduling import Config, Scheduler, check_step, propose
-from pydllm.integrations.samplers import choose
-from pydllm.integrations.sdar import spread
 
 __all__ = [
     "BlockRefinementScheduler",
@@ -127,7 +126,7 @@ class BlockRefinementScheduler(Scheduler):
         prompt_mask: Tensor | None = None,
         generator: torch.Generator | None = None,
         return_dict: bool = True,
-        compat: bool = True,
+        compat: str | None = "diffusers",
         backend: str | None = None,
     ) -> BlockRefinementSchedulerOutput | tuple[Tensor, ...]:
         """Propose a token for every position, commit and edit.
@@ -165,13 +164,10 @@ class BlockRefinementScheduler(Scheduler):
         method = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         if sampling_method == "greedy":
             method["temperature"] = 0.0
-        drawn = propose(model_output, method, generator, compat, backend)
-        limit = min(max(float(threshold), 0.0), 1.0)
-        options = {"rule": "threshold", "semantics": "diffusers", "threshold": limit}
-        options |= {"backend": backend}
+        drawn = propose(model_output, method, generator, follows(compat, "diffusers"), backend)
         if mask_token_id is None:
             outputs = self._step_without_mask(
-                drawn, int(timestep), sample, editing_threshold, options
+                drawn, int(timestep), sample, editing_threshold, threshold
             )
             written, edited, keep = outputs
             random = torch.randint(
@@ -184,8 +180,8 @@ class BlockRefinementScheduler(Scheduler):
             written = torch.zeros_like(active)
             if self._schedule is not None:
                 number = self._schedule[min(int(timestep), len(self._schedule) - 1)]
-                least = sample.new_full((len(sample),), number, dtype=torch.int32)
-                written = choose(active, drawn.prob, min_tokens=least, **options)
+                least = torch.full_like(sample[:, :1], number)
+                written = above(drawn.prob, active, threshold, least)
             edited = torch.zeros_like(active)
             if editing_threshold is not None and editing_threshold > 0:
                 edited = ~active & (drawn.prob > editing_threshold) & (drawn.token != sample)
@@ -203,7 +199,7 @@ class BlockRefinementScheduler(Scheduler):
         step: int,
         sample: Tensor,
         editing_threshold: float | None,
-        options: dict[str, Any],
+        threshold: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What is written, edited, and committed after the step."""
         committed = self._committed
@@ -211,8 +207,8 @@ class BlockRefinementScheduler(Scheduler):
             committed = torch.zeros_like(sample, dtype=torch.bool)
         steps = self.num_inference_steps
         due = -(-(step + 1) * sample.shape[1] // steps)
-        least = (due - committed.sum(1, dtype=torch.int32)).clamp(min=0)
-        written = choose(~committed, drawn.prob, min_tokens=least.int(), **options)
+        least = (due - committed.sum(1, keepdim=True)).clamp(min=0)
+        written = above(drawn.prob, ~committed, threshold, least)
         edited = torch.zeros_like(written)
         if editing_threshold is not None:
             edited = committed & (drawn.token != sample) & (drawn.prob > editing_threshold)
@@ -267,7 +263,7 @@ class BlockRefinementScheduler(Scheduler):
         mask_token_id: int,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Mask a random part of each block behind the prompt, and the rest in a second copy.
+        """Mask a random part of each block after the prompt, and the rest in a second copy.
 
         Returns the two copies and which positions of each are masked, ``(B, L)`` all.
         """
@@ -280,8 +276,8 @@ class BlockRefinementScheduler(Scheduler):
             drawn = torch.rand((batch, stop - start), device=device, generator=generator)
             masked[:, start:stop] = drawn < part
         valid = attention_mask.bool()
-        behind = torch.arange(length, device=device) >= prompt_length
-        rest = ~masked & valid & behind
+        new = torch.arange(length, device=device) >= prompt_length
+        rest = ~masked & valid & new
         masked &= valid
         one, two = (original_samples.masked_fill(part, mask_token_id) for part in (masked, rest))
         return one, two, masked, rest
@@ -329,7 +325,7 @@ class EntropyBoundScheduler(Scheduler):
         entropy_bound: float | None = None,
         generator: torch.Generator | None = None,
         return_dict: bool = True,
-        compat: bool = True,
+        compat: str | None = "diffusers",
         backend: str | None = None,
     ) -> EntropyBoundSchedulerOutput | tuple[Tensor, ...]:
         """Draw a token for every position, accept by entropy, renoise the others.
@@ -350,15 +346,10 @@ class EntropyBoundScheduler(Scheduler):
         expect_number("entropy_bound", bound, 0.0, float("inf"))
         left = (self.num_inference_steps - int(timestep)) / self.num_inference_steps
         logits = model_output / (config.t_min + (config.t_max - config.t_min) * left)
-        drawn = propose(logits, {"temperature": 1.0}, generator, compat, backend)
-        accepted = choose(
-            torch.ones_like(sample, dtype=torch.bool),
-            drawn.entropy,
-            rule="entropy_bound",
-            bound=float(bound),
-            semantics="diffusers",
-            backend=backend,
+        drawn = propose(
+            logits, {"temperature": 1.0}, generator, follows(compat, "diffusers"), backend
         )
+        accepted = within(drawn.entropy, bound)
         random = torch.randint(
             logits.shape[-1], sample.shape, device=sample.device, generator=generator
         )

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from pydllm import ops
 from pydllm._backend.signatures import check_called, check_replaced
-from pydllm.integrations._board import draw_seed
-from pydllm.integrations.samplers import choose
+from pydllm.integrations._arguments import draw_seed, follows
+from pydllm.integrations._rules import within
 
 __all__ = ["Accelerated", "EntropyBoundSampler", "accelerate"]
 
@@ -90,14 +90,7 @@ class EntropyBoundSampler:
 
     def accept(self, current_canvas: Tensor, denoiser_canvas: Tensor, entropy: Tensor) -> Tensor:
         """``accept_canvas`` where the entropies ``(B, canvas_length)`` are known."""
-        self.accepted_token_mask = choose(
-            torch.ones_like(current_canvas, dtype=torch.bool),
-            entropy,
-            rule="entropy_bound",
-            bound=float(self.entropy_bound),
-            semantics="diffusers",
-            backend=self.backend,
-        )
+        self.accepted_token_mask = within(entropy, self.entropy_bound)
         return torch.where(self.accepted_token_mask, denoiser_canvas, current_canvas)
 
     def renoise_canvas(self, accepted_canvas: Tensor, cur_step: Any) -> Tensor:
@@ -128,15 +121,18 @@ class Accelerated:
         self.undo()
 
 
-def accelerate(model: Any, *, compat: bool = True, backend: str | None = None) -> Accelerated:
+def accelerate(
+    model: Any, *, compat: str | None = "diffusion_gemma", backend: str | None = None
+) -> Accelerated:
     """Run the denoising steps of ``model.generate`` on kernels; this instance alone, reversibly.
 
     Args:
         model: transformers' ``DiffusionGemmaForBlockDiffusion``.
-        compat: draw with torch what the original draws, in its order: the same seed gives the same
-            tokens, where no decision hangs on the last bits of an entropy. The arg-max and both
-            entropies are one read; softmax and multinomial remain. False: softcap, temperature,
-            sampling, entropy and renoise happen in the kernels, on the head's own logits in their
+        compat: ``"diffusion_gemma"``: draw with torch what the original draws, in its order: the
+            same seed gives the same tokens, where no decision depends on the last bits of an
+            entropy. The arg-max and both entropies are one read; softmax and multinomial remain.
+            None: softcap, temperature, sampling, entropy and renoise happen in the kernels, on the
+            head's own logits in their
             dtype: one read for these and one for the arg-max. The distribution is the original's, a
             function of ``torch.manual_seed``; the tokens are others.
         backend: as in ``pydllm.ops``.
@@ -158,7 +154,7 @@ def accelerate(model: Any, *, compat: bool = True, backend: str | None = None) -
         raise TypeError(f"model: expected transformers' {_CLASS}, got {type(model).__name__}")
     _check_signatures(model)
     done = Accelerated(model)
-    step = _Step(compat, backend)
+    step = _Step(follows(compat, "diffusion_gemma"), backend)
 
     def prepare_sampler(self: Any, generation_config: Any) -> EntropyBoundSampler:
         return EntropyBoundSampler(
@@ -199,8 +195,8 @@ class _Step:
     ``model_kwargs`` has the cache: the forward takes it under the name that the step does.
     """
 
-    def __init__(self, compat: bool, backend: str | None) -> None:
-        self.compat, self.backend = compat, backend
+    def __init__(self, published: bool, backend: str | None) -> None:
+        self.published, self.backend = published, backend
 
     def __call__(
         self,
@@ -227,7 +223,7 @@ class _Step:
             "decoder_position_ids": decoder_position_ids,
             **model_kwargs,  # and the cache, by its name
         }
-        temperature = None if self.compat else _schedule(logits_processor, cur_step)
+        temperature = None if self.published else _schedule(logits_processor, cur_step)
         if temperature is not None and _plain_forward(model, decoder_forward):
             softcap = model.final_logit_softcapping
             raw = model.lm_head(model.model(**inputs).last_hidden_state)
@@ -237,7 +233,7 @@ class _Step:
             logits = decoder_forward(**inputs).logits
             step = torch.tensor(cur_step, device=current_canvas.device, dtype=torch.int32)
             logits = logits_processor(input_ids, logits, cur_step=step)
-            if self.compat:
+            if self.published:
                 chosen = self._draw_as_published(logits, current_canvas, sampler)
             else:
                 chosen = self._draw(logits, current_canvas, sampler, 1.0, None)

@@ -5,22 +5,18 @@ model.diffusion_generate = types.MethodType(dream.diffusion_generate, model)
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from pydllm.integrations._board import Board, draw_seed
-from pydllm.integrations._dream import (
-    Call,
-    DreamModelOutput,
-    read_call,
-    transfer_part,
-)
-from pydllm.integrations.samplers import sample_tokens
-from pydllm.ops import VocabStats
+from pydllm.decoding.call import Call
+from pydllm.integrations._arguments import follows
+from pydllm.integrations._dream import DreamLoop, DreamModelOutput, read_call
+from pydllm.integrations._published import LoopState, Pass
+from pydllm.integrations._rules import drawn, top
 
 __all__ = ["DreamModelOutput", "diffusion_generate"]
 
@@ -34,11 +30,11 @@ def diffusion_generate(
     inputs: Tensor | None = None,
     generation_config: Any = None,
     *,
-    compat: bool = True,
+    compat: str | None = "dream",
     backend: str | None = None,
     **kwargs: Any,
 ) -> DreamModelOutput | Tensor:
-    """Fill all masks behind the inputs in ``steps`` forwards of the whole sequence.
+    """Fill all masks after the inputs in ``steps`` forwards of the whole sequence.
 
     Args:
         model: a loaded Dream module, whose weights are shared, or a pydllm model.
@@ -47,9 +43,10 @@ def diffusion_generate(
             ``max_length``, ``max_new_tokens``, ``eps``, ``steps``, ``alg``, ``alg_temp``,
             ``num_return_sequences``, ``return_dict_in_generate``, ``output_history`` and the token
             ids; Dream's defaults for what it lacks.
-        compat: at a temperature or with ``alg_temp``, torch's generator in the original's order:
-            the same seed gives the same tokens. False: tokens are drawn in the kernel (the same
-            distribution, a function of ``torch.manual_seed``), and the mask is never predicted.
+        compat: ``"dream"``: at a temperature or with ``alg_temp``, torch's generator in the
+            original's order: the same seed gives the same tokens. None: tokens are drawn in the
+            kernel (the same distribution, a function of ``torch.manual_seed``), and the mask is
+            never predicted.
         backend: as in ``pydllm.ops``.
         kwargs: the same names, which go before the config; ``attention_mask (B, P)`` with zeros on
             the left for padding; ``generation_tokens_hook_func(step, x, logits)``, first called
@@ -70,137 +67,73 @@ def diffusion_generate(
         "generation_tokens_hook_func": None,
         "generation_logits_hook_func": None,
     }
-    call = read_call(
+    said = read_call(
         "diffusion_generate", model, inputs, generation_config, kwargs, hooks, ALGORITHMS
     )
-    board = Board.behind(
-        call.prompt,
-        call.new,
-        call.model,
-        pad=call.pad,
-        banned=[] if compat else [call.settings.mask_token_id or 0],
-        backend=backend,
+    loop = _Loop(
+        settings=said.settings,
+        temperature=said.settings.temperature,
+        on_tokens=said.options["generation_tokens_hook_func"],
+        on_logits=said.options["generation_logits_hook_func"],
+        history=said.history(),
+        pad=said.pad,
+        published=follows(compat, "dream"),
     )
-    if not compat:
-        board.seed = draw_seed()
-    loop = _Loop(call, board, compat)
-    history = call.history()
-    loop.show(None, None)
-    for step in range(call.settings.steps):
-        logits = loop.step(step)
-        loop.show(step, logits)
-        if history is not None:
-            history.append(board.x.clone())
-    return call.result(board.x, history)
+    return said.result(loop.run(said.model, said.prompt, said.new, backend).x, loop.history)
 
 
-class _Loop:
-    """Dream's step: forward, tokens for the masks, and how many of them are written."""
+@dataclass(kw_only=True)
+class _Loop(DreamLoop):
+    on_tokens: Hook | None
+    on_logits: Hook | None
+    history: list[Tensor] | None
+    shown: Tensor | None = None  # the logits of this step, where a hook wants them
 
-    def __init__(self, call: Call, board: Board, compat: bool) -> None:
-        self.board, self.compat, self.settings = board, compat, call.settings
-        self.on_tokens: Hook | None = call.options["generation_tokens_hook_func"]
-        self.on_logits: Hook | None = call.options["generation_logits_hook_func"]
-        settings = call.settings
-        filtered = settings.top_k is not None or (settings.top_p or 1) < 1
-        # What is drawn in torch is drawn in the dtype of the logits, as there.
-        drawn = compat and (settings.temperature > 0 or bool(settings.alg_temp))
-        self.hooked = self.on_tokens is not None or self.on_logits is not None
-        self.stored = self.hooked or filtered or drawn
-        # What is drawn in torch depends on the shape; otherwise masks alone are looked at.
-        whole = self.stored or bool(settings.alg_temp)
-        self.first = 0 if whole else board.first_mask(board.length)
-        self.part = transfer_part(settings, settings.steps, board.x.device)
+    @property
+    def hooked(self) -> bool:
+        return self.on_tokens is not None or self.on_logits is not None
 
-    def show(self, step: int | None, logits: Tensor | None) -> None:
-        if self.on_tokens is not None:
-            x = self.on_tokens(step, self.board.x, logits)
-            if x is not self.board.x:
-                self.board.x = x.to(self.board.x)
+    def begin(self, call: Call, prompts: list[int]) -> tuple[LoopState, Tensor]:
+        state, counts = super().begin(call, prompts)
+        self._show(state, None)
+        return state, counts
 
-    def step(self, step: int) -> Tensor | None:
-        """Returns the logits where a hook wants them."""
-        board, settings = self.board, self.settings
-        masked = board.masked(0, board.length)
-        board.forward(0, board.length)
-        logits = None
-        if self.hooked:
-            logits = board.logits(0, board.length)
+    def schedule(self, state: LoopState) -> Iterator[Pass]:
+        length, steps = state.call.max_len, self.settings.steps
+        # What torch draws or ranks depends on the shape; otherwise masks alone are looked at.
+        whole = self.stored or self.hooked or self.settings.alg_temp
+        first = 0 if whole else state.first_mask()
+        state.left = state.masked(0, length).sum(1).tolist()
+        for number in range(steps):
+            quota = self.quota(sum(state.left), len(state.x), number, steps)
+            yield Pass(stop=length, first=first, last=length, quota=quota, number=number)
+
+    def choose(self, state: LoopState, plan: Pass, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        masked, logits = state.masked(plan.first, plan.last), None
+        if self.stored or self.hooked:
+            logits = self.logits(state, plan, hidden)
             if self.on_logits is not None:
-                logits = self.on_logits(step, board.x, logits)
-        part = self.part(step)
-        if settings.alg == "origin":
-            self._write_any(masked, part, logits)
-            return logits
-        token, score = self._propose(masked, logits)
-        quota = (masked.sum() / len(masked) * part).int()
-        if settings.alg_temp:
-            self._write_drawn(masked, token, score, int(quota))
-        elif self.stored:
-            board.write_top(0, token, score, int(quota))
-        else:
-            rule = "margin" if settings.alg == "topk_margin" else "quota"
-            quota = quota.expand(len(masked)).contiguous()
-            board.write(self.first, token, score, rule=rule, quota=quota, semantics="dream")
-        return logits
+                logits = self.on_logits(plan.number, state.x, logits)
+            self.shown = logits
+        if self.settings.alg == "origin":  # every mask with the same probability
+            chosen = masked.clone()
+            share = torch.rand(sum(state.left), device=masked.device)
+            chosen[masked] = share < self.parts(self.settings.steps)[plan.number]
+            token, _ = self.propose(state, plan, hidden, logits, chosen)
+            return token, chosen
+        score_name = {"topk_margin": "margin", "entropy": "entropy"}.get(self.settings.alg, "prob")
+        token, score = self.propose(state, plan, hidden, logits, masked, score_name)
+        if self.settings.alg_temp:
+            return token, drawn(score, masked, plan.quota, self.settings.alg_temp)
+        # In a batch with unequal numbers of masks the original also writes masks over tokens.
+        width = state.x.shape[1]
+        return token, top(score, masked, plan.quota, front=plan.first, width=width) & masked
 
-    def _propose(self, masked: Tensor, logits: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Token and confidence of every mask from ``self.first`` on, ``(B, L - self.first)``."""
-        settings = self.settings
-        margin, entropy = settings.alg == "topk_margin", settings.alg == "entropy"
-        if not self.stored:
-            stats = self._stats()
-            score = -stats.entropy if entropy else stats.margin if margin else stats.prob
-            return stats.token, score
-        confidence, drawn = self._sample(masked, logits, margin=margin, entropy=entropy)
-        token = torch.zeros_like(self.board.x)
-        token[masked] = drawn
-        score = torch.zeros(masked.shape, dtype=confidence.dtype, device=masked.device)
-        score[masked] = confidence
-        return token, score
+    def wrote(self, state: LoopState, plan: Pass) -> None:
+        self._show(state, plan.number)
+        if self.history is not None:
+            self.history.append(state.x.clone())
 
-    def _stats(self) -> VocabStats:
-        length, temperature = self.board.length, self.settings.temperature
-        return self.board.stats(self.first, length, temperature=temperature)
-
-    def _sample(
-        self, masked: Tensor, logits: Tensor | None, *, margin: bool = False, entropy: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """Confidence and token of the masks, in order, from their stored logits."""
-        settings = self.settings
-        if logits is None:
-            logits = self.board.logits(0, self.board.length)
-        rows = logits[masked]
-        if self.board.banned:
-            rows[:, list(self.board.banned)] = -torch.inf
-        return sample_tokens(
-            rows,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            top_k=settings.top_k,
-            margin_confidence=margin,
-            neg_entropy=entropy,
-        )
-
-    def _write_any(self, masked: Tensor, part: Tensor, logits: Tensor | None) -> None:
-        """Every mask with the same probability, as in the paper's process."""
-        board = self.board
-        count = int(masked.sum())
-        chosen = masked.clone()
-        chosen[masked] = torch.rand(count, device=masked.device) < part
-        if self.stored:
-            token = torch.zeros_like(board.x)
-            token[chosen] = self._sample(chosen, logits)[1]
-        else:
-            token = F.pad(self._stats().token, (self.first, 0))
-        board.x = torch.where(chosen, token, board.x)
-
-    def _write_drawn(self, masked: Tensor, token: Tensor, score: Tensor, count: int) -> None:
-        """So many masks drawn by softmax(confidence / alg_temp), without replacement."""
-        if count == 0:
-            return
-        score = score.masked_fill(~masked, -torch.inf) / (self.settings.alg_temp or 1.0)
-        index = torch.multinomial(F.softmax(score, -1), count)
-        x, mask_id = self.board.x, self.board.mask_id
-        new = torch.where(masked, token, mask_id).gather(1, index)
-        self.board.x = x.scatter(1, index, new)
+    def _show(self, state: LoopState, number: int | None) -> None:
+        if self.on_tokens is not None:
+            state.x = self.on_tokens(number, state.x, self.shown).to(state.x)

@@ -5,26 +5,26 @@ from pydllm.integrations.fast_dllm import generate_with_dual_cache  # instead of
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pydllm.decoding.checks import expect, expect_number
-from pydllm.integrations._board import (
-    Board,
+from pydllm.integrations._arguments import (
     check_blocks,
     check_prompt,
     check_temperature,
-    draw_seed,
+    follows,
     full_attention,
     raise_stuck,
 )
-from pydllm.integrations.samplers import (
-    get_num_transfer_tokens,
-    get_transfer_index,
-    get_transfer_index_dynamic,
-)
+from pydllm.integrations._published import LoopState, Pass, PublishedLoop, spread
+from pydllm.integrations._rules import by_factor, by_threshold, first
+from pydllm.integrations.samplers import get_transfer_index, get_transfer_index_dynamic
 
 __all__ = ["generate", "generate_with_dual_cache", "generate_with_prefix_cache"]
 
@@ -43,7 +43,7 @@ def generate(
     factor: float | None = None,
     *,
     version: str = "a9b81e4",
-    compat: bool = True,
+    compat: str | None = "fast_dllm",
     backend: str | None = None,
 ) -> tuple[Tensor, int]:
     """Fill masks block by block, every forward over the whole sequence.
@@ -52,8 +52,7 @@ def generate(
         model: a loaded LLaDA module, whose weights are shared, or a pydllm model.
         prompt: ``(B, P)`` token ids, not padded. The original takes one sequence; several are
             decoded side by side, each as if alone, until the last has finished a block. Masks in it
-            compete with those of the block, so some may be left, as in the original;
-            ``compat=False`` fills all of them.
+            compete with those of the block, so some may be left, as in the original.
         steps: a multiple of the number of blocks; the schedule where there is neither a threshold
             nor a factor.
         gen_length: new tokens, a multiple of ``block_length``.
@@ -68,9 +67,8 @@ def generate(
             ``"24cc59e"`` (June 2025). In the first the dual cache ends a block after its steps,
             with a threshold or a factor too, and leaves masks where some are left; in the second a
             block that is complete after its first forward costs one more where there is a cache.
-        compat: what the version does, with the original's noise (torch's generator, in its order).
-            False: no such forward and no such masks, noise is drawn in the kernel, and the mask is
-            never predicted.
+        compat: ``"fast_dllm"``: the original's noise, torch's generator in its order. None: noise
+            is drawn in the kernel, and the mask is never predicted.
         backend: as in ``pydllm.ops``.
 
     Returns:
@@ -86,7 +84,7 @@ def generate(
         model,
         prompt,
         (gen_length, block_length, steps),
-        _Rule(temperature, remasking, threshold, factor, version, compat),
+        (temperature, remasking, threshold, factor, version, compat),
         mask_id,
         "none",
         backend,
@@ -107,7 +105,7 @@ def generate_with_prefix_cache(
     factor: float | None = None,
     *,
     version: str = "a9b81e4",
-    compat: bool = True,
+    compat: str | None = "fast_dllm",
     backend: str | None = None,
 ) -> tuple[Tensor, int]:
     """``generate``, where keys and values before a block are those of the block's first forward."""
@@ -115,7 +113,7 @@ def generate_with_prefix_cache(
         model,
         prompt,
         (gen_length, block_length, steps),
-        _Rule(temperature, remasking, threshold, factor, version, compat),
+        (temperature, remasking, threshold, factor, version, compat),
         mask_id,
         "prefix",
         backend,
@@ -136,7 +134,7 @@ def generate_with_dual_cache(
     factor: float | None = None,
     *,
     version: str = "a9b81e4",
-    compat: bool = True,
+    compat: str | None = "fast_dllm",
     backend: str | None = None,
 ) -> tuple[Tensor, int]:
     """``generate``, where only the block is recomputed; all around it is of its first forward."""
@@ -144,139 +142,121 @@ def generate_with_dual_cache(
         model,
         prompt,
         (gen_length, block_length, steps),
-        _Rule(temperature, remasking, threshold, factor, version, compat),
+        (temperature, remasking, threshold, factor, version, compat),
         mask_id,
         "dual",
         backend,
     )
 
 
-class _Rule:
-    """How a step chooses."""
-
-    def __init__(
-        self,
-        temperature: float,
-        remasking: str,
-        threshold: float | None,
-        factor: float | None,
-        version: str,
-        compat: bool,
-    ) -> None:
-        check_temperature(temperature)
-        expect("version", version, ("a9b81e4", "24cc59e"))
-        expect("remasking", remasking, ("low_confidence", "random"))
-        for name, limit in (("threshold", threshold), ("factor", factor)):
-            if limit is not None:
-                expect_number(name, limit, 0.0, float("inf"))
-        self.temperature, self.remasking, self.compat = temperature, remasking, compat
-        self.threshold, self.factor, self.version = threshold, factor, version
-        self.stored = compat and (temperature > 0 or remasking == "random")
-        self.old = version == "24cc59e" and compat
-        self.new = version == "a9b81e4" and compat
-
-    @property
-    def scheduled(self) -> bool:
-        return self.threshold is None and self.factor is None
-
-    def apply(
-        self, board: Board, start: int, last: int, window: tuple[int, int], quota: Tensor
-    ) -> None:
-        """Write what the forward of ``window`` decides of the masks in [start, last)."""
-        if self.stored:
-            return self._apply_stored(board, last, window, quota)
-        stats = board.stats(start, last, temperature=self.temperature)
-        score = stats.prob
-        if self.remasking == "random":  # one draw per position, as a confidence
-            score = torch.rand(score.shape, device=score.device)
-        options: dict[str, Any] = {"rule": "quota", "quota": quota}
-        if self.factor is not None:
-            options = {"rule": "factor", "factor": float(self.factor)}
-        elif self.threshold is not None and self.threshold <= 1:
-            options = {"rule": "threshold", "threshold": float(self.threshold)}
-        elif self.threshold is not None:  # no confidence exceeds 1: the best alone remains
-            options["quota"] = torch.ones_like(quota)
-        board.write(start, stats.token, score, semantics="fast_dllm", **options)
-
-    def _apply_stored(
-        self, board: Board, last: int, window: tuple[int, int], quota: Tensor
-    ) -> None:
-        logits, (start, stop) = board.logits(*window), window
-        masked = board.masked(start, stop)
-        masked[:, last - start :] = False
-        x = board.x[:, start:stop]
-        arguments = (logits, self.temperature, self.remasking, masked, x)
-        if self.factor is not None:
-            token, chosen = get_transfer_index_dynamic(*arguments, factor=self.factor)
-        else:
-            token, chosen = get_transfer_index(
-                *arguments, quota, self.threshold, version=self.version
-            )
-        board.x[:, start:stop] = torch.where(chosen, token, x)
-
-
 def _decode(
     model: Any,
     prompt: Tensor,
     lengths: tuple[int, int, int],
-    rule: _Rule,
+    rule: tuple,
     mask_id: int,
     cache: str,
     backend: str | None,
 ) -> tuple[Tensor, int]:
+    temperature, remasking, threshold, factor, version, compat = rule
     gen_length, block_length, _ = lengths
     _, steps = check_blocks(*lengths)
+    check_temperature(temperature)
+    expect("version", version, ("a9b81e4", "24cc59e"))
+    expect("remasking", remasking, ("low_confidence", "random"))
+    for name, limit in (("threshold", threshold), ("factor", factor)):
+        if limit is not None:
+            expect_number(name, limit, 0.0, float("inf"))
     own = full_attention(model, "Fast-dLLM's generate", mask_id, shifted=False)
     prompt = check_prompt("prompt", prompt, own, gen_length)
-    board = Board.behind(
-        prompt,
-        gen_length,
-        own,
+    loop = _Loop(
+        block_length=block_length,
+        steps=steps,
+        temperature=temperature,
+        remasking=remasking,
+        threshold=threshold,
+        factor=factor,
+        version=version,
+        cache=cache,
         cached=cache != "none",
-        banned=[] if rule.compat else [mask_id],
-        backend=backend,
+        published=follows(compat, "fast_dllm"),
     )
-    if not rule.compat:
-        board.seed = draw_seed()
-    for first in range(prompt.shape[1], board.length, block_length):
-        last = first + block_length
-        begin, step = board.first_mask(last), 0
-        # The originals count the masks of the block; those of the prompt may be left.
-        low = first if rule.compat else min(begin, first)
-        quota = get_num_transfer_tokens(board.masked(low, last), steps).int()
-        left, all_left = board.masks_left((low, last), (0, last))
-        once = rule.compat and (cache != "none" or rule.new)  # the first forward is always run
-        twice = rule.old and cache != "none"
-        while left or (once and step == 0) or (twice and step == 1):
-            if rule.new and cache == "dual" and step >= max(steps, 1):
-                break
-            before = all_left
-            window = _forward(board, cache, low, last, step, rule)
-            start = begin if cache == "none" or step == 0 else low
-            # Behind the schedule's end only masks that were predicted are left, one a step.
-            now = quota[:, step] if step < steps else torch.ones_like(quota[:, 0])
-            rule.apply(board, start, last, window, now.contiguous())
-            left, all_left = board.masks_left((low, last), (0, last))
-            step += 1
-            stuck = left > 0 and all_left == before and rule.temperature == 0
-            ends = rule.new and cache == "dual"
-            if stuck and not ends and not (rule.scheduled and step <= steps):
-                raise_stuck()
-    return board.x, board.forwards
+    decoded = loop.run(own, prompt, gen_length, backend)
+    return decoded.x, int(decoded.counters["nfe"][0])
 
 
-def _forward(
-    board: Board, cache: str, first: int, last: int, step: int, rule: _Rule
-) -> tuple[int, int]:
-    """Returns the window that was computed."""
-    length = board.length
-    if cache == "none" or step == 0:
-        board.forward(0, length, commit=0 if cache == "none" else length)
-        return 0, length
-    stop = last if cache == "dual" else length
-    board.forward(first, stop, seen=length)
-    if cache == "prefix" and rule.compat and rule.temperature > 0:
-        # The original draws the noise of these steps twice and uses the second.
-        shape = (*board.x[:, first:].shape, board.model.spec.vocab_size)
-        torch.rand(shape, dtype=torch.float64, device=board.x.device)
-    return first, stop
+@dataclass(kw_only=True)
+class _Loop(PublishedLoop):
+    block_length: int
+    steps: int
+    remasking: str
+    threshold: float | None
+    factor: float | None
+    version: str
+    cache: str
+
+    def schedule(self, state: LoopState) -> Iterator[Pass]:
+        length, begin = state.call.max_len, state.first_mask()
+        # Since May 2026 the dual cache ends a block after its steps; before, a block took two
+        # forwards at least where there was a cache.
+        most = max(self.steps, 1) if self.cache == "dual" and self.version == "a9b81e4" else None
+        least = 2 if self.cached and self.version == "24cc59e" else 1
+        for block in range(state.call.prompt_lengths[0], length, self.block_length):
+            last = block + self.block_length
+            quotas, before = spread(self.block_length, self.steps), None
+            for step in count():
+                if step == most or (step >= least and not any(state.block_left)):
+                    break
+                # After the schedule's end only masks that were predicted are left, one per step.
+                quota = quotas[step] if step < self.steps else 1
+                whole = step == 0 or not self.cached
+                yield Pass(
+                    start=0 if whole else block,
+                    stop=last if self.cache == "dual" and not whole else length,
+                    seen=length,
+                    commit=length if whole and self.cached else 0,
+                    first=begin if whole else block,
+                    last=last,
+                    block=block,
+                    quota=quota,
+                )
+                stuck = any(state.block_left) and state.left == before and self.temperature == 0
+                scheduled = self.threshold is None and self.factor is None
+                if stuck and most is None and not (scheduled and step < self.steps):
+                    raise_stuck()
+                before = state.left
+            if not any(state.left):
+                begin = last
+
+    def choose(self, state: LoopState, plan: Pass, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        random = self.remasking == "random"
+        if self.published and (self.temperature > 0 or random):
+            return self._from_logits(state, plan, hidden)
+        stats, masked = self.stats(state, plan, hidden), state.masked(plan.first, plan.last)
+        score = torch.rand(masked.shape, device=masked.device) if random else stats.prob
+        if self.factor is not None:
+            return stats.token, by_factor(score, masked, self.factor)
+        if self.threshold is not None:
+            return stats.token, by_threshold(score, masked, self.threshold)
+        return stats.token, first(score, masked, plan.quota)
+
+    def _from_logits(self, state: LoopState, plan: Pass, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """The window's noise is drawn for all its positions."""
+        if self.cache == "prefix" and plan.start > 0 and self.temperature > 0:
+            # The original draws the noise of these steps twice and uses the second.
+            shape = (*hidden.shape[:2], state.call.model.spec.vocab_size)
+            torch.rand(shape, dtype=torch.float64, device=hidden.device)
+        logits = self.logits(state, plan, hidden, first=plan.start, last=plan.stop)
+        masked = state.masked(plan.start, plan.stop)
+        masked[:, plan.last - plan.start :] = False
+        x = state.x[:, plan.start : plan.stop]
+        arguments = (logits, self.temperature, self.remasking, masked, x)
+        if self.factor is not None:
+            token, chosen = get_transfer_index_dynamic(*arguments, factor=self.factor)
+        else:
+            quota = masked.new_full((len(x),), plan.quota, dtype=torch.int32)
+            token, chosen = get_transfer_index(
+                *arguments, quota, self.threshold, version=self.version
+            )
+        decided = slice(plan.first - plan.start, plan.last - plan.start)
+        return token[:, decided], chosen[:, decided]

@@ -5,21 +5,19 @@ model.diffusion_generate = types.MethodType(fast_dllm_dream.diffusion_generate, 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from pydllm.decoding.checks import expect_number
-from pydllm.integrations._board import Board, draw_seed, raise_stuck
-from pydllm.integrations._dream import (
-    Call,
-    DreamModelOutput,
-    read_call,
-    transfer_part,
-)
-from pydllm.integrations.samplers import sample_tokens
+from pydllm.integrations._arguments import follows, raise_stuck
+from pydllm.integrations._dream import DreamLoop, DreamModelOutput, read_call
+from pydllm.integrations._published import LoopState, Pass
+from pydllm.integrations._rules import by_threshold, drawn, top
 
 __all__ = ["DreamModelOutput", "diffusion_generate"]
 
@@ -33,11 +31,11 @@ def diffusion_generate(
     inputs: Tensor | None = None,
     generation_config: Any = None,
     *,
-    compat: bool = True,
+    compat: str | None = "fast_dllm",
     backend: str | None = None,
     **kwargs: Any,
 ) -> DreamModelOutput | Tensor:
-    """Fill the masks behind the inputs block by block, over cached keys and values.
+    """Fill the masks after the inputs block by block, over cached keys and values.
 
     Args:
         model: a loaded Dream module, whose weights are shared, or a pydllm model.
@@ -46,13 +44,12 @@ def diffusion_generate(
         generation_config: as in ``pydllm.integrations.dream``. ``alg`` is
             ``"confidence_threshold"``, or any of Dream's names for the lowest entropy first on
             Dream's schedule, or drawn by ``alg_temp``.
-        compat: what decides tokens in the original: the first token of a block is taken from the
+        compat: ``"fast_dllm"``: at a temperature torch's generator in the original's order. None:
+            noise is drawn in the kernel, and the mask is never predicted. ``pydllm.Threshold`` has
+            none of the original's peculiarities: the first token of a block is taken from the
             block's first forward, whatever its confidence; the others are predicted by a window
             that begins with the block; with ``steps`` equal to the number of blocks nothing but the
-            first token is written; and at a temperature torch's generator in its order. False: the
-            window starts one token early and every token is chosen by its confidence, noise is
-            drawn in the kernel, the mask is never predicted, and the last step of a block writes
-            what is left.
+            first token is written.
         backend: as in ``pydllm.ops``.
         kwargs: the config's names, and ``threshold=0.9``, ``block_length=32`` (None: one block) and
             ``dual_cache=False``; ``attention_mask`` of ones.
@@ -82,148 +79,89 @@ def diffusion_generate(
             f"steps: expected a multiple of the {blocks} blocks, got {call.settings.steps}"
         )
     expect_number("threshold", call.options["threshold"], 0.0, float("inf"))
-    board = Board.behind(
-        call.prompt,
-        call.new,
-        call.model,
+    loop = _Loop(
+        settings=call.settings,
+        temperature=call.settings.temperature,
+        block_length=size,
+        steps=call.settings.steps // blocks,
+        threshold=float(call.options["threshold"]),
+        dual=call.options["dual_cache"],
         cached=True,
-        banned=[] if compat else [call.settings.mask_token_id or 0],
-        backend=backend,
+        published=follows(compat, "fast_dllm"),
     )
-    if not compat:
-        board.seed = draw_seed()
-    loop = _Loop(call, board, size, call.settings.steps // blocks, compat)
-    for first in range(call.prompt.shape[1], board.length, size):
-        loop.fill(first)
-    return call.result(board.x, call.history())
+    return call.result(loop.run(call.model, call.prompt, call.new, backend).x, call.history())
 
 
-class _Loop:
-    def __init__(self, call: Call, board: Board, size: int, steps: int, compat: bool) -> None:
-        self.board, self.size, self.steps, self.compat = board, size, steps, compat
-        self.settings, self.dual = call.settings, call.options["dual_cache"]
-        self.threshold = float(call.options["threshold"])
-        self.by_threshold = call.settings.alg == "confidence_threshold"
-        settings = call.settings
-        filtered = settings.top_k is not None or (settings.top_p or 1) < 1
-        self.alg_temp = 0.0 if self.by_threshold else float(settings.alg_temp or 0.0)
-        # What is drawn in torch is drawn in the dtype of the logits, as there.
-        self.stored = filtered or (compat and (settings.temperature > 0 or self.alg_temp > 0))
-        self.part = transfer_part(settings, steps, board.x.device)
+@dataclass(kw_only=True)
+class _Loop(DreamLoop):
+    block_length: int
+    steps: int
+    threshold: float
+    dual: bool
 
-    def fill(self, first: int) -> None:
-        board, last = self.board, first + self.size
-        board.forward(0, board.length, commit=board.length)
-        if self.compat:
-            board.x[:, first] = self._first_token(first)
-        else:
-            self._accept(first, last, 0)
-        # The window ends with the block or with the sequence and, if it may, starts a token early.
-        start, stop = first - int(not self.compat), last if self.dual else board.length
-        step = 1
-        (left,) = board.masks_left((first, last))
-        while left or (self.compat and step == 1):
-            board.forward(start, stop, seen=board.length)
-            if not self.by_threshold and step == self.steps and self.compat:
-                return
-            self._accept(first, last, step)
-            before, (left,) = left, board.masks_left((first, last))
-            if self.by_threshold and left == before > 0 and self.settings.temperature == 0:
-                raise_stuck()
-            step += 1
+    @property
+    def by_threshold(self) -> bool:
+        return self.settings.alg == "confidence_threshold"
 
-    def _first_token(self, first: int) -> Tensor:
-        board = self.board
-        if not self.stored:
-            return board.stats(first, first + 1).token[:, 0]
-        if self.settings.temperature == 0:
-            return self._sample(board.logits(first, first + 1)).token[:, 0]
-        # The original draws a token for every position.
-        return self._sample(board.logits(0, board.length)).token[:, first]
+    @property
+    def places_temperature(self) -> float:
+        return 0.0 if self.by_threshold else super().places_temperature
 
-    def _sample(self, logits: Tensor) -> _Drawn:
-        if self.board.banned:
-            logits[..., list(self.board.banned)] = -torch.inf
-        settings = self.settings
-        confidence, token = sample_tokens(
-            logits,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            top_k=settings.top_k,
-            neg_entropy=not self.by_threshold,
-        )
-        return _Drawn(token, confidence)
+    def schedule(self, state: LoopState) -> Iterator[Pass]:
+        length, size = state.call.max_len, self.block_length
+        for first in range(state.call.prompt_lengths[0], length, size):
+            last = first + size
+            yield Pass(stop=length, first=first, last=first + 1, commit=length)
+            state.block_left = [left + size - 1 for left in state.block_left]
+            stop = last if self.dual else length
+            for step in count(1):
+                if step > 1 and not any(state.block_left):
+                    break
+                if not self.by_threshold and step == self.steps:
+                    break  # after a forward that decides nothing, in the original
+                quota = 0
+                if not self.by_threshold:
+                    quota = self.quota(sum(state.block_left), len(state.x), step, self.steps)
+                before = state.block_left
+                yield Pass(
+                    start=first,
+                    stop=stop,
+                    seen=length,
+                    first=first,
+                    last=last,
+                    quota=quota,
+                    number=step,
+                )
+                stuck = any(before) and state.block_left == before and self.temperature == 0
+                if self.by_threshold and stuck:
+                    raise_stuck()
 
-    def _propose(self, first: int, last: int) -> _Drawn:
-        board = self.board
-        if not self.stored:
-            stats = board.stats(first, last, temperature=self.settings.temperature)
-            return _Drawn(stats.token, stats.prob if self.by_threshold else -stats.entropy)
-        # The rows that the original hands to its sampler: by threshold those of all masks.
-        end = last
-        if self.by_threshold and self.compat and not self.dual:
-            end = board.length
-        masked = board.masked(first, end)
-        drawn = self._sample(board.logits(first, end)[masked])
-        token = torch.zeros_like(board.x[:, first:end])
-        token[masked] = drawn.token
-        score = torch.zeros(masked.shape, dtype=drawn.score.dtype, device=masked.device)
-        score[masked] = drawn.score
-        return _Drawn(token[:, : last - first], score[:, : last - first])
-
-    def _accept(self, first: int, last: int, step: int) -> None:
-        board = self.board
-        masked = board.masked(first, last)
-        drawn = self._propose(first, last)
-        stop = last if self.dual else board.length
-        if self.by_threshold and self.stored:
-            return self._write_ranked(first, stop, drawn, masked)
-        if self.by_threshold:
-            options: dict[str, Any] = {"rule": "threshold", "threshold": min(self.threshold, 1.0)}
-            if self.threshold > 1:
-                options = {"rule": "quota", "quota": torch.ones_like(board.nfe)}
-            board.write(first, drawn.token, drawn.score, semantics="fast_dllm", **options)
-            return
-        quota = (masked.sum() / len(masked) * self.part(step)).int()
-        if self.alg_temp:
-            return self._write_drawn(first, stop, drawn, masked, int(quota))
+    def choose(self, state: LoopState, plan: Pass, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        masked, width = state.masked(plan.first, plan.last), plan.stop - plan.first
+        if plan.number == 0:
+            return self._first_token(state, plan, hidden), masked
+        logits, wanted = None, masked
         if self.stored:
-            board.write_top(first, drawn.token, drawn.score, int(quota), width=stop - first)
-            return
-        quota = quota.expand(len(masked)).contiguous()
-        board.write(first, drawn.token, drawn.score, rule="quota", quota=quota, semantics="dream")
+            # The original's sampler gets, by threshold, the masks of later blocks as well.
+            end = plan.stop if self.by_threshold and self.published else plan.last
+            logits = self.logits(state, plan, hidden, last=end)
+            wanted = state.masked(plan.first, end)
+        name = "prob" if self.by_threshold else "entropy"
+        token, score = self.propose(state, plan, hidden, logits, wanted, name)
+        token, score = token[:, : self.block_length], score[:, : self.block_length]
+        if self.by_threshold:
+            counts = state.block_left
+            return token, by_threshold(score, masked, self.threshold, counts, width)
+        if self.places_temperature:
+            return token, drawn(score, masked, plan.quota, self.places_temperature, width=width)
+        return token, top(score, masked, plan.quota, width=width) & masked
 
-    def _write_ranked(self, first: int, stop: int, drawn: _Drawn, masked: Tensor) -> None:
-        """The best mask and all above the threshold. Of equal confidences, as filters make many,
-        the best is the one that ``torch.topk`` puts first."""
-        window = self.board.x[:, first : first + masked.shape[1]]
-        wide = self._wide(drawn, masked, stop - first)
-        for row, count in enumerate(masked.sum(1).tolist()):
-            if count:
-                best, index = wide[row].topk(count)
-                index = index[(best >= self.threshold).index_fill(0, index.new_zeros(1), True)]
-                window[row, index] = drawn.token[row, index]
-
-    def _write_drawn(
-        self, first: int, stop: int, drawn: _Drawn, masked: Tensor, count: int
-    ) -> None:
-        """``count`` masks drawn by softmax(confidence / alg_temp), without replacement."""
-        if count == 0:
-            return
-        wide = self._wide(drawn, masked, stop - first)
-        index = torch.multinomial((wide / self.alg_temp).softmax(-1), count)
-        window = self.board.x[:, first : first + masked.shape[1]]
-        window.scatter_(1, index, drawn.token.gather(1, index))
-
-    @staticmethod
-    def _wide(drawn: _Drawn, masked: Tensor, width: int) -> Tensor:
-        """Confidences of the whole window, -inf where nothing is to be written."""
-        score = drawn.score.masked_fill(~masked, -torch.inf)
-        return F.pad(score, (0, width - score.shape[1]), value=-torch.inf)
-
-
-class _Drawn:
-    """Token and confidence of rows."""
-
-    def __init__(self, token: Tensor, score: Tensor) -> None:
-        self.token, self.score = token, score
+    def _first_token(self, state: LoopState, plan: Pass, hidden: Tensor) -> Tensor:
+        """Whatever its confidence; with torch's noise a token is drawn for every position."""
+        if not self.stored:
+            return self.stats(state, plan, hidden).token
+        span = (0, plan.stop) if self.temperature > 0 else (plan.first, plan.last)
+        logits = self.logits(state, plan, hidden, *span)
+        everywhere = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device)
+        token, _ = self.propose(state, plan, hidden, logits, everywhere, "entropy")
+        return token[:, plan.first - span[0], None]

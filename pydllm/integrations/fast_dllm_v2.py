@@ -5,14 +5,17 @@ from pydllm.integrations.fast_dllm_v2 import generate  # generate(model, ids, ..
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pydllm._backend.errors import PydllmError
-from pydllm.integrations._board import as_model, check_prompt, check_temperature, with_ids
-from pydllm.models import Model
+from pydllm.decoding.state import State
+from pydllm.integrations._arguments import as_model, check_prompt, check_temperature, with_ids
+from pydllm.integrations._published import LoopState, Pass, PublishedLoop
 
 __all__ = ["generate"]
 
@@ -102,126 +105,121 @@ def generate(
     ids = check_prompt("input_ids", input_ids, own, max_new_tokens + 1)
     if len(ids) != 1 or ids.shape[1] == 0:
         raise ValueError(f"input_ids: expected one prompt (1, P), got {tuple(ids.shape)}")
-    call = _Call(own, ids, max_new_tokens, small_block_size, use_block_cache, backend)
-    call.options = (threshold, temperature, top_p)
-    return call.run(max_new_tokens // block_size)
+    loop = _Loop(
+        blocks=max_new_tokens // block_size,
+        size=block_size,
+        small=small_block_size,
+        block_cache=use_block_cache,
+        threshold=threshold,
+        temperature=temperature,
+        top_p=top_p,
+        stop_token=stop_token,
+        cached=True,
+    )
+    # Whole blocks, and one token after the last.
+    new = -(-(ids.shape[1] + max_new_tokens + 1) // block_size) * block_size + 1 - ids.shape[1]
+    return loop.run(own, ids, new, backend).x[:, : loop.end]
 
 
-class _Call:
-    """One answer: its tokens, the cache, and how much of it is stored."""
+@dataclass(frozen=True, kw_only=True)
+class _Part(Pass):
+    """A pass that denoises a part of a block, or else (``denoises`` false) stores what is known
+    and predicts the token after it."""
 
-    options: tuple[float, float, float]
+    denoises: bool = True
+    attention: str | None = None
 
-    def __init__(
-        self,
-        model: Model,
-        ids: Tensor,
-        new: int,
-        small: int,
-        block_cache: bool,
-        backend: str | None,
-    ) -> None:
-        self.model, self.ids, self.prompt = model, ids, ids.shape[1]
-        self.small, self.block_cache, self.backend = small, block_cache, backend
-        spec, size = model.spec, model.spec.block_size or 1
-        self.size, self.stop = size, spec.eos_ids[0]
-        self.mask = -1 if spec.mask_id is None else spec.mask_id
-        self.cache = model.new_cache(1, -(-(self.prompt + new + 1) // size) * size + size)
-        # Denoising forwards have blocks of their own in the mask.
-        self.denoiser = with_ids(model, self.mask, spec.eos_ids, block_size=_MASK_BLOCK)
-        self.stored = 0
 
-    def run(self, blocks: int) -> Tensor:
-        whole = self.prompt // self.size * self.size
-        if whole:
-            last = self.forward(self.model, self.ids[:, :whole], 0, whole)[:, -1:]
-            self.stored = whole
-            if whole == self.prompt:
-                self.ids = torch.cat((self.ids, last.argmax(-1)), 1)
-        for _ in range(blocks):
-            if bool((self.ids[:, self.prompt :] == self.stop).any()):
+@dataclass(kw_only=True)
+class _Loop(PublishedLoop):
+    """One answer; ``end``: its length, the prompt included."""
+
+    blocks: int
+    size: int
+    small: int
+    block_cache: bool
+    threshold: float
+    top_p: float
+    stop_token: int
+    end: int = 0
+
+    def schedule(self, state: LoopState) -> Iterator[Pass]:
+        prompt, size = state.call.prompt_lengths[0], self.size
+        stored, known = prompt // size * size, prompt
+        if stored:
+            yield self._store(0, stored, known=stored < prompt)
+            known = max(known, stored + 1)
+        for _ in range(self.blocks):
+            if self._stopped(state, prompt, known):
                 break
-            self.fill_block()
-        new = self.ids[0, self.prompt :]
-        stops = (new == self.stop).nonzero()
-        end = self.prompt + int(stops[0]) + 1 if len(stops) else self.ids.shape[1]
-        return self.ids[:, :end]
+            yield from self._fill(state, stored, known)
+            end = stored + size
+            if self._stopped(state, known, end):
+                known = end
+                break
+            yield self._store(stored, end)
+            stored, known = end, end + 1
+        answer = state.x[0, prompt:known].tolist()
+        stops = self.stop_token in answer
+        self.end = prompt + answer.index(self.stop_token) + 1 if stops else known
 
-    def forward(self, model: Model, rows: Tensor, start: int, commit: int, **mask: Any) -> Tensor:
-        """Logits of a window from ``start`` on; it sees what is stored before it.
-
-        ``seen``: the end of what is visible, where that is beyond the window.
-        """
-
-        def one(value: int) -> Tensor:
-            return torch.tensor([value], dtype=torch.int32, device=rows.device)
-
-        seen = mask.pop("seen", start + rows.shape[1])
-        hidden = model.forward(
-            rows,
-            one(start),
-            self.cache,
-            length=one(rows.shape[1]),
-            kv_len=one(seen),
-            commit=one(commit),
-            backend=self.backend,
-            **mask,
+    def _store(self, start: int, end: int, *, known: bool = False) -> _Part:
+        last = end if known else end + 1
+        return _Part(
+            start=start, stop=end, first=end, last=last, commit=end - start, denoises=False
         )
-        return model.head(hidden)
 
-    def fill_block(self) -> None:
-        """Masks up to the block's end, written sub-block by sub-block; then it is stored."""
-        known, size = self.ids.shape[1], self.size
-        masks = self.ids.new_full((1, size - known % size), self.mask)
-        self.ids = torch.cat((self.ids, masks), 1)
-        block = self.ids[:, -size:]  # a view
-        start, kept = self.stored, False
-        for first in range(0, size, self.small):
-            part = block[:, first : first + self.small]
-            while bool((part == self.mask).any()) and not self.stopped(known):
-                if self.block_cache and kept and bool((part[:, 0] != self.mask).all()):
-                    logits = self.forward(
-                        self.denoiser,
-                        part,
-                        start + first,
-                        self.small,
-                        seen=start + size,
+    def _fill(self, state: LoopState, start: int, known: int) -> Iterator[Pass]:
+        """The passes of a block, sub-block by sub-block."""
+        end, kept = start + self.size, False
+        for first in range(start, end, self.small):
+            last = first + self.small
+            while not self._stopped(state, known, end):
+                part = state.x[0, first:last].tolist()
+                masks = part.count(state.call.mask_id)
+                if masks == 0:
+                    break
+                if self.block_cache and kept and part[0] != state.call.mask_id:
+                    yield _Part(
+                        start=first,
+                        stop=last,
+                        seen=end,
+                        first=first,
+                        last=last,
+                        commit=self.small,
                         attention="full",
                     )
-                    logits = _shifted(logits)
                 else:
                     kept = True
-                    commit = size if self.block_cache else 0
-                    logits = self.forward(self.denoiser, block, start, commit)
-                    logits = _shifted(logits)[:, first : first + self.small]
-                self.write(part, logits)
-        if not self.stopped(known):
-            last = self.forward(self.model, block, start, size)[:, -1:]
-            self.stored = start + size
-            self.ids = torch.cat((self.ids, last.argmax(-1)), 1)
+                    commit = self.size if self.block_cache else 0
+                    yield _Part(start=start, stop=end, first=first, last=last, commit=commit)
+                if self.temperature == 0 and state.block_left == [masks]:
+                    raise PydllmError("the model predicts the mask: the loop would not end")
 
-    def stopped(self, known: int) -> bool:
-        """Whether this block has a stop token with no mask before it."""
-        new = self.ids[0, known:]
-        stops = (new == self.stop).nonzero()
-        return bool(len(stops)) and not bool((new[: int(stops[0])] == self.mask).any())
+    def _stopped(self, state: LoopState, first: int, last: int) -> bool:
+        """Whether [first, last) has a stop token with no mask before it."""
+        ids = state.x[0, first:last].tolist()
+        if self.stop_token not in ids:
+            return False
+        return state.call.mask_id not in ids[: ids.index(self.stop_token)]
 
-    def write(self, part: Tensor, logits: Tensor) -> None:
+    def forward(self, state: State, plan: Any, **options: Any) -> Tensor:
+        if plan.denoises:  # with blocks of its own in the mask
+            model = state.call.model
+            model = with_ids(model, state.call.mask_id, block_size=_MASK_BLOCK)
+            state = replace(state, call=replace(state.call, model=model))
+        return super().forward(state, plan, attention=plan.attention)
+
+    def choose(self, state: LoopState, plan: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Every masked token above the threshold, and the best."""
-        threshold, temperature, top_p = self.options
-        token, prob = _choose(logits, temperature, top_p)
-        masked = part == self.mask
+        logits, masked = self.logits(state, plan, hidden), state.masked(plan.first, plan.last)
+        if not plan.denoises or masked.shape[1] == 0:
+            return logits.argmax(-1), masked
+        token, prob = _choose(logits, self.temperature, self.top_p)
         prob = prob.masked_fill(~masked, -torch.inf)
-        accepted = prob > threshold
+        accepted = prob > self.threshold
         accepted[0, prob[0].argmax()] = True
-        accepted &= masked
-        if temperature == 0 and bool((token[accepted] == self.mask).all()):
-            raise PydllmError("the model predicts the mask: the loop would not end")
-        part[accepted] = token[accepted]
-
-
-def _shifted(logits: Tensor) -> Tensor:
-    return torch.cat((logits[:, :1], logits[:, :-1]), 1)
+        return token, accepted & masked
 
 
 def _choose(logits: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:

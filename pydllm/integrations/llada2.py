@@ -6,6 +6,7 @@ model.generate = types.MethodType(llada2.generate, model)
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,16 +15,17 @@ from torch import Tensor, nn
 from pydllm import ops
 from pydllm._backend.errors import CheckpointError
 from pydllm.decoding.checks import expect_int, expect_number
-from pydllm.integrations._board import (
-    Board,
+from pydllm.integrations._arguments import (
     as_model,
     check_prompt,
     check_temperature,
-    draw_seed,
+    follows,
     with_ids,
 )
 from pydllm.integrations._drawing import check_filters
-from pydllm.integrations.sdar import each_block, propose, spread, write_confident
+from pydllm.integrations._published import LoopState, Pass, spread
+from pydllm.integrations._rules import above
+from pydllm.integrations.sdar import BlockCausalLoop
 from pydllm.models import ModelSpec, StaticCache
 
 __all__ = ["generate"]
@@ -45,7 +47,7 @@ def generate(
     eos_id: int = 156892,
     mask_id: int = 156895,
     *,
-    compat: bool = True,
+    compat: str | None = "llada2",
     backend: str | None = None,
 ) -> Tensor:
     """Fill blocks one after the other: all tokens above a threshold, at least the schedule's.
@@ -67,9 +69,9 @@ def generate(
         threshold: a probability to exceed.
         eos_id: looked for at the end of each block.
         mask_id: the mask's token id.
-        compat: tokens drawn by torch's generator as in the original, and with ``eos_early_stop``
-            an ``eos_id`` in the prompt ends the generation with nothing, as there. False: neither;
-            the mask is never predicted.
+        compat: ``"llada2"``: tokens drawn by torch's generator as in the original, and with
+            ``eos_early_stop`` an ``eos_id`` in the prompt ends the generation with nothing, as
+            there. None: neither; noise is drawn in the kernel, and the mask is never predicted.
         backend: as in ``pydllm.ops``.
 
     Returns:
@@ -93,45 +95,53 @@ def generate(
         raise ValueError(f"inputs: expected one sequence, (1, P), got {tuple(prompt.shape)}")
     length = prompt.shape[1]
     total = -(-(length + gen_length) // block_length) * block_length
-    kind = _Whole if isinstance(own, _Module) else Board
-    board = kind.behind(
-        prompt,
-        total - length,
-        own,
-        cached=True,
-        banned=[] if compat else [mask_id],
-        backend=backend,
-    )
-    if not compat:
-        board.seed = draw_seed()
     steps = min(steps, gen_length // minimal_topk)
-    quotas = spread(block_length, steps) if steps else []
-    options = (temperature, top_k, top_p)
-    for forwards in each_block(board, length, block_length):
-        first = last = 0
-        # The schedule first: no forward without a step left.
-        for quota, first in zip(quotas, forwards, strict=False):
-            last = first + block_length
-            masked = board.masked(first, last)
-            drawn = propose(board, first, last, options, compat)
-            noisy = compat and temperature > 0
-            write_confident(board, first, drawn, threshold, quota, published=noisy)
-            if eos_early_stop and bool((masked & (board.x[:, first:last] == eos_id)).any()):
-                end = _complete_end(board, length, last, eos_id, compat)
-                if end is not None:
-                    return board.x[:, length : end + 1]
-        if last and bool((board.x[:, length:last] == eos_id).any()):
-            break
-    ends = (board.x[0, length : length + gen_length] == eos_id).nonzero().flatten()
+    loop = _Loop(
+        block_length=block_length,
+        quotas=spread(block_length, steps),
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        threshold=threshold,
+        eos_id=eos_id,
+        early_stop=eos_early_stop,
+        cached=not isinstance(own, _Module),
+        published=follows(compat, "llada2"),
+    )
+    x = loop.run(own, prompt, total - length, backend).x
+    if loop.end is not None:
+        return x[:, length : loop.end + 1]
+    ends = (x[0, length : length + gen_length] == eos_id).nonzero().flatten()
     count = int(ends[0]) + 1 if len(ends) else gen_length
-    return board.x[:, length : length + count]
+    return x[:, length : length + count]
 
 
-def _complete_end(board: Board, length: int, last: int, eos_id: int, compat: bool) -> int | None:
-    """Where the first end of sequence is, if no new token before it is a mask."""
-    begin = 0 if compat else length
-    end = begin + int((board.x[0, begin:last] == eos_id).nonzero()[0])
-    return None if bool(board.masked(length, max(end, length)).any()) else end
+@dataclass(kw_only=True)
+class _Loop(BlockCausalLoop):
+    eos_id: int
+    early_stop: bool
+    end: int | None = None  # position of the EOS that ended the loop early
+    seen: int = 0  # EOS in the prompt and the new tokens
+
+    def ends(self, state: LoopState, first: int) -> bool:
+        """Whether the step wrote an EOS, and the first one has no mask before it."""
+        if not self.early_stop:
+            return False
+        length, ids = state.call.prompt_lengths[0], state.x[0].tolist()
+        seen, self.seen = max(self.seen, ids[:length].count(self.eos_id)), ids.count(self.eos_id)
+        if self.seen == seen:
+            return False
+        end = ids.index(self.eos_id, 0 if self.published else length)
+        if state.call.mask_id not in ids[length:end]:
+            self.end = end
+        return self.end is not None
+
+    def ends_block(self, state: LoopState, first: int) -> bool:
+        return self.eos_id in state.x[0, state.call.prompt_lengths[0] :].tolist()
+
+    def choose(self, state: LoopState, plan: Pass, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        drawn, masked = self.propose(state, plan, hidden), state.masked(plan.first, plan.last)
+        return drawn.token, above(drawn.prob, masked, self.threshold, plan.quota) & masked
 
 
 def _model(model: Any, block_length: int, mask_id: int) -> Any:
@@ -158,7 +168,7 @@ def _model(model: Any, block_length: int, mask_id: int) -> Any:
 
 
 class _Module:
-    """What a board has to know of a module that computes its own logits."""
+    """A module that computes its own logits, as a model: its hidden rows are logits."""
 
     def __init__(self, module: Any, block_length: int, mask_id: int) -> None:
         self.module = module
@@ -182,40 +192,18 @@ class _Module:
     def new_cache(self, batch: int, max_len: int) -> StaticCache:
         return StaticCache.allocate(0, batch, 0, 0, 0, dtype=self.dtype, device=self.device)
 
-
-class _Whole(Board):
-    """A board whose forward computes everything before and in the block, with the module."""
-
-    def forward(self, start: int, stop: int, *, seen: int | None = None, commit: int = 0) -> None:
-        model: Any = self.model
-        position = torch.arange(stop, device=self.x.device)
-        block = position // model.spec.block_size
-        hidden = torch.zeros(stop, stop, dtype=model.dtype, device=self.x.device)
+    def forward(self, ids: Tensor, start: Tensor, cache: StaticCache, **window: Any) -> Tensor:
+        """Logits of a window that begins at position 0."""
+        position = torch.arange(ids.shape[1], device=ids.device)
+        block = position // (self.spec.block_size or 1)
+        hidden = torch.zeros(2 * position.shape, dtype=self.dtype, device=ids.device)
         hidden.masked_fill_(block > block[:, None], -torch.inf)
-        out = model.module(
-            self.x[:, :stop], attention_mask=hidden[None, None], position_ids=position[None]
-        )
-        self._logits, self.forwards = out.logits, self.forwards + 1
+        return self.module(
+            ids, attention_mask=hidden[None, None], position_ids=position[None]
+        ).logits
 
-    def logits(self, first: int, last: int) -> Tensor:
-        return self._logits[:, first:last].clone()
+    def head(self, hidden: Tensor) -> Tensor:
+        return hidden
 
-    def stats(self, first: int, last: int, **options: Any) -> ops.VocabStats:
-        temperature = options.get("temperature", 0.0)
-        batch, width = self.x.shape[0], last - first
-        counter = None
-        if temperature > 0:
-            place = torch.arange(first, last, dtype=torch.int32, device=self.x.device)
-            draw = torch.full_like(place, self.forwards)
-            counter = torch.stack((place, torch.zeros_like(place), draw), -1).repeat(batch, 1)
-        banned = torch.tensor(self.banned, dtype=torch.int32, device=self.x.device)
-        stats = ops.vocab_stats(
-            self._logits[:, first:last].reshape(batch * width, -1),
-            temperature=temperature,
-            tempered=options.get("tempered", False),
-            seed=self.seed,
-            counter=counter,
-            banned=banned if self.banned else None,
-            backend=self.backend,
-        )
-        return ops.VocabStats(*(field.view(batch, width) for field in stats))
+    def head_stats(self, hidden: Tensor, rows: Tensor, **options: Any) -> ops.VocabStats:
+        return ops.vocab_stats(hidden[rows], **options)

@@ -5,16 +5,16 @@ For code that wants this piece alone::
     from pydllm.integrations.samplers import get_transfer_index  # instead of Fast-dLLM's
 
 What is random is drawn with torch, in the order of the original, so a ``torch.manual_seed`` gives
-the tokens it gave. Choices are made on the device by ``pydllm.ops.unmask``: no Python loop over
-sequences or positions, no value read on the host. Two things differ, on purpose: among equal
-confidences the lowest position is taken (``torch.topk`` leaves that open), and a position that is
-no mask is never marked for transfer (the originals mark some and then copy them onto themselves).
+the tokens it gave. Choices are made on the device: no Python loop over sequences or positions, no
+value read on the host. Two things differ, on purpose: among equal confidences the lowest position
+is taken (``torch.topk`` leaves that open), and a position that is not a mask is never marked for
+transfer (the originals mark some and then copy them onto themselves).
 
-Every function that scores tokens has one argument more, keyword-only: ``precise=True`` computes
-confidences with the softmax of the original, in its precision; ``precise=False`` takes them from
-``pydllm.ops.vocab_stats``, which reads the logits once and stores no distribution. They are right
-to fp32, so another position is chosen only where two confidences, or one and the threshold, are
-that close.
+Every function that scores tokens has one argument more, keyword-only: ``compat``, by default the
+name of the code that it is from: confidences come from the softmax of the original, in its
+precision. ``compat=None`` takes them from ``pydllm.ops.vocab_stats``, which reads the logits once
+and stores no distribution. They are right to fp32, so another position is chosen only where two
+confidences, or one and the threshold, are that close.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pydllm import ops
-from pydllm._checks import FLOATS, check_tensor
+from pydllm._checks import FLOATS, check_tensor, renamed
+from pydllm.decoding.checks import expect_number
+from pydllm.integrations._arguments import follows
+from pydllm.integrations._rules import by_factor, by_threshold, first, near_best
 
 __all__ = [
     "add_gumbel_noise",
@@ -72,6 +75,7 @@ def get_num_transfer_tokens(mask_index: Tensor, steps: int) -> Tensor:
     return masks // steps + (step < masks % steps)
 
 
+@renamed(precise="compat")
 @torch.no_grad()
 def get_transfer_index(
     logits: Tensor,
@@ -83,7 +87,7 @@ def get_transfer_index(
     threshold: float | None = None,
     *,
     version: str = "a9b81e4",
-    precise: bool = True,
+    compat: str | None = "fast_dllm",
 ) -> tuple[Tensor, Tensor]:
     """Fast-dLLM's choice of a step: a quota, or all above a threshold and at least one.
 
@@ -97,35 +101,39 @@ def get_transfer_index(
         threshold: a probability, or None.
         version: the commit of NVlabs/Fast-dLLM: random confidences are fp64 in ``"a9b81e4"`` and
             fp32 in ``"24cc59e"``.
-        precise: see the module; fp64.
+        compat: see the module; fp64.
 
     Returns:
         ``x0 (B, L)`` int64, ``x`` with every mask replaced by its token, and
         ``transfer_index (B, L)`` bool, the positions to take over.
     """
     _check_step(logits, mask_index, x)
-    option: dict[str, object] = {"rule": "quota"}
-    if threshold is not None and threshold <= 1:
-        option = {"rule": "threshold", "threshold": max(0.0, threshold)}
-    elif threshold is not None:  # no confidence exceeds 1: only the best, always taken, remains
-        option["quota"] = mask_index.new_ones(len(x), dtype=torch.int32)
-    elif num_transfer_tokens is not None:
-        if num_transfer_tokens.numel() != len(x):
-            raise ValueError(
-                f"num_transfer_tokens: expected one per sequence, {len(x)}, "
-                f"got {tuple(num_transfer_tokens.shape)}"
-            )
-        option["quota"] = num_transfer_tokens.reshape(-1).to(torch.int32)
-    else:
-        raise ValueError("num_transfer_tokens: expected (B,) integers or a threshold, got None")
+    if num_transfer_tokens is None:
+        if threshold is None:
+            raise ValueError("num_transfer_tokens: expected (B,) integers or a threshold, got None")
+    elif num_transfer_tokens.numel() != len(x):
+        raise ValueError(
+            f"num_transfer_tokens: expected one per sequence, {len(x)}, "
+            f"got {tuple(num_transfer_tokens.shape)}"
+        )
     noise = torch.float32 if version == "24cc59e" else torch.float64
     x0, confidence = propose(
-        logits, temperature, remasking, mask_index, torch.float64, precise, noise
+        logits,
+        temperature,
+        remasking,
+        mask_index,
+        torch.float64,
+        follows(compat, "fast_dllm"),
+        noise,
     )
-    chosen = choose(mask_index, confidence, semantics="fast_dllm", **option)
+    if threshold is None and num_transfer_tokens is not None:
+        chosen = first(confidence, mask_index, num_transfer_tokens.reshape(-1, 1))
+    else:
+        chosen = by_threshold(confidence, mask_index, threshold or 0.0)
     return torch.where(mask_index, x0, x), chosen
 
 
+@renamed(precise="compat")
 @torch.no_grad()
 def get_transfer_index_dynamic(
     logits: Tensor,
@@ -136,7 +144,7 @@ def get_transfer_index_dynamic(
     num_transfer_tokens: Tensor | None = None,
     factor: float = 1,
     *,
-    precise: bool = True,
+    compat: str | None = "fast_dllm",
 ) -> tuple[Tensor, Tensor]:
     """Fast-dLLM's dynamic choice: rank r is taken while its confidence is at least
     ``1 - factor / (r + 1)``; where all but the last pass, that one is taken too.
@@ -144,13 +152,14 @@ def get_transfer_index_dynamic(
     Arguments and results as ``get_transfer_index``; ``num_transfer_tokens`` is not read.
     """
     _check_step(logits, mask_index, x)
-    x0, confidence = propose(logits, temperature, remasking, mask_index, torch.float64, precise)
-    chosen = choose(
-        mask_index, confidence, semantics="fast_dllm", rule="factor", factor=float(factor)
+    expect_number("factor", factor, 0.0, float("inf"))
+    x0, confidence = propose(
+        logits, temperature, remasking, mask_index, torch.float64, follows(compat, "fast_dllm")
     )
-    return torch.where(mask_index, x0, x), chosen
+    return torch.where(mask_index, x0, x), by_factor(confidence, mask_index, factor)
 
 
+@renamed(precise="compat")
 @torch.no_grad()
 def get_transfer_index_threshold(
     logits: Tensor,
@@ -162,7 +171,7 @@ def get_transfer_index_threshold(
     rm_mask: bool = True,
     use_float64: bool = False,
     *,
-    precise: bool = True,
+    compat: str | None = "dinfer",
     **kwargs: object,
 ) -> tuple[Tensor, Tensor]:
     """dInfer's choice of a step: all whose confidence reaches ``min(threshold, best - 1e-5)``.
@@ -176,7 +185,7 @@ def get_transfer_index_threshold(
         threshold: a probability.
         rm_mask: leave out positions that predict ``mask_id``.
         use_float64: confidences in fp64, otherwise fp32.
-        precise: see the module.
+        compat: see the module.
         kwargs: ignored, as in the original.
 
     Returns:
@@ -185,14 +194,16 @@ def get_transfer_index_threshold(
     """
     _check_step(logits, mask_index, x)
     dtype = torch.float64 if use_float64 else torch.float32
-    x0, confidence = propose(logits, temperature, "low_confidence", mask_index, dtype, precise)
+    x0, confidence = propose(
+        logits, temperature, "low_confidence", mask_index, dtype, follows(compat, "dinfer")
+    )
     if rm_mask:
         mask_index = mask_index & (x0 != mask_id)
-    limit = min(max(float(threshold), 0.0), 1.0)
-    chosen = choose(mask_index, confidence, semantics="dinfer", rule="threshold", threshold=limit)
+    chosen = near_best(confidence, mask_index, threshold)
     return torch.where(mask_index, x0, x), chosen
 
 
+@renamed(precise="compat")
 @torch.no_grad()
 def sample_tokens(
     logits: Tensor,
@@ -202,7 +213,7 @@ def sample_tokens(
     margin_confidence: bool = False,
     neg_entropy: bool = False,
     *,
-    precise: bool = True,
+    compat: str | None = "dream",
 ) -> tuple[Tensor, Tensor]:
     """Dream's token and confidence of each row, in the dtype of the logits.
 
@@ -213,7 +224,7 @@ def sample_tokens(
         top_k: keep the ids with the k largest logits, and those that tie with the last of them.
         margin_confidence: confidence is the gap between the two best probabilities.
         neg_entropy: confidence is the negative entropy, with 1e-10 inside the logarithm.
-        precise: see the module; False matters at temperature 0 without ``top_p`` and ``top_k``.
+        compat: see the module; None matters at temperature 0 without ``top_p`` and ``top_k``.
 
     Returns:
         ``confidence (R,)`` and ``x0 (R,)`` int64. Without the two flags the confidence is the
@@ -228,7 +239,7 @@ def sample_tokens(
     if top_p is not None and not top_p >= 0:
         raise ValueError(f"top_p: expected at least 0 or None, got {top_p!r}")
     nucleus = top_p is not None and top_p < 1
-    if not precise and temperature == 0 and not nucleus and top_k is None:
+    if not follows(compat, "dream") and temperature == 0 and not nucleus and top_k is None:
         stats = ops.vocab_stats(logits)
         confidence = stats.margin if margin_confidence else stats.prob
         confidence = -stats.entropy if neg_entropy else confidence
@@ -238,9 +249,9 @@ def sample_tokens(
     lowest = torch.finfo(logits.dtype).min
     if top_p is not None and nucleus:
         ordered, order = logits.sort(dim=-1, descending=True)
-        behind = ordered.softmax(-1).cumsum(-1) > top_p
+        beyond = ordered.softmax(-1).cumsum(-1) > top_p
         # The first id beyond the limit is kept, and the best in any case.
-        drop = F.pad(behind[..., :-1], (1, 0))
+        drop = F.pad(beyond[..., :-1], (1, 0))
         logits = logits.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), lowest)
     if top_k is not None:
         last = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
@@ -293,22 +304,3 @@ def propose(
     confidence = torch.zeros(x0.shape, dtype=dtype)
     confidence[mask_index] = probs.gather(-1, x0[mask_index].unsqueeze(-1)).squeeze(-1)
     return x0, confidence
-
-
-def choose(mask_index: Tensor, confidence: Tensor, **rule: object) -> Tensor:
-    """Which of the masks an accept rule takes, ``(B, L)`` bool."""
-    batch, rows = mask_index.shape
-    board = mask_index.to(torch.int64)  # 1 stands for the mask, and 0 for any token
-    count = torch.zeros(batch, dtype=torch.int32, device=board.device)
-    ops.unmask(
-        board,
-        torch.zeros_like(board, dtype=torch.int32),
-        count,
-        torch.zeros_like(board),
-        confidence,
-        mask_id=1,
-        start=torch.zeros_like(count),
-        length=torch.full_like(count, rows),
-        **rule,  # type: ignore[arg-type]
-    )
-    return mask_index & (board == 0)

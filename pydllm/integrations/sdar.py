@@ -5,7 +5,10 @@ from pydllm.integrations.sdar import block_diffusion_generate  # instead of SDAR
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -13,16 +16,16 @@ from torch import Tensor
 
 from pydllm._backend.errors import PydllmError
 from pydllm.decoding.checks import expect, expect_int, expect_number
-from pydllm.integrations._board import (
-    Board,
+from pydllm.integrations._arguments import (
     as_model,
     check_prompt,
     check_temperature,
-    draw_seed,
+    follows,
     with_ids,
 )
 from pydllm.integrations._drawing import Drawn, check_filters, draw
-from pydllm.integrations.samplers import MAX_STEPS
+from pydllm.integrations._published import LoopState, Pass, PublishedLoop, spread
+from pydllm.integrations._rules import above, by_entropies, span, top
 
 __all__ = ["block_diffusion_generate"]
 
@@ -45,10 +48,10 @@ def block_diffusion_generate(
     eb_threshold: float | None = None,
     stopping_criteria_idx: Sequence[int] | None = None,
     *,
-    compat: bool = True,
+    compat: str | None = "sdar",
     backend: str | None = None,
 ) -> Tensor:
-    """Fill the blocks behind the prompt one after the other, keys of finished blocks cached.
+    """Fill the blocks after the prompt one after the other, keys of finished blocks cached.
 
     Args:
         model: a loaded SDAR module, whose weights are shared, or a pydllm model with block-causal
@@ -68,22 +71,22 @@ def block_diffusion_generate(
         confidence_threshold: see there.
         eb_threshold: nats, see there.
         stopping_criteria_idx: ids that end the generation with the block they are in.
-        compat: tokens drawn by torch's generator as in the original: the same seed gives the same
-            tokens. And its defect: a schedule that asks for more tokens than a block has masks, as
-            in the first block behind a prompt that fills a part of it, overwrites known tokens,
-            of the prompt too. False: drawn in the kernel, logits not stored unless filters need
-            them (the same distribution, a function of ``torch.manual_seed``), known tokens stay,
-            and the mask is never predicted.
+        compat: ``"sdar"``: tokens drawn by torch's generator as in the original: the same seed
+            gives the same tokens. And its defect: a schedule that asks for more tokens than a block
+            has masks, as in the first block after a prompt that fills a part of it, overwrites
+            known tokens, of the prompt too. None: drawn in the kernel, logits not stored unless
+            filters need them (the same distribution, a function of ``torch.manual_seed``), known
+            tokens stay, and the mask is never predicted.
         backend: as in ``pydllm.ops``.
 
     Returns:
-        ``(1, T)`` int64 on the model's device, T a multiple of ``block_length``; behind a block
+        ``(1, T)`` int64 on the model's device, T a multiple of ``block_length``; after a block
         that ended the generation masks. A finished block's keys are stored by the next block's
         first forward: one forward a block fewer than the original.
 
     Raises:
         ValueError, TypeError: an argument out of range.
-        PydllmError: masks are left behind the schedule's end because the model predicts them; the
+        PydllmError: masks are left after the schedule's end because the model predicts them; the
             original fails then.
     """
     for name, number in (("gen_length", gen_length), ("block_length", block_length)):
@@ -107,124 +110,106 @@ def block_diffusion_generate(
         raise ValueError(f"prompt: expected one sequence, (1, P), got {tuple(ids.shape)}")
     total = -(-(ids.shape[1] + gen_length) // block_length) * block_length
     check_prompt("prompt['input_ids']", ids, own, total - ids.shape[1])
-    banned = [] if compat else [mask_id]
-    board = Board.behind(
-        ids, total - ids.shape[1], own, cached=True, banned=banned, backend=backend
+    loop = _Loop(
+        block_length=block_length,
+        quotas=spread(block_length, denoising_steps),
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        strategy=remasking_strategy,
+        threshold=confidence_threshold,
+        bound=eb_threshold or 0.0,
+        stops=set(stopping_criteria_idx or ()),
+        cached=True,
+        published=follows(compat, "sdar"),
     )
-    if not compat:
-        board.seed = draw_seed()
-    options, noisy = (temperature, top_k, top_p), compat and temperature > 0
-    quotas = spread(block_length, denoising_steps)
-    stops = None
-    if stopping_criteria_idx is not None:
-        stops = torch.tensor(list(stopping_criteria_idx), device=own.device)
-    for forwards in each_block(board, ids.shape[1], block_length):
-        for step, first in enumerate(forwards):
-            if step > denoising_steps + block_length:
-                raise PydllmError(
-                    "the model predicts masks, and the schedule ends with some of them left; "
-                    "compat=False does not allow the prediction"
-                )
-            quota = quotas[step] if step < denoising_steps else 1
-            drawn = propose(board, first, first + block_length, options, compat)
-            if remasking_strategy == "low_confidence_dynamic":
-                write_confident(
-                    board,
-                    first,
-                    drawn,
-                    confidence_threshold,
-                    quota,
-                    published=noisy,
-                    masks_only=False,
-                )
-            elif remasking_strategy == "low_confidence_static" and noisy:
-                board.write_top(first, drawn.token, drawn.prob, quota, masks_only=False)
-            else:
-                score, rule = _rule(remasking_strategy, drawn, board, quota, eb_threshold)
-                board.write(first, drawn.token, score, **rule)
-        if stops is not None and bool(torch.isin(board.x[:, ids.shape[1] :], stops).any()):
-            break
-    return board.x
+    return loop.run(own, ids, total - ids.shape[1], backend).x
 
 
-def spread(block_length: int, steps: int) -> list[int]:
-    """The tokens of a block over its steps, the remainder first."""
-    if steps > MAX_STEPS:
-        raise ValueError(f"steps: expected at most {MAX_STEPS}, got {steps}")
-    return [block_length // steps + (step < block_length % steps) for step in range(steps)]
+@dataclass(kw_only=True)
+class BlockCausalLoop(PublishedLoop):
+    """One block after the other, aligned to position 0; keys and values of finished ones are kept.
 
-
-def each_block(board: Board, prompt_length: int, size: int) -> Iterator[Iterator[int]]:
-    """For every block that is not all prompt an iterator of its forwards, while masks are left.
-
-    The first forward of a block also stores the keys of what lies before it and is complete.
+    The first forward of a block also stores the one before, or the prompt.
     """
-    start = 0
 
-    def forwards(first: int) -> Iterator[int]:
-        nonlocal start
-        last = first + size
-        while board.masks_left((first, last))[0]:
-            board.forward(start, last, seen=last, commit=first - start)
-            start = first
-            yield first
+    block_length: int
+    quotas: list[int]
+    top_k: int | None
+    top_p: float | None
+    threshold: float
 
-    for first in range(prompt_length // size * size, board.length, size):
-        yield forwards(first)
+    def schedule(self, state: LoopState) -> Iterator[Pass]:
+        start, size = 0, self.block_length
+        for first in range(state.call.prompt_lengths[0] // size * size, state.call.max_len, size):
+            for number, quota in enumerate(self.quotas_of_block()):
+                if number and not any(state.block_left):
+                    break
+                commit = first - start if self.cached else 0
+                yield Pass(
+                    start=start,
+                    stop=first + size,
+                    first=first,
+                    last=first + size,
+                    commit=commit,
+                    quota=quota,
+                )
+                start = first if self.cached else 0
+                if self.ends(state, first):
+                    return
+            if self.ends_block(state, first):
+                return
 
+    def quotas_of_block(self) -> Iterable[int]:
+        """Tokens of each step; the block is left with what they leave."""
+        return self.quotas
 
-def propose(board: Board, first: int, last: int, options: tuple, compat: bool) -> Drawn:
-    """Tokens for a block from the last forward; ``options``: temperature, top_k, top_p."""
-    temperature, top_k, top_p = options
-    # The two filters of the op look at the whole row each, those of the original one after the
-    # other; and it keeps all rows, where the noise is torch's.
-    filtered = temperature > 0 and (bool(top_k) or (top_p or 1.0) < 1)
-    if not filtered and not (compat and temperature > 0):
-        stats = board.stats(first, last, temperature=temperature, tempered=temperature > 0)
+    def ends(self, state: LoopState, first: int) -> bool:
+        """Whether a step of the block at ``first`` was the last of all."""
+        return False
+
+    @abstractmethod
+    def ends_block(self, state: LoopState, first: int) -> bool:
+        """Whether the block at ``first`` was the last."""
+
+    def propose(self, state: LoopState, plan: Pass, hidden: Tensor) -> Drawn:
+        """Tokens of the block."""
+        hot = self.temperature > 0
+        # The two filters of the op look at the whole row each, those of the original one after the
+        # other; and it keeps all rows, where the noise is torch's.
+        if self.draws or (hot and (self.top_k or (self.top_p or 1.0) < 1)):
+            logits = self.logits(state, plan, hidden)
+            return draw(logits, self.temperature, self.top_k, self.top_p)
+        stats = self.stats(state, plan, hidden, tempered=hot)
         return Drawn(stats.token, stats.prob, stats.entropy)
-    logits = board.logits(first, last)
-    if board.banned:
-        logits[..., list(board.banned)] = -torch.inf
-    return draw(logits, temperature, top_k, top_p)
 
 
-def write_confident(
-    board: Board,
-    first: int,
-    drawn: Drawn,
-    threshold: float,
-    quota: int,
-    *,
-    published: bool,
-    masks_only: bool = True,
-) -> None:
-    """Write the masks whose confidence exceeds the threshold, at least ``quota``.
+@dataclass(kw_only=True)
+class _Loop(BlockCausalLoop):
+    strategy: str
+    bound: float
+    stops: set[int]
 
-    ``published``: of equal confidences take those that ``torch.topk`` takes, as filters make many;
-    and ``masks_only`` as in ``Board.write_top``.
-    """
-    if published and quota:
-        sure = board.masked(first, first + drawn.prob.shape[1]) & (drawn.prob > threshold)
-        if int(sure.sum()) < quota:
-            token, prob = drawn.token, drawn.prob
-            return board.write_top(first, token, prob, quota, masks_only=masks_only)
-    board.write(
-        first,
-        drawn.token,
-        drawn.prob,
-        rule="threshold",
-        semantics="diffusers",
-        threshold=min(float(threshold), 1.0),
-        min_tokens=torch.full_like(board.nfe, quota),
-    )
+    def quotas_of_block(self) -> Iterator[int]:
+        yield from chain(self.quotas, repeat(1, self.block_length + 1))
+        raise PydllmError(
+            "the model predicts masks, and the schedule ends with some of them left; compat=None "
+            "does not allow the prediction"
+        )
 
+    def ends_block(self, state: LoopState, first: int) -> bool:
+        return bool(self.stops) and not self.stops.isdisjoint(
+            state.x[0, state.call.prompt_lengths[0] :].tolist()
+        )
 
-def _rule(
-    strategy: str, drawn: Drawn, board: Board, quota: int, bound: float | None
-) -> tuple[Tensor, dict[str, Any]]:
-    if strategy == "entropy_bounded":
-        rule = {"rule": "entropy_bound", "semantics": "jetengine", "bound": float(bound or 0.0)}
-        return drawn.entropy, rule
-    name = "left_to_right" if strategy == "sequential" else "quota"
-    number = torch.full_like(board.nfe, quota)
-    return drawn.prob, {"rule": name, "semantics": "jetengine", "quota": number}
+    def choose(self, state: LoopState, plan: Pass, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        drawn, masked = self.propose(state, plan, hidden), state.masked(plan.first, plan.last)
+        if self.strategy == "low_confidence_dynamic":
+            chosen = above(drawn.prob, masked, self.threshold, plan.quota)
+        elif self.strategy == "entropy_bounded":
+            chosen = by_entropies(drawn.entropy, masked, self.bound)
+        elif self.strategy == "sequential":
+            chosen = span(masked, plan.quota)
+        else:
+            chosen = top(drawn.prob, masked, plan.quota)
+        return drawn.token, chosen if self.published else chosen & masked

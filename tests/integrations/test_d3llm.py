@@ -186,7 +186,7 @@ def test_fixed_profile_fills_behind_the_end(models):
     own = models["llada"][1]
     ids, _ = prompts(1, 5)
     first = d3llm.generate_multi_block(
-        own, ids, max_new_tokens=12, block_size=6, mask_id=MASK, compat=False
+        own, ids, max_new_tokens=12, block_size=6, mask_id=MASK, compat=None
     )[0]
     end = int(first[0, 8])
     x, _ = d3llm.generate_multi_block(
@@ -197,7 +197,7 @@ def test_fixed_profile_fills_behind_the_end(models):
         mask_id=MASK,
         eos_token_id=end,
         early_stop=True,
-        compat=False,
+        compat=None,
     )
     place = (x[0, 5:] == end).nonzero()[0].item()
     assert (x[0, 5 + place :] == end).all()

@@ -165,7 +165,7 @@ def test_our_noise():
     def drawn(seed, **options):
         generator = torch.Generator().manual_seed(seed)
         given = {"mask_token_id": MASK, "temperature": 0.8, "generator": generator}
-        return scheduler.step(logits, 0, sample, compat=False, **given, **options)
+        return scheduler.step(logits, 0, sample, compat=None, **given, **options)
 
     out = drawn(1)
     assert torch.equal(out.sampled_tokens, drawn(1).sampled_tokens)
@@ -176,7 +176,7 @@ def test_our_noise():
     mean = ((p * (1 - p) / 5000).sqrt().sum() / 2).item()
     # Off the mean by 0.04 once in exp(-2 n 0.04^2) < 2e-7 (McDiarmid).
     assert (seen - p).abs().sum().item() / 2 < mean + 0.04
-    bound = EntropyBoundScheduler().step(logits, 3, sample, compat=False)
+    bound = EntropyBoundScheduler().step(logits, 3, sample, compat=None)
     assert bound.accepted_index.any()
 
 

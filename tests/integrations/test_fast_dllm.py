@@ -69,19 +69,19 @@ def test_no_forward_where_nothing_is_left_to_do(models, cache):
     """In June 2025 the loops with a cache ran one forward more behind a complete block."""
     ids, _ = prompts(1, 5)
     given = LENGTHS | {"threshold": 0.0}
-    for options, forwards in (({}, 2), ({"compat": False}, 2), ({"version": "24cc59e"}, 4)):
+    for options, forwards in (({}, 2), ({"version": "24cc59e"}, 4)):
         x, nfe = LOOPS[cache](models[1], ids, **given, **options)
         assert nfe == (2 if cache == "none" else forwards)
         assert torch.equal(x[:, :5], ids)
 
 
 def test_the_dual_cache_ends_with_the_steps(models):
-    """Since May 2026; in June 2025 it went on, and so does ``compat=False``."""
+    """Since May 2026; in June 2025 it went on."""
     ids, _ = prompts(1, 5)
     given = LENGTHS | {"threshold": 0.999}
     x, nfe = fast_dllm.generate_with_dual_cache(models[1], ids, **given)
     assert nfe == 6 and (x == MASK).sum() == 6
-    for options in ({"version": "24cc59e"}, {"compat": False}):
+    for options in ({"version": "24cc59e"},):
         x, nfe = fast_dllm.generate_with_dual_cache(models[1], ids, **given, **options)
         assert nfe == 12 and not (x == MASK).any()
 
@@ -116,16 +116,6 @@ def test_masks_in_the_prompt(models, cache):
 
 
 @pytest.mark.parametrize("cache", LOOPS)
-@pytest.mark.parametrize("options", [{}, {"threshold": 0.9}, {"factor": 0.5, "temperature": 1.0}])
-def test_filling_in(models, cache, options):
-    """Masks of the prompt: none is left without ``compat``, in a batch neither."""
-    ids, _ = prompts(2, 9)
-    ids[0, 4:6], ids[1, 2:7] = MASK, MASK
-    x, _ = LOOPS[cache](models[1], ids, **LENGTHS, **options, compat=False)
-    assert not (x == MASK).any() and torch.equal(x[:, :9][ids != MASK], ids[ids != MASK])
-
-
-@pytest.mark.parametrize("cache", LOOPS)
 def test_a_model_that_predicts_masks_alone(models, cache):
     """The loops that do not return raise; that of the dual cache returns masks since May 2026."""
     plain = type(models[0])(models[0].config, dict(models[0].weights))
@@ -143,7 +133,7 @@ def test_a_model_that_predicts_masks_alone(models, cache):
     if cache == "dual":
         x, nfe = LOOPS[cache](module, ids, **given)
         assert nfe == 6 and (x == 0).sum() == 12
-    x, _ = LOOPS[cache](module, ids, **given, compat=False)
+    x, _ = LOOPS[cache](module, ids, **given, **endless, compat=None)
     assert not (x == 0).any()
 
 
@@ -153,7 +143,7 @@ def test_our_noise_follows_torchs_seed(models, cache):
 
     def run(seed):
         torch.manual_seed(seed)
-        given = LENGTHS | {"temperature": 1.0, "threshold": 0.4, "compat": False}
+        given = LENGTHS | {"steps": 12, "temperature": 1.0, "threshold": 0.4, "compat": None}
         return LOOPS[cache](models[1], ids, **given)[0]
 
     assert torch.equal(run(0), run(0)) and not torch.equal(run(0), run(1))

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pydllm import PydllmError, Threshold, generate
+from pydllm import PydllmError
 from pydllm.integrations import dream, fast_dllm_dream
 from tests.integrations.published_dream import fast_dllm_dream as published
 from tests.integrations.tiny import MASK, Plainly, pair, prompts, standin
@@ -73,22 +73,6 @@ def test_a_batch_by_entropy_and_side_by_side_by_threshold(models):
     assert torch.equal(fast_dllm_dream.diffusion_generate(own, ids, **given), torch.cat(alone))
 
 
-@pytest.mark.parametrize("dual", [False, True], ids=["prefix", "dual"])
-def test_without_the_quirks_it_is_our_threshold(models, dual):
-    own = models[1]
-    ids, _ = prompts(1, 5)
-    given = NEW | {"alg": "confidence_threshold", "threshold": 0.6, "dual_cache": dual}
-    x = fast_dllm_dream.diffusion_generate(own, ids, compat=False, **given)
-    rule = Threshold(threshold=0.6, block_length=6, cache="dual" if dual else "prefix")
-    own.spec = type(own.spec)(**vars(own.spec) | {"eos_ids": ()})
-    expected = generate(own, [ids[0]], rule, max_new_tokens=12).sequences[0]
-    assert torch.equal(x[0], expected)
-    given = NEW | {"alg": "entropy", "steps": 2}  # nothing is left over, as it is in the original
-    assert (fast_dllm_dream.diffusion_generate(own, ids, **given) == MASK).sum() == 10
-    x = fast_dllm_dream.diffusion_generate(own, ids, compat=False, **given)
-    assert not (x == MASK).any()
-
-
 def test_return_types(models):
     module = standin(models[0])
     ids, _ = prompts(1, 5)
@@ -105,7 +89,7 @@ def test_a_model_that_predicts_masks_alone(models):
     ids = prompts(1, 5)[0].clamp(min=1)
     with pytest.raises(PydllmError, match="predicts the mask at every"):
         fast_dllm_dream.diffusion_generate(standin(plain), ids, **given)
-    x = fast_dllm_dream.diffusion_generate(standin(plain), ids, compat=False, **given)
+    x = fast_dllm_dream.diffusion_generate(standin(plain), ids, compat=None, **given)
     assert not (x == 0).any()
 
 

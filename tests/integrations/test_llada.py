@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pydllm.integrations import llada
-from pydllm.integrations._board import as_model
+from pydllm.integrations._arguments import as_model
 from tests.integrations.published_llada import llada as published
 from tests.integrations.tiny import EOS, EOT, MASK, Plainly, pair, prompts, standin
 
@@ -67,15 +67,11 @@ def test_masks_in_the_prompt_are_filled_and_ends_matter_nothing(models):
     assert torch.equal(llada.generate(own, ids, **LENGTHS, **IDS), expected)
 
 
-def test_filling_in(models):
-    """Masks of the prompt may be left, as in the original; without ``compat`` none are."""
+def test_masks_of_the_prompt_take_from_the_schedule(models):
     ids, mask = prompts(3, 9, pads=[2, 0, 0])
     ids[0, 4:6], ids[1, 2:7] = MASK, MASK
     x = llada.generate(models[1], ids, mask, **LENGTHS, **IDS)
     assert (x == MASK).sum() == 7
-    for options in ({}, {"temperature": 1.0}, {"remasking": "random"}, {"cfg_scale": 1.0}):
-        x = llada.generate(models[1], ids, mask, **LENGTHS, **IDS, **options, compat=False)
-        assert not (x == MASK).any() and torch.equal(x[:, :9][ids != MASK], ids[ids != MASK])
 
 
 def test_eos_last_writes_ends_last(models):
@@ -91,7 +87,7 @@ def test_eos_last_writes_ends_last(models):
     expected = published(Plainly(plain), ids, mask_id=MASK, last_ids=(EOS, EOT), **LENGTHS)
     assert torch.equal(llada.generate(module, ids, **LENGTHS, **IDS, **option), expected)
     assert not torch.equal(llada.generate(module, ids, **LENGTHS, **IDS), expected)
-    late = llada.generate(module, ids, **LENGTHS, **IDS, **option, compat=False)
+    late = llada.generate(module, ids, **LENGTHS, **IDS, **option, compat=None)
     assert (late == EOS).any()
 
 
@@ -99,7 +95,7 @@ def test_eos_last_writes_ends_last(models):
 def test_our_noise_follows_torchs_seed(models, options):
     own = models[1]
     ids, mask = prompts(3, 5, pads=[1, 0, 0])
-    given = LENGTHS | IDS | {"temperature": 1.0, "compat": False} | options
+    given = LENGTHS | IDS | {"temperature": 1.0, "compat": None} | options
 
     def run(seed):
         torch.manual_seed(seed)
@@ -130,7 +126,7 @@ def test_our_noise_has_the_distribution(models, guided):
         block_length=1,
         temperature=temperature,
         cfg_scale=0.5 if guided else 0.0,
-        compat=False,
+        compat=None,
         **IDS,
     )
     seen = torch.bincount(x[:, -1], minlength=len(p)) / count
@@ -166,6 +162,7 @@ BAD = {
     "temperature": ({"temperature": -1.0}, ValueError, "temperature: expected 0"),
     "cfg": ({"cfg_scale": -1.0}, ValueError, "cfg_scale: expected a number of at least 0"),
     "mask": ({"mask_id": 126336}, ValueError, r"mask_id: .* in \[0, 61\), got 126336"),
+    "compat": ({"compat": None}, TypeError, "compat: expected 'llada' or None, got False"),
     "eos": ({"eos_id": 99, "logits_eos_inf": True}, ValueError, r"eos_id: .*\[0, 61\), got 99"),
 }
 

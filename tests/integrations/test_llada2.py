@@ -86,7 +86,7 @@ def test_ends(models, kind, stop):
         assert torch.equal(x, expected)
         if stop and end in ids:  # the published loop finds that one, and returns nothing
             assert x.shape == (1, 0)
-            x = llada2.generate(own[kind], ids, **given, compat=False)
+            x = llada2.generate(own[kind], ids, **given, compat=None)
         assert x[0, -1] == end
         lengths.add(x.shape[1])
     assert len(lengths) > 3
@@ -101,7 +101,7 @@ def test_our_noise(models, kind, options):
 
     def run(seed):
         torch.manual_seed(seed)
-        given = LENGTHS | IDS | {"temperature": 1.0, "compat": False, "eos_id": 58} | options
+        given = LENGTHS | IDS | {"temperature": 1.0, "compat": None, "eos_id": 58} | options
         return llada2.generate(own, ids, **given)
 
     assert torch.equal(run(0), run(0)) and not torch.equal(run(0), run(1))

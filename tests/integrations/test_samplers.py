@@ -167,7 +167,7 @@ def test_one_read_of_the_logits_gives_the_same_to_rounding():
         for flags in ({}, {"margin_confidence": True}, {"neg_entropy": True}):
             flat = logits.flatten(0, 1)
             score, token = samplers.sample_tokens(flat, **flags)
-            fast_score, fast_token = samplers.sample_tokens(flat, **flags, precise=False)
+            fast_score, fast_token = samplers.sample_tokens(flat, **flags, compat=None)
             assert torch.equal(token, fast_token) and fast_score.dtype == score.dtype
             # Of order 1 at most, in fp32; the original's 1e-10 costs 40 * 1e-10 of entropy.
             assert (score - fast_score).abs().max() < 1e-5
@@ -178,7 +178,7 @@ def test_one_read_of_the_logits_gives_the_same_to_rounding():
         }
         for function, arguments in calls.items():
             same(
-                function(logits, 0.0, *arguments, precise=False),
+                function(logits, 0.0, *arguments, compat=None),
                 function(logits, 0.0, *arguments),
             )
 
@@ -267,3 +267,8 @@ def test_bad_input_is_refused():
         samplers.get_transfer_index_dynamic(logits, 0.0, "random", mask_index, x, None, -1)
     with pytest.raises(ValueError, match="num_transfer_tokens: expected .B,. integers"):
         samplers.get_transfer_index(logits, 0.0, "random", mask_index, x, None)
+    arguments = (logits, 0.0, mask_index, x, 0, 0.9)
+    with pytest.raises(TypeError, match="precise is no argument any more, use compat"):
+        samplers.get_transfer_index_threshold(*arguments, precise=False)
+    with pytest.raises(TypeError, match="compat: expected 'dinfer' or None, got 'dream'"):
+        samplers.get_transfer_index_threshold(*arguments, compat="dream")

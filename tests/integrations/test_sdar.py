@@ -103,7 +103,7 @@ def test_our_noise(models, options):
 
     def run(seed):
         torch.manual_seed(seed)
-        given = LENGTHS | options | {"compat": False}
+        given = LENGTHS | options | {"compat": None}
         return block_diffusion_generate(own, {"input_ids": ids}, MASK, **given)
 
     assert torch.equal(run(0), run(0)) and not torch.equal(run(0), run(1))
@@ -116,7 +116,7 @@ def test_the_prompt_stays_without_the_quirk(models):
     given = LENGTHS | {"denoising_steps": 1, "remasking_strategy": "low_confidence_static"}
     torch.manual_seed(0)
     overwritten = block_diffusion_generate(models[1], {"input_ids": ids}, MASK, **given)
-    kept = block_diffusion_generate(models[1], {"input_ids": ids}, MASK, **given, compat=False)
+    kept = block_diffusion_generate(models[1], {"input_ids": ids}, MASK, **given, compat=None)
     assert torch.equal(kept[:, :6], ids) and torch.equal(overwritten[:, :4], ids[:, :4])
     assert not torch.equal(overwritten[:, 4:6], ids[:, 4:6])
 
