@@ -172,18 +172,18 @@ def spills(sass: str) -> int:
     return len(re.findall(r"\b(?:LDL|STL)\b", sass))
 
 
-def rows(ops: tuple[str, ...], archs: tuple[int, ...], workers: int) -> Iterator[dict[str, object]]:
-    """One row a distinct kernel specialisation: op, case, arch and its resources."""
+def rows(
+    ops: tuple[str, ...], archs: tuple[int, ...], workers: int, every: int
+) -> Iterator[dict[str, object]]:
+    """One row per distinct specialisation, of each op every ``every``-th: its resources."""
     jobs = []
     for op in ops:
         for arch in archs:
-            seen = set()
+            seen: dict[str, tuple[str, str, int, Launch]] = {}
             for label, launch in CASES[op].launches():
                 for recorded in record(launch, arch):
-                    key = recorded.key()
-                    if key not in seen:
-                        seen.add(key)
-                        jobs.append((op, label, arch, recorded))
+                    seen.setdefault(recorded.key(), (op, label, arch, recorded))
+            jobs.extend([*seen.values()][::every])
     with ThreadPoolExecutor(workers) as pool:
         results = pool.map(lambda job: compile_launch(job[3], job[2]), jobs)
         for (op, label, arch, _), result in zip(jobs, results, strict=True):
@@ -195,14 +195,17 @@ def rows(ops: tuple[str, ...], archs: tuple[int, ...], workers: int) -> Iterator
 @click.argument("ops", nargs=-1, type=click.Choice(sorted(CASES)))
 @click.option("--arch", "archs", multiple=True, type=click.Choice([str(a) for a in SHARED_LIMIT]))
 @click.option("--workers", default=2, show_default=True, help="Kernels compiled at a time.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
-def main(ops: tuple[str, ...], archs: tuple[str, ...], workers: int, as_json: bool) -> None:
+@click.option("--every", default=1, show_default=True, help="Compile every N-th kernel of an op.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
+def main(
+    ops: tuple[str, ...], archs: tuple[str, ...], workers: int, every: int, as_json: bool
+) -> None:
     """Print the resources of every Triton kernel; exit with 1 if one spills or does not fit."""
     if not isinstance(triton.jit(_probe), JITFunction):
         raise click.ClickException("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
     chosen = tuple(int(a) for a in archs) or (80, 90, 100)
     table, failed = None, 0
-    for row in rows(ops or tuple(sorted(CASES)), chosen, workers):
+    for row in rows(ops or tuple(sorted(CASES)), chosen, workers, every):
         failed += not row["ok"]
         if as_json:
             print(json.dumps(row), flush=True)

@@ -24,6 +24,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: "slow" not in item.keywords)  # or one process would end with them
     if HAS_GPU and os.environ.get("PYDLLM_TEST_GPU", "0") != "0":
         return
     skip = pytest.mark.skip(reason="needs a GPU and PYDLLM_TEST_GPU=1")

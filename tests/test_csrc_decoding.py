@@ -366,6 +366,7 @@ MUTANTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CXX is None, reason="needs a C++ compiler")
 def test_planted_bugs_are_caught(cuda_folder):
     cases = {

@@ -241,6 +241,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 def test_planted_bugs_are_found(cuda_folder):
     names = {op: "merge_stats" if op == "head_stats" else op for op in CASES}
     cases = {

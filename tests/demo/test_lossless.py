@@ -1,5 +1,6 @@
 """FreeDave on a bundled model in half precision, every op a Triton kernel."""
 
+import pytest
 import torch
 
 import pydllm
@@ -7,6 +8,7 @@ from pydllm.demo import MODELS
 from pydllm.demo.task import held_out_problems
 
 
+@pytest.mark.slow
 def test_fp16_tokens_equal_static_ones():
     model = pydllm.load(MODELS["sdar-tiny"], dtype=torch.float16, device="cpu")
     prompts = [problem.prompt for problem in held_out_problems(1, seed=4)]
