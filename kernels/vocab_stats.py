@@ -47,6 +47,8 @@ def _vocab_stats_cut_kernel(
     rows_ptr,  # (rows,)
     temperature_ptr,  # (rows,)
     banned_ptr,  # (N_BANNED,)
+    top_k_ptr,  # (rows,) int32, or None
+    top_p_ptr,  # (rows,) fp32, or None
     # sizes
     rows,
     sources,
@@ -74,6 +76,13 @@ def _vocab_stats_cut_kernel(
         inverse = inverse_temperature
         if HAS_TEMPERATURES:
             inverse, noisy = inverse_of(tl.load(temperature_ptr + row))
+        if top_k_ptr is not None:
+            top_k = tl.load(top_k_ptr + row)
+        if top_p_ptr is not None:
+            top_p = tl.load(top_p_ptr + row)
+        if HAS_TOP_K:
+            top_k = tl.minimum(tl.maximum(top_k, 1), vocab)
+        filters_mass = (top_p > 0) & (top_p < 1)
         best = tl.full((BLOCK_V,), float("-inf"), tl.float32)
         for start in range(0, vocab, BLOCK_V):
             x, key, inside = load_keys(row_ptr, banned_ptr, start, vocab, N_BANNED, BLOCK_V)
@@ -117,12 +126,14 @@ def _vocab_stats_cut_kernel(
                 step += (tl.sum(counts_3, 0) >= top_k).to(tl.uint32)
                 by_count += step * unit
             if HAS_TOP_P:
-                limit = tl.sum(mass, 0) * top_p
+                limit = tl.where(filters_mass, tl.sum(mass, 0) * top_p, float("inf"))
                 step = (tl.sum(mass_1, 0) > limit).to(tl.uint32)
                 step += (tl.sum(mass_2, 0) > limit).to(tl.uint32)
                 step += (tl.sum(mass_3, 0) > limit).to(tl.uint32)
                 by_mass += step * unit
-        tl.store(cut_ptr + row, sort_value(tl.maximum(by_count, by_mass)))
+        key = tl.maximum(by_count, by_mass)
+        # Key 0, of no filter, is not that of a number.
+        tl.store(cut_ptr + row, tl.where(key == 0, float("-inf"), sort_value(key)))
 
 
 # A new batch size or seed must not compile the kernel again.
@@ -213,6 +224,8 @@ def supports(
     rows: torch.Tensor | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
+    top_ks: torch.Tensor | None = None,
+    top_ps: torch.Tensor | None = None,
 ) -> str | None:
     """None if the kernel can run this call, otherwise why not."""
     vocab = logits.shape[1]
@@ -223,7 +236,9 @@ def supports(
     largest = MAX_TILES * _tiles.vocab_stats_tile(logits.device, vocab).block_v
     if vocab > largest:
         return f"the kernel takes up to {largest} ids, got {vocab}"
-    return contiguous(banned=banned, temperature=temperatures, rows=rows)
+    return contiguous(
+        banned=banned, temperature=temperatures, rows=rows, top_k=top_ks, top_p=top_ps
+    )
 
 
 def vocab_stats(
@@ -238,10 +253,12 @@ def vocab_stats(
     rows: torch.Tensor | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
+    top_ks: torch.Tensor | None = None,
+    top_ps: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """Launch the kernels; arguments as in ``pydllm.ops.vocab_stats``, ``seed`` a 64-bit integer.
 
-    ``temperatures`` is the tensor that may stand for ``temperature``.
+    ``temperatures``, ``top_ks`` and ``top_ps`` are tensors that may stand for the numbers.
     """
     sources, vocab = logits.shape
     count = sources if rows is None else rows.shape[0]
@@ -264,8 +281,8 @@ def vocab_stats(
             "HAS_ROWS": rows is not None,
         }
         cut = None
-        if top_k is not None or top_p is not None:
-            cut = _launch_cut(common, top_k, top_p)
+        if any(value is not None for value in (top_k, top_p, top_ks, top_ps)):
+            cut = _launch_cut(common, top_k, top_p, top_ks, top_ps)
         _vocab_stats_tile_kernel[(triton.cdiv(count, tile.block_r) * tiles,)](
             **common,
             values_ptr=values,
@@ -282,7 +299,13 @@ def vocab_stats(
     return merge(values, ids, tile.block_r)
 
 
-def _launch_cut(common: dict, top_k: int | None, top_p: float | None) -> torch.Tensor:
+def _launch_cut(
+    common: dict,
+    top_k: int | None,
+    top_p: float | None,
+    top_ks: torch.Tensor | None,
+    top_ps: torch.Tensor | None,
+) -> torch.Tensor:
     """Launch the kernel that finds the smallest logit kept in each row: ``(rows,)`` fp32."""
     logits = common["logits_ptr"]
     cut = torch.empty(common["rows"], dtype=torch.float32, device=logits.device)
@@ -292,10 +315,12 @@ def _launch_cut(common: dict, top_k: int | None, top_p: float | None) -> torch.T
     _vocab_stats_cut_kernel[(common["rows"],)](
         **arguments,
         cut_ptr=cut,
+        top_k_ptr=top_ks,
+        top_p_ptr=top_ps,
         top_k=1 if top_k is None else min(top_k, common["vocab"]),
         top_p=1.0 if top_p is None else top_p,
-        HAS_TOP_K=top_k is not None,
-        HAS_TOP_P=top_p is not None,
+        HAS_TOP_K=top_k is not None or top_ks is not None,
+        HAS_TOP_P=top_p is not None or top_ps is not None,
         BITS=KEY_BITS[logits.dtype],
         BLOCK_V=tile.block_v,
         num_warps=tile.num_warps,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -42,7 +42,7 @@ class APD(Algorithm):
         lookahead: M, at least 1: masks that the diffusion model sees, and drafts. None: all that
             are left. Fewer masks are another input, and change what the model says.
         top_p: probability in (0, 1] of the nucleus that drafts and targets are drawn from, at
-            temperatures above 0; None for all ids.
+            temperatures above 0; None: that of ``generate``, one for all prompts or one each.
         emit: ``"draft"``, the paper's: at a mismatch nothing is written, and the next round drafts
             the position again. ``"draft_then_target"``: the target is written. ``"target"``: that,
             and the first draft has to be accepted as the others; with mixture 0 the tokens are the
@@ -57,6 +57,9 @@ class APD(Algorithm):
     ``Generation.verifier_nfe`` those of the verifier, which a round of one draft does not need; the
     pieces in which a round is verified on a CPU count as one.
     """
+
+    takes_top_k: ClassVar[bool] = False
+    has_logprobs: ClassVar[bool] = False
 
     verifier: Model | None = field(kw_only=False)
     mixture: float | Sequence[float] = 0.7
@@ -115,6 +118,7 @@ class APD(Algorithm):
             )
 
     def decoder(self, call: Call) -> DraftVerifyDecoder:
+        expect_one_nucleus(self.top_p, call)
         count = len(call.prompt_lengths)
         shared = None
         if self.verifier is not None:
@@ -212,6 +216,13 @@ def expect_full(algorithm: object, model: Model) -> None:
 def expect_reach(name: str, value: object) -> None:
     if value is not None:
         expect_int(name, value, 1)
+
+
+def expect_one_nucleus(top_p: float | None, call: Call) -> None:
+    if top_p is not None and call.top_p is not None:
+        raise ValueError(
+            f"top_p: expected it of generate or of the algorithm, got both ({top_p} of the latter)"
+        )
 
 
 def expect_top_p(value: float | None) -> None:

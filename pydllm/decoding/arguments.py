@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pydllm._checks import check_bool, check_int, describe
+from pydllm._checks import check_bool, check_int, check_number, describe
 from pydllm.decoding.call import Call, Step, extents, lay_out, padded_length
 from pydllm.decoding.checks import expect_int
 from pydllm.decoding.driver import Algorithm
+from pydllm.decoding.guidance import GuidedModel
 from pydllm.decoding.stops import read_stops
 from pydllm.models import Model
+from pydllm.ops.vocab_stats import MAX_BANNED
 
 _COLDEST = 1e-6  # least temperature that is not 0
 _HOTTEST = 1e6  # beyond it logits / temperature says nothing any more
@@ -28,6 +30,11 @@ class Options:
     """
 
     temperature: float | Sequence[float] = 0.0
+    top_k: int | None | Sequence[int | None] = None
+    top_p: float | None | Sequence[float | None] = None
+    guidance: float = 0.0
+    suppress_ids: Sequence[int] = ()
+    logprobs: bool = False
     seed: int = 0
     request_ids: Sequence[int] | None = None
     stop: Any = None
@@ -56,6 +63,15 @@ def make_call(
         raise ValueError("model: expected a masked diffusion model, got one without a mask id")
     new = _new_tokens(max_new_tokens, len(ids))
     temperatures = _temperatures(options.temperature, len(ids))
+    top_k, top_p = _filters(algorithm, options, len(ids))
+    suppressed = _suppress_ids(options.suppress_ids, mask_id, spec.vocab_size)
+    model = _guided(model, algorithm, options.guidance)
+    check_bool("logprobs", options.logprobs)
+    if options.logprobs and not algorithm.has_logprobs:
+        raise ValueError(
+            f"logprobs: expected False with {type(algorithm).__name__}, whose tokens are drafts "
+            "that were kept and follow no distribution of their own, got True"
+        )
     check_int("seed", options.seed, 0, 2**64 - 1)
     request_ids = _request_ids(options.request_ids, len(ids))
     check_bool("ignore_eos", options.ignore_eos)
@@ -91,13 +107,18 @@ def make_call(
         prompt_length=numbers(lengths),
         end=numbers(ends),
         request_id=numbers(request_ids),
+        # A tensor, so that recorded steps read it; 0 draws nothing and needs no noise.
         temperature=torch.tensor(temperatures, dtype=torch.float32, device=device)
-        if isinstance(options.temperature, Sequence)
-        else float(options.temperature),
+        if any(temperatures)
+        else 0.0,
+        top_k=None if top_k is None else numbers(top_k),
+        top_p=None if top_p is None else torch.tensor(top_p, dtype=torch.float32, device=device),
+        guidance=float(options.guidance),
+        logprobs=options.logprobs,
         seed=options.seed,
         backend=options.backend,
         eos=torch.full_like(eos, -1) if options.warm and eos is not None else eos,
-        suppress_ids=None if mask_id is None else numbers([mask_id]),
+        suppress_ids=numbers(suppressed) if suppressed else None,
         prompt_lengths=lengths,
         ends=ends,
         ignores_eos=options.ignore_eos,
@@ -132,6 +153,58 @@ def _temperatures(temperature: float | Sequence[float], prompts: int) -> list[fl
         if 0 < value < _COLDEST:
             raise ValueError(f"temperature: expected 0 or at least {_COLDEST:g}, got {value!r}")
     return values
+
+
+def _filters(
+    algorithm: Algorithm, options: Options, prompts: int
+) -> tuple[list[int] | None, list[float] | None]:
+    """``top_k`` and ``top_p`` of each prompt; None where no prompt is filtered."""
+    top_k = per_prompt("top_k", options.top_k, prompts)
+    top_p = per_prompt("top_p", options.top_p, prompts)
+    for k in top_k:
+        if k is not None:
+            expect_int("top_k", k, 1)
+    for p in top_p:
+        if p is not None and not (type(p) in (int, float) and 0 < p <= 1):
+            raise ValueError(f"top_p: expected a number in (0, 1] or None, got {p!r}")
+    if any(k is not None for k in top_k) and not algorithm.takes_top_k:
+        raise ValueError(
+            f"top_k: expected None with {type(algorithm).__name__}, whose nucleus is top_p's, "
+            f"got {options.top_k!r}"
+        )
+    some_k = any(k is not None for k in top_k)
+    some_p = any(p not in (None, 1) for p in top_p)
+    return (
+        [2**31 - 1 if k is None else k for k in top_k] if some_k else None,
+        [1.0 if p is None else float(p) for p in top_p] if some_p else None,
+    )
+
+
+def _suppress_ids(ids: Sequence[int], mask_id: int | None, vocab_size: int) -> list[int]:
+    """Ids that are never predicted, the mask id first."""
+    if not isinstance(ids, list | tuple):
+        raise TypeError(f"suppress_ids: expected a list of token ids, got {describe(ids)}")
+    for token in ids:
+        check_int("suppress_ids", token, 0, vocab_size - 1)
+    own = [] if mask_id is None else [mask_id]
+    others = sorted(set(ids) - set(own))
+    most = MAX_BANNED - len(own)
+    if len(others) > most:
+        raise ValueError(f"suppress_ids: expected at most {most} ids, got {len(others)}")
+    return own + others
+
+
+def _guided(model: Model, algorithm: Algorithm, guidance: float) -> Model:
+    check_number("guidance", guidance, 0)
+    if guidance == 0:
+        return model
+    if not algorithm.takes_guidance:
+        raise ValueError(
+            f"guidance: expected 0 with {type(algorithm).__name__} (it needs forwards that see "
+            f"masks in the prompt's place), got {guidance}"
+        )
+    guided: Any = GuidedModel(model, float(guidance))  # its forward needs the prompts' lengths
+    return guided
 
 
 def _request_ids(request_ids: Sequence[int] | None, prompts: int) -> Sequence[int]:

@@ -20,7 +20,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -59,6 +59,8 @@ class BlockwiseAlgorithm(Algorithm):
             stays a mask, as in that code; ``"llada"`` and ``"fast_dllm"`` fill such a mask in later
             blocks, as those loops do. Of the other codes it is the rule alone, not the loop.
     """
+
+    takes_guidance: ClassVar[bool] = True
 
     block_length: int
     cache: str
@@ -440,13 +442,16 @@ def window_stats(
     With ``branches``, the state and the selection hold that number of copies of each sequence, side
     by side, all at the sequence's window and over its cache.
     """
+    call = state.call
     hidden = forward(state, window, branches=branches, attention=attention)
     return statistics(
         state,
         hidden,
         window.start.repeat_interleave(branches),
         selection,
-        suppress_ids=state.call.suppress_ids if algorithm.semantics == "exact" else None,
+        suppress_ids=call.suppress_ids
+        if algorithm.semantics == "exact"
+        else call.suppress_but_mask,
         noise_offset=noise_offset,
         shifted=shifted,
     )

@@ -43,10 +43,15 @@ class Call:
         prompt_length: ``(N,)`` int32 on the device.
         end: ``(N,)`` int32 on the device, prompt length plus new tokens.
         request_id: ``(N,)`` int32 on the device, key of a prompt's noise.
-        temperature: a number, or ``(N,)`` fp32 on the device, one per prompt.
+        temperature: 0, or ``(N,)`` fp32 on the device, one per prompt.
+        top_k, top_p: ``(N,)`` int32 and fp32 on the device, filters of what is drawn from; None:
+            there are none.
+        guidance: scale of classifier-free guidance; above 0, ``model`` is a ``GuidedModel``.
+        logprobs: whether the log-probabilities of written tokens are kept.
         eos: ``(E,)`` int64 on the device, ids that end a sequence; None: there are none.
         suppress_ids: ``(n,)`` int32 on the device, ids that are never predicted, the mask id first;
-            None for a causal model without one, whose empty positions are ``mask_id`` -1.
+            None: there are none. A causal model without a mask has ``mask_id`` -1 where nothing was
+            written yet.
         prompt_lengths, ends: the same on the host.
         ignores_eos: whether the model's EOS ids are tokens as any other.
         fill_id: what rows hold after their end.
@@ -73,11 +78,22 @@ class Call:
     on_step: Callable[[Step], None] | None = None
     runner: Runner = field(default_factory=Eager)
     warm: bool = False
+    top_k: Tensor | None = None
+    top_p: Tensor | None = None
+    logprobs: bool = False
+    guidance: float = 0.0
     stops: Stops | None = None
 
     @property
     def device(self) -> torch.device:
         return self.x.device
+
+    @property
+    def suppress_but_mask(self) -> Tensor | None:
+        """``suppress_ids`` without the mask id, which some codes predict."""
+        if self.suppress_ids is None or self.mask_id < 0:
+            return self.suppress_ids
+        return self.suppress_ids[1:] if len(self.suppress_ids) > 1 else None
 
     @property
     def max_len(self) -> int:

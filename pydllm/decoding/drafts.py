@@ -139,6 +139,7 @@ class RuleDrafter:
         self._step(stepped, stats, known.repeat(branches))
         branch = accepted_prefix(packed.x, stepped.x, branches)
         chosen = torch.arange(len(branch), device=branch.device) * branches + branch
+        keep_logprobs(state, packed, branch, branches)
         complete = self._complete(state, packed.x[chosen], known)
         _advance(state, stepped, chosen)
         carried = self._carry(state, ops.VocabStats(*(field[chosen] for field in stats)), known)
@@ -211,9 +212,7 @@ class FusedDrafter:
     def pack(self, state: Any, branches: int) -> State:
         """As ``RuleDrafter.pack``; only what a forward and its statistics need is repeated."""
         number = torch.arange(branches, dtype=torch.int32, device=state.x.device)
-        temperature = state.temperature
-        if isinstance(temperature, Tensor):
-            temperature = temperature.repeat_interleave(branches)
+        logprobs = state.logprobs
         # One candidate of several is a view with gaps, which verify does not take.
         x = state.carried[0][:, :branches].flatten(0, 1).contiguous()
         return replace(
@@ -221,7 +220,8 @@ class FusedDrafter:
             x=x,
             noise_offset=(state.noise_offset[:, None] + number).flatten(),
             request_id=state.request_id.repeat_interleave(branches),
-            temperature=temperature,
+            logprobs=None if logprobs is None else logprobs.repeat_interleave(branches, 0),
+            **state.sampling(branches),
         )
 
     def follow(
@@ -246,6 +246,7 @@ class FusedDrafter:
             block_size=self._size,
             backend=state.call.backend,
         )
+        keep_logprobs(state, packed, done.branch, branches)
         state.noise_offset += done.accepted
         state.baseline_steps += done.accepted
         state.accept_ema += (done.accepted - state.accept_ema) * ((state.nfe > before) / 4)
@@ -270,6 +271,21 @@ def accepted_prefix(packed: Tensor, stepped: Tensor, branches: int) -> Tensor:
     now, then = (x.unflatten(0, (-1, branches)) for x in (packed, stepped))
     agrees = (then[:, :-1] == now[:, 1:]).all(-1)
     return agrees.cumprod(1).sum(1)
+
+
+def keep_logprobs(state: Any, packed: State, branch: Tensor, branches: int) -> None:
+    """Take each position's log-probability from the last accepted candidate that it is masked in:
+    the next one, or the step after the last, has its token.
+    """
+    if state.logprobs is None or packed.logprobs is None:
+        return
+    x, values = (t.unflatten(0, (-1, branches)) for t in (packed.x, packed.logprobs))
+    number = torch.arange(branches, device=x.device)[None, :, None]
+    masked = (x == state.call.mask_id) & (number <= branch[:, None, None])
+    last = (masked.sum(1, keepdim=True) - 1).clamp(min=0)
+    state.logprobs.copy_(
+        torch.where(masked[:, 0], values.gather(1, last).squeeze(1), state.logprobs)
+    )
 
 
 def is_fused(baseline: BlockwiseAlgorithm) -> bool:

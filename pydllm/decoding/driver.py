@@ -60,11 +60,16 @@ class Algorithm(ABC):
             rest holds ``Call.fill_id``, no EOS.
         ends_early: whether an EOS counts before all tokens that precede it are known, and changes
             them. Stops then do not count as EOS.
+        takes_top_k, has_logprobs, takes_guidance: whether ``generate`` takes ``top_k``,
+            ``logprobs`` and ``guidance`` with it.
     """
 
     needs_mask: ClassVar[bool] = True
     shares_region: ClassVar[bool] = False
     ends_early: ClassVar[bool] = False
+    takes_top_k: ClassVar[bool] = True
+    has_logprobs: ClassVar[bool] = True
+    takes_guidance: ClassVar[bool] = False
 
     @property
     def is_random(self) -> bool:
@@ -139,17 +144,20 @@ class Decoded:
         x: ``(N, L)`` int64 tokens.
         step_map: ``(N, L)`` int32.
         counters: ``(N,)`` int32 each, ``nfe`` and what else the decoder counts, by name.
+        logprobs: ``(N, L)`` fp32, or None.
         interrupted: Ctrl-C ended the call early.
     """
 
     x: Tensor
     step_map: Tensor
     counters: dict[str, Tensor]
+    logprobs: Tensor | None = None
     interrupted: bool = False
 
     @classmethod
     def begin(cls, call: Call) -> Decoded:
-        return cls(call.x.clone(), torch.full_like(call.x, -1, dtype=torch.int32), {})
+        logprobs = torch.zeros_like(call.x, dtype=torch.float32) if call.logprobs else None
+        return cls(call.x.clone(), torch.full_like(call.x, -1, dtype=torch.int32), {}, logprobs)
 
     def collect(self, state: State, slots: list[int]) -> None:
         """Copy the sequences of some slots to the rows of their prompts."""
@@ -157,6 +165,8 @@ class Decoded:
         rows = torch.tensor([state.prompts[slot] for slot in slots], device=device)
         index = torch.tensor(slots, device=device)
         self.x[rows], self.step_map[rows] = state.x[index], state.step_map[index]
+        if self.logprobs is not None and state.logprobs is not None:
+            self.logprobs[rows] = state.logprobs[index]
         for name, counter in state.counters().items():
             zero = self.x.new_zeros(len(self.x), dtype=torch.int32)
             self.counters.setdefault(name, zero)[rows] = counter[index]

@@ -43,7 +43,7 @@ def check_finite(call: Call, x: Tensor) -> Tensor:
 
 
 def _is_finite(call: Call, sequence: Tensor, prompt_length: int) -> bool:
-    model = call.model
+    model = getattr(call.model, "unguided", call.model)
     length = torch.full_like(call.end[:1], len(sequence))
     zero, spec = torch.zeros_like(length), model.spec
     # Any mask tells; some models have no single one for a whole sequence.

@@ -16,6 +16,7 @@ per candidate.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -75,6 +76,8 @@ class FreeDave(Algorithm):
     A forward computes up to ``draft_steps`` copies of the window and counts once in
     ``Generation.nfe``. ``Generation.step_map`` holds the forward that made a token certain.
     """
+
+    takes_guidance: ClassVar[bool] = True
 
     draft_steps: int | str = 8
     block_length: int = 32

@@ -29,6 +29,11 @@ def generate(
     *,
     max_new_tokens: int | Sequence[int],
     temperature: float | Sequence[float] = 0.0,
+    top_k: int | None | Sequence[int | None] = None,
+    top_p: float | None | Sequence[float | None] = None,
+    guidance: float = 0.0,
+    suppress_ids: Sequence[int] = (),
+    logprobs: bool = False,
     stop: Stop | Sequence[Stop | None] | None = None,
     ignore_eos: bool = False,
     seed: int = 0,
@@ -52,6 +57,17 @@ def generate(
             with one per prompt.
         temperature: 0 takes the arg-max; from 1e-6 on, tokens are drawn from
             softmax(logits / temperature). Or a list with one per prompt.
+        top_k: only the k most probable tokens of a position count.
+        top_p: only the most probable tokens of a position count whose mass at the temperature first
+            exceeds ``top_p``, in (0, 1]. Either filter: one for all prompts, or a list with one, or
+            None, per prompt. They also apply to the confidences that an algorithm compares. APD and
+            LeftToRight take ``top_p`` alone.
+        guidance: s of classifier-free guidance: logits are ``(1 + s) with - s without``, those of a
+            second forward whose prompt is masked. Each forward computes twice the rows. For
+            block-wise algorithms, FreeDave and MultiBlock.
+        suppress_ids: up to 15 token ids that are never predicted.
+        logprobs: keep the log-probabilities of the new tokens; at temperatures above 0 the LM head
+            is evaluated twice. Not with APD and LeftToRight.
         stop: what ends an answer besides EOS: a string, a token id, or a list of them; or a list of
             such lists, one per prompt. A string may begin and end inside tokens and may be a
             special token. Decoding ends when the block, or the round, that completes a stop is
@@ -88,6 +104,11 @@ def generate(
     """
     options = Options(
         temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        guidance=guidance,
+        suppress_ids=suppress_ids,
+        logprobs=logprobs,
         seed=seed,
         request_ids=request_ids,
         stop=stop,
@@ -187,15 +208,13 @@ def _graphs(call: Call, algorithm: Algorithm, max_batch: int | None, *, auto: bo
     batch = power_of_two(min(rows, max_batch or rows))
     used = extents(call.prompt_lengths, call.ends, shared=algorithm.shares_region)
     max_len = padded_length(call.model, call.prompt_lengths, used, fixed_shapes=True)
-    per_prompt = isinstance(call.temperature, Tensor)
-    sampled = per_prompt or call.temperature > 0
-    # What noise is drawn with is captured, where there is any.
-    noise = (
-        "each" if per_prompt else call.temperature,
-        call.seed if sampled or algorithm.is_random else None,
-    )
-    eos = 0 if call.eos is None else len(call.eos)
-    kind = (cache_key(algorithm), call.model.spec, noise, call.backend, eos)
+    sampled = isinstance(call.temperature, Tensor)
+    # The seed is captured, where noise is drawn; what else a call says is read from its tensors.
+    seed = call.seed if sampled or algorithm.is_random else None
+    lists = (call.eos, call.suppress_ids)
+    sizes = tuple(None if ids is None else len(ids) for ids in lists)
+    flags = (sampled, call.top_k is None, call.top_p is None, call.logprobs, call.guidance)
+    kind = (cache_key(algorithm), call.model.spec, seed, call.backend, sizes, flags)
     return graphs_of(call.model, kind, batch, max_len, auto=auto)
 
 

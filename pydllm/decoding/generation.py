@@ -29,6 +29,10 @@ class Generation:
             ``nfe``.
         step_map: ``(B, N)`` int64, N the largest ``max_new_tokens``: index of the forward whose
             result wrote the position; -1 for what was filled or cut after an end.
+        logprobs: of ``new_tokens``, fp32: the log-probability of each under the distribution that
+            it was drawn from, at its temperature, with top-k, top-p, guidance and suppressed ids
+            (at temperature 0, under the model's own), given what the sequence held then. 0 for what
+            was filled. None unless asked for.
         text: the new text of each sequence, before its EOS or stop, where the model has a
             tokenizer.
         verifier_nfe: ``(B,)`` int64, forwards of the verifier in which the sequence took part; None
@@ -45,6 +49,7 @@ class Generation:
     tokens_per_forward: Tensor
     step_map: Tensor
     text: list[str] | None
+    logprobs: list[Tensor] | None = None
     verifier_nfe: Tensor | None = None
     rounds: Tensor | None = None
     finite: Tensor | None = None
@@ -103,16 +108,20 @@ def collect(decoded: Decoded, call: Call) -> Generation:
     x, step_map = (t.to("cpu", torch.int64) for t in (decoded.x, decoded.step_map))
     counters = {name: t.to("cpu", torch.int64) for name, t in decoded.counters.items()}
     nfe, answers, sequences, new_tokens = counters["nfe"], [], [], []
-    spans = list(zip(call.prompt_lengths, call.ends, strict=True))
+    spans, rows = list(zip(call.prompt_lengths, call.ends, strict=True)), x.tolist()
     steps = torch.full((len(spans), max(end - start for start, end in spans)), -1)
     filled = torch.zeros_like(nfe)
+    noted = None if decoded.logprobs is None else decoded.logprobs.cpu()
+    logprobs = []
     for row, (start, end) in enumerate(spans):
         whole = not decoded.interrupted
-        answer = read_answer(call, row, x[row, start:end].tolist(), whole=whole)
+        answer = read_answer(call, row, rows[row][start:end], whole=whole)
         kept = start + answer.tokens
         answers.append(answer)
         sequences.append(x[row, : kept if answer.reason == "stop" else end].clone())
         new_tokens.append(x[row, start:kept].clone())
+        if noted is not None:
+            logprobs.append(noted[row, start:kept].clone())
         last = kept if answer.reason == "stop" else end
         steps[row, : last - start] = step_map[row, start:last]
         filled[row] = (step_map[row, :start] >= 0).sum()
@@ -126,6 +135,7 @@ def collect(decoded: Decoded, call: Call) -> Generation:
         tokens_per_forward=counted / nfe.clamp(min=1),
         step_map=steps,
         text=texts if call.model.tokenizer is not None else None,
+        logprobs=None if noted is None else logprobs,
         verifier_nfe=counters.get("verifier_nfe"),
         rounds=counters.get("rounds"),
         finite=None if decoded.interrupted else check_finite(call, decoded.x),

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
-from pydllm.decoding.apd import expect_full, expect_reach, expect_top_p, per_prompt
+from pydllm.decoding.apd import (
+    expect_full,
+    expect_one_nucleus,
+    expect_reach,
+    expect_top_p,
+    per_prompt,
+)
 from pydllm.decoding.call import Call
 from pydllm.decoding.checks import each, expect_each, expect_int
 from pydllm.decoding.driver import Algorithm
@@ -26,6 +33,9 @@ class LeftToRight(Algorithm):
         window, lookahead, top_p: as in ``APD``; by default everything is computed anew and all
             masks are shown.
     """
+
+    takes_top_k: ClassVar[bool] = False
+    has_logprobs: ClassVar[bool] = False
 
     tokens_per_step: int = 1
     window: int | None | Sequence[int | None] = None
@@ -48,6 +58,7 @@ class LeftToRight(Algorithm):
         expect_full(self, model)
 
     def decoder(self, call: Call) -> DraftVerifyDecoder:
+        expect_one_nucleus(self.top_p, call)
         count = len(call.prompt_lengths)
         return DraftVerifyDecoder(
             None,

@@ -83,6 +83,7 @@ class MultiBlock(Algorithm):
         else:
             expect_int("tail", self.tail, 0)
 
+    takes_guidance: ClassVar[bool] = True
     shares_region: ClassVar[bool] = True
     ends_early: ClassVar[bool] = True
 

@@ -28,7 +28,7 @@ from pydllm import ops
 from pydllm.decoding.call import Call
 from pydllm.decoding.driver import POLL, Counts, Decoder, Plan
 from pydllm.decoding.state import Selection, State, Window
-from pydllm.decoding.step import forward, row_temperatures, select_rows
+from pydllm.decoding.step import forward, select_rows
 from pydllm.models import Model, StaticCache
 
 _FIRST_CHUNK = 8  # drafts of the first chunk of a call
@@ -241,9 +241,10 @@ class DraftVerifyDecoder(Decoder):
         verifies = self.verifier is not None and verifier_rows > 0
         in_chunks = verifies and hidden.device.type == "cpu" and not call.runner.fixed_shapes
         chunk = DraftChunk(slice(None), 0, min(state.chunk, width) if in_chunks else width)
+        sampling = state.sampling(width)
         while True:
             noise: dict[str, Any] = {
-                "temperature": chunk.of(row_temperatures(state, width), width),
+                "temperature": chunk.of(sampling["temperature"], width),
                 "seed": call.seed,
                 "counter": chunk.take(counter).flatten(0, 1),
                 "banned": call.suppress_ids,
@@ -252,7 +253,10 @@ class DraftVerifyDecoder(Decoder):
                 "backend": call.backend,
             }
             logits = call.model.head(chunk.take(hidden)).flatten(0, 1)
-            draft = self._draft(logits, noise)
+            top_p: float | Tensor | None = self.top_p
+            if sampling["top_p"] is not None:
+                top_p = chunk.of(sampling["top_p"], width)
+            draft = self._draft(logits, top_p, noise)
             drafts = draft.token.view(-1, chunk.stop - chunk.first)
             token[chunk.rows, chunk.first : chunk.stop] = drafts
             number = (spans.drafts[chunk.rows] - chunk.first).clamp(max=drafts.shape[1])
@@ -283,13 +287,15 @@ class DraftVerifyDecoder(Decoder):
             state.chunk = _next_chunk(length)
         return token, length
 
-    def _draft(self, logits: Tensor, noise: dict[str, Any]) -> ops.MixtureDraft:
+    def _draft(
+        self, logits: Tensor, top_p: float | Tensor | None, noise: dict[str, Any]
+    ) -> ops.MixtureDraft:
         temperature = noise["temperature"]
-        if self.rule == "reference" and self.top_p is None:
+        if self.rule == "reference" and top_p is None:
             # Without a nucleus nothing but the draft is asked for, and that is the paper's, drawn
             # at the square: the op would draw a second time for statistics of the temperature.
             noise = noise | {"temperature": temperature * temperature, "rule": "paper"}
-        return ops.mixture_draft(logits, top_p=self.top_p, **noise)
+        return ops.mixture_draft(logits, top_p=top_p, **noise)
 
     def _verifier_logits(
         self,

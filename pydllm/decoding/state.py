@@ -82,8 +82,12 @@ class State:
         step_map: ``(b, L)`` int32, the forward that wrote a position, or -1.
         nfe: ``(b,)`` int32, forwards in which the sequence took part.
         noise_offset: ``(b,)`` int32, tokens written so far, the last word of the noise key.
-        prompt_length, end, request_id, temperature: of the slot's prompt, see ``Call``.
+        prompt_length, end, request_id, temperature, top_k, top_p: of the slot's prompt, see
+            ``Call``.
         done: ``(b,)`` bool, nothing is left to decode. No op touches such a row.
+        logprobs: ``(b, L)`` fp32, log-probability of the token that was predicted last at a
+            position while it was masked, under the distribution that it was drawn from; None:
+            nobody asked.
         carried: what the last step left for the next one, the decoder's own.
     """
 
@@ -100,6 +104,9 @@ class State:
     request_id: Tensor
     temperature: float | Tensor
     done: Tensor
+    top_k: Tensor | None = field(default=None, kw_only=True)
+    top_p: Tensor | None = field(default=None, kw_only=True)
+    logprobs: Tensor | None = field(default=None, kw_only=True)
     carried: Any = field(default=None, kw_only=True)
 
     @classmethod
@@ -110,7 +117,11 @@ class State:
         """
         device = call.device
         rows = torch.tensor([max(prompt, 0) for prompt in prompts], device=device)
-        x, temperature = call.x[rows], call.temperature
+        x = call.x[rows]
+
+        def of_slots(values: Any) -> Any:
+            return values[rows] if isinstance(values, Tensor) else values
+
         zero = torch.zeros(len(prompts), dtype=torch.int32, device=device)
         return cls(
             call=call,
@@ -124,7 +135,10 @@ class State:
             prompt_length=call.prompt_length[rows],
             end=call.end[rows],
             request_id=call.request_id[rows],
-            temperature=temperature[rows] if isinstance(temperature, Tensor) else temperature,
+            temperature=of_slots(call.temperature),
+            top_k=of_slots(call.top_k),
+            top_p=of_slots(call.top_p),
+            logprobs=torch.zeros_like(x, dtype=torch.float32) if call.logprobs else None,
             done=torch.tensor([prompt == IDLE for prompt in prompts], device=device),
             **extra,
         )
@@ -155,9 +169,19 @@ class State:
 
     def candidate(self) -> State:
         """A copy that a draft may write to: tokens and counters are its own."""
-        own = ("x", "step_map", "nfe", "noise_offset")
+        own = {
+            name: getattr(self, name).clone() for name in ("x", "step_map", "nfe", "noise_offset")
+        }
         values = {f.name: getattr(self, f.name) for f in fields(State)}
-        return State(**values | {name: getattr(self, name).clone() for name in own})
+        return State(**values | own)
+
+    def sampling(self, repeats: int) -> dict[str, Any]:
+        """``temperature``, ``top_k`` and ``top_p`` of ``repeats`` rows per sequence."""
+        values = {name: getattr(self, name) for name in ("temperature", "top_k", "top_p")}
+        return {
+            name: value.repeat_interleave(repeats) if isinstance(value, Tensor) else value
+            for name, value in values.items()
+        }
 
     @staticmethod
     def interleave(states: list[State]) -> State:

@@ -17,6 +17,7 @@ from pydllm.decoding.state import Selection, State, Window
 from pydllm.models import Model
 from pydllm.models.protocol import Fresh
 
+_TILE_ROWS = 256  # of logits that are stored at a time where they are filtered
 # Statistics to the score and the arguments of ``ops.unmask`` that state the rule.
 Accept = Callable[[ops.VocabStats], tuple[Tensor, dict[str, Any]]]
 
@@ -41,13 +42,6 @@ def select_rows(model: Model, hidden: Tensor, start: Tensor, selection: Selectio
     return hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
 
 
-def row_temperatures(state: State, width: int) -> float | Tensor:
-    """The temperature, or one for each of ``width`` rows of every sequence, ``(b * width,)``."""
-    if not isinstance(state.temperature, Tensor):
-        return state.temperature
-    return state.temperature.repeat_interleave(width)
-
-
 def forward(
     state: State,
     window: Window,
@@ -67,9 +61,10 @@ def forward(
     spec, options = state.call.model.spec, _options(attention, adapter)
     if pad is not None:
         options["pad"] = pad
+    if state.call.guidance > 0:
+        options["prompt_length"] = _prompt_lengths(state, window)
     if spec.block_origin == "prompt" and attention is None:
-        # A state of candidates may have a row for each, or one for all of a sequence.
-        lengths = state.prompt_length[:: len(state.prompt_length) // len(window.start)]
+        lengths = _prompt_lengths(state, window)
         options["block_offset"] = (-lengths).remainder(spec.block_size or 1)
     index = window.index.repeat_interleave(branches, 0)
     ids = state.x.gather(1, index).unflatten(0, (-1, branches)).flatten(1)
@@ -86,6 +81,11 @@ def forward(
         **options,
     )
     return hidden.unflatten(1, (branches, -1)).flatten(0, 1)
+
+
+def _prompt_lengths(state: State, window: Window) -> Tensor:
+    """Of the window's sequences: a state of candidates may have a row for each, or one for all."""
+    return state.prompt_length[:: len(state.prompt_length) // len(window.start)]
 
 
 def _options(attention: str | None, adapter: bool) -> dict[str, Any]:
@@ -123,8 +123,8 @@ def statistics(
     first = torch.arange(0, batch * window, window, device=hidden.device)
     index = row_index(call.model, start, selection, window, shifted)
     rows = (first[:, None] + index).flatten()
-    counter, temperature = None, row_temperatures(state, width)
-    if isinstance(temperature, Tensor) or temperature > 0:
+    counter, sampling = None, state.sampling(width)
+    if isinstance(state.temperature, Tensor) or state.temperature > 0:
         last = state.noise_offset if noise_offset is None else noise_offset
         words = (t.view(batch, -1).expand(-1, width) for t in (state.request_id, last))
         counter = torch.stack((position.int(), *words), -1).reshape(-1, 3)
@@ -136,22 +136,60 @@ def statistics(
         live = wanted.flatten().nonzero().squeeze(1)
         rows = rows[live]
         counter = None if counter is None else counter[live]
-        temperature = temperature[live] if isinstance(temperature, Tensor) else temperature
-    stats = call.model.head_stats(
-        hidden.reshape(-1, size),
-        rows,
-        temperature=temperature,
-        tempered=tempered,
-        seed=call.seed,
-        counter=counter,
-        banned=suppress_ids,
-        backend=call.backend,
-    )
-    if live is not None:
-        stats = ops.VocabStats(
-            *(field.new_zeros(batch * width).index_copy_(0, live, field) for field in stats)
-        )
-    return ops.VocabStats(*(field.view(batch, width) for field in stats))
+        sampling = {n: v[live] if isinstance(v, Tensor) else v for n, v in sampling.items()}
+    options = {"seed": call.seed, "counter": counter, "banned": suppress_ids, **sampling}
+    options["tempered"] = tempered
+    flat = hidden.reshape(-1, size)
+
+    def in_place(stats: ops.VocabStats) -> ops.VocabStats:
+        if live is not None:
+            stats = ops.VocabStats(
+                *(field.new_zeros(batch * width).index_copy_(0, live, field) for field in stats)
+            )
+        return ops.VocabStats(*(field.view(batch, width) for field in stats))
+
+    stats = in_place(_row_stats(call, flat, rows, options))
+    if state.logprobs is not None:
+        drawn = stats
+        if counter is not None:  # its probability at the temperature that it was drawn at
+            drawn = in_place(_row_stats(call, flat, rows, options | {"tempered": True}))
+        _note_logprobs(state, selection, drawn.prob.log())
+    return stats
+
+
+def _row_stats(call: Call, hidden: Tensor, rows: Tensor, options: dict[str, Any]) -> ops.VocabStats:
+    """Statistics of rows of ``hidden``; the fused head has neither filters nor guidance.
+
+    With either the logits of ``_TILE_ROWS`` rows are stored at a time: as the head's weights are
+    read once for each such tile, a step of up to that many rows costs one read, as without.
+    """
+    backend = call.backend
+    filtered = options["top_k"] is not None or options["top_p"] is not None
+    if not filtered and call.guidance == 0:
+        known = {name: options[name] for name in options if name not in ("top_k", "top_p")}
+        return call.model.head_stats(hidden, rows, backend=backend, **known)
+    tiles = []
+    for first in range(0, max(len(rows), 1), _TILE_ROWS):
+        part = slice(first, first + _TILE_ROWS)
+        own: dict[str, Any] = {
+            name: value[part] if isinstance(value, Tensor) and name != "banned" else value
+            for name, value in options.items()
+        }
+        logits = call.model.head(hidden[rows[part]])
+        tiles.append(ops.vocab_stats(logits, backend=backend, **own))
+    return ops.VocabStats(*map(torch.cat, zip(*tiles, strict=True)))
+
+
+def _note_logprobs(state: State, selection: Selection, logprob: Tensor) -> None:
+    """Write ``logprob (b, S)`` where the selected positions are masked."""
+    if state.logprobs is None:
+        return
+    slots = state.x.shape[1]
+    offset = torch.arange(slots, device=state.x.device) - selection.start[:, None]
+    inside = (offset >= 0) & (offset < selection.length[:, None]) & (offset < selection.width)
+    new = logprob.float().gather(1, offset.clamp(0, selection.width - 1).long())
+    noted = inside & (state.x == state.call.mask_id)
+    state.logprobs.copy_(torch.where(noted, new, state.logprobs))
 
 
 def write(

@@ -36,8 +36,8 @@ def vocab_stats(
     tempered: bool = False,
     softcap: float | None = None,
     rows: Tensor | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
+    top_k: int | Tensor | None = None,
+    top_p: float | Tensor | None = None,
     backend: str | None = None,
 ) -> VocabStats:
     """Arg-max or sampled token of each row, and the statistics of the row's distribution.
@@ -67,10 +67,12 @@ def vocab_stats(
         rows: ``(N,)`` int32 or int64 on the device, the rows of ``logits`` that count, in any
             order. What has an entry per row, results included, then has one for each of these N.
             An entry outside [0, R) is padding: the result is that of a row of -inf.
-        top_k: at least 1: only the k largest logits count, the others are as if banned.
+        top_k: at least 1: only the k largest logits count, the others are as if banned. Or ``(R,)``
+            int32, one for each row; a number outside [1, V] keeps 1 or all.
         top_p: in (0, 1]: only the largest logits count whose mass, of all that are not banned and
-            at the row's temperature, first exceeds ``top_p``. Both filters look at the whole row,
-            and what both keep is kept; logits that tie with the last one kept are kept too.
+            at the row's temperature, first exceeds ``top_p``. Or ``(R,)`` fp32, one for each row;
+            a number outside (0, 1) keeps all. Both filters look at the whole row, and what both
+            keep is kept; logits that tie with the last one kept are kept too.
         backend: None (``PYDLLM_BACKEND``), ``"auto"``, ``"cuda"`` (no top_k or top_p),
             ``"triton"`` or ``"torch"``.
 
@@ -108,14 +110,21 @@ def vocab_stats(
     fixed, each = check_options(
         logits, count, temperature, seed, counter, banned, tempered, softcap
     )
-    if top_k is not None:
+    top_ks = top_ps = None
+    if isinstance(top_k, Tensor):
+        check_tensor("top_k", top_k, (count,), torch.int32, logits, "logits")
+        top_k, top_ks = None, top_k
+    elif top_k is not None:
         check_int("top_k", top_k, 1)
-    if top_p is not None:
+    if isinstance(top_p, Tensor):
+        check_tensor("top_p", top_p, (count,), torch.float32, logits, "logits")
+        top_p, top_ps = None, top_p
+    elif top_p is not None:
         check_number("top_p", top_p, 0, 1, above=True)
-    top_p = None if top_p == 1 else top_p
+        top_p = None if top_p == 1 else top_p
     check_no_grad("vocab_stats", logits=logits)
-    options = (fixed, signed(seed), counter, banned, tempered, softcap, each, rows, top_k, top_p)
-    return VocabStats(*_OP(logits, *options, backend=backend))
+    options = (fixed, signed(seed), counter, banned, tempered, softcap, each, rows)
+    return VocabStats(*_OP(logits, *options, top_k, top_p, top_ks, top_ps, backend=backend))
 
 
 def check_rows(name: str, matrix: Tensor, rows: Tensor | None) -> int:
@@ -194,7 +203,7 @@ def empty_stats(like: Tensor, rows: int) -> tuple[Tensor, ...]:
 _OP = Op(
     "vocab_stats(Tensor logits, float temperature, int seed, Tensor? counter, Tensor? banned, "
     "bool tempered, float? softcap, Tensor? temperatures, Tensor? rows, int? top_k, float? top_p, "
-    "str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? top_ks, Tensor? top_ps, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake,
     reference.vocab_stats,
 )

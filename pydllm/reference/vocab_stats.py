@@ -23,6 +23,8 @@ def vocab_stats(
     rows: Tensor | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
+    top_ks: Tensor | None = None,
+    top_ps: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Token, probability, entropy, margin and log-sum-exp of ``(R, V)`` logits; fp32 or fp64."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
@@ -30,8 +32,12 @@ def vocab_stats(
     x = ban(x.to(dtype), banned, 0)
     noise = counter if temperatures is not None or temperature > 0 else None
     inverse, noisy = inverse_temperature(temperature, temperatures, dtype)
-    if top_k is not None or top_p is not None:
-        x.masked_fill_(x < _cut(x, top_k, top_p, inverse, softcap), -torch.inf)
+    if top_ks is None and top_k is not None:
+        top_ks = torch.full_like(x[:, 0], top_k, dtype=torch.int32)
+    if top_ps is None and top_p is not None:
+        top_ps = torch.full_like(x[:, 0], top_p, dtype=torch.float64)
+    if top_ks is not None or top_ps is not None:
+        x.masked_fill_(x < _cut(x, top_ks, top_ps, inverse, softcap), -torch.inf)
     x = cap(x, softcap)
     scores = x
     if noise is not None:
@@ -93,18 +99,22 @@ def inverse_temperature(
 
 def _cut(
     x: Tensor,
-    top_k: int | None,
-    top_p: float | None,
+    top_ks: Tensor | None,
+    top_ps: Tensor | None,
     inverse: float | Tensor,
     softcap: float | None,
 ) -> Tensor:
-    """The smallest logit that both filters keep, ``(R, 1)``."""
-    ordered = x.sort(-1, descending=True).values
-    cut = ordered[:, -1:] if top_k is None else ordered[:, min(top_k, x.shape[1]) - 1, None]
-    if top_p is not None:
+    """The smallest logit that both filters of each row keep, ``(R, 1)``."""
+    ordered, vocab = x.sort(-1, descending=True).values, x.shape[1]
+    cut = ordered[:, -1:]
+    if top_ks is not None:
+        cut = ordered.gather(1, top_ks.clamp(1, vocab).long()[:, None] - 1)
+    if top_ps is not None:
+        limit = top_ps[:, None].double()
         mass = torch.softmax(cap(ordered, softcap).double() * inverse, -1)
-        kept = (mass.cumsum(-1) - mass <= top_p).sum(-1, keepdim=True)
-        cut = torch.maximum(cut, ordered.gather(1, kept.clamp_(min=1) - 1))
+        kept = (mass.cumsum(-1) - mass <= limit).sum(-1, keepdim=True).clamp_(min=1)
+        kept = kept.masked_fill(~((limit > 0) & (limit < 1)), vocab)
+        cut = torch.maximum(cut, ordered.gather(1, kept - 1))
     return cut
 
 

@@ -33,7 +33,7 @@ def where():
     while frame is not None:
         path = Path(frame.f_code.co_filename)
         if path.parent.name in ("decoding", "models") and "pydllm" in path.parts:
-            if path.name in ("generate.py", "call.py"):
+            if path.name in ("generate.py", "generation.py", "arguments.py", "call.py"):
                 return "generate"
             if path.name != "recorder.py" and frame.f_code.co_name != "<lambda>":
                 return f"{path.name}:{frame.f_code.co_name}"

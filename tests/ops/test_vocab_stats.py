@@ -272,6 +272,33 @@ def test_only_the_listed_rows_count_behind_filters(backend):
     check_rows(backend, torch.int32, {"top_k": 9, "top_p": 0.8})
 
 
+@pytest.mark.parametrize("backend", FILTERING)
+def test_filters_for_each_row_are_those_of_the_row_alone(backend):
+    logits, noise = random_logits(7, 300), counters(7)
+    logits[3] = logits[3].round()  # ties
+    top_k = [5, 1, 300, 2**31 - 1, 40, -3, 7]
+    top_p = [0.9, 0.3, 1.0, 0.5, 2.0, 0.8, 0.0]
+    both = {
+        "top_k": ids(*top_k),
+        "top_p": torch.tensor(top_p),
+        "temperature": 0.8,
+        "counter": noise,
+    }
+    for names in (("top_k",), ("top_p",), ("top_k", "top_p")):
+        options = {
+            name: value for name, value in both.items() if name in names or "top" not in name
+        }
+        got = ops.vocab_stats(logits, backend=backend, **options)
+        for row in range(7):
+            own = {"top_k": max(top_k[row], 1), "top_p": top_p[row] if 0 < top_p[row] < 1 else None}
+            own = {name: own[name] for name in names}
+            part = slice(row, row + 1)
+            alone = ops.vocab_stats(
+                logits[part], temperature=0.8, counter=noise[part], backend=backend, **own
+            )
+            assert_same(alone, got, part)
+
+
 def check_rows(backend, dtype, options):
     logits = random_logits(9, 1100)
     kept = logits.clone()
@@ -423,6 +450,8 @@ def test_what_the_cuda_kernel_does_not_take(cuda_on_cpu):
         ({"rows": torch.ones(3)}, TypeError, "rows: expected dtype torch.int32, torch.int64, got"),
         ({"rows": ids(1)[None]}, ValueError, r"rows: expected shape \(N\), got \(1, 1\)"),
         ({"logits": torch.ones(0, 4), "rows": ids(0)}, ValueError, "logits: expected a row"),
+        ({"top_k": torch.ones(2, dtype=torch.int32)}, ValueError, r"top_k: expected shape \(3\)"),
+        ({"top_p": torch.ones(3).double()}, TypeError, "top_p: expected dtype"),
         ({"top_k": 0}, ValueError, "top_k: expected an int in .1, 2.31., got 0"),
         ({"top_p": 0.0}, ValueError, r"top_p: expected a number in \(0, 1\], got 0.0"),
         ({"top_p": 1.5}, ValueError, "top_p: expected a number"),

@@ -23,6 +23,8 @@ def supports(
     rows: Tensor | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
+    top_ks: Tensor | None = None,
+    top_ps: Tensor | None = None,
 ) -> str | None:
     """None if the kernel can run this call, otherwise why not."""
     if logits.dtype not in DTYPES:
@@ -35,7 +37,7 @@ def supports(
     for name, tensor in lists.items():
         if tensor is not None and not tensor.is_contiguous():
             return f"{name} must be contiguous, got strides {tensor.stride()}"
-    if top_k is not None or top_p is not None:
+    if any(value is not None for value in (top_k, top_p, top_ks, top_ps)):
         return "the kernel takes no top_k or top_p (the Triton kernels and torch do)"
     return None
 
@@ -52,6 +54,8 @@ def vocab_stats(
     rows: Tensor | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
+    top_ks: Tensor | None = None,
+    top_ps: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Launch the kernels; arguments as in ``pydllm.ops.vocab_stats``, ``seed`` a signed 64 bits.
 
