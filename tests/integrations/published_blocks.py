@@ -1,4 +1,7 @@
-"""SDAR's and LLaDA2's loops as published, stated plainly: everything is computed in every step."""
+"""The loops of SDAR, LLaDA2 and Fast-dLLM v2 as published, stated plainly.
+
+Everything is computed in every step.
+"""
 
 import torch
 
@@ -128,3 +131,55 @@ def llada2(
     return x[None, length : length + (ends[0].item() if len(ends) else gen_length) + 1][
         :, : min(gen_length, total)
     ]
+
+
+def fast_dllm_v2(plain, prompt, new, mask_id, stop, small, threshold, keep, block_size=32):
+    """Prompt and answer: every forward in full, without a cache, but for what ``keep`` freezes."""
+    x, known, first_new = list(prompt), len(prompt), len(prompt)
+
+    def logits(ids):
+        return plain(torch.tensor(ids), block=block_size)[1]
+
+    def predicted(rows):
+        """Row i predicts the token after it, within a window; its first row is there twice."""
+        return torch.cat((rows[:1], rows[:-1]))
+
+    if known % block_size == 0:
+        x.append(int(logits(x)[-1].argmax()))
+    for _ in range(new // block_size):
+        if stop in x[first_new:]:
+            break
+        known = len(x)
+        start = known // block_size * block_size
+        x += [mask_id] * (start + block_size - known)
+        frozen = None
+
+        def stopped(x=x, known=known):
+            fresh = x[known:]
+            return stop in fresh and mask_id not in fresh[: fresh.index(stop)]
+
+        for first in range(start, start + block_size, small):
+            part = range(first, first + small)
+            while any(x[i] == mask_id for i in part) and not stopped():
+                if keep and frozen is not None and x[first] != mask_id:
+                    outside = [i for i in range(start + block_size) if i not in part]
+                    others = [(k[outside], v[outside]) for k, v in frozen]
+                    ids = torch.tensor([x[i] for i in part])
+                    _, rows, made = plain(ids, first, others)
+                    for (k, v), (own_k, own_v) in zip(frozen, made, strict=True):
+                        k[list(part)], v[list(part)] = own_k, own_v
+                    rows = predicted(rows)
+                else:
+                    _, whole, frozen = plain(torch.tensor(x), block=block_size)
+                    rows = predicted(whole[start:])[first - start : first - start + small]
+                prob, token = rows.softmax(-1).max(-1)
+                masked = torch.tensor([x[i] == mask_id for i in part])
+                prob = prob.masked_fill(~masked, -1)
+                best = int(prob.argmax())
+                for offset, i in enumerate(part):
+                    if masked[offset] and (offset == best or prob[offset] > threshold):
+                        x[i] = int(token[offset])
+        if not stopped():
+            x.append(int(logits(x)[-1].argmax()))
+    fresh = x[first_new:]
+    return x[: first_new + fresh.index(stop) + 1] if stop in fresh else x

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from pydllm._backend.env import UPSTREAM_DIR
-from tests.upstream import block_loops, d3llm_loops, dream_loops, llada_loops
+from tests.upstream import block_loops, d3llm_loops, dream_loops, family_loops, llada_loops
 from tests.upstream.compare import Loader, compare
 from tests.upstream.sources import Absent, Checkouts
 
@@ -31,6 +31,10 @@ UPSTREAMS: dict[str, Loader] = {
     "sdar": block_loops.load_sdar,
     "llada2": block_loops.load_llada2,
     "diffusers": block_loops.load_diffusers,
+    "fast-dllm-v2": family_loops.load_fast_dllm_v2,
+    "bd3lm": family_loops.load_bd3lm,
+    "stable-diffcoder": family_loops.load_stable_diffcoder,
+    "nemotron": family_loops.load_nemotron,
 }
 SHOWN = 8  # differences of a loop
 

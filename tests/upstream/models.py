@@ -13,7 +13,7 @@ from torch import nn
 
 from pydllm.models import Model, load
 from tests.integrations.tiny import EOS, MASK, standin
-from tests.models.plain import CONFIGS, Plain, random_plain
+from tests.models.plain import CONFIGS, RECENT, Plain, random_plain
 
 _NUDGE = 3e-6
 LIMIT = 400  # forwards after which a published loop counts as endless
@@ -54,7 +54,10 @@ def _count(module: nn.Module, *_: Any) -> None:
 
 
 def trios(
-    name: str, build: Callable[[dict[str, Any]], nn.Module] | None, **changes: Any
+    name: str,
+    build: Callable[[dict[str, Any]], nn.Module] | None,
+    silent: tuple[int, ...] = (),
+    **changes: Any,
 ) -> Callable[[int, float, bool], Trio]:
     """Models of a configuration by seed, scale of the EOS row, and whether masks are predicted.
 
@@ -62,15 +65,16 @@ def trios(
         name: a configuration of ``tests.models.plain``; ``changes`` replace some of its values.
         build: the published module of a configuration; its weights are replaced. None: a module
             that only holds the weights, for loops that run on ``plain``.
+        silent: ids that are not predicted.
     """
 
     @cache
     def make(seed: int, eos_scale: float, predicts_masks: bool) -> Trio:
-        plain = random_plain(CONFIGS[name] | changes, seed)
+        plain = random_plain((CONFIGS | RECENT)[name] | changes, seed)
         head = plain.weights[plain.ends[2] + ".weight"]
         head[EOS] *= eos_scale
-        if not predicts_masks:
-            head[MASK] = 0
+        for token in (*silent, *(() if predicts_masks else (MASK,))):
+            head[token] = 0
         module = standin(plain) if build is None else build(plain.config)
         missing = module.load_state_dict(plain.weights, strict=False).missing_keys
         if missing:

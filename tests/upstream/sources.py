@@ -10,12 +10,19 @@ The repositories lie side by side, each under its name on GitHub::
     dLLM-RL            github.com/Gen-Verse/dLLM-RL (modeling code of Dream and SDAR)
     dllm               github.com/ZHZisZZ/dllm (modeling code of LLaDA and LLaDA2.0)
     diffusers          github.com/huggingface/diffusers
+    S2D2               github.com/phymhan/S2D2 (Fast-dLLM v2's modeling code)
+
+and, with the .py files of these repositories on the hub::
+
+    Stable-DiffCoder-8B-Instruct   ByteDance-Seed
+    Nemotron-Labs-Diffusion-8B     nvidia
 
 None of this code is part of the package.
 """
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import importlib
 import importlib.util
@@ -23,7 +30,7 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -84,15 +91,40 @@ class Checkouts:
                     sys.modules[path.stem] = before
         return module
 
-    def package(self, root: Path, *names: str) -> list[ModuleType]:
-        """Modules by their dotted names below ``root``."""
+    def package(self, root: Path, *names: str, bare: bool = False) -> list[ModuleType]:
+        """Modules by their dotted names below ``root``.
+
+        ``bare``: packages on the way to them are not executed, which may need more than is there.
+        """
         if not (root / names[0].replace(".", "/")).with_suffix(".py").is_file():
             raise Absent(f"no {names[0]} in {root}")
         try:
             with _importing_from(root):
+                if bare:
+                    _enter_packages(root, names)
                 return [importlib.import_module(name) for name in names]
         except ImportError as error:
             raise Absent(f"{names[0]} in {root} cannot be imported: {error}") from error
+
+    def functions(self, path: Path, **others: Any) -> dict[str, Callable[..., Any]]:
+        """Functions and methods of a file by name, without what it imports from beside it.
+
+        ``others`` stand for names that it imports.
+        """
+        if not path.is_file():
+            raise Absent(f"no file {path}")
+        found: list[ast.stmt] = []
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef):
+                found += [part for part in node.body if isinstance(part, ast.FunctionDef)]
+            elif isinstance(node, ast.FunctionDef | ast.Import) or (
+                isinstance(node, ast.ImportFrom) and node.module == "typing"
+            ):
+                found.append(node)
+        names: dict[str, Any] = {}
+        names |= others
+        exec(compile(ast.Module(found, []), str(path), "exec"), names)
+        return {name: value for name, value in names.items() if isinstance(value, FunctionType)}
 
     def llada(self, root: Path, package: str) -> Callable[[dict[str, Any]], nn.Module]:
         """A function from a configuration to this package's LLaDA."""
@@ -123,6 +155,18 @@ class Checkouts:
             return getattr(modeling, model)(settings)
 
         return build
+
+
+def _enter_packages(root: Path, names: tuple[str, ...]) -> None:
+    """Empty modules for the packages that hold ``names``."""
+    for name in names:
+        parts = name.split(".")[:-1]
+        for count in range(1, len(parts) + 1):
+            package = types.ModuleType(".".join(parts[:count]))
+            folder = root.joinpath(*parts[:count])
+            package.__path__ = [str(folder)]
+            package.__file__ = str(folder / "__init__.py")
+            sys.modules.setdefault(package.__name__, package)
 
 
 @contextlib.contextmanager
