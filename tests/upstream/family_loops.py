@@ -25,6 +25,8 @@ from tests.upstream.sources import Absent, Checkouts
 
 SCALES = (0.0, 1.0, 1.3, 1.7)  # of the head's row of EOS
 PAD = 58
+# The rules are ours, but the probabilities are those of all tokens, the mask's among them.
+THEIRS = "dllm"
 ENDS = {"eos_token_id": EOS}
 
 
@@ -116,7 +118,7 @@ def load_bd3lm(checkouts: Checkouts) -> dict[str, Loop]:
 
     def run_own(case: Case) -> Result:
         algorithm = pydllm.Static(
-            block_length=block, tokens_per_step=case.options["tokens_per_step"]
+            block_length=block, tokens_per_step=case.options["tokens_per_step"], semantics=THEIRS
         )
         return Result(answers(case, algorithm).tokens)
 
@@ -161,7 +163,9 @@ def load_stable_diffcoder(checkouts: Checkouts) -> dict[str, Loop]:
         return Result(torch.tensor(rows), forwards)
 
     def run_own(case: Case) -> Result:
-        return answers(case, pydllm.Threshold(threshold=case.options["threshold"], block_length=4))
+        threshold = case.options["threshold"]
+        algorithm = pydllm.Threshold(threshold=threshold, block_length=4, semantics=THEIRS)
+        return answers(case, algorithm)
 
     return {"generate_block": Loop(draw, run_original, run_own)}
 
@@ -263,9 +267,10 @@ def load_nemotron(checkouts: Checkouts) -> dict[str, Loop]:
     def run_blocks(case: Case) -> Result:
         threshold = case.options["threshold"]
         if threshold is None:
-            got = answers(case, pydllm.Static(block_length=block))
+            algorithm: Any = pydllm.Static(block_length=block, semantics=THEIRS)
         else:
-            got = answers(case, pydllm.Threshold(threshold=threshold, block_length=block))
+            algorithm = pydllm.Threshold(threshold=threshold, block_length=block, semantics=THEIRS)
+        got = answers(case, algorithm)
         # With an EOS, the original leaves a block's other masks; a batch goes on with them.
         return got._replace(forwards=None) if (got.tokens == EOS).any() else got
 
