@@ -32,6 +32,7 @@ from pydllm.decoding.driver import Algorithm, Counts, Decoder, Plan
 from pydllm.decoding.state import Selection, State, Window
 from pydllm.decoding.step import busy, forward, statistics, write
 from pydllm.models import Model
+from pydllm.models.spec import ModelSpec
 
 CACHES = ("none", "prefix", "dual")
 CARRY_MASKS = ("llada", "fast_dllm")
@@ -53,7 +54,8 @@ class BlockwiseAlgorithm(Algorithm):
         first_token: for shifted models with a cache: ``"window"`` starts the window one token
             early, so that every position is predicted by the row before it; ``"forced"`` takes the
             first token of each block from the block's first forward, as Fast-dLLM and FreeDave do.
-            A block-causal model takes it from there if it is ``seeded``, and only then.
+            A block-causal model takes it from there if it is ``seeded``, and only then. Where
+            ``"forced"`` would change nothing, it is refused.
         semantics: ``"exact"``, or whose accept rule to follow, as in ``pydllm.ops.unmask``, on
             fp32 scores. Under every name but ``"exact"`` the mask id may be predicted, and then
             stays a mask, as in that code; ``"llada"`` and ``"fast_dllm"`` fill such a mask in later
@@ -96,6 +98,8 @@ class BlockwiseAlgorithm(Algorithm):
             raise ValueError(
                 f"{name}: expected a model with full or block-causal attention, got 'causal'"
             )
+        if self.first_token == "forced" and not spec.seeded:
+            self._check_forced(spec)
         if spec.attention == "full":
             return
         parts = spec.seeded and (spec.block_size or 1) % self.block_length == 0
@@ -109,16 +113,23 @@ class BlockwiseAlgorithm(Algorithm):
                 "cache: expected 'none' with a block-causal model, which always keeps exact keys "
                 f"and values of finished blocks, got {self.cache!r}"
             )
-        if self.first_token == "forced" and spec.shift_logits and not spec.seeded:
-            raise ValueError(
-                "first_token: expected 'window' with a block-causal model that is not seeded, "
-                f"got {self.first_token!r}"
-            )
         if self.carries_masks:
             raise ValueError(
                 f"semantics: expected none of {', '.join(CARRY_MASKS)} with a block-causal model "
                 f"(they fill masks of finished blocks), got {self.semantics!r}"
             )
+
+    def _check_forced(self, spec: ModelSpec) -> None:
+        """The block's first forward has to predict its first token as no later one does."""
+        if spec.attention != "full":
+            found = "a block-causal model that is not seeded"
+        elif not spec.shift_logits:
+            found = "logits that are not shifted"
+        elif self.cache == "none":
+            found = "cache 'none'"
+        else:
+            return
+        raise ValueError(f"first_token: expected 'window' with {found}, got 'forced'")
 
     def decoder(self, call: Call) -> Decoder:
         return BlockwiseDecoder(self)

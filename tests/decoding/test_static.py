@@ -188,6 +188,8 @@ ALGORITHMS = [
 @pytest.mark.parametrize("shift", [False, True], ids=["plain", "shifted"])
 @pytest.mark.parametrize("algorithm", ALGORITHMS, ids=str)
 def test_a_ragged_batch_equals_its_sequences_alone(tmp_path, algorithm, shift, temperature):
+    if not shift:
+        algorithm = dataclasses.replace(algorithm, first_token="window")
     model, _ = _random_model(tmp_path / "model", 3, eos=(7, 9), shift=shift)
     prompts = [_prompt(seed, length) for seed, length in enumerate((4, 1, 11, 6, 2))]
     options = {"max_new_tokens": 20, "temperature": temperature, "seed": 5}
@@ -203,7 +205,8 @@ def test_a_ragged_batch_equals_its_sequences_alone(tmp_path, algorithm, shift, t
 @pytest.mark.parametrize("algorithm", ALGORITHMS, ids=str)
 def test_what_follows_an_end_of_sequence_is_end_of_sequence(tmp_path, algorithm):
     ended = 0
-    model, _ = _random_model(tmp_path / "model", 0, vocab=12, eos=(5, 6))
+    shift = algorithm.first_token == "forced"
+    model, _ = _random_model(tmp_path / "model", 0, vocab=12, eos=(5, 6), shift=shift)
     got = pydllm.generate(
         model, [_prompt(seed, 4, 12) for seed in range(12)], algorithm, max_new_tokens=32
     )
@@ -420,14 +423,16 @@ def test_the_first_token_is_forced_on_shifted_models_alone(tmp_path):
     model, _ = _random_model(tmp_path / "model", 0)
     prompts = [_prompt(seed, 4) for seed in range(8)]
 
-    def decode(first_token):
-        algorithm = pydllm.Static(block_length=8, cache="dual", first_token=first_token)
-        return torch.stack(
-            pydllm.generate(model, prompts, algorithm, max_new_tokens=16).sequences
-        ), pydllm.generate(model, prompts, algorithm, max_new_tokens=16).step_map
+    def decode(first_token, cache="dual"):
+        algorithm = pydllm.Static(block_length=8, cache=cache, first_token=first_token)
+        got = pydllm.generate(model, prompts, algorithm, max_new_tokens=16)
+        return torch.stack(got.sequences), got.step_map
 
-    assert torch.equal(decode("forced")[1], decode("window")[1])
+    with pytest.raises(ValueError, match="'window' with logits that are not shifted, got 'forced'"):
+        decode("forced")
     model.spec = dataclasses.replace(model.spec, shift_logits=True)
+    with pytest.raises(ValueError, match="'window' with cache 'none', got 'forced'"):
+        decode("forced", cache="none")
     sequences, step_map = decode("forced")
     assert (step_map[:, 0] == 0).all() and (step_map[:, 8] == 8).all()
     assert not torch.equal(step_map, decode("window")[1])

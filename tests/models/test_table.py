@@ -81,15 +81,20 @@ def algorithm(name, model, helpers):
     return model, ALGORITHMS[name](model.spec.block_size or 4)
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.model)
-def test_a_row_decodes_with_what_it_claims(tmp_path, helpers, row):
-    folder = write_tiny(tmp_path, row.family)
+def load_row(folder, row):
     overrides = dict(row.overrides)
     if "mask_id" in overrides:
         overrides["mask_id"] = MASK
     if "block_size" in overrides:
         overrides["block_size"] = 8
-    model = pydllm.load(folder, device="cpu", dtype=torch.float64, **overrides)
+    return pydllm.load(
+        write_tiny(folder, row.family), device="cpu", dtype=torch.float64, **overrides
+    )
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.model)
+def test_a_row_decodes_with_what_it_claims(tmp_path, helpers, row):
+    model = load_row(tmp_path, row)
     prompts = [[1, 2, 3, 4, 8], [6, 7]]
     assert row.decoders
     for name in row.decoders:
@@ -116,3 +121,40 @@ def test_what_a_row_does_not_claim_is_refused(tmp_path, helpers, row, name):
     assert name not in row.decoders
     with pytest.raises(ValueError, match="expected"):
         pydllm.generate(model, [[1, 2]], ALGORITHMS[name](4), max_new_tokens=NEW)
+
+
+FORCED = {
+    "Dream 7B",
+    "CoDA 1.7B",
+    "Open-dCoder 0.5B",
+    "RND1 30B-A3B",
+    "Fast-dLLM v2",
+    "Nemotron-Labs-Diffusion 3B, 8B",
+    "Nemotron's Qwen 3 sister",
+}
+
+
+@pytest.mark.parametrize(
+    "row", [row for row in ROWS if "Static" in row.decoders], ids=lambda row: row.model
+)
+def test_a_forced_first_token_works_or_is_refused(tmp_path, row):
+    """It works where a block's first forward predicts its first token from the one before."""
+    model = load_row(tmp_path, row)
+    cache = "dual" if model.spec.attention == "full" else "none"
+    size = model.spec.block_size or 4
+    algorithm = pydllm.Static(
+        block_length=size, tokens_per_step=2, cache=cache, first_token="forced"
+    )
+    prompt = list(range(1, size + 1))  # a whole block: the next one is forced wherever it begins
+    if row.model not in FORCED:
+        with pytest.raises(
+            ValueError, match="first_token: expected 'window' with .*, got 'forced'"
+        ):
+            pydllm.generate(model, [prompt], algorithm, max_new_tokens=2 * size)
+        return
+    got = pydllm.generate(model, [prompt], algorithm, max_new_tokens=2 * size)
+    steps = got.step_map[0].tolist()
+    for block in (steps[:size], steps[size:]):
+        written = [step for step in block if step >= 0]
+        if written:  # the first token alone, before all others of its block
+            assert written.count(block[0]) == 1 and min(written) == block[0]
