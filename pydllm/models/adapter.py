@@ -65,6 +65,18 @@ def is_adapter(folder: Path) -> bool:
     return (folder / CONFIG).is_file() and not (folder / "config.json").exists()
 
 
+def _check_plain(config: Config) -> None:
+    """Refuse what is not a LoRA that is added to the weights as they are."""
+    config.only("peft_type", "LORA")
+    for key, off in _OFF.items():
+        config.only(key, off)
+    for key in _ABSENT:
+        if config.get(key):
+            raise config.wrong(key, "none (not supported)")
+    # The others take their start out of the base's weights, which then are others.
+    config.only("init_lora_weights", True, False, "gaussian", "orthogonal")
+
+
 def base_of(folder: Path) -> str:
     """The model that an adapter was trained on, as its configuration names it."""
     config = read_object(folder, CONFIG)
@@ -86,14 +98,12 @@ def read_adapter(folder: Path, shapes: Mapping[str, Shape]) -> dict[str, LowRank
         CheckpointError: not a plain LoRA, or one of another model.
     """
     config = read_object(folder, CONFIG)
-    config.only("peft_type", "LORA")
-    for key, off in _OFF.items():
-        config.only(key, off)
-    for key in _ABSENT:
-        if config.get(key):
-            raise config.wrong(key, "none (not supported)")
-    # The others take their start out of the base's weights, which then are others.
-    config.only("init_lora_weights", True, False, "gaussian", "orthogonal")
+    try:
+        _check_plain(config)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}; PEFT's merge_and_unload() makes of it a model that loads"
+        ) from None
     path = folder / _WEIGHTS
     if not path.is_file():
         raise CheckpointError(f"{path}: expected the adapter's weights, found no such file")

@@ -63,14 +63,18 @@ class Config:
             raise self.wrong(key, "true or false")
         return value
 
-    def ids(self, key: str, limit: int) -> tuple[int, ...]:
-        """Token ids below ``limit``: one, a list, or none at all."""
+    def ids(self, key: str, limit: int, override: str | None = None) -> tuple[int, ...]:
+        """Token ids below ``limit``: one, a list, or none at all.
+
+        ``override``: the argument of ``load`` that replaces them.
+        """
         value = self.get(key)
         if value is None:
             return ()
         ids = value if isinstance(value, list | tuple) else [value]
         if not all(type(token) is int and 0 <= token < limit for token in ids):
-            raise self.wrong(key, f"token ids in [0, {limit})")
+            hint = "" if override is None else f" (load(..., {override}=) replaces them)"
+            raise self.wrong(key, f"token ids in [0, {limit}){hint}")
         return tuple(ids)
 
     def only(self, key: str, *allowed: Any) -> None:

@@ -376,7 +376,10 @@ def find_family(config: Config, *classes: str, quantized: bool = False) -> Famil
     if not isinstance(names, list | tuple) or not names:
         raise config.wrong("architectures", "a list with the name of the model's class")
     if not quantized and config.get("quantization_config") is not None:
-        raise config.wrong("quantization_config", "none (quantised weights are not supported)")
+        raise config.wrong(
+            "quantization_config",
+            "none (quantised weights are not supported; pydllm.patch(module) speeds up a module)",
+        )
     for name in names:
         for pattern, family in FAMILIES.items():
             if fnmatchcase(str(name), pattern):
@@ -386,5 +389,5 @@ def find_family(config: Config, *classes: str, quantized: bool = False) -> Famil
                 return family
     raise CheckpointError(
         f"{config.where}: architectures: expected one of {', '.join(sorted(FAMILIES))}, "
-        f"found {names[0]!r}"
+        f"found {names[0]!r} (pydllm.patch(module) speeds up other modules)"
     )

@@ -26,15 +26,16 @@ from pydllm.models.overrides import Overrides, make_spec
 from pydllm.models.parallel import ParallelModel, join_processes
 from pydllm.models.partition import Partition
 from pydllm.models.quantized import KINDS, check_scheme, load_quantized, split_scales
-from pydllm.models.tokenizer import read_tokenizer
+from pydllm.models.tokenizer import read_tokenizer, special_tokens
 from pydllm.models.weights import FLOATS, Found, check_tensors, check_tied, slots
 
 _BUNDLED = Path(__file__).parents[1] / "demo/weights"  # models by name, as in the demo
 _NAME = re.compile(r"[a-z0-9-]+")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "merges.txt")
-# Looked up in tokenizer.json where config.json has no mask_token_id.
-_MASK_TOKENS = ("<|mask|>", "<|mdm_mask|>")
+_NOT_READ = ("consolidated*", "original/*")  # the same weights once more, under Meta's names
+# Looked up in the tokenizer where no file names the mask token.
+_MASK_TOKENS = ("<|mask|>", "<|mdm_mask|>", "<|MASK|>", "|<MASK>|")
 
 
 def load(
@@ -106,10 +107,10 @@ def load(
             in the vocabulary, a block size without blocks.
         PydllmError: there are not ``tp`` processes; says how to start them.
 
-    EOS ids are those of config.json and then those of generation_config.json. A module that
-    transformers 5 damaged in silence, its rotary buffers or, where ``config._name_or_path`` is a
-    directory, its weights, gets a RuntimeWarning that names them. No code of a checkpoint is run
-    and no pickle is opened.
+    EOS ids are those of config.json, then those of generation_config.json, then the tokenizer's. A
+    module that transformers 5 damaged in silence, its rotary buffers or, where
+    ``config._name_or_path`` is a directory, its weights, gets a RuntimeWarning that names them. No
+    code of a checkpoint is run and no pickle is opened.
 
     Example:
         >>> model = load("GSAI-ML/LLaDA-8B-Instruct")  # doctest: +SKIP
@@ -177,7 +178,14 @@ def find_folder(source: str | os.PathLike[str], revision: str | None = None) -> 
         ) from None
     try:
         patterns = list(_HUB_FILES)
-        return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
+        return Path(
+            snapshot_download(
+                source,
+                revision=revision,
+                allow_patterns=patterns,
+                ignore_patterns=list(_NOT_READ),
+            )
+        )
     except (OSError, ValueError) as error:  # what the hub's own errors derive from
         raise CheckpointError(
             f"{source}: found no such directory, and not on the hub: {error}"
@@ -198,11 +206,13 @@ def _load_folder(
     family = find_family(config, quantized=True)
     sizes = family.sizes(config, family)
     tokenizer = read_tokenizer(folder)
+    named = {} if tokenizer is None else special_tokens(folder)
     spec = make_spec(
         config,
         family,
         sizes,
-        find_mask(tokenizer, sizes.embeddings),
+        find_mask(tokenizer, sizes.embeddings, named.get("mask_token")),
+        eos_id=None if tokenizer is None else tokenizer.token_to_id(named.get("eos_token", "")),
         generation=read_generation_config(folder),
         overrides=overrides,
     )
@@ -253,9 +263,13 @@ def _load_folder(
     return model
 
 
-def find_mask(tokenizer: Tokenizer | None, limit: int) -> int | None:
-    """The mask token's id in a tokenizer, for configurations that do not name one."""
-    ids = [tokenizer.token_to_id(token) for token in _MASK_TOKENS] if tokenizer else []
+def find_mask(tokenizer: Tokenizer | None, limit: int, named: str | None = None) -> int | None:
+    """The mask token's id in a tokenizer, for configurations that do not name one.
+
+    ``named``: the token that the tokenizer's files call ``mask_token``.
+    """
+    texts = _MASK_TOKENS if named is None else (named, *_MASK_TOKENS)
+    ids = [tokenizer.token_to_id(token) for token in texts] if tokenizer else []
     return next((token for token in ids if token is not None and token < limit), None)
 
 

@@ -55,6 +55,7 @@ def make_spec(
     sizes: Sizes,
     mask_id: int | None = None,
     *,
+    eos_id: int | None = None,
     generation: Config | None = None,
     overrides: Overrides | None = None,
 ) -> ModelSpec:
@@ -62,6 +63,7 @@ def make_spec(
 
     Args:
         mask_id: the tokenizer's, taken where neither the configuration nor the family has one.
+        eos_id: the tokenizer's, added to the files' EOS ids.
         generation: generation_config.json, whose EOS ids are added to those of ``config``.
         overrides: taken where they contradict the files.
 
@@ -84,7 +86,7 @@ def make_spec(
     shift = family.shift_logits if overrides.shift_logits is None else overrides.shift_logits
     if attention == "causal" and causal == "masked":
         raise ValueError("causal: expected 'shifted' with attention 'causal', got 'masked'")
-    eos = _eos_ids(config, family, sizes, generation, overrides)
+    eos = _eos_ids(config, family, sizes, generation, overrides, eos_id)
     mask = _mask_id(config, family, sizes, mask_id, overrides, attention)
     given = overrides.mask_id is not None or overrides.eos_ids is not None
     if given and mask is not None and mask in eos:
@@ -135,13 +137,16 @@ def _eos_ids(
     sizes: Sizes,
     generation: Config | None,
     overrides: Overrides,
+    eos_id: int | None,
 ) -> tuple[int, ...]:
     given = overrides.ids("eos_ids", sizes.embeddings)
     if given is not None:
         return tuple(dict.fromkeys(given))
-    found = config.ids("eos_token_id", sizes.embeddings)
+    found = config.ids("eos_token_id", sizes.embeddings, "eos_ids")
     if generation is not None:
-        found += generation.ids("eos_token_id", sizes.embeddings)
+        found += generation.ids("eos_token_id", sizes.embeddings, "eos_ids")
+    if eos_id is not None and eos_id < sizes.embeddings:
+        found += (eos_id,)
     known = tuple(token for token in family.eos_ids if token < sizes.embeddings)
     return tuple(dict.fromkeys(found)) or known
 
@@ -162,7 +167,7 @@ def _mask_id(
     if family.attention == "causal" and attention == "causal":
         return None
     for key in ("mask_token_id", "mask_id"):
-        found = config.ids(key, sizes.embeddings)
+        found = config.ids(key, sizes.embeddings, "mask_id")
         if found:
             return found[0]
     if family.mask_id is not None and family.mask_id < sizes.embeddings:

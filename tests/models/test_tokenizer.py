@@ -136,8 +136,19 @@ def test_a_model_with_such_files(tmp_path, trained):
     model = load(folder, device="cpu")
     mask = model.tokenizer.token_to_id("<|mask|>")
     assert model.spec.mask_id == mask
+    turn = model.tokenizer.token_to_id("<|im_end|>")  # which no configuration names
+    assert model.spec.eos_ids == (59, 57, turn)
+    assert load(folder, device="cpu", eos_ids=59).spec.eos_ids == (59,)
     got = encode(model.tokenizer, [{"role": "user", "content": "a<|mask|>b"}], model.chat_template)
     assert got == model.tokenizer.encode("a<|mask|>b").ids and mask in got
+
+
+def test_the_mask_token_that_the_files_name(tmp_path, trained):
+    config = {k: v for k, v in CONFIGS["dream"].items() if k != "mask_token_id"}
+    folder = write_checkpoint(tmp_path, random_plain(config | {"vocab_size": 700}))
+    write_tokenizer(folder, trained, mask_token={"content": "<|endoftext|>"})
+    model = load(folder, device="cpu")
+    assert model.spec.mask_id == model.tokenizer.token_to_id("<|endoftext|>")
 
 
 def write_json(name, values):
