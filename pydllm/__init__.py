@@ -13,6 +13,7 @@ from pydllm.decoding import (
     Factor,
     FreeDave,
     Generation,
+    Infilled,
     LeftToRight,
     MultiBlock,
     SelfSpeculative,
@@ -20,6 +21,7 @@ from pydllm.decoding import (
     Step,
     Threshold,
     generate,
+    infill,
     warmup,
 )
 from pydllm.models import load
@@ -35,6 +37,7 @@ __all__ = [
     "Factor",
     "FreeDave",
     "Generation",
+    "Infilled",
     "LeftToRight",
     "MultiBlock",
     "SelfSpeculative",
@@ -44,6 +47,7 @@ __all__ = [
     "Threshold",
     "env",
     "generate",
+    "infill",
     "load",
     "metrics",
     "ops",

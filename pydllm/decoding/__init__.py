@@ -6,6 +6,7 @@ from pydllm.decoding.call import Step
 from pydllm.decoding.freedave import FreeDave
 from pydllm.decoding.generate import generate, warmup
 from pydllm.decoding.generation import Generation
+from pydllm.decoding.infilling import Infilled, infill
 from pydllm.decoding.left_to_right import LeftToRight
 from pydllm.decoding.multiblock import MultiBlock
 from pydllm.decoding.self_speculative import SelfSpeculative
@@ -18,6 +19,7 @@ __all__ = [
     "Factor",
     "FreeDave",
     "Generation",
+    "Infilled",
     "LeftToRight",
     "MultiBlock",
     "SelfSpeculative",
@@ -25,5 +27,6 @@ __all__ = [
     "Step",
     "Threshold",
     "generate",
+    "infill",
     "warmup",
 ]

@@ -61,7 +61,7 @@ def make_call(
         raise TypeError(f"algorithm: expected one such as pydllm.Static(), got {algorithm!r:.80}")
     if mask_id is None and algorithm.needs_mask:
         raise ValueError("model: expected a masked diffusion model, got one without a mask id")
-    new = _new_tokens(max_new_tokens, len(ids))
+    new = _new_tokens(max_new_tokens, ids, mask_id)
     temperatures = _temperatures(options.temperature, len(ids))
     top_k, top_p = _filters(algorithm, options, len(ids))
     suppressed = _suppress_ids(options.suppress_ids, mask_id, spec.vocab_size)
@@ -82,6 +82,7 @@ def make_call(
         model.tokenizer,
         on_device=not algorithm.ends_early,
     )
+    starts = _region_starts(model, algorithm, options, ids)
     lengths = [len(prompt) for prompt in ids]
     ends = [length + count for length, count in zip(lengths, new, strict=True)]
     _check_positions(model, ends, max_new_tokens)
@@ -96,7 +97,7 @@ def make_call(
     fill_id = spec.eos_ids[0] if spec.eos_ids else 0
     if algorithm.shares_region:
         fill_id = next(t for t in range(spec.vocab_size) if t not in (mask_id, *ends_at))
-    used = extents(lengths, ends, shared=algorithm.shares_region)
+    used = extents(starts or lengths, ends, shared=algorithm.shares_region)
     max_len = padded_length(model, lengths, used, fixed_shapes=False)
     empty = -1 if mask_id is None else mask_id
     x = lay_out(model, empty, fill_id, ids, ends, max_len)
@@ -121,6 +122,8 @@ def make_call(
         suppress_ids=numbers(suppressed) if suppressed else None,
         prompt_lengths=lengths,
         ends=ends,
+        region_start=None if starts is None else numbers(starts),
+        region_starts=starts,
         ignores_eos=options.ignore_eos,
         fill_id=fill_id,
         on_step=options.on_step,
@@ -138,11 +141,44 @@ def per_prompt(name: str, value: Any, prompts: int) -> list[Any]:
     return list(value)
 
 
-def _new_tokens(max_new_tokens: Any, prompts: int) -> list[int]:
-    values = per_prompt("max_new_tokens", max_new_tokens, prompts)
-    for value in values:
-        expect_int("max_new_tokens", value, 1)
+def _new_tokens(
+    max_new_tokens: Any, ids: Sequence[Sequence[int]], mask_id: int | None
+) -> list[int]:
+    values = per_prompt("max_new_tokens", max_new_tokens, len(ids))
+    for value, prompt in zip(values, ids, strict=True):
+        expect_int("max_new_tokens", value, 0 if mask_id in prompt else 1)
     return values
+
+
+def _region_starts(
+    model: Model, algorithm: Algorithm, options: Options, ids: Sequence[Sequence[int]]
+) -> list[int] | None:
+    """The first mask of each prompt, or its end; None where no prompt has masks.
+
+    Raises:
+        ValueError: masks that this algorithm or model does not fill.
+    """
+    spec, mask_id = model.spec, model.spec.mask_id
+    starts = [p.index(mask_id) if mask_id in p else len(p) for p in map(list, ids)]
+    found = [row for row, prompt in enumerate(ids) if mask_id in prompt]
+    if not found:
+        return None
+    name, refused = f"prompts[{found[0]}]", None
+    if not algorithm.fills_prompts:
+        refused = f"{type(algorithm).__name__}, which writes after the prompt alone"
+    elif spec.seeded or spec.block_origin != "zero":
+        refused = (
+            "a model whose blocks begin at the prompt's end or take a token from the one before"
+        )
+    elif options.guidance > 0:
+        refused = "guidance, which masks the prompt"
+    elif algorithm.ends_early and not options.ignore_eos:
+        given = (token for row in found for token in ids[row][starts[row] :])
+        if not set(spec.eos_ids).isdisjoint(given):
+            refused = f"{type(algorithm).__name__} and an EOS after them, which it takes for an end"
+    if refused is not None:
+        raise ValueError(f"{name}: expected no mask in a prompt with {refused}")
+    return starts
 
 
 def _temperatures(temperature: float | Sequence[float], prompts: int) -> list[float]:

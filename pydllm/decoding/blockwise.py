@@ -63,6 +63,7 @@ class BlockwiseAlgorithm(Algorithm):
     """
 
     takes_guidance: ClassVar[bool] = True
+    fills_prompts: ClassVar[bool] = True
 
     block_length: int
     cache: str
@@ -221,6 +222,8 @@ class BlockwiseDecoder(Decoder):
         stats = window_stats(
             self.algorithm, state, window, selection, **_reading(state, block, first)
         )
+        if first:
+            count_blocks_without_masks(state, block)
         if first and state.call.model.spec.seeded:  # stored the prompt, and wrote nothing
             only_stored = (window.length > 0) & (selection.length == 0) & ~state.done
             state.nfe += only_stored.int()
@@ -258,7 +261,7 @@ def begin_blocks(
     if call.model.spec.block_origin == "prompt":
         state.next_start.copy_(state.prompt_length)
     else:
-        state.next_start.copy_(state.prompt_length // size * size)
+        state.next_start.copy_(state.region_start // size * size)
     return state
 
 
@@ -320,9 +323,9 @@ def _layout_full(algorithm: BlockwiseAlgorithm, state: BlockState) -> Block:
     commit = None if cache == "none" else end
     refresh = window = Window.make(zero, end, end, width=width, commit=commit)
     if algorithm.carries_masks:
-        filled = start + length - state.prompt_length
+        filled = start + length - state.region_start
         width = runner.width(max(map(sum, zip(offsets, sizes, strict=True))), call.max_len)
-        first_selection = Selection(state.prompt_length, filled, width)
+        first_selection = Selection(state.region_start, filled, width)
     if cache == "none":
         selection = first_selection
     else:
@@ -338,6 +341,8 @@ def _layout_full(algorithm: BlockwiseAlgorithm, state: BlockState) -> Block:
         rows = torch.where(length > 0, rows, 0)
         window = Window.make(start - lead, rows, end, width=width)
     steps, known = _limit(algorithm, sizes, forced)
+    if call.has_infill:  # a part of the block may be the prompt's
+        known = False
     return Block(
         steps,
         known,
@@ -347,7 +352,7 @@ def _layout_full(algorithm: BlockwiseAlgorithm, state: BlockState) -> Block:
         first_selection,
         selection,
         positions,
-        start,
+        torch.maximum(start, state.prompt_length),
         first_decides_block=first_selection is positions,
         decides_block=selection is positions,
     )
@@ -355,32 +360,32 @@ def _layout_full(algorithm: BlockwiseAlgorithm, state: BlockState) -> Block:
 
 def _layout_block_causal(algorithm: BlockwiseAlgorithm, state: BlockState) -> Block:
     call, size = state.call, algorithm.block_length
-    runner, slots, prompt = call.runner, call.max_len, state.prompt_length
+    runner, slots, first_mask = call.runner, call.max_len, state.region_start
     shifted = int(call.model.spec.shift_logits)
     # A sequence that is done may stay, and has no block any more.
     start = state.next_start.clamp(max=slots - size)
     end = start + size
     # Masks after the end of a sequence that is done stay masks.
-    length = torch.full_like(prompt, size).masked_fill(state.done, 0)
+    length = torch.full_like(first_mask, size).masked_fill(state.done, 0)
     positions = Selection(start, length, size)
     # The first forward also stores the block before, or all that the prompt fills.
     opening = [slot for slot in state.live if state.blocks[slot] == 0]
     width, before = 2 * size, start - size
     if opening:
-        longest = max(call.prompt_lengths[state.prompts[slot]] for slot in opening)
+        longest = max(call.first_positions[state.prompts[slot]] for slot in opening)
         at_prompt = call.model.spec.block_origin == "prompt"
         whole = longest + size if at_prompt else (longest // size + 1) * size
         others = width if len(opening) < len(state.live) else 0
         width = runner.width(max(whole, others), slots)
-        before = torch.where(start < prompt + 1, 0, before)
+        before = torch.where(start < first_mask + 1, 0, before)
     rows, stored = ((t - before).masked_fill(state.done, 0) for t in (end, start))
     refresh = Window.make(before, rows, end, width=width, commit=stored)
     first = (start - shifted).clamp(min=0)
     window = Window.make(first, end - first, end, width=min(size + shifted, slots))
     steps, known = _limit(algorithm, [size], False)
-    if opening and known:  # a part of the block may be the prompt's
+    if (opening or call.has_infill) and known:  # a part of the block may be the prompt's
         steps, known = size, False
-    ends_from = torch.maximum(start, prompt)
+    ends_from = torch.maximum(start, state.prompt_length)
     return Block(steps, known, False, refresh, window, positions, positions, positions, ends_from)
 
 
@@ -466,6 +471,13 @@ def window_stats(
         noise_offset=noise_offset,
         shifted=shifted,
     )
+
+
+def count_blocks_without_masks(state: BlockState, block: Block) -> None:
+    """Count the forward that opens a block of given tokens alone, which decides nothing."""
+    if state.call.has_infill:
+        takes_part = (block.positions.length > 0) & (block.refresh.length > 0) & ~state.done
+        state.nfe += takes_part & (masks_left(state, block) == 0)
 
 
 def masks_left(state: State, block: Block) -> Tensor:

@@ -41,6 +41,8 @@ class Call:
         x: ``(N, L)`` int64 on the model's device, one row per prompt: prompt, masks, EOS after
             them. With a block-causal model masks also fill the rest of the last block.
         prompt_length: ``(N,)`` int32 on the device.
+        region_start: ``(N,)`` int32 on the device, the first position to decode: the first mask of
+            a prompt that has masks, otherwise its end. None: the ends of all prompts.
         end: ``(N,)`` int32 on the device, prompt length plus new tokens.
         request_id: ``(N,)`` int32 on the device, key of a prompt's noise.
         temperature: 0, or ``(N,)`` fp32 on the device, one per prompt.
@@ -52,7 +54,7 @@ class Call:
         suppress_ids: ``(n,)`` int32 on the device, ids that are never predicted, the mask id first;
             None: there are none. A causal model without a mask has ``mask_id`` -1 where nothing was
             written yet.
-        prompt_lengths, ends: the same on the host.
+        prompt_lengths, region_starts, ends: the same on the host.
         ignores_eos: whether the model's EOS ids are tokens as any other.
         fill_id: what rows hold after their end.
         runner: runs the steps.
@@ -73,6 +75,8 @@ class Call:
     suppress_ids: Tensor | None
     prompt_lengths: Sequence[int]
     ends: Sequence[int]
+    region_start: Tensor | None = None
+    region_starts: Sequence[int] | None = None
     ignores_eos: bool = False
     fill_id: int = 0
     on_step: Callable[[Step], None] | None = None
@@ -107,8 +111,18 @@ class Call:
 
     @property
     def region_lengths(self) -> list[int]:
-        """New tokens of each prompt."""
-        return [end - start for start, end in zip(self.prompt_lengths, self.ends, strict=True)]
+        """Positions from the first to decode to the end, of each prompt."""
+        return [end - start for start, end in zip(self.first_positions, self.ends, strict=True)]
+
+    @property
+    def first_positions(self) -> Sequence[int]:
+        """The first position to decode of each prompt."""
+        return self.prompt_lengths if self.region_starts is None else self.region_starts
+
+    @property
+    def has_infill(self) -> bool:
+        """Whether a prompt has masks."""
+        return self.region_starts is not None
 
     def with_runner(self, runner: Runner) -> Call:
         """The call with its small tensors in the runner's buffers."""

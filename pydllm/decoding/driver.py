@@ -60,6 +60,7 @@ class Algorithm(ABC):
             rest holds ``Call.fill_id``, no EOS.
         ends_early: whether an EOS counts before all tokens that precede it are known, and changes
             them. Stops then do not count as EOS.
+        fills_prompts: whether it fills masks in a prompt.
         takes_top_k, has_logprobs, takes_guidance: whether ``generate`` takes ``top_k``,
             ``logprobs`` and ``guidance`` with it.
     """
@@ -67,6 +68,7 @@ class Algorithm(ABC):
     needs_mask: ClassVar[bool] = True
     shares_region: ClassVar[bool] = False
     ends_early: ClassVar[bool] = False
+    fills_prompts: ClassVar[bool] = False
     takes_top_k: ClassVar[bool] = True
     has_logprobs: ClassVar[bool] = True
     takes_guidance: ClassVar[bool] = False
@@ -295,6 +297,8 @@ class _Drive:
         rows = state.x[torch.tensor(slots, device=state.x.device)].tolist()
         for slot, row in zip(slots, rows, strict=True):
             prompt = state.prompts[slot]
+            if call.mask_id in row[: call.prompt_lengths[prompt]]:
+                continue
             answer = row[call.prompt_lengths[prompt] : call.ends[prompt]]
             if call.mask_id in answer:
                 answer = answer[: answer.index(call.mask_id)]

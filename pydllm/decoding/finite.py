@@ -20,7 +20,7 @@ def check_finite(call: Call, x: Tensor) -> Tensor:
     Args:
         x: ``(N, L)`` int64, decoded, on the call's device.
     """
-    lengths, ends = (torch.tensor(t)[:, None] for t in (call.prompt_lengths, call.ends))
+    lengths, ends = (torch.tensor(t)[:, None] for t in (call.first_positions, call.ends))
     position = torch.arange(x.shape[1])
     new = (position >= lengths) & (position < ends)
     tokens = x.cpu()
@@ -30,7 +30,7 @@ def check_finite(call: Call, x: Tensor) -> Tensor:
     rows = (doubtful & new).any(1).nonzero().flatten()
     finite = torch.ones(len(x), dtype=torch.bool)
     for row in rows.numpy():
-        if _is_finite(call, x[row, : call.ends[row]], call.prompt_lengths[row]):
+        if _is_finite(call, x[row, : call.ends[row]], call.first_positions[row]):
             continue
         finite[row] = False
         warnings.warn(
@@ -42,7 +42,7 @@ def check_finite(call: Call, x: Tensor) -> Tensor:
     return finite
 
 
-def _is_finite(call: Call, sequence: Tensor, prompt_length: int) -> bool:
+def _is_finite(call: Call, sequence: Tensor, first: int) -> bool:
     model = getattr(call.model, "unguided", call.model)
     length = torch.full_like(call.end[:1], len(sequence))
     zero, spec = torch.zeros_like(length), model.spec
@@ -59,5 +59,5 @@ def _is_finite(call: Call, sequence: Tensor, prompt_length: int) -> bool:
         backend=call.backend,
         **options,
     )
-    last = hidden[0, max(0, prompt_length - 1) :]
+    last = hidden[0, max(0, first - 1) :]
     return bool(model.head_stats(last, backend=call.backend).logsumexp.isfinite().all())

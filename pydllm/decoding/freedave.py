@@ -28,6 +28,7 @@ from pydllm.decoding.blockwise import (
     BlockwiseAlgorithm,
     begin_blocks,
     block_ending,
+    count_blocks_without_masks,
     force_first,
     masks_left,
     open_block,
@@ -78,6 +79,7 @@ class FreeDave(Algorithm):
     """
 
     takes_guidance: ClassVar[bool] = True
+    fills_prompts: ClassVar[bool] = True
 
     draft_steps: int | str = 8
     block_length: int = 32
@@ -224,8 +226,10 @@ class StrictDecoder(Decoder):
         stats = window_stats(
             self.baseline, state, block.refresh, block.positions, noise_offset=noise
         )
+        count_blocks_without_masks(state, block)
         accept = force_first if block.is_forced else self.baseline.accept
-        return self.drafter.begin(state, stats, block.positions, block.positions, accept)
+        first = block.first_selection if block.is_forced else block.positions
+        return self.drafter.begin(state, stats, block.positions, first, accept)
 
     def _verify(self, state: StrictState, block: Block, branches: int) -> Carried:
         packed = self.drafter.pack(state, branches)

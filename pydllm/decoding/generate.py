@@ -50,11 +50,13 @@ def generate(
         model: what ``pydllm.load`` returned, or anything with the protocol ``pydllm.models.Model``.
         prompts: a list: token ids (lists or 1-D tensors), strings, or chat messages (lists of
             ``{"role": ..., "content": ...}``), which the model's template renders. Or a ``(B, L)``
-            tensor or array of ids, or a mapping with ``input_ids`` and ``attention_mask``.
+            tensor or array of ids, or a mapping with ``input_ids`` and ``attention_mask``. Masks in
+            a prompt are filled in place; models with full attention then see both sides,
+            block-causal ones what their blocks do. Not from left to right.
         algorithm: ``Static(...)``, ``Threshold(...)``, ``Factor(...)``, ``EntropyBound(...)``,
             ``FreeDave(...)``, ``APD(...)``, ``LeftToRight(...)`` or ``MultiBlock(...)``.
         max_new_tokens: length of the generation region, in tokens: one for all prompts, or a list
-            with one per prompt.
+            with one per prompt. 0 where a prompt has masks and nothing is to follow it.
         temperature: 0 takes the arg-max; from 1e-6 on, tokens are drawn from
             softmax(logits / temperature). Or a list with one per prompt.
         top_k: only the k most probable tokens of a position count.
@@ -206,14 +208,21 @@ def _graphs(call: Call, algorithm: Algorithm, max_batch: int | None, *, auto: bo
     """Recorded steps and buffers for calls of this kind."""
     rows = len(call.prompt_lengths)
     batch = power_of_two(min(rows, max_batch or rows))
-    used = extents(call.prompt_lengths, call.ends, shared=algorithm.shares_region)
+    used = extents(call.first_positions, call.ends, shared=algorithm.shares_region)
     max_len = padded_length(call.model, call.prompt_lengths, used, fixed_shapes=True)
     sampled = isinstance(call.temperature, Tensor)
     # The seed is captured, where noise is drawn; what else a call says is read from its tensors.
     seed = call.seed if sampled or algorithm.is_random else None
     lists = (call.eos, call.suppress_ids)
     sizes = tuple(None if ids is None else len(ids) for ids in lists)
-    flags = (sampled, call.top_k is None, call.top_p is None, call.logprobs, call.guidance)
+    flags = (
+        sampled,
+        call.top_k is None,
+        call.top_p is None,
+        call.logprobs,
+        call.guidance,
+        call.has_infill,
+    )
     kind = (cache_key(algorithm), call.model.spec, seed, call.backend, sizes, flags)
     return graphs_of(call.model, kind, batch, max_len, auto=auto)
 

@@ -84,6 +84,7 @@ class MultiBlock(Algorithm):
             expect_int("tail", self.tail, 0)
 
     takes_guidance: ClassVar[bool] = True
+    fills_prompts: ClassVar[bool] = True
     shares_region: ClassVar[bool] = True
     ends_early: ClassVar[bool] = True
 
@@ -207,7 +208,7 @@ class MultiBlockDecoder(Decoder):
             token,
             entropy,
             mask_id=call.mask_id,
-            prompt_length=state.prompt_length,
+            prompt_length=state.region_start,
             max_new_tokens=max(call.region_lengths),
             block_length=algorithm.block_length,
             threshold=algorithm.threshold,

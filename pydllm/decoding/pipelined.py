@@ -99,7 +99,7 @@ class PipelinedDecoder(Decoder):
         state = PipelinedState.begin(
             call, prompts, cache, stored=lengths[0], last_end=lengths[1], **extra
         )
-        state.stored.copy_(state.prompt_length // size * size)
+        state.stored.copy_(state.region_start // size * size)
         state.last_end.copy_(_whole_blocks(state.end, size))
         return state, None
 
@@ -112,7 +112,7 @@ class PipelinedDecoder(Decoder):
         reach = _reach(budget.ahead(max(state.branches, 1)), size, slots)
         if first:
             state.branches = 1
-            longest = max(call.prompt_lengths[prompt] for prompt in state.live_prompts)
+            longest = max(call.first_positions[prompt] for prompt in state.live_prompts)
             width = runner.width(min(longest // size * size + reach, slots), slots)
         else:
             if fixed:

@@ -27,7 +27,7 @@ def encode_prompts(model: Model, prompts: Any) -> list[list[int]]:
 
     Raises:
         ValueError, TypeError: none of these, text without a tokenizer or that it cannot encode,
-            messages without a template, an id outside of the vocabulary, a mask, an empty prompt of
+            messages without a template, an id outside of the vocabulary, no token to begin with for
             a shifted model.
     """
     if isinstance(prompts, Mapping):
@@ -65,11 +65,7 @@ def _encode(model: Model, name: str, prompt: Any) -> list[int]:
             raise ValueError(
                 f"{name}[{place}]: expected a token id in [0, {spec.vocab_size}), got {token}"
             )
-        if token == spec.mask_id:
-            raise ValueError(
-                f"{name}[{place}]: expected no mask in a prompt, got the mask id {token}"
-            )
-    if (spec.shift_logits or spec.seeded) and not ids:
+    if (spec.shift_logits or spec.seeded) and ids[:1] in ([], [spec.mask_id]):
         raise ValueError(
             f"{name}: expected at least one token (position i is predicted from i - 1), got none"
         )

@@ -82,8 +82,8 @@ class State:
         step_map: ``(b, L)`` int32, the forward that wrote a position, or -1.
         nfe: ``(b,)`` int32, forwards in which the sequence took part.
         noise_offset: ``(b,)`` int32, tokens written so far, the last word of the noise key.
-        prompt_length, end, request_id, temperature, top_k, top_p: of the slot's prompt, see
-            ``Call``.
+        prompt_length, region_start, end, request_id, temperature, top_k, top_p: of the slot's
+            prompt, see ``Call``.
         done: ``(b,)`` bool, nothing is left to decode. No op touches such a row.
         logprobs: ``(b, L)`` fp32, log-probability of the token that was predicted last at a
             position while it was masked, under the distribution that it was drawn from; None:
@@ -104,6 +104,7 @@ class State:
     request_id: Tensor
     temperature: float | Tensor
     done: Tensor
+    region_start: Tensor = field(kw_only=True)
     top_k: Tensor | None = field(default=None, kw_only=True)
     top_p: Tensor | None = field(default=None, kw_only=True)
     logprobs: Tensor | None = field(default=None, kw_only=True)
@@ -133,6 +134,9 @@ class State:
             nfe=zero,
             noise_offset=zero.clone(),
             prompt_length=call.prompt_length[rows],
+            region_start=(call.prompt_length if call.region_start is None else call.region_start)[
+                rows
+            ],
             end=call.end[rows],
             request_id=call.request_id[rows],
             temperature=of_slots(call.temperature),

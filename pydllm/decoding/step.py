@@ -217,6 +217,11 @@ def write(
         backend=state.call.backend,
         **rule,
     )
+    if state.call.has_infill and ending is not None and not ending.last:
+        # The op's end of a sequence says nothing of masks in its prompt.
+        position = torch.arange(state.x.shape[1], device=state.x.device)
+        masked = (state.x == state.call.mask_id) & (position < state.prompt_length[:, None])
+        state.done &= ~masked.any(1)
     state.noise_offset += unmasked.accepted
     return unmasked
 

@@ -68,7 +68,6 @@ def test_messages_are_rendered_by_the_template(model):
         ([[True]], TypeError, r"prompts\[0\]: expected a list of ints"),
         ([None], TypeError, r"prompts\[0\]: expected a list of ints, got None"),
         ([[1000]], ValueError, r"prompts\[0\]\[0\]: expected a token id in \[0, \d+\), got 1000"),
-        ([[0]], ValueError, r"prompts\[0\]\[0\]: expected no mask in a prompt"),
     ],
 )
 def test_prompts_that_are_refused(model, prompts, error, message):

@@ -331,7 +331,6 @@ def _call(model, **changes):
             ValueError,
             r"prompts\[1\]\[0\]: expected a token id in \[0, 48\)",
         ),
-        ({"prompts": [[2, MASK]]}, ValueError, r"prompts\[0\]\[1\]: expected no mask in a prompt"),
         (
             {"prompts": [torch.ones(1, 2).long()]},
             ValueError,
