@@ -19,9 +19,11 @@ from pydllm.decoding import (
     SelfSpeculative,
     Static,
     Step,
+    Stream,
     Threshold,
     generate,
     infill,
+    stream,
     warmup,
 )
 from pydllm.models import load
@@ -44,6 +46,7 @@ __all__ = [
     "PydllmError",
     "Static",
     "Step",
+    "Stream",
     "Threshold",
     "env",
     "generate",
@@ -52,6 +55,7 @@ __all__ = [
     "metrics",
     "ops",
     "patch",
+    "stream",
     "warmup",
 ]
 

@@ -11,6 +11,7 @@ from pydllm.decoding.left_to_right import LeftToRight
 from pydllm.decoding.multiblock import MultiBlock
 from pydllm.decoding.self_speculative import SelfSpeculative
 from pydllm.decoding.static import EntropyBound, Factor, Static, Threshold
+from pydllm.decoding.streaming import Stream, stream
 
 __all__ = [
     "APD",
@@ -25,8 +26,10 @@ __all__ = [
     "SelfSpeculative",
     "Static",
     "Step",
+    "Stream",
     "Threshold",
     "generate",
     "infill",
+    "stream",
     "warmup",
 ]

@@ -202,10 +202,10 @@ class Mailbox:
 
 def drive(decoder: Decoder, call: Call, *, max_batch: int | None = None) -> Decoded:
     """Decode every prompt of the call, at most ``max_batch`` at a time."""
-    return _Drive(decoder, call, max_batch).run()
+    return Drive(decoder, call, max_batch).run()
 
 
-class _Drive:
+class Drive:
     """One call: the batch, the prompts that wait, the results."""
 
     def __init__(self, decoder: Decoder, call: Call, max_batch: int | None) -> None:
@@ -237,6 +237,17 @@ class _Drive:
             self.results.collect(self.state, self.state.live)
         results = self.decoder.finish(self.call, self.results)
         return replace(results, interrupted=interrupted)
+
+    def answers(self) -> Iterator[tuple[int, list[int]]]:
+        """(prompt, new ids before the first that is not decoded) of the prompts in the batch."""
+        call, live = self.call, self.state.live
+        rows = self.state.x[torch.tensor(live, device=call.device)].tolist() if live else []
+        for slot, row in zip(live, rows, strict=True):
+            prompt = self.state.prompts[slot]
+            answer = row[call.prompt_lengths[prompt] : call.ends[prompt]]
+            if call.mask_id in answer:
+                answer = answer[: answer.index(call.mask_id)]
+            yield prompt, answer
 
     def steps(self) -> Iterator[None]:
         """Run the steps, one a turn."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -12,9 +14,10 @@ from pydllm._checks import check_bool
 from pydllm.decoding.arguments import Options, make_call
 from pydllm.decoding.call import Call, Step, extents, padded_length
 from pydllm.decoding.checks import expect_int
-from pydllm.decoding.driver import Algorithm, drive
+from pydllm.decoding.driver import Algorithm, Drive
 from pydllm.decoding.generation import Generation, collect
 from pydllm.decoding.graph import Eager, Graphs, cache_key, graphs_of, power_of_two
+from pydllm.decoding.memory import expect_room
 from pydllm.decoding.prompts import Prompt, encode_prompts
 from pydllm.decoding.stops import Stop
 from pydllm.models import Model, NativeModel
@@ -97,7 +100,8 @@ def generate(
         has been decoded by then.
 
     Raises:
-        ValueError, TypeError: an argument that cannot be decoded, said before anything runs.
+        ValueError, TypeError: an argument that cannot be decoded with, or keys and values that do
+            not fit into the free memory, said before anything runs.
 
     Example:
         >>> generation = pydllm.generate(model, ["how many ?"], pydllm.Threshold(0.9),
@@ -118,6 +122,65 @@ def generate(
         backend=backend,
         on_step=on_step,
     )
+    prepared = prepare(
+        model,
+        prompts,
+        algorithm,
+        max_new_tokens,
+        options,
+        graph=graph,
+        max_batch=max_batch,
+        deterministic=deterministic,
+    )
+    with compute_context(model.device):
+        return prepared.run()
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A checked call, and how its steps are run."""
+
+    call: Call
+    algorithm: Algorithm
+    max_batch: int | None
+    graphs: Graphs | None
+
+    @contextmanager
+    def drive(self) -> Iterator[Drive]:
+        """Over the recorded steps; as it is where there are none, or another call has them."""
+        graphs = self.graphs
+        if graphs is None or not graphs.lock.acquire(blocking=False):
+            yield self._begin(self.call.with_runner(Eager()))
+            return
+        try:
+            yield self._begin(self.call.with_max_len(graphs.max_len).with_runner(graphs))
+        finally:
+            graphs.lock.release()
+
+    def run(self) -> Generation:
+        with self.drive() as run:
+            return collect(run.run(), run.call)
+
+    def _begin(self, call: Call) -> Drive:
+        decoder, rows = self.algorithm.decoder(call), len(call.prompt_lengths)
+        batch = call.runner.batch_size(min(rows, self.max_batch or rows))
+        if self.graphs is None or not self.graphs.steps:
+            expect_room(call, decoder, batch)
+        return Drive(decoder, call, self.max_batch)
+
+
+def prepare(
+    model: Model,
+    prompts: Any,
+    algorithm: Algorithm,
+    max_new_tokens: int | Sequence[int],
+    options: Options,
+    *,
+    graph: bool | str,
+    max_batch: int | None,
+    deterministic: bool,
+) -> Prepared:
+    """Check the arguments of ``generate``, which are these."""
     ids = encode_prompts(model, prompts)
     check_bool("deterministic", deterministic)
     if deterministic:
@@ -133,7 +196,7 @@ def generate(
         graphs = None
         if graph is True or (graph == "auto" and model.device.type == "cuda" and _records(model)):
             graphs = _graphs(call, algorithm, max_batch, auto=graph == "auto")
-        return _run(call, algorithm, max_batch, graphs)
+    return Prepared(call, algorithm, max_batch, graphs)
 
 
 def warmup(
@@ -184,7 +247,7 @@ def warmup(
         for _ in range(_WARM):
             call = make_call(model, prompts, algorithm, new, options)
             graphs = _graphs(call, algorithm, None, auto=False)
-            _run(call, algorithm, None, graphs)
+            Prepared(call, algorithm, None, graphs).run()
     return len(graphs.steps)
 
 
@@ -225,17 +288,3 @@ def _graphs(call: Call, algorithm: Algorithm, max_batch: int | None, *, auto: bo
     )
     kind = (cache_key(algorithm), call.model.spec, seed, call.backend, sizes, flags)
     return graphs_of(call.model, kind, batch, max_len, auto=auto)
-
-
-def _run(
-    call: Call, algorithm: Algorithm, max_batch: int | None, graphs: Graphs | None
-) -> Generation:
-    """Decode over the recorded steps; as it is where there are none, or another call has them."""
-    if graphs is None or not graphs.lock.acquire(blocking=False):
-        call = call.with_runner(Eager())
-        return collect(drive(algorithm.decoder(call), call, max_batch=max_batch), call)
-    try:
-        call = call.with_max_len(graphs.max_len).with_runner(graphs)
-        return collect(drive(algorithm.decoder(call), call, max_batch=max_batch), call)
-    finally:
-        graphs.lock.release()
