@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import random
 
 import pytest
@@ -23,7 +24,7 @@ FULL = (
     lambda r: pydllm.Threshold(
         threshold=0.3, block_length=r.choice((4, 9)), cache=r.choice(("none", "dual"))
     ),
-    lambda r: pydllm.Static(block_length=5, tokens_per_step=3, first_token="forced", cache="dual"),
+    lambda r: pydllm.Static(block_length=5, tokens_per_step=3, cache="dual"),
     lambda r: pydllm.EntropyBound(bound=1.0, block_length=6, cache="prefix"),
     lambda r: pydllm.MultiBlock(threshold=1.5, block_length=r.choice((3, 8)), delay=1),
 )
@@ -50,6 +51,8 @@ def check(seed):
     block, shift = r.choice(((None, False), (None, True), (4, False), (4, True)))
     model, _ = models(block=block, shift=shift)
     algorithm = r.choice(FULL if block is None else BLOCKS)(r)
+    if shift and getattr(algorithm, "cache", None) == "dual" and r.random() < 0.5:
+        algorithm = dataclasses.replace(algorithm, first_token="forced")
     given = list(random_prompts(r, r.randint(1, 4)))
     new = [r.randint(0 if MASK in ids else 1, 9) for ids in given]
     if isinstance(algorithm, pydllm.MultiBlock):  # an EOS that was given would end a sequence

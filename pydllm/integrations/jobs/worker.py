@@ -28,6 +28,7 @@ class Recipe:
     """What decides an answer, in values that travel between processes; see ``pydllm.generate``.
 
     Attributes:
+        temperature and what follows it: as in ``generate``.
         model, verifier: folders or hub ids; the verifier is loaded for an algorithm that has one.
         algorithm, settings: as ``make_algorithm`` takes them.
         dtype: a name of torch's, or None.
@@ -42,12 +43,22 @@ class Recipe:
     seed: int
     dtype: str | None
     backend: str | None
+    top_k: int | None = None
+    top_p: float | None = None
+    guidance: float = 0.0
+    stop: list[str] | None = None
+    ignore_eos: bool = False
+    suppress_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens: expected at least 1, got {self.max_new_tokens}")
         if not (self.temperature == 0 or 1e-6 <= self.temperature < math.inf):
             raise ValueError(f"temperature: expected 0 or at least 1e-6, got {self.temperature}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p: expected a number in (0, 1], got {self.top_p}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k: expected at least 1, got {self.top_k}")
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed: expected an integer in [0, 2^64), got {self.seed}")
 
@@ -143,6 +154,12 @@ class Worker:
                 self.algorithm,
                 max_new_tokens=recipe.max_new_tokens,
                 temperature=recipe.temperature,
+                top_k=recipe.top_k,
+                top_p=recipe.top_p,
+                guidance=recipe.guidance,
+                stop=recipe.stop,
+                ignore_eos=recipe.ignore_eos,
+                suppress_ids=recipe.suppress_ids,
                 seed=recipe.seed,
                 backend=recipe.backend,
                 request_ids=[row.index for row in rows],
