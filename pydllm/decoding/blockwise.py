@@ -269,6 +269,8 @@ def is_over(state: BlockState, counts: Counts | None) -> bool:
     """Whether the open block is complete, as far as the host knows."""
     if state.block is None or state.steps_done == state.block.steps:
         return True
+    if state.block.is_forced and state.steps_done == 1:  # it did not look for the block's end
+        return False
     return counts is not None and max(counts[0]) <= 0 and not state.call.warm
 
 

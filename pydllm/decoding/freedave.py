@@ -21,7 +21,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pydllm import ops
 from pydllm.decoding.blockwise import (
     Block,
     BlockState,
@@ -49,6 +48,7 @@ from pydllm.decoding.drafts import (
 from pydllm.decoding.driver import Algorithm, Counts, Decoder, Plan
 from pydllm.decoding.pipelined import PipelinedDecoder
 from pydllm.decoding.static import Static
+from pydllm.decoding.step import close
 from pydllm.models import Model
 
 
@@ -212,7 +212,7 @@ class StrictDecoder(Decoder):
     def step(self, state: StrictState, plan: StrictPlan) -> tuple[Tensor, Carried]:
         block = plan.block
         if plan.kind == "close":
-            _close(state, block)
+            close(state, block.positions, block_ending(state, block, last=True))
             return -state.done.int().repeat(2, 1), None
         if plan.kind == "begin":
             carried = self._begin(state, block)
@@ -242,23 +242,3 @@ class StrictDecoder(Decoder):
             noise_offset=self.budget.noise_offset(state, branches),
         )
         return self.drafter.follow(state, packed, stats, block.positions, branches)[1]
-
-
-def _close(state: StrictState, block: Block) -> None:
-    """Say which sequences are done: a step that writes no tokens."""
-    nothing = torch.zeros_like(state.nfe)
-    window = state.x[:, : block.positions.width]
-    ops.unmask(
-        state.x,
-        state.step_map,
-        nothing,  # not a forward
-        window.clone(),
-        torch.zeros_like(window, dtype=torch.float32),
-        mask_id=state.call.mask_id,
-        start=block.positions.start,
-        length=block.positions.length,
-        rule="quota",
-        quota=nothing.clone(),
-        ending=block_ending(state, block, last=True),
-        backend=state.call.backend,
-    )

@@ -51,7 +51,7 @@ def infill(
         algorithm: one that fills masks in prompts: block-wise ones, ``FreeDave``, ``MultiBlock``.
         max_new_tokens: tokens that follow a text.
         suppress_ids: ids that are not predicted. Default: EOS where nothing follows the texts.
-        options: further keywords of ``generate``.
+        options: further keywords of ``generate``; ``ignore_eos`` is True where nothing follows.
 
     Raises:
         ValueError, TypeError: a text without a gap, a gap of no tokens, a model without a
@@ -68,9 +68,11 @@ def infill(
         missing = "a tokenizer" if model.tokenizer is None else "a mask id"
         raise ValueError(f"model: expected one with {missing}, got one without")
     pieces = [_read(model, f"texts[{row}]", text) for row, text in enumerate(single)]
+    follows = max_new_tokens != 0
     if suppress_ids is None:
-        follows = max_new_tokens != 0
         suppress_ids = () if follows else model.spec.eos_ids
+    if not follows:
+        options.setdefault("ignore_eos", True)
     prompts = [[token for piece, _ in rows for token in piece] for rows in pieces]
     made = generate(
         model,

@@ -6,6 +6,7 @@ Nothing here reads a value on the host, except to find the rows that a CPU leave
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -202,6 +203,11 @@ def write(
 ) -> ops.Unmasked:
     """Write what the rule accepts of the selected positions into the state."""
     score, rule = accept(stats)
+    block_end = None
+    if state.call.has_infill and ending is not None and not ending.last:
+        # The op's end of a sequence does not look at masks in its prompt.
+        never = torch.full_like(state.end, 2**30)
+        block_end, ending = ending, ops.Ending(state.done, never)
     unmasked = ops.unmask(
         state.x,
         state.step_map,
@@ -217,13 +223,33 @@ def write(
         backend=state.call.backend,
         **rule,
     )
-    if state.call.has_infill and ending is not None and not ending.last:
-        # The op's end of a sequence says nothing of masks in its prompt.
+    if block_end is not None:
         position = torch.arange(state.x.shape[1], device=state.x.device)
         masked = (state.x == state.call.mask_id) & (position < state.prompt_length[:, None])
-        state.done &= ~masked.any(1)
+        length = selection.length.masked_fill(masked.any(1), 0)
+        close(state, replace(selection, length=length), block_end)
     state.noise_offset += unmasked.accepted
     return unmasked
+
+
+def close(state: State, selection: Selection, ending: ops.Ending) -> None:
+    """Say which sequences are done, and fill after their ends: a step that writes no tokens."""
+    nothing = torch.zeros_like(state.nfe)
+    window = state.x[:, : selection.width]
+    ops.unmask(
+        state.x,
+        state.step_map,
+        nothing,  # not a forward
+        window.clone(),
+        torch.zeros_like(window, dtype=torch.float32),
+        mask_id=state.call.mask_id,
+        start=selection.start,
+        length=selection.length,
+        rule="quota",
+        quota=nothing.clone(),
+        ending=ending,
+        backend=state.call.backend,
+    )
 
 
 def busy(state: State, count: Tensor) -> Tensor:
