@@ -6,7 +6,7 @@
 The launchers are called with meta tensors and the launches recorded, so what is compiled is what
 the library would launch, its argument specialisation included. Exits with 1 if a kernel spills
 registers or wants more shared memory than a block of that chip can have; the compiler does not
-check the latter.
+check the latter. The case "ones" of a kernel has a constant 1 for every size and stride.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest import mock
 
@@ -65,6 +65,21 @@ class Launch:
     attributes: dict[tuple[int], list]
     options: dict[str, int]
     grid: tuple[int, ...]
+
+    def with_ones(self) -> Launch:
+        """The same with every integer a 1, as in shapes of ones: Triton makes constants of them."""
+        ones = {
+            (p.num, p.name)
+            for p in self.kernel.params
+            if self.signature[p.name] in ("i32", "i64") and not p.do_not_specialize
+        }
+        names, numbers = {name for _, name in ones}, {number for number, _ in ones}
+        return replace(
+            self,
+            signature=self.signature | dict.fromkeys(names, "constexpr"),
+            constexprs=self.constexprs | dict.fromkeys(names, 1),
+            attributes={at: kept for at, kept in self.attributes.items() if at[0] not in numbers},
+        )
 
     def key(self) -> str:
         """What decides the machine code."""
@@ -183,7 +198,11 @@ def rows(
             for label, launch in CASES[op].launches():
                 for recorded in record(launch, arch):
                     seen.setdefault(recorded.key(), (op, label, arch, recorded))
-            jobs.extend([*seen.values()][::every])
+            # The first launch of each kernel once more, for shapes of ones.
+            kernels = {}
+            for job in seen.values():
+                kernels.setdefault(job[3].kernel.__name__, (op, "ones", arch, job[3].with_ones()))
+            jobs += [*[*seen.values()][::every], *kernels.values()]
     with ThreadPoolExecutor(workers) as pool:
         results = pool.map(lambda job: compile_launch(job[3], job[2]), jobs)
         for (op, label, arch, _), result in zip(jobs, results, strict=True):

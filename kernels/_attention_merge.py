@@ -30,8 +30,8 @@ def _window_attention_merge_kernel(
     mask_m = offs_m < rows
     total = no_keys(BLOCK_M, BLOCK_D)
     for split in range(0, splits):
-        at = split * rows.to(tl.int64) + offs_m
-        l_split = tl.load(state_ptr + splits * rows.to(tl.int64) + at, mask=mask_m, other=0.0)
+        at = split * tl.cast(rows, tl.int64) + offs_m
+        l_split = tl.load(state_ptr + splits * tl.cast(rows, tl.int64) + at, mask=mask_m, other=0.0)
         used = mask_m & (l_split != 0.0)
         m_split = tl.load(state_ptr + at, mask=used, other=float("-inf"))
         mask = used[:, None] & (offs_d < HEAD_DIM)

@@ -21,6 +21,15 @@ def arch(device: torch.device) -> int:
     return INTERPRETER
 
 
+GRID = 65535  # most programs along the second and the third dimension of a grid
+
+
+def exceeds_grid(what: str, size: int, block: int = 1) -> str | None:
+    """Why ``size`` in blocks of ``block`` does not fit such a dimension; None if it does."""
+    most = GRID * block
+    return None if size <= most else f"the kernel takes up to {most} {what}, got {size}"
+
+
 # rms_norm: largest row (elements) -> num_warps; a row is one block.
 RMS_NORM = ((1024, 2), (4096, 4), (8192, 8), (32768, 16))
 

@@ -128,11 +128,10 @@ def supports(logits: torch.Tensor, target: torch.Tensor, temperature: float) -> 
         return f"the kernel takes fp32, fp16 and bf16, got {logits.dtype}"
     if logits.shape[1] > 1 and logits.stride(1) != 1:
         return f"logits must be rows of contiguous elements, got strides {logits.stride()}"
-    if logits.shape[1] > 2**31 - 2**16:
-        return f"the kernel takes up to {2**31 - 2**16} ids, got {logits.shape[1]}"
     if not target.is_contiguous():
         return f"target must be contiguous, got strides {target.stride()}"
-    return None
+    block, _ = _tiles.certainty_loss_tile(logits.device, "backward")
+    return _tiles.exceeds_grid("ids", logits.shape[1], block)
 
 
 def certainty_loss(

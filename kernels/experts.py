@@ -108,7 +108,7 @@ def _experts_expand_kernel(
     BLOCK_K: tl.constexpr,
 ):
     HAS_SHARED: tl.constexpr = shared_ptr is not None
-    size = 2 * inner.to(tl.int64) * width
+    size = 2 * tl.cast(inner, tl.int64) * width
     weight_ptr, first, last = _pairs_of(
         starts_ptr,
         gate_up_ptr,
@@ -124,7 +124,7 @@ def _experts_expand_kernel(
     offs_k = tl.arange(0, BLOCK_K)
     mask_n = offs_n < inner
     gate_ptrs = weight_ptr + offs_n.to(tl.int64)[None, :] * width + offs_k[:, None]
-    up_ptrs = gate_ptrs + inner.to(tl.int64) * width
+    up_ptrs = gate_ptrs + tl.cast(inner, tl.int64) * width
     dtype: tl.constexpr = act_ptr.dtype.element_ty
     for tile in range(first, last, BLOCK_M):
         at = tile + tl.arange(0, BLOCK_M)
@@ -174,7 +174,7 @@ def _experts_contract_kernel(
     BLOCK_K: tl.constexpr,
 ):
     HAS_SHARED: tl.constexpr = shared_ptr is not None
-    size = inner.to(tl.int64) * width
+    size = tl.cast(inner, tl.int64) * width
     weight_ptr, first, last = _pairs_of(
         starts_ptr, down_ptr, shared_ptr, rows, experts, size, TOP_K, BLOCK_M, HAS_SHARED
     )
@@ -257,7 +257,10 @@ def supports(
             return f"{name} must be contiguous, got strides {tensor.stride()}"
     if ids.numel() + hidden.numel() // max(hidden.shape[-1], 1) >= 2**31:
         return f"the kernel takes fewer than 2^31 pairs of row and expert, got {ids.numel()}"
-    return None
+    halves = (down, shared_down)
+    widest = max(size for half in halves if half is not None for size in half.shape[-2:])
+    block = _tiles.experts_tile(hidden.device, hidden.element_size()).block_n
+    return _tiles.exceeds_grid("columns", widest, block)
 
 
 def experts(

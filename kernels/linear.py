@@ -210,7 +210,7 @@ def supports(
     for name, tensor in (("x", x), ("weight", weight), ("scale", scale), ("bias", bias)):
         if tensor is not None and not are_rows(tensor):
             return f"{name} must be rows of contiguous elements, got strides {tensor.stride()}"
-    return None
+    return _tiles.exceeds_grid("outputs", weight.shape[0], _tiles.LINEAR_JOIN[0])
 
 
 def _decode(x: torch.Tensor, weight: torch.Tensor) -> str:

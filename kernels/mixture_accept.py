@@ -102,11 +102,12 @@ def _mixture_accept_tile_kernel(
         weight = _weight_of(mixture_ptr, sequence, mixture, HAS_MIXTURES)
         offs_v = tile * BLOCK_V + tl.arange(0, BLOCK_V)
         # The rows' own ends in the masks keep loads wide where the shared ids end at any number.
+        ends = vocab, verifier_vocab
         if not CRITICAL:
-            vocab = tl.where(weight == 0.0, 0, vocab)
-            verifier_vocab = tl.where(weight == 1.0, 0, verifier_vocab)
+            ends = tl.where(weight == 0.0, 0, vocab), tl.where(weight == 1.0, 0, verifier_vocab)
+        mask_x, mask_y = offs_v < ends[0], offs_v < ends[1]
         logits_ptr += row * stride_logits_row
-        x = tl.load(logits_ptr + offs_v, mask=offs_v < vocab, other=float("-inf")).to(tl.float32)
+        x = tl.load(logits_ptr + offs_v, mask=mask_x, other=float("-inf")).to(tl.float32)
         inside = offs_v < shared
         for i in tl.static_range(N_BANNED):
             inside = inside & (offs_v != tl.load(banned_ptr + i))
@@ -121,7 +122,6 @@ def _mixture_accept_tile_kernel(
             if CRITICAL:
                 tl.store(critical_ptr + offset, 0.0)
         else:
-            mask_y = offs_v < verifier_vocab
             verifier_ptr += row * stride_verifier_row
             y = tl.load(verifier_ptr + offs_v, mask=mask_y, other=float("-inf")).to(tl.float32)
             inverse = inverse_temperature

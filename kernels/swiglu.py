@@ -38,7 +38,7 @@ def supports(gate_up: torch.Tensor) -> str | None:
         return f"the kernel takes fp32, fp16 and bf16, got {gate_up.dtype}"
     if not gate_up.is_contiguous():
         return f"gate_up must be contiguous, got strides {gate_up.stride()}"
-    return None
+    return _tiles.exceeds_grid("columns", gate_up.shape[-1] // 2, _tiles.SWIGLU[0])
 
 
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:

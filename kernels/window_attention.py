@@ -298,7 +298,8 @@ def supports(
     for name, tensor in zip(names, dense, strict=True):
         if tensor is not None and not tensor.is_contiguous():
             return f"{name} must be contiguous, got strides {tensor.stride()}"
-    return None
+    exceeds = _tiles.exceeds_grid
+    return exceeds("sequences", q.shape[0]) or exceeds("heads of keys", k.shape[2])
 
 
 def window_attention(

@@ -46,6 +46,28 @@ def test_a_name_never_falls_back(gpu):
         chosen(backend="cuda", cuda="not this shape")
 
 
+@pytest.mark.parametrize(
+    "capability, hip, reason",
+    [
+        ((7, 5), None, r"compute capability 8.0 \(Ampere\), the device has 7.5"),
+        ((9, 0), "7.0", "ROCm"),
+    ],
+)
+def test_where_the_kernels_do_not_run_auto_takes_torch_and_says_why(
+    capability, hip, reason, monkeypatch, caplog
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: capability)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(dispatch.env, "TRITON_INTERPRET", False)
+    monkeypatch.setattr(dispatch._LOGGER, "filters", [])
+    with caplog.at_level("INFO", logger="pydllm"):
+        assert chosen() == "torch"
+    assert re.search(f"rms_norm: not triton: .*{reason}", caplog.text)
+    with pytest.raises(BackendError, match=f"backend 'triton' cannot run this call: .*{reason}"):
+        chosen(backend="triton")
+
+
 def test_the_table_names_ops_with_both_kernels_and_results_that_are_there():
     for op, rows in preference.CUDA_FASTER.items():
         assert (ROOT / f"csrc/{op}.cu").exists() and (ROOT / f"kernels/{op}.py").exists()

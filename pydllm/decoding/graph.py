@@ -115,6 +115,7 @@ class Graphs:
         self._seen: dict[Hashable, int] = {}
         self.steps: dict[Hashable, Recording | _Captured] = {}
         self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None
         # Held by the call that uses the buffers; another one runs without.
         self.lock = threading.Lock()
         self._broken = False
@@ -150,8 +151,11 @@ class Graphs:
             self.steps[key] = recording = Recording(step)
             return recording.result
         try:
-            self._pool = self._pool or torch.cuda.graph_pool_handle()
-            captured = _Captured(step, self._pool)
+            if self._stream is None:
+                # The stream that torch takes by itself is of the first device that captured.
+                self._pool = torch.cuda.graph_pool_handle()
+                self._stream = torch.cuda.Stream(self._device)
+            captured = _Captured(step, self._pool, self._stream)
         except RuntimeError as error:
             message = f"graph: the step {key} cannot be captured: {error}"
             if self.strict:
@@ -177,11 +181,11 @@ class Graphs:
 
 
 class _Captured:
-    """A step in a CUDA graph."""
+    """A step in a CUDA graph. Other threads may use the device while it is captured."""
 
-    def __init__(self, step: Callable[[], Any], pool: Any) -> None:
+    def __init__(self, step: Callable[[], Any], pool: Any, stream: torch.cuda.Stream) -> None:
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self._graph, pool, stream, capture_error_mode="thread_local"):
             self._result = step()
 
     def replay(self) -> Any:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import inspect
+from unittest import mock
 
 import pytest
 import torch
@@ -323,14 +326,14 @@ def test_bad_warmup(arguments, message):
 
 
 class Refused:
-    def __init__(self, step, pool):
+    def __init__(self, step, pool, stream):
         raise RuntimeError("operation not permitted when stream is capturing")
 
 
 class Software(Recording):
     """A capture runs no kernels: here the recording's effects are undone."""
 
-    def __init__(self, step, pool):
+    def __init__(self, step, pool, stream):
         self.counter, before = step.__self__, step.__self__.total.clone()
         super().__init__(step)
         self.counter.total.copy_(before)
@@ -348,7 +351,8 @@ class Counter:
 def as_on_gpu(monkeypatch, captured, **options):
     monkeypatch.setattr(graphs, "_Captured", captured)
     monkeypatch.setattr(graphs.torch.cuda, "graph_pool_handle", lambda: "pool")
-    return graphs.Graphs(torch.device("cuda"), 1, 16, **options)
+    monkeypatch.setattr(graphs.torch.cuda, "Stream", lambda device: f"stream of {device}")
+    return graphs.Graphs(torch.device("cuda", 1), 1, 16, **options)
 
 
 @pytest.mark.parametrize("after", [1, graphs.WORTH_IT])
@@ -358,6 +362,27 @@ def test_a_step_is_captured_once_it_has_run(after, monkeypatch):
         assert runner.run("key", counter.step) == count
         assert ("key" in runner.steps) == (count > after)
     assert counter.calls == after + 1
+
+
+def test_captures_are_on_a_stream_of_the_device_and_of_the_thread(monkeypatch):
+    """torch's own capture stream is one a process, of the device that captured first; and other
+    threads would not be allowed to use CUDA."""
+    seen, signature = [], inspect.signature(torch.cuda.graph)
+
+    @contextlib.contextmanager
+    def capture(*arguments, **options):
+        seen.append(signature.bind(*arguments, **options).arguments)
+        yield
+
+    captured = graphs._Captured
+    runner, counter = as_on_gpu(monkeypatch, captured, after=1, strict=True), Counter()
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", mock.Mock())
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    for key in "aabb":
+        runner.run(key, counter.step)
+    assert [call["stream"] for call in seen] == ["stream of cuda:1"] * 2
+    assert {call["pool"] for call in seen} == {"pool"}
+    assert {call["capture_error_mode"] for call in seen} == {"thread_local"}
 
 
 def test_a_step_that_cannot_be_captured(monkeypatch, caplog):

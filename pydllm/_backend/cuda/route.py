@@ -8,6 +8,8 @@ from torch import Tensor
 from pydllm._backend.cuda import DTYPES, call
 
 MAX_EXPERTS = 1024  # kRouteExperts in csrc/route.h
+ROWS = 8  # kLogitRows in csrc/route.cu
+GRID = 65535  # blocks along the second dimension of a grid
 
 
 def supports(
@@ -34,6 +36,12 @@ def supports(
             return f"{name} must be contiguous, got strides {tensor.stride()}"
     if router.shape[0] > MAX_EXPERTS:
         return f"the kernel takes up to {MAX_EXPERTS} experts, got {router.shape[0]}"
+    batch, rows, _ = hidden.shape
+    if batch * rows > GRID * ROWS:
+        return f"the kernel takes up to {GRID * ROWS} rows, got {batch * rows}"
+    blocks = rows // branches // (block_size or 1) + 2
+    if capacity is not None and blocks > GRID:
+        return f"the kernel takes up to {GRID} blocks in a window, got {blocks}"
     return None
 
 

@@ -1,0 +1,74 @@
+"""A grid has up to 65,535 programs along its second and third dimension; more are refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pydllm._backend.cuda import route as cuda_route
+from pydllm.kernels import (
+    certainty_loss,
+    commit_branch,
+    experts,
+    linear,
+    route,
+    swiglu,
+    window_attention,
+)
+
+MOST = 65535
+
+
+def meta(*shape, dtype=torch.float16):
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def numbers(*shape):
+    return meta(*shape, dtype=torch.int32)
+
+
+def attention(batch, heads):
+    k, table, each = meta(batch, 1, heads, 64), meta(1, 32, dtype=torch.float32), numbers(batch)
+    return window_attention.supports(*[k] * 5, *[each] * 4, table, table, *[None] * 5)
+
+
+def commit(batch, heads):
+    k, table, each = meta(batch, 1, heads, 64), meta(1, 32, dtype=torch.float32), numbers(batch)
+    return commit_branch.supports(*[k] * 4, *[each] * 3, table, table, None, None, None)
+
+
+def routed(kernel, rows, capacity=None):
+    options = (2, "softmax", True, 1.0, 1, 1, capacity, 1, 1)
+    return kernel.supports(meta(1, rows, 8), meta(4, 8), None, None, None, *options)
+
+
+def mlp(width, inner):
+    halves = meta(4, 2 * inner, width), meta(4, width, inner)
+    routes = numbers(1, 2), meta(1, 2, dtype=torch.float32)
+    return experts.supports(meta(1, width), *halves, *routes, None, None, "silu")
+
+
+CASES = {
+    "window_attention, sequences": (attention, (MOST, 1), (MOST + 1, 1)),
+    "window_attention, heads": (attention, (1, MOST), (1, MOST + 1)),
+    "commit_branch": (commit, (MOST, MOST), (MOST + 1, 1)),
+    "route, rows": (routed, (route, 2**19), (route, 2**23)),
+    "route, blocks": (routed, (route, MOST - 2, 4), (route, MOST - 1, 4)),
+    "route in CUDA, rows": (routed, (cuda_route, 8 * MOST), (cuda_route, 8 * MOST + 1)),
+    "route in CUDA, blocks": (routed, (cuda_route, MOST - 2, 4), (cuda_route, MOST - 1, 4)),
+    "experts": (mlp, (64 * MOST, 1), (1, 64 * MOST + 1)),
+    "linear": (lambda n: linear.supports(meta(1, 1), meta(n, 1), None, None), (2**25,), (2**27,)),
+    "swiglu": (lambda n: swiglu.supports(meta(1, 2 * n)), (2**25,), (2**27,)),
+    "certainty_loss": (
+        lambda n: certainty_loss.supports(meta(1, n), meta(1, dtype=torch.int64), 1.0),
+        (2**26,),
+        (2**31,),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_supports_knows_the_limits_of_a_grid(name):
+    supports, fits, exceeds = CASES[name]
+    assert supports(*fits) is None
+    assert "kernel takes up to" in supports(*exceeds)
