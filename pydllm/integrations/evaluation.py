@@ -21,12 +21,11 @@ _LOG = logging.getLogger("pydllm")
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 # Options of other decoders, and the values at which they do nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "top_p": (None, 1),
-    "top_k": (None, 0, -1),
     "num_beams": (None, 1),
     "num_return_sequences": (None, 1),
     "repetition_penalty": (None, 1),
 }
+_NO_TOP_P, _NO_TOP_K = (None, 0, 1), (None, 0, -1)
 # Those that mean nothing here, whatever their value.
 _IGNORED = ("eos_token_id", "pad_token_id", "use_cache", "suffix")
 
@@ -39,7 +38,7 @@ class Tally:
 
     Attributes:
         requests: answers.
-        tokens: tokens up to and including the end of sequence, stop strings not considered.
+        tokens: tokens up to and including the end of sequence or the stop string.
         forwards, verifier_forwards: of the two models, a sequence counting its own.
         seconds: in ``generate``; a batch counts for its tasks in proportion to their requests.
         per_request: tokens per forward of each answer.
@@ -70,6 +69,8 @@ class _Question:
     until: list[str]
     length: int
     temperature: float
+    top_p: float | None
+    top_k: int | None
 
 
 class Evaluator:
@@ -121,28 +122,6 @@ class Evaluator:
     def encode(self, text: str) -> list[int]:
         return encode(self.tokenizer, text)
 
-    def _cut_text(self, text: str, ids: list[int], until: Sequence[str]) -> str:
-        """The answer up to its first stop string, without special tokens.
-
-        A stop string that is a special token, or has one in it, is not in ``text`` any more: it is
-        looked for in ``ids`` with these kept, and what stands before it is decoded again.
-        """
-        special = {
-            t.content for t in self.tokenizer.get_added_tokens_decoder().values() if t.special
-        }
-        for stop in until:
-            inside = [content for content in special if content in stop]
-            if not inside:
-                text = text.partition(stop)[0]
-                continue
-            for count in range(1, len(ids) + 1):
-                if stop in self.tokenizer.decode(ids[:count], skip_special_tokens=False):
-                    plain = stop[: min(stop.index(content) for content in inside)]
-                    before = self.tokenizer.decode(ids[: count - 1]).removesuffix(plain)
-                    text = min(text, before, key=len)
-                    break
-        return text
-
     def _bare(self, text: str) -> list[int]:
         """Without the special tokens that the tokenizer adds."""
         return self.tokenizer.encode(text, add_special_tokens=False).ids
@@ -157,29 +136,31 @@ class Evaluator:
         """An answer to every (prompt, options), cut at the first of the option's ``until`` strings.
 
         Options: ``until``, a string or a list; ``max_gen_toks`` (or ``max_new_tokens``,
-        ``max_tokens``, ``max_completion_tokens``); ``temperature``, which counts unless
-        ``do_sample`` is false. What no algorithm here has is refused where it would matter.
+        ``max_tokens``, ``max_completion_tokens``); ``temperature``, ``top_p`` and ``top_k``, which
+        count unless ``do_sample`` is false. What is not here is refused where it would matter.
 
         Args:
             tasks: the task of each request, for ``report``.
             on_done: called with the index of a request and its answer, in any order.
         """
         questions = [self._question(i, text, options) for i, (text, options) in enumerate(requests)]
-        # Equal lengths share a call, in which waiting prompts take the slots of finished ones; the
-        # longest prompts first, so memory runs out at once.
+        # In a call waiting prompts take the slots of finished ones. The longest come first: memory
+        # runs out at once.
         questions.sort(key=lambda q: (-q.length, -len(q.ids), q.index))
         answers = [""] * len(requests)
         while questions:
-            length = questions[0].length
-            batch = [q for q in questions[: _CALL * self.batch_size] if q.length == length]
+            batch = questions[: _CALL * self.batch_size]
             del questions[: len(batch)]
             started = time.perf_counter()
             result = generate(
                 self.model,
                 [q.ids for q in batch],
                 self.algorithm,
-                max_new_tokens=length,
+                max_new_tokens=[q.length for q in batch],
                 temperature=[q.temperature for q in batch],
+                top_p=[q.top_p for q in batch],
+                top_k=[q.top_k for q in batch],
+                stop=[q.until for q in batch],
                 seed=self.seed,
                 request_ids=[q.index for q in batch],
                 backend=self.backend,
@@ -188,8 +169,7 @@ class Evaluator:
             result.expect_complete()
             seconds = (time.perf_counter() - started) / len(batch)
             for row, question in enumerate(batch):
-                ids = result.sequences[row][-length:].tolist()
-                text = self._cut_text((result.text or [])[row], ids, question.until)
+                text = (result.text or [])[row]
                 answers[question.index] = text
                 task = "" if tasks is None else tasks[question.index]
                 verified = 0 if result.verifier_nfe is None else int(result.verifier_nfe[row])
@@ -295,11 +275,15 @@ class Evaluator:
         temperature = float(options.pop("temperature", None) or 0.0)
         if options.pop("do_sample", None) is False:
             temperature = 0.0
+        top_p, top_k = options.pop("top_p", None), options.pop("top_k", None)
+        top_p = None if temperature == 0 or top_p in _NO_TOP_P else float(top_p)
+        top_k = None if temperature == 0 or top_k in _NO_TOP_K else int(top_k)
         for name, value in options.items():
-            if name in _IGNORED or (temperature == 0 and name in ("top_p", "top_k", "min_p")):
+            if name in _IGNORED or (temperature == 0 and name == "min_p"):
                 continue
             if value not in _NEUTRAL.get(name, ()):
-                known = ", ".join(("until", *_LENGTHS, "temperature", "do_sample"))
+                words = ("until", *_LENGTHS, "temperature", "top_p", "top_k", "do_sample")
+                known = ", ".join(words)
                 raise ValueError(f"{name}: expected one of the options {known}; got {value!r}")
         ids = self.encode(text)
         if self.max_length is not None:
@@ -311,7 +295,8 @@ class Evaluator:
             ids = self._cut(ids, self.max_length - length)
         if not ids:
             ids = self._prefix()
-        return _Question(index, ids, [stop for stop in until if stop], length, temperature)
+        until = [stop for stop in until if stop]
+        return _Question(index, ids, until, length, temperature, top_p, top_k)
 
     def _count(self, task: str, rate: float, forwards: int, verified: int, seconds: float) -> None:
         tally = self.tallies.setdefault(task, Tally())

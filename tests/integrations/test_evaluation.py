@@ -92,7 +92,7 @@ def test_lengths_and_temperatures_are_each_requests_own(model):
     prompts = [problem.prompt for problem in PROBLEMS]
     options = [
         {"max_new_tokens": 24, "do_sample": False, "temperature": 5.0, "top_k": 3},
-        {"max_gen_toks": 48, "temperature": 1.0},
+        {"max_gen_toks": 48, "temperature": 1.0, "top_p": 0.6, "top_k": 8},
         {"max_tokens": 24, "top_p": 1.0},
         {},
         {"max_gen_toks": 48, "temperature": 0.0, "do_sample": True},
@@ -106,6 +106,8 @@ def test_lengths_and_temperatures_are_each_requests_own(model):
             pydllm.Threshold(threshold=0.9, block_length=24),
             max_new_tokens=length,
             temperature=float(heat),
+            top_p=0.6 if heat else None,
+            top_k=8 if heat else None,
             seed=7,
             request_ids=[index],
         )
@@ -192,7 +194,11 @@ def test_a_special_token_is_added_once_and_not_scored():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": 1.0, "top_p": 0.9}, "top_p: expected one of the options until, max_gen"),
+        ({"temperature": 1.0, "min_p": 0.9}, "min_p: expected one of the options until, max_gen"),
+        (
+            {"temperature": 1.0, "top_p": 1.9, "max_gen_toks": 8},
+            r"top_p: expected a number in \(0, 1\] or None, got 1.9",
+        ),
         ({"num_beams": 4}, "num_beams: expected one of the options"),
         ({"colour": "red"}, "colour: expected one of the options"),
     ],
