@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from pydllm import ops
-from pydllm.decoding.blockwise import BlockState, BlockwiseDecoder
+from pydllm.decoding.blocks import BlockState
+from pydllm.decoding.blockwise import BlockwiseDecoder
 from pydllm.decoding.call import Call
 from pydllm.decoding.driver import POLL, Algorithm, Counts, Decoder, Plan
 from pydllm.decoding.state import Selection, State, Window

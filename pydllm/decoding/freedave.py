@@ -21,16 +21,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from pydllm.decoding.blocks import Block, BlockState, open_block
 from pydllm.decoding.blockwise import (
-    Block,
-    BlockState,
     BlockwiseAlgorithm,
     begin_blocks,
     block_ending,
     count_blocks_without_masks,
     force_first,
     masks_left,
-    open_block,
     window_stats,
 )
 from pydllm.decoding.call import Call
