@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,18 @@ class Options:
     backend: str | None = None
     on_step: Callable[[Step], None] | None = None
     warm: bool = False
+
+
+def read_options(function: str, options: Mapping[str, Any]) -> Options:
+    """Keywords of ``generate`` that another function takes as well.
+
+    Raises:
+        TypeError: a keyword that ``generate`` does not have.
+    """
+    for name in options:
+        if name not in Options.__dataclass_fields__ or name == "warm":
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
+    return Options(**options)
 
 
 def make_call(
@@ -128,7 +140,7 @@ def make_call(
         fill_id=fill_id,
         on_step=options.on_step,
         warm=options.warm,
-        stops=stops,
+        stops=None if options.warm else stops,
     )
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
 from pydllm._backend.context import compute_context
 from pydllm._checks import check_bool
-from pydllm.decoding.arguments import Options, make_call
+from pydllm.decoding.arguments import Options, make_call, read_options
 from pydllm.decoding.call import Call, Step, extents, padded_length
 from pydllm.decoding.checks import expect_int
 from pydllm.decoding.driver import Algorithm, Drive
@@ -206,9 +206,7 @@ def warmup(
     max_len: int,
     *,
     max_new_tokens: int | None = None,
-    temperature: float | Sequence[float] = 0.0,
-    seed: int = 0,
-    backend: str | None = None,
+    **options: Any,
 ) -> int:
     """Compile the kernels and capture the steps that calls of ``generate`` will replay.
 
@@ -225,7 +223,8 @@ def warmup(
         batch: prompts a call, at least 1; rounded up to a power of two.
         max_len: prompt and new tokens of the longest sequence; rounded up to a bucket.
         max_new_tokens: of the dummy batch; default half of ``max_len``.
-        temperature, seed, backend: as in ``generate``; noise is captured with its seed.
+        options: further keywords of ``generate``. Of those that filter and draw, whether they are
+            given counts, and their values do not, but for ``seed`` and ``guidance``.
 
     Returns:
         How many steps are captured for calls of this kind.
@@ -242,10 +241,10 @@ def warmup(
     _check_batch(None, True, model)
     token = next(t for t in range(model.spec.vocab_size) if t != model.spec.mask_id)
     prompts = [[token] * (max_len - new)] * batch
-    options = Options(temperature=temperature, seed=seed, backend=backend, warm=True)
+    read = replace(read_options("warmup", options), warm=True)
     with compute_context(model.device):
         for _ in range(_WARM):
-            call = make_call(model, prompts, algorithm, new, options)
+            call = make_call(model, prompts, algorithm, new, read)
             graphs = _graphs(call, algorithm, None, auto=False)
             Prepared(call, algorithm, None, graphs).run()
     return len(graphs.steps)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from pydllm._backend.context import compute_context
-from pydllm.decoding.arguments import Options
+from pydllm.decoding.arguments import read_options
 from pydllm.decoding.call import Call
 from pydllm.decoding.driver import Algorithm, Drive
 from pydllm.decoding.generate import Prepared, prepare
@@ -80,10 +80,7 @@ def stream(
         ...                                  max_new_tokens=64):
         ...     print(text, end="", flush=True)
     """
-    known = Options.__dataclass_fields__
-    for name in options:
-        if name not in known or name == "warm":
-            raise TypeError(f"stream() got an unexpected keyword argument {name!r}")
+    read = read_options("stream", options)
     if model.tokenizer is None:
         raise ValueError("model: expected one with a tokenizer to stream text, got one without")
     prepared = prepare(
@@ -91,7 +88,7 @@ def stream(
         prompts,
         algorithm,
         max_new_tokens,
-        Options(**options),
+        read,
         graph=graph,
         max_batch=max_batch,
         deterministic=deterministic,
