@@ -6,6 +6,8 @@ commits, so that the stored bits are the ones it attended to.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -98,13 +100,15 @@ def supports(
     branch: torch.Tensor,
     start: torch.Tensor,
     commit: torch.Tensor,
-    *dense: torch.Tensor | None,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    *options: Any,
 ) -> str | None:
     """None if the kernel can run this call, otherwise why not; arguments as of the launcher."""
     if not branch.is_contiguous():
         return f"branch must be contiguous, got strides {branch.stride()}"
-    cos, sin, pad, k_norm, block_table = dense
-    rest = (cos, sin, pad, k_norm, k_norm, block_table, None)
+    pad, k_norm, block_table, *_ = options
+    rest = (cos, sin, pad, k_norm, k_norm, block_table)
     return window_attention.supports(k, k, v, k_cache, v_cache, start, start, start, commit, *rest)
 
 

@@ -16,6 +16,8 @@ Long windows rotate their keys in a pass of their own (``_attention_rotate.py``)
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -283,7 +285,7 @@ def supports(
     v: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
-    *dense: torch.Tensor | None,
+    *rest: Any,
 ) -> str | None:
     """None if the kernel can run this call, otherwise why not; arguments as of the launcher."""
     if q.dtype not in _DTYPES:
@@ -295,7 +297,7 @@ def supports(
         if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
             return f"{name} must have contiguous heads, got strides {tensor.stride()}"
     names = "start length kv_len commit cos sin pad q_norm k_norm block_table block_offset".split()
-    for name, tensor in zip(names, dense, strict=True):
+    for name, tensor in zip(names, rest, strict=False):
         if tensor is not None and not tensor.is_contiguous():
             return f"{name} must be contiguous, got strides {tensor.stride()}"
     exceeds = _tiles.exceeds_grid
@@ -319,8 +321,7 @@ def window_attention(
     k_norm: torch.Tensor | None = None,
     block_table: torch.Tensor | None = None,
     block_offset: torch.Tensor | None = None,
-    *,
-    scale: float,
+    scale: float = 1.0,
     branches: int = 1,
     causal: bool = False,
     block_size: int | None = None,

@@ -41,11 +41,16 @@ def check_tensor(
         TypeError: not a tensor, or another dtype.
         ValueError: another shape or device.
     """
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {describe(value)}")
-    if value.shape != shape:
-        check_shape(name, value, *shape)
-    if value.dtype != dtype and (not isinstance(dtype, tuple) or value.dtype not in dtype):
+    check_is_tensor(name, value)
+    got = value.shape
+    if got != shape:
+        fits = len(got) == len(shape)
+        if fits:
+            for want, size in zip(shape, got, strict=True):
+                fits = fits and (want == size or type(want) is str)
+        if not fits:
+            check_shape(name, value, *shape)
+    if value.dtype != dtype and not (isinstance(dtype, tuple) and value.dtype in dtype):
         check_dtype(name, value, *(dtype if isinstance(dtype, tuple) else (dtype,)))
     if like is not None and value.device != like.device:
         check_device(name, value, like_name, like)
@@ -53,7 +58,7 @@ def check_tensor(
 
 def check_written(name: str, tensor: Tensor) -> None:
     """An argument that is updated in place: each element has memory of its own."""
-    if 0 in tensor.stride() and any(
+    if not tensor.is_contiguous() and any(
         stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
     ):
         raise ValueError(
@@ -109,13 +114,15 @@ def check_number(
     name: str, value: Any, low: float, high: float = math.inf, *, above: bool = False
 ) -> None:
     """A finite number in [low, high], or in (low, high] with ``above``; NaN is in neither."""
+    known = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if known and low <= value <= high and value != math.inf and not (above and value == low):
+        return
     wanted = f"a number in {'(' if above else '['}{low:g}, {high:g}]"
     if high == math.inf:
         wanted = f"a finite number {'above' if above else 'of at least'} {low:g}"
-    if not isinstance(value, int | float) or isinstance(value, bool):
+    if not known:
         raise TypeError(f"{name}: expected {wanted}, got {describe(value)}")
-    if not low <= value <= high or value == math.inf or (above and value == low):
-        raise ValueError(f"{name}: expected {wanted}, got {value}")
+    raise ValueError(f"{name}: expected {wanted}, got {value}")
 
 
 def check_bool(name: str, value: Any) -> None:

@@ -40,10 +40,11 @@ def call_in_op_context(device: torch.device, function: Callable[..., Any], *args
     Inference mode stays as it is: an op keeps nothing between calls, and only inference mode may
     write to an inference tensor. Costs two look-ups where nothing deviates.
     """
-    if torch.is_autocast_enabled(device.type):
-        with torch.autocast(device.type, enabled=False):
+    kind = device.type
+    if torch.is_autocast_enabled(kind):
+        with torch.autocast(kind, enabled=False):
             return _on(device, function, args)
-    return _on(device, function, args)
+    return function(*args) if kind == "cpu" else _on(device, function, args)
 
 
 def _on(device: torch.device, function: Callable[..., Any], args: tuple) -> Any:

@@ -7,11 +7,9 @@ A backend asked for by name, in the call or in ``PYDLLM_BACKEND``, never falls b
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import logging
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -127,12 +125,3 @@ def choose(
         if not torch.compiler.is_compiling():
             _LOGGER.info("%s: not %s: %s", op, name, reason)
     return "torch"
-
-
-def launcher(op: str, backend: str, form: str | None = None) -> Callable[..., Any]:
-    """The function that launches ``op``'s kernels: that of ``kernels/`` or ``_backend/cuda/``.
-
-    ``form`` is the function's name where it is not the op's.
-    """
-    room = {"cuda": "pydllm._backend.cuda", "triton": "pydllm.kernels"}[backend]
-    return getattr(importlib.import_module(f"{room}.{op}"), form or op)

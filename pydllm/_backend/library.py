@@ -102,7 +102,7 @@ class Op:
 
     def run(self, chosen: str, *arguments: Any) -> Any:
         """Run a checked call on a backend that was chosen before."""
-        if chosen == "torch" and not self._opaque:
+        if chosen == "torch" and not (self._opaque and torch.compiler.is_compiling()):
             return call_in_op_context(arguments[0].device, self._reference, *arguments)
         return self._registered(*arguments, chosen)
 
@@ -124,12 +124,3 @@ class Op:
                 raise BackendError(f"{self.name} has no {backend} kernel")
             function = kernel.launch
         return call_in_op_context(rest[0].device, function, *rest)
-
-
-def register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """What ``Op`` replaces: ops of a time before it go on working until they are declared anew."""
-    name = schema.partition("(")[0]
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    for key in ("CPU", "CUDA"):
-        _LIBRARY.impl(name, lambda *a: call_in_op_context(a[0].device, implementation, *a), key)
-    torch.library.register_fake(f"pydllm::{name}", fake, lib=_LIBRARY)

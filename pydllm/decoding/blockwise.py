@@ -30,7 +30,7 @@ from pydllm.decoding.call import Call
 from pydllm.decoding.checks import expect, expect_int
 from pydllm.decoding.driver import Algorithm, Counts, Decoder, Plan
 from pydllm.decoding.state import Selection, State, Window
-from pydllm.decoding.step import busy, forward, statistics, write
+from pydllm.decoding.step import busy, forward, pick, statistics, write
 from pydllm.models import Model
 from pydllm.models.spec import ModelSpec
 
@@ -253,17 +253,22 @@ def window_stats(
     by side, all at the sequence's window and over its cache.
     """
     call = state.call
-    hidden = forward(state, window, branches=branches, attention=attention)
+    start = window.start if branches == 1 else window.start.repeat_interleave(branches)
+    places: dict[str, Any] = {"noise_offset": noise_offset, "shifted": shifted}
+    picked = pick(state, window.width, start, selection, **places)
+    # Nothing depends on the last layer's other rows.
+    rows = picked.rows if picked.live is not None and call.guidance == 0 else None
+    hidden = forward(state, window, branches=branches, attention=attention, rows=rows)
     return statistics(
         state,
         hidden,
-        window.start.repeat_interleave(branches),
+        start,
         selection,
         suppress_ids=call.suppress_ids
         if algorithm.semantics == "exact"
         else call.suppress_but_mask,
-        noise_offset=noise_offset,
-        shifted=shifted,
+        picked=picked,
+        **places,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import cached_property
 from typing import Any, Self
 
 import torch
@@ -48,6 +49,21 @@ class Window:
         index = torch.minimum(start[:, None] + offsets, last[:, None])
         commit = torch.zeros_like(length) if commit is None else commit
         return cls(start, length, kv_len, commit, index.long(), width)
+
+    def is_whole(self, max_len: int) -> bool:
+        """Whether all rows are in use and all slots are visible; reads values."""
+        _, lengths, visible, _ = self._values
+        fills = all(length == self.width for length in lengths)
+        return fills and (max_len == 0 or all(end == max_len for end in visible))
+
+    @property
+    def is_read_only(self) -> bool:
+        """Whether nothing is committed; reads values."""
+        return not any(self._values[3])
+
+    @cached_property
+    def _values(self) -> list[list[int]]:
+        return torch.stack((self.start, self.length, self.kv_len, self.commit)).tolist()
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,8 +52,11 @@ def forward(
     attention: str | None = None,
     adapter: bool = False,
     pad: Tensor | None = None,
+    rows: Tensor | None = None,
 ) -> Tensor:
     """Hidden rows ``(b, width, hidden)`` of the window; commits what the window says.
+
+    With ``rows``, ``(n,)`` int64, those alone: ``(n, hidden)``.
 
     With ``branches``, the state holds that number of copies of each sequence of the window, side by
     side, over one row of the cache. ``fresh`` is a list that receives what the model's
@@ -67,8 +70,15 @@ def forward(
     if spec.block_origin == "prompt" and attention is None:
         lengths = _prompt_lengths(state, window)
         options["block_offset"] = (-lengths).remainder(spec.block_size or 1)
-    index = window.index.repeat_interleave(branches, 0)
-    ids = state.x.gather(1, index).unflatten(0, (-1, branches)).flatten(1)
+    elsewhere = state.x.device.type != "cpu" or state.call.runner.fixed_shapes
+    if not elsewhere and state.call.guidance == 0:
+        options["whole"] = window.is_whole(state.cache.max_len)
+        options["read_only"] = window.is_read_only
+    if rows is not None:
+        options["rows"] = rows
+    index = window.index if branches == 1 else window.index.repeat_interleave(branches, 0)
+    ids = state.x.gather(1, index)
+    ids = ids if branches == 1 else ids.unflatten(0, (-1, branches)).flatten(1)
     hidden = state.call.model.forward(
         ids,
         window.start,
@@ -81,6 +91,8 @@ def forward(
         backend=state.call.backend,
         **options,
     )
+    if branches == 1 or rows is not None:
+        return hidden
     return hidden.unflatten(1, (branches, -1)).flatten(0, 1)
 
 
@@ -94,6 +106,52 @@ def _options(attention: str | None, adapter: bool) -> dict[str, Any]:
     return {} if attention is None else {"attention": attention, "adapter": adapter}
 
 
+class Picked(NamedTuple):
+    """The rows of windows that predict the selected positions, and how they are sampled.
+
+    Attributes:
+        rows: ``(n,)`` int64, counted through the batch.
+        live: ``(n,)`` int64, which of the ``b * S`` positions these are; None: all in order.
+        sampling: ``counter``, ``temperature``, ``top_k`` and ``top_p`` of ``ops.vocab_stats``.
+    """
+
+    rows: Tensor
+    live: Tensor | None
+    sampling: dict[str, Any]
+
+
+def pick(
+    state: State,
+    width: int,
+    start: Tensor,
+    selection: Selection,
+    *,
+    noise_offset: Tensor | None = None,
+    eligible: Tensor | None = None,
+    shifted: bool | None = None,
+) -> Picked:
+    """What ``statistics`` needs of windows of ``width`` rows at ``start``; arguments as there."""
+    call, batch, size = state.call, start.shape[0], selection.width
+    offsets = torch.arange(size, device=start.device)
+    position = selection.start[:, None] + offsets
+    index = row_index(call.model, start, selection, width, shifted)
+    if batch > 1:
+        index = index + torch.arange(0, batch * width, width, device=start.device)[:, None]
+    rows, sampling = index.flatten(), {"counter": None, **state.sampling(size)}
+    if isinstance(state.temperature, Tensor) or state.temperature > 0:
+        last = state.noise_offset if noise_offset is None else noise_offset
+        words = (t.view(batch, -1).expand(-1, size) for t in (state.request_id, last))
+        sampling["counter"] = torch.stack((position.int(), *words), -1).reshape(-1, 3)
+    if start.device.type != "cpu" or call.runner.fixed_shapes:
+        return Picked(rows, None, sampling)
+    inside = position.clamp(max=state.x.shape[1] - 1).long()
+    wanted = state.x == call.mask_id if eligible is None else eligible
+    wanted = wanted.gather(1, inside) & (offsets < selection.length[:, None])
+    live = wanted.flatten().nonzero().squeeze(1)
+    sampling = {n: v[live] if isinstance(v, Tensor) else v for n, v in sampling.items()}
+    return Picked(rows[live], live, sampling)
+
+
 def statistics(
     state: State,
     hidden: Tensor,
@@ -105,60 +163,48 @@ def statistics(
     eligible: Tensor | None = None,
     shifted: bool | None = None,
     tempered: bool = False,
+    picked: Picked | None = None,
 ) -> ops.VocabStats:
     """Token and scores of the selected positions, each ``(b, S)``, of windows at ``start``.
 
-    The head picks its rows of ``hidden (b, T, hidden)`` itself. On a GPU every selected row is
-    computed, so that shapes do not depend on values. On a CPU the rows whose position is not masked
-    are left out (token 0, scores 0): the LM head is most of a small step.
+    The head picks its rows of ``hidden (b, T, hidden)``; ``hidden (n, hidden)`` has those that were
+    ``picked`` before. On a GPU every selected row is computed, so that shapes do
+    not depend on values. On a CPU the rows whose position is not masked are left out (token 0,
+    scores 0): the LM head is most of a small step.
 
     ``noise_offset``, ``(b,)`` or ``(b, S)`` int32, is the last word of the noise key, by default
     the state's. ``shifted`` as in ``row_index``, ``tempered`` as in ``ops.vocab_stats``.
     ``eligible (b, L)`` bool says which rows are needed where that is not the masks.
     """
-    call = state.call
-    batch, window, size = hidden.shape
-    width = selection.width
-    offsets = torch.arange(width, device=hidden.device)
-    position = selection.start[:, None] + offsets
-    first = torch.arange(0, batch * window, window, device=hidden.device)
-    index = row_index(call.model, start, selection, window, shifted)
-    rows = (first[:, None] + index).flatten()
-    counter, sampling = None, state.sampling(width)
-    if isinstance(state.temperature, Tensor) or state.temperature > 0:
-        last = state.noise_offset if noise_offset is None else noise_offset
-        words = (t.view(batch, -1).expand(-1, width) for t in (state.request_id, last))
-        counter = torch.stack((position.int(), *words), -1).reshape(-1, 3)
-    live = None
-    if hidden.device.type == "cpu" and not call.runner.fixed_shapes:
-        inside = position.clamp(max=state.x.shape[1] - 1).long()
-        wanted = state.x == call.mask_id if eligible is None else eligible
-        wanted = wanted.gather(1, inside) & (offsets < selection.length[:, None])
-        live = wanted.flatten().nonzero().squeeze(1)
-        rows = rows[live]
-        counter = None if counter is None else counter[live]
-        sampling = {n: v[live] if isinstance(v, Tensor) else v for n, v in sampling.items()}
-    options = {"seed": call.seed, "counter": counter, "banned": suppress_ids, **sampling}
-    options["tempered"] = tempered
-    flat = hidden.reshape(-1, size)
+    call, rows = state.call, None
+    if picked is None:
+        places: dict[str, Any] = {"noise_offset": noise_offset, "eligible": eligible}
+        picked = pick(state, hidden.shape[1], start, selection, **places, shifted=shifted)
+    if hidden.ndim == 3:
+        rows, hidden = picked.rows, hidden.reshape(-1, hidden.shape[2])
+    options = {"seed": call.seed, "banned": suppress_ids, "tempered": tempered, **picked.sampling}
+    shape, live = (start.shape[0], selection.width), picked.live
 
     def in_place(stats: ops.VocabStats) -> ops.VocabStats:
         if live is not None:
-            stats = ops.VocabStats(
-                *(field.new_zeros(batch * width).index_copy_(0, live, field) for field in stats)
-            )
-        return ops.VocabStats(*(field.view(batch, width) for field in stats))
+            scores, count = torch.stack(stats[1:], 1), shape[0] * shape[1]
+            scores = scores.new_zeros(count, 4).index_copy_(0, live, scores)
+            token = stats.token.new_zeros(count).index_copy_(0, live, stats.token)
+            stats = ops.VocabStats(token, *scores.unbind(1))
+        return ops.VocabStats(*(field.view(shape) for field in stats))
 
-    stats = in_place(_row_stats(call, flat, rows, options))
+    stats = in_place(_row_stats(call, hidden, rows, options))
     if state.logprobs is not None:
         drawn = stats
-        if counter is not None:  # its probability at the temperature that it was drawn at
-            drawn = in_place(_row_stats(call, flat, rows, options | {"tempered": True}))
+        if options["counter"] is not None:  # its probability at the temperature it was drawn at
+            drawn = in_place(_row_stats(call, hidden, rows, options | {"tempered": True}))
         _note_logprobs(state, selection, drawn.prob.log())
     return stats
 
 
-def _row_stats(call: Call, hidden: Tensor, rows: Tensor, options: dict[str, Any]) -> ops.VocabStats:
+def _row_stats(
+    call: Call, hidden: Tensor, rows: Tensor | None, options: dict[str, Any]
+) -> ops.VocabStats:
     """Statistics of rows of ``hidden``; the fused head has neither filters nor guidance.
 
     With either the logits of ``_TILE_ROWS`` rows are stored at a time: as the head's weights are
@@ -170,13 +216,13 @@ def _row_stats(call: Call, hidden: Tensor, rows: Tensor, options: dict[str, Any]
         known = {name: options[name] for name in options if name not in ("top_k", "top_p")}
         return call.model.head_stats(hidden, rows, backend=backend, **known)
     tiles = []
-    for first in range(0, max(len(rows), 1), _TILE_ROWS):
+    for first in range(0, max(len(hidden if rows is None else rows), 1), _TILE_ROWS):
         part = slice(first, first + _TILE_ROWS)
         own: dict[str, Any] = {
             name: value[part] if isinstance(value, Tensor) and name != "banned" else value
             for name, value in options.items()
         }
-        logits = call.model.head(hidden[rows[part]])
+        logits = call.model.head(hidden[part] if rows is None else hidden[rows[part]])
         tiles.append(ops.vocab_stats(logits, backend=backend, **own))
     return ops.VocabStats(*map(torch.cat, zip(*tiles, strict=True)))
 

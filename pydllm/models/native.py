@@ -22,6 +22,8 @@ from pydllm.models.rope import RopeTables
 from pydllm.models.spec import ATTENTIONS, ModelSpec
 from pydllm.models.workspace import Workspace
 from pydllm.ops import QuantizedWeight
+from pydllm.ops.rms_norm import OP as RMS_NORM  # its arguments need no check here
+from pydllm.ops.swiglu import OP as SWIGLU
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -150,6 +152,9 @@ class NativeModel:
         attention: str | None = None,
         adapter: bool = False,
         block_offset: Tensor | None = None,
+        whole: bool = False,
+        read_only: bool = False,
+        rows: Tensor | None = None,
         backend: str | None = None,
     ) -> Tensor:
         """Hidden states ``(B, T, hidden)`` of a window, final norm applied; see ``Model.forward``.
@@ -166,36 +171,37 @@ class NativeModel:
         """
         numbers = {"start": start, "length": length, "kv_len": kv_len, "commit": commit}
         self._check(ids, cache, numbers if pad is None else numbers | {"pad": pad}, branches)
-        keys, values = cache.keys, cache.values
-        if cache.max_len == 0:  # one layer's scratch serves all: nothing outlives the layer
-            slots = ids.shape[1] // branches
-            scratch = keys.new_zeros(1, ids.shape[0], slots, *keys.shape[3:])
-            keys, values = (
-                t.expand(self.sizes.layers, *t.shape[1:]) for t in (scratch, scratch.clone())
-            )
-        cos, sin = self._rope.tables(keys.shape[2])
+        width = ids.shape[1] // branches
+        slots = cache.max_len or width
+        cos, sin = self._rope.tables(slots)
         eps = self.sizes.eps
         window: dict = {**numbers, "pad": pad, "cos": cos, "sin": sin, "backend": backend}
         window |= self._mask(attention, block_offset)
         if adapter and not self.has_draft_adapter:
             raise ValueError("adapter: expected a model with a draft adapter, this one has none")
         window |= {"branches": branches, "batch_invariant": self.batch_invariant}
-        scale = self._query_scale(ids.shape[1] // branches, start, pad, keys.shape[2])
+        window["shared"] = ops.SharedWindow(whole=whole and pad is None, read_only=read_only)
+        scale = self._query_scale(width, start, pad, slots)
         if scale is not None:
             scale = scale.repeat(1, branches, 1, 1)
-        residual = self._embed(ids)
-        hidden = ops.rms_norm(residual, self._layers[0].attn_norm, eps, backend=backend)
+        # Rows in one dimension: a matrix product of three is split into more calls.
+        residual = self._embed(ids.flatten())
+        hidden = RMS_NORM(residual, self._layers[0].attn_norm, eps, None, backend=backend)
         following = [layer.attn_norm for layer in self._layers[1:]] + [self._norm]
         for index, layer in enumerate(self._layers):
             window["window"] = self._sliding_window(index, window["causal"])
-            hidden = self._attend(
-                layer, hidden, keys[index], values[index], window, fresh, scale, adapter
-            )
-            hidden = ops.rms_norm(hidden, layer.mlp_norm, eps, residual=residual, backend=backend)
+            stored = (cache.k(index), cache.v(index)) if cache.max_len else (None, None)
+            last = layer is self._layers[-1] and layer.experts is None
+            wanted = rows if last else None  # nothing looks at the others' last layer
+            hidden = self._attend(layer, hidden, stored, window, fresh, scale, adapter, wanted)
+            residual = residual if wanted is None else residual[wanted]
+            hidden = RMS_NORM(hidden, layer.mlp_norm, eps, residual, backend=backend)
             hidden = self._mlp(layer, hidden, window)
             # The residual is added by the norm that comes next, the next layer's or the last.
-            hidden = ops.rms_norm(hidden, following[index], eps, residual=residual, backend=backend)
-        return hidden
+            hidden = RMS_NORM(hidden, following[index], eps, residual, backend=backend)
+        if rows is None:
+            return hidden.unflatten(0, ids.shape)
+        return hidden if self._layers[-1].experts is None else hidden[rows]
 
     def commit_branch(
         self,
@@ -243,16 +249,16 @@ class NativeModel:
         self,
         layer: Layer,
         hidden: Tensor,
-        keys: Tensor,
-        values: Tensor,
+        stored: tuple[Tensor, Tensor] | tuple[None, None],
         window: dict,
         fresh: Fresh | None,
         scale: Tensor | None,
         adapter: bool,
+        rows: Tensor | None,
     ) -> Tensor:
         sizes = self.sizes
         qkv = self._linear(hidden, layer.qkv, layer.qkv_bias, window["backend"])
-        qkv = qkv.unflatten(-1, (-1, sizes.head_dim))
+        qkv = self._windows(qkv, window).unflatten(-1, (-1, sizes.head_dim))
         q, k, v = qkv.split((sizes.heads, sizes.kv_heads, sizes.kv_heads), 2)
         if layer.q_norm is not None and layer.k_norm is not None:
             # Copied: the norm kernel wants rows at one stride, these are some heads of each token.
@@ -266,15 +272,24 @@ class NativeModel:
             fresh.append((k, v))
         if scale is not None:  # commutes with the rotation
             q = q * scale
-        attended = ops.window_attention(q, k, v, keys, values, **window)
-        return self._project(layer, attended.flatten(-2), window["backend"], adapter)
+        attended = ops.window_attention(q, k, v, *stored, **window)
+        attended = attended.view(hidden.shape[0], sizes.heads * sizes.head_dim)
+        attended = attended if rows is None else attended[rows]
+        return self._project(layer, attended, window["backend"], adapter)
+
+    @staticmethod
+    def _windows(rows: Tensor, window: dict) -> Tensor:
+        """Rows ``(B * T, n)`` as ``(B, T, n)``."""
+        batch = window["start"].shape[0]
+        return rows.view(batch, rows.shape[0] // max(batch, 1), rows.shape[1])
 
     def _mlp(self, layer: Layer, hidden: Tensor, window: dict) -> Tensor:
         if layer.experts is not None:
-            return layer.experts(hidden, window, self.routed)
+            rows = self._windows(hidden, window)
+            return layer.experts(rows, window, self.routed).flatten(0, 1)
         backend = window["backend"]
         hidden = self._linear(hidden, layer.gate_up, layer.gate_up_bias, backend)
-        return self._contract(layer, ops.swiglu(hidden, backend=backend), backend)
+        return self._contract(layer, SWIGLU(hidden, backend=backend), backend)
 
     def _mask(self, attention: str | None, block_offset: Tensor | None) -> dict[str, Any]:
         """The mask of a forward, in the words of ``ops.window_attention``."""

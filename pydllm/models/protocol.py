@@ -58,6 +58,9 @@ class Model(Protocol):
         attention: str | None = None,
         adapter: bool = False,
         block_offset: Tensor | None = None,
+        whole: bool = False,
+        read_only: bool = False,
+        rows: Tensor | None = None,
         backend: str | None = None,
     ) -> Tensor:
         """Hidden states of a window of each sequence, final norm applied.
@@ -82,10 +85,15 @@ class Model(Protocol):
             block_offset: ``(B,)`` int32, the block of position p is
                 ``(p + block_offset) // block_size``; a model whose blocks begin at the prompt's
                 end needs it.
+            whole: a promise: every ``length`` is ``T / branches`` and every ``kv_len`` the
+                cache's ``max_len``, if it has slots. What masks then mask nothing may be left out.
+            read_only: a promise: ``commit`` is 0 everywhere.
+            rows: ``(N,)`` int64, or None for all: the rows, counted through the batch, whose hidden
+                states are wanted.
             backend: as in ``pydllm.ops``.
 
         Returns:
-            ``(B, T, hidden)`` in the model's dtype.
+            ``(B, T, hidden)``, or ``(N, hidden)`` of ``rows``, in the model's dtype.
         """
 
     def commit_branch(

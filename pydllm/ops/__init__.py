@@ -21,7 +21,7 @@ from pydllm.ops.swiglu import swiglu
 from pydllm.ops.unmask import Ending, Unmasked, unmask
 from pydllm.ops.verify import Verified, verify
 from pydllm.ops.vocab_stats import VocabStats, vocab_stats
-from pydllm.ops.window_attention import window_attention
+from pydllm.ops.window_attention import SharedWindow, window_attention
 
 __all__ = [
     "Accepted",
@@ -31,6 +31,7 @@ __all__ = [
     "MultiBlockState",
     "QuantizedWeight",
     "Routes",
+    "SharedWindow",
     "StatsPartial",
     "Unmasked",
     "Verified",

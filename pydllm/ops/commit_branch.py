@@ -6,11 +6,9 @@ import torch
 from torch import Tensor
 
 from pydllm import reference
-from pydllm._backend.context import call_in_op_context
-from pydllm._backend.dispatch import choose, launcher
-from pydllm._backend.library import register
+from pydllm._backend.library import Op
 from pydllm._checks import check_is_tensor, check_no_grad, check_number, check_tensor
-from pydllm.ops.window_attention import check_tensors, check_weight
+from pydllm.ops.window_attention import check_heads, check_tables, check_weight
 
 
 def commit_branch(
@@ -69,63 +67,25 @@ def commit_branch(
     """
     check_is_tensor("k", k)
     check_number("eps", eps, 0)
-    check_tensors(k, k, v, k_cache, v_cache, cos, sin, branches, block_table)
+    check_heads(k, k, v, k_cache, v_cache, branches, block_table)
+    check_tables(cos, sin, k, k_cache, branches, block_table)
     numbers = {"branch": branch, "start": start, "commit": commit}
     for name, tensor in (numbers if pad is None else numbers | {"pad": pad}).items():
         check_tensor(name, tensor, k.shape[:1], torch.int32, k, "k")
     check_weight("k_norm", k_norm, k)
     check_no_grad("commit_branch", k=k, v=v, k_cache=k_cache, v_cache=v_cache)
     tensors = (k, v, k_cache, v_cache, branch, start, commit, cos, sin, pad, k_norm, block_table)
-
-    def cuda() -> str | None:
-        from pydllm._backend.cuda import commit_branch as kernel
-
-        return kernel.supports(*tensors)
-
-    def triton() -> str | None:
-        from pydllm.kernels import commit_branch as kernel
-
-        return kernel.supports(*tensors)
-
-    chosen = choose("commit_branch", backend, k.device, triton=triton, cuda=cuda)
-    if chosen == "torch":
-        call_in_op_context(k.device, reference.commit_branch, *tensors, branches, eps)
-    else:
-        torch.ops.pydllm.commit_branch(*tensors, branches, eps, chosen)
-
-
-def _run(
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    branch: Tensor,
-    start: Tensor,
-    commit: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    pad: Tensor | None,
-    k_norm: Tensor | None,
-    block_table: Tensor | None,
-    branches: int,
-    eps: float,
-    backend: str,
-) -> None:
-    tensors = (k, v, k_cache, v_cache, branch, start, commit, cos, sin, pad, k_norm, block_table)
-    if backend == "torch":
-        reference.commit_branch(*tensors, branches, eps)
-    else:
-        launcher("commit_branch", backend)(*tensors, branches, eps)
+    _OP(*tensors, branches, eps, backend=backend)
 
 
 def _fake(*_: object) -> None:
     return None
 
 
-register(
+_OP = Op(
     "commit_branch(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor branch, "
     "Tensor start, Tensor commit, Tensor cos, Tensor sin, Tensor? pad, Tensor? k_norm, "
     "Tensor? block_table, int branches, float eps, str backend) -> ()",
-    _run,
     _fake,
+    reference.commit_branch,
 )

@@ -65,14 +65,14 @@ def rms_norm(
         check_tensor("residual", residual, x.shape, x.dtype, x, "x")
         check_written("residual", residual)
     check_no_grad("rms_norm", x=x, weight=weight, residual=residual)
-    return _OP(x, weight, eps, residual, backend=backend)
+    return OP(x, weight, eps, residual, backend=backend)
 
 
 def _fake(x: Tensor, *_: object) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-_OP = Op(
+OP = Op(
     "rms_norm(Tensor x, Tensor weight, float eps, Tensor(a!)? residual, str backend) -> Tensor",
     _fake,
     reference.rms_norm,

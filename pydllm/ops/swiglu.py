@@ -44,11 +44,11 @@ def swiglu(gate_up: Tensor, *, backend: str | None = None) -> Tensor:
     if gate_up.ndim == 0 or gate_up.shape[-1] % 2:
         raise ValueError(f"gate_up: expected shape (..., 2H), got {tuple(gate_up.shape)}")
     check_no_grad("swiglu", gate_up=gate_up)
-    return _OP(gate_up, backend=backend)
+    return OP(gate_up, backend=backend)
 
 
 def _fake(gate_up: Tensor, backend: str) -> Tensor:
     return gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
 
 
-_OP = Op("swiglu(Tensor gate_up, str backend) -> Tensor", _fake, reference.swiglu)
+OP = Op("swiglu(Tensor gate_up, str backend) -> Tensor", _fake, reference.swiglu)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+import operator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pydllm import reference
 from pydllm._backend.context import call_in_op_context
-from pydllm._backend.dispatch import choose, launcher
-from pydllm._backend.library import register
+from pydllm._backend.library import Op
 from pydllm._checks import (
     FLOATS,
     check_bool,
@@ -20,17 +19,47 @@ from pydllm._checks import (
     check_number,
     check_tensor,
     check_written,
+    describe,
 )
 
 FP32_MAX = torch.finfo(torch.float32).max
+
+
+class SharedWindow:
+    """What calls have in common that differ in ``q``, ``k``, ``v``, caches and ``window`` alone.
+
+    The layers of a forward do: make one per forward. The other arguments are checked at the first
+    of these calls, where the torch backend also computes positions and masks for all of them. It
+    holds while the tensors keep their values. The kernels compute these in registers.
+
+    Args:
+        whole: a promise of the caller: ``length`` is ``T / branches`` and all rows fit, ``kv_len``
+            is ``L`` (with a cache) and ``pad`` 0, in every sequence. The torch backend then leaves
+            out what would mask nothing.
+        read_only: a promise that ``commit`` is 0 everywhere.
+    """
+
+    def __init__(self, *, whole: bool = False, read_only: bool = False) -> None:
+        self.whole, self.read_only = whole, read_only
+        self._tensors: tuple[Tensor | None, ...] = ()
+        self._values: tuple[Any, ...] = ()
+        self.layouts: dict = {}
+
+    def has(self, tensors: tuple[Tensor | None, ...], values: tuple[Any, ...]) -> bool:
+        """Whether a call had these arguments before; otherwise it starts anew with them."""
+        same = self._values == values
+        if same and all(map(operator.is_, self._tensors, tensors)):
+            return True
+        self._tensors, self._values, self.layouts = tensors, values, {}
+        return False
 
 
 def window_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    k_cache: Tensor | None,
+    v_cache: Tensor | None,
     *,
     start: Tensor,
     length: Tensor,
@@ -51,6 +80,7 @@ def window_attention(
     block_table: Tensor | None = None,
     block_offset: Tensor | None = None,
     batch_invariant: bool = False,
+    shared: SharedWindow | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Attention of a window over cached and fresh keys, with RoPE and cache write.
@@ -86,7 +116,8 @@ def window_attention(
         k, v: ``(B, T, Hkv, D)`` like ``q``; ``Hq`` is a multiple of ``Hkv``, query head ``h`` uses
             KV head ``h // (Hq / Hkv)``.
         k_cache, v_cache: ``(B, L, Hkv, D)``, keys after RoPE; **updated in place**. ``T <= L``.
-            With a ``block_table`` ``(pages, page, Hkv, D)``.
+            With a ``block_table`` ``(pages, page, Hkv, D)``. Both None: nothing is cached, rows
+            see the window alone; ``start`` has to be 0, ``kv_len`` and ``commit`` mean nothing.
         start: ``(B,)`` int32, slot of window row 0.
         length: ``(B,)`` int32, window rows in use, 0 to ``T``; ``start + length <= L``.
         kv_len: ``(B,)`` int32, end of the visible slots, at most ``L``.
@@ -116,6 +147,7 @@ def window_attention(
             counted from position ``P``, the end of the prompt, on.
         batch_invariant: the torch backend promises what the kernels do, see Determinism; about 6
             times slower than its default. Nothing to the others.
+        shared: None, or the ``SharedWindow`` of the layers that this call belongs to.
         backend: None (``PYDLLM_BACKEND``), ``"auto"``, ``"cuda"`` (fp16 and bf16, heads of 64 and
             128), ``"triton"`` or ``"torch"``.
 
@@ -154,49 +186,52 @@ def window_attention(
         >>> cache[1, 0, :, 0, 0]
         tensor([0., 1., 0.])
     """
-    check_tensors(q, k, v, k_cache, v_cache, cos, sin, branches, block_table)
-    numbers = {"start": start, "length": length, "kv_len": kv_len, "commit": commit}
-    maybe = {"pad": pad, "block_offset": block_offset}
-    for name, tensor in (numbers | {n: t for n, t in maybe.items() if t is not None}).items():
-        check_tensor(name, tensor, q.shape[:1], torch.int32, q, "q")
-    if block_offset is not None and block_size is None:
-        raise ValueError("block_offset: expected None without block_size, got a tensor")
-    _check_options(q, block_size, window, softcap, q_norm, k_norm)
-    check_bool("causal", causal)
-    check_number("eps", eps, 0)
+    check_heads(q, k, v, k_cache, v_cache, branches, block_table)
+    numbers = (start, length, kv_len, commit, cos, sin, pad, block_offset, block_table)
+    sizes = (q.shape, q.dtype, q.device, k.shape[2], None if k_cache is None else k_cache.shape[1])
+    masks = (branches, causal, block_size, batch_invariant)
+    if shared is None or not shared.has(numbers, (*sizes, *masks)):
+        _check_numbers(q, start, length, kv_len, commit, pad, block_offset)
+        check_tables(cos, sin, k, k_cache, branches, block_table)
+        _check_masks(causal, block_size, block_offset)
+    if window is not None:
+        check_int("window", window, 1)
+    if softcap is not None:
+        check_number("softcap", softcap, 0, above=True)
     if scale is not None:
         check_number("scale", scale, -FP32_MAX, FP32_MAX)
+    check_number("eps", eps, 0)
+    if q_norm is not None or k_norm is not None:
+        _check_norms(q, q_norm, k_norm)
     check_no_grad("window_attention", q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache)
-    tensors = (q, k, v, k_cache, v_cache, start, length, kv_len, commit, cos, sin, pad)
-    extra = (q_norm, k_norm, block_table, block_offset)
     factor = q.shape[3] ** -0.5 if scale is None else float(scale)
-
-    def cuda() -> str | None:
-        from pydllm._backend.cuda import window_attention as kernel
-
-        return kernel.supports(*tensors, *extra)
-
-    def triton() -> str | None:
-        from pydllm.kernels import window_attention as kernel
-
-        return kernel.supports(*tensors, *extra)
-
-    chosen = choose("window_attention", backend, q.device, triton=triton, cuda=cuda)
-    options = (factor, branches, causal, block_size, window, softcap, eps, chosen)
-    run: Callable[..., Tensor] = torch.ops.pydllm.window_attention
+    caches = (k, v) if k_cache is None else (k_cache, v_cache)  # supports() asks of their strides
+    rest = (*numbers[:7], q_norm, k_norm, block_table, block_offset)
+    options = (factor, branches, causal, block_size, window, softcap, eps)
+    chosen = _OP.choose(q, k, v, *caches, *rest, *options, backend=backend)
     if chosen == "torch":
-        run = partial(_run, batch_invariant=batch_invariant)
-    return call_in_op_context(q.device, run, *tensors, *extra, *options)
+        known = () if shared is None else (shared.layouts, shared.whole, shared.read_only)
+        tensors = (q, k, v, k_cache, v_cache, *rest)
+        return call_in_op_context(
+            q.device, reference.window_attention, *tensors, *options, batch_invariant, *known
+        )
+    if k_cache is None:
+        caches = _scratch(k, branches), _scratch(v, branches)
+        # No slot but the window's own is visible, and these are never read.
+        rest = (start, length, length, *rest[3:])
+    return _OP.run(chosen, q, k, v, *caches, *rest, *options)
 
 
-def check_tensors(
+def _scratch(fresh: Tensor, branches: int) -> Tensor:
+    return fresh.new_empty(fresh.shape[0], fresh.shape[1] // branches, *fresh.shape[2:])
+
+
+def check_heads(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    cos: Tensor,
-    sin: Tensor,
+    k_cache: Tensor | None,
+    v_cache: Tensor | None,
     branches: int,
     block_table: Tensor | None,
 ) -> None:
@@ -206,14 +241,27 @@ def check_tensors(
     dtype = q.dtype
     check_tensor("k", k, (batch, count, "Hkv", head_dim), dtype, q, "q")
     check_tensor("v", v, k.shape, dtype, q, "q")
+    kv_heads = k.shape[2]
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"q: expected a multiple of the {kv_heads} KV heads, got {heads} heads")
+    check_int("branches", branches, 1)
+    if count % branches:
+        raise ValueError(f"branches: expected a divisor of the {count} rows, got {branches}")
+    if k_cache is None or v_cache is None:
+        for name, other in (
+            ("k_cache", k_cache),
+            ("v_cache", v_cache),
+            ("block_table", block_table),
+        ):
+            if other is not None:
+                raise ValueError(f"{name}: expected None without a cache, got {describe(other)}")
+        return
     if block_table is None:
         check_tensor("k_cache", k_cache, (batch, "L", *k.shape[2:]), dtype, q, "q")
-        slots = k_cache.shape[1]
     else:
         check_tensor("k_cache", k_cache, ("pages", "page", *k.shape[2:]), dtype, q, "q")
         check_tensor("block_table", block_table, (batch, "n"), torch.int32, q, "q")
-        slots = k_cache.shape[1] * block_table.shape[1]
-        if slots == 0 or k_cache.shape[0] == 0:
+        if k_cache.shape[0] * k_cache.shape[1] * block_table.shape[1] == 0:
             raise ValueError(
                 "block_table: expected at least one slot, got "
                 f"{block_table.shape[1]} of {k_cache.shape[0]} pages of {k_cache.shape[1]} slots"
@@ -221,41 +269,68 @@ def check_tensors(
     check_tensor("v_cache", v_cache, k_cache.shape, dtype, q, "q")
     check_written("k_cache", k_cache)
     check_written("v_cache", v_cache)
-    kv_heads = k.shape[2]
-    if kv_heads == 0 or heads % kv_heads:
-        raise ValueError(f"q: expected a multiple of the {kv_heads} KV heads, got {heads} heads")
-    check_int("branches", branches, 1)
-    if count % branches:
-        raise ValueError(f"branches: expected a divisor of the {count} rows, got {branches}")
-    rows = count // branches
-    if rows > slots:
-        raise ValueError(f"q: expected at most the {slots} rows of the cache, got {rows}")
-    table = (torch.float32, torch.float64) if dtype == torch.float64 else torch.float32
-    check_tensor("cos", cos, ("positions", "rotary / 2"), table, q, "q")
-    check_tensor("sin", sin, cos.shape, table, q, "q")
+    slots = _slots(k, k_cache, branches, block_table)
+    if count // branches > slots:
+        raise ValueError(
+            f"q: expected at most the {slots} rows of the cache, got {count // branches}"
+        )
+
+
+def check_tables(
+    cos: Tensor,
+    sin: Tensor,
+    k: Tensor,
+    k_cache: Tensor | None,
+    branches: int,
+    block_table: Tensor | None,
+) -> None:
+    """The rotary tables of checked heads."""
+    table = (torch.float32, torch.float64) if k.dtype == torch.float64 else torch.float32
+    check_tensor("cos", cos, ("positions", "rotary / 2"), table, k, "q")
+    check_tensor("sin", sin, cos.shape, table, k, "q")
+    slots = _slots(k, k_cache, branches, block_table)
     if cos.shape[0] < slots:
         raise ValueError(f"cos: expected at least {slots} positions, got {cos.shape[0]}")
-    if 2 * cos.shape[1] > head_dim:
-        raise ValueError(f"cos: expected at most {head_dim // 2} columns, got {cos.shape[1]}")
+    if 2 * cos.shape[1] > k.shape[3]:
+        raise ValueError(f"cos: expected at most {k.shape[3] // 2} columns, got {cos.shape[1]}")
 
 
-def _check_options(
+def _slots(k: Tensor, k_cache: Tensor | None, branches: int, block_table: Tensor | None) -> int:
+    """Slots of a sequence."""
+    if k_cache is None:
+        return k.shape[1] // branches
+    return k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+
+
+def _check_numbers(
     q: Tensor,
-    block_size: int | None,
-    window: int | None,
-    softcap: float | None,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
+    start: Tensor,
+    length: Tensor,
+    kv_len: Tensor,
+    commit: Tensor,
+    pad: Tensor | None,
+    block_offset: Tensor | None,
 ) -> None:
-    for name, value in (("block_size", block_size), ("window", window)):
-        if value is not None:
-            check_int(name, value, 1)
-    if softcap is not None:
-        check_number("softcap", softcap, 0, above=True)
-    if (q_norm is None) != (k_norm is None):
-        missing = "q_norm" if q_norm is None else "k_norm"
-        raise ValueError(f"{missing}: expected weights for both norms or none, got None")
+    numbers = {"start": start, "length": length, "kv_len": kv_len, "commit": commit}
+    for name, tensor in numbers.items():
+        check_tensor(name, tensor, q.shape[:1], torch.int32, q, "q")
+    for name, maybe in (("pad", pad), ("block_offset", block_offset)):
+        if maybe is not None:
+            check_tensor(name, maybe, q.shape[:1], torch.int32, q, "q")
+
+
+def _check_masks(causal: bool, block_size: int | None, block_offset: Tensor | None) -> None:
+    check_bool("causal", causal)
+    if block_size is not None:
+        check_int("block_size", block_size, 1)
+    elif block_offset is not None:
+        raise ValueError("block_offset: expected None without block_size, got a tensor")
+
+
+def _check_norms(q: Tensor, q_norm: Tensor | None, k_norm: Tensor | None) -> None:
     for name, weight in (("q_norm", q_norm), ("k_norm", k_norm)):
+        if weight is None:
+            raise ValueError(f"{name}: expected weights for both norms or none, got None")
         check_weight(name, weight, q)
 
 
@@ -266,65 +341,16 @@ def check_weight(name: str, weight: Tensor | None, heads: Tensor) -> None:
         check_no_grad(name, **{name: weight})
 
 
-def _run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    start: Tensor,
-    length: Tensor,
-    kv_len: Tensor,
-    commit: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    pad: Tensor | None,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    block_table: Tensor | None,
-    block_offset: Tensor | None,
-    scale: float,
-    branches: int,
-    causal: bool,
-    block_size: int | None,
-    window: int | None,
-    softcap: float | None,
-    eps: float,
-    backend: str,
-    batch_invariant: bool = False,
-) -> Tensor:
-    tensors = (q, k, v, k_cache, v_cache, start, length, kv_len, commit, cos, sin, pad)
-    run: Callable[..., Tensor]
-    if backend == "torch":
-        run = partial(reference.window_attention, batch_invariant=batch_invariant)
-    else:
-        run = launcher("window_attention", backend)
-    return run(
-        *tensors,
-        q_norm,
-        k_norm,
-        block_table,
-        block_offset,
-        scale=scale,
-        branches=branches,
-        causal=causal,
-        block_size=block_size,
-        window=window,
-        softcap=softcap,
-        eps=eps,
-    )
-
-
 def _fake(q: Tensor, *_: object) -> Tensor:
     return q.new_empty(q.shape)
 
 
-register(
+_OP = Op(
     "window_attention(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
     "Tensor start, Tensor length, Tensor kv_len, Tensor commit, Tensor cos, Tensor sin, "
     "Tensor? pad, Tensor? q_norm, Tensor? k_norm, Tensor? block_table, Tensor? block_offset, "
     "float scale, int branches, bool causal, int? block_size, int? window, float? softcap, "
     "float eps, str backend) -> Tensor",
-    _run,
     _fake,
+    reference.window_attention,
 )

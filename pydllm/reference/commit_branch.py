@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pydllm.reference.rms_norm import rms_norm
-from pydllm.reference.window_attention import rotate, write_pages
+from pydllm.reference.window_attention import commit_rows, rotate
 
 
 def commit_branch(
@@ -41,10 +41,7 @@ def commit_branch(
     k, v = (t[sequence, part.clamp(0, branches - 1) * rows + row] for t in (k, v))
     if k_norm is not None:
         k = rms_norm(k, k_norm, eps, None)
-    k = rotate(k, cos[position][:, :, None], sin[position][:, :, None])
+    cos, sin = cos[position][:, :, None], sin[position][:, :, None]
+    k = rotate(k, torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))
     for cache, fresh in ((k_cache, k), (v_cache, v)):
-        if block_table is not None:
-            write_pages(cache, fresh, block_table, slot, kept)
-        else:
-            at = sequence, slot % slots
-            cache[at] = torch.where(kept[..., None, None], fresh, cache[at])
+        commit_rows(cache, fresh, block_table, slot, kept)

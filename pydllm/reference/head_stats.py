@@ -11,15 +11,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pydllm.reference.philox import vocab_gumbel
-from pydllm.reference.vocab_stats import ban, cap, inverse_temperature, take_rows
+from pydllm.reference.vocab_stats import ban, cap, inverse_temperature
 
 _NEGLIGIBLE = -1e4
 _NO_ID = 2**31 - 1
 # Bound what is alive at a time to a few MB: rows, logits of a piece (the noise takes more room for
 # each), and elements of an operand that is not in the dtype of the sums and has to be converted.
 _ROWS, _LOGITS, _SAMPLED_LOGITS, _CONVERTED = 1024, 2**18, 2**16, 2**20
-# Rows whose logits are made as weight times rows.
-_FEW = range(5, 33)
+# Rows whose logits are made as weight times rows, from this many weights on.
+_FEW, _MANY = range(5, 33), 1024
 
 
 def head_stats(hidden: Tensor, weight: Tensor, *options) -> tuple[Tensor, ...]:  # noqa: ANN002
@@ -45,24 +45,26 @@ def head_stats_partial(
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     count = hidden.shape[0] if rows is None else rows.shape[0]
     noise = counter if temperatures is not None or temperature > 0 else None
-    values = hidden.new_empty(4 if noise is None else 6, count, 1, dtype=dtype)
-    ids = hidden.new_empty(1 if noise is None else 2, count, 1, dtype=torch.int32)
+    if count == 0:
+        values = hidden.new_empty(4 if noise is None else 6, 0, 1, dtype=dtype)
+        return values, hidden.new_empty(1 if noise is None else 2, 0, 1, dtype=torch.int32)
     vocab, width = weight.shape
     convertible = max(_CONVERTED // width, 4) if hidden.dtype != dtype else _LOGITS
     height = min(_ROWS, convertible)
+    parts = []
     for start in range(0, count, height):
         block = slice(start, min(start + height, count))
-        outside = None
-        if rows is None:
-            x = hidden[block].to(dtype)
-        else:
-            x = take_rows(hidden, rows[block], 0).to(dtype)
-            outside = ((rows[block] < 0) | (rows[block] >= hidden.shape[0]))[:, None]
+        x, outside = hidden[block], None
+        if rows is not None:
+            own_rows = rows[block]
+            outside = ((own_rows < 0) | (own_rows >= hidden.shape[0]))[:, None]
+            x = hidden[own_rows.clamp(0, hidden.shape[0] - 1).long()]
+        x = x.to(dtype)
         own = None if temperatures is None else temperatures[block]
         inverse, noisy = inverse_temperature(temperature, own, dtype)
         piece = max((_LOGITS if noise is None else _SAMPLED_LOGITS) // x.shape[0], 4)
         piece = min(piece, convertible) // 4 * 4  # a number of the generator serves four ids
-        folded: list[Tensor] = []
+        folded: tuple[Tensor, Tensor] | None = None
         for low in range(0, vocab, piece):
             part = slice(low, min(low + piece, vocab))
             added = None if bias is None else bias[part].to(dtype)
@@ -78,17 +80,20 @@ def head_stats_partial(
                 size = logits.shape[1]
                 scores = scores + vocab_gumbel(size, noise[block], seed, first=first, noisy=noisy)
             known = _piece_stats(logits, scores, first)
-            if folded:
+            if folded is not None:
                 values_and_ids = zip(folded, known, strict=True)
                 known = fold_stats(*(torch.cat(pair, -1) for pair in values_and_ids))
-            folded = list(known)
-        values[:, block], ids[:, block] = folded
+            folded = known
+        parts.append(known)
+    if len(parts) == 1:
+        return parts[0]
+    values, ids = (torch.cat(each, 1) for each in zip(*parts, strict=True))
     return values, ids
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``x @ weight.T + bias``."""
-    if x.shape[0] not in _FEW:
+    if x.shape[0] not in _FEW or weight.shape[0] < _MANY:
         return F.linear(x, weight, bias)
     # A CPU's library copies the right operand first: better these rows than the weights.
     logits = (weight @ x.T.contiguous()).T.contiguous()
@@ -135,14 +140,13 @@ def merge_stats(values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Te
     if values.shape[-1] > 1:
         values, ids = fold_stats(values, ids)
     values, ids = values.squeeze(-1), ids.squeeze(-1)
-    best, second, total, weighted = values[:4]
-    poisoned, none = total.isnan(), best == -torch.inf
+    best, second, total, weighted = values[:4].unbind()
+    none = best == -torch.inf
     base = best.masked_fill(none, 0)
     total = total.masked_fill(none, 1)
     prob = ((values[5] if len(values) == 6 else best) - base).exp() / total
-    entropy = total.log() - weighted / total
+    log_total = total.log()  # NaN of a row with a NaN, and so is all that follows from it
+    entropy = log_total - weighted / total
     margin = (0 - torch.expm1(second - base)).masked_fill(none, 0) / total
-    statistics = (prob, entropy, margin, best + total.log())
-    token = ids[-1].long().masked_fill(none | poisoned, 0)
-    prob, entropy, margin, logsumexp = (s.masked_fill(poisoned, torch.nan) for s in statistics)
-    return token, prob, entropy, margin, logsumexp
+    token = ids[-1].long().masked_fill(none | total.isnan(), 0)
+    return token, prob, entropy, margin, best + log_total

@@ -13,4 +13,5 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> 
         x = residual.add_(x)
     wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
     normed = F.rms_norm(wide, x.shape[-1:], None, eps)
-    return normed.to(x.dtype).contiguous() * weight
+    normed = normed if wide is x else normed.to(x.dtype)
+    return normed.contiguous().mul_(weight)

@@ -9,4 +9,4 @@ from torch import Tensor
 def swiglu(gate_up: Tensor) -> Tensor:
     """``silu(gate) * up`` of rows ``[gate | up]``; ``silu`` is rounded before the product."""
     gate, up = gate_up.chunk(2, -1)
-    return F.silu(gate) * up
+    return F.silu(gate).mul_(up)

@@ -73,7 +73,9 @@ def take_rows(x: Tensor, rows: Tensor, fill: float) -> Tensor:
 def ban(x: Tensor, banned: Tensor | None, first: int) -> Tensor:
     """Write -inf into the columns of ``x`` whose id, ``first`` for column 0, is banned."""
     if banned is not None and x.shape[1]:
-        columns = banned.long() - first
+        columns = banned.long()
+        if first:
+            columns = columns - first
         ids = columns.clamp(0, x.shape[1] - 1)
         outside = (ids[:, None] != columns).all(1)  # those ban nothing
         x.index_copy_(1, ids, torch.where(outside, x[:, ids], -torch.inf))

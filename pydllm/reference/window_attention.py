@@ -7,17 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pydllm.reference._attention_tiles import attention_in_tiles
+from pydllm.reference._window_layout import Layout, only
 from pydllm.reference.rms_norm import rms_norm
-
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def window_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    k_cache: Tensor | None,
+    v_cache: Tensor | None,
     start: Tensor,
     length: Tensor,
     kv_len: Tensor,
@@ -29,8 +28,7 @@ def window_attention(
     k_norm: Tensor | None = None,
     block_table: Tensor | None = None,
     block_offset: Tensor | None = None,
-    *,
-    scale: float,
+    scale: float = 1.0,
     branches: int = 1,
     causal: bool = False,
     block_size: int | None = None,
@@ -38,96 +36,98 @@ def window_attention(
     softcap: float | None = None,
     eps: float = 1e-6,
     batch_invariant: bool = False,
+    layouts: dict[int | None, Layout] | None = None,
+    whole: bool = False,
+    read_only: bool = False,
 ) -> Tensor:
     """Softmax of ``q k^T scale`` over the visible slots, times ``v``; fp32, or fp64 for fp64.
 
-    The window is put into the cache, attention runs over the cache, and then the rows that are not
-    committed are put back. Branches are windows one after the other, of which the first commits.
+    Attention runs over a copy of the cache into which the window is put. Branches are windows one
+    after the other, of which the first commits. ``layouts`` keeps the layout for the next call,
+    by ``window``; ``whole`` and ``read_only`` as in ``Layout.make``.
     """
     if q_norm is not None and k_norm is not None:
         q, k = rms_norm(q, q_norm, eps, None), rms_norm(k, k_norm, eps, None)
-    caches = k_cache, v_cache
-    if block_table is not None:
-        pages = block_table.clamp(0, k_cache.shape[0] - 1)
-        k_cache, v_cache = (cache[pages].flatten(1, 2) for cache in caches)
-    batch, rows, slots = q.shape[0], q.shape[1] // branches, k_cache.shape[1]
-    start, length, kv_len, commit = (t[:, None] for t in (start, length, kv_len, commit))
-    end = (start + length.clamp(max=rows)).clamp(max=slots)
-    row, every = (torch.arange(size, device=q.device) for size in (rows, slots))
-    slot = start + row  # (B, W)
-    mine = (slot >= 0) & (slot < end)
-    visible = (every < kv_len) | ((every >= start) & (every < end))  # (B, L)
-    position, key = slot, every
-    if pad is not None:
-        first = pad[:, None]
-        mine, visible = mine & (slot >= first), visible & (every >= first)
-        position, key = slot - first, (every - first)[:, None]
-    kept = mine & (row < commit)
-
-    query = position[..., None]
-    seen = visible[:, None].expand(-1, rows, -1)  # (B, W, L)
-    if causal:
-        seen = seen & (key <= query)
-    if block_size is not None:
-        offset = 0 if block_offset is None else block_offset[:, None, None]
-        seen = seen & ((key + offset) // block_size <= (query + offset) // block_size)
-    if window is not None:
-        seen = seen & ((key - query).abs() < window)
-
-    at_table = position.clamp(0, cos.shape[0] - 1)
-    if branches > 1:
-        at_table = at_table.repeat(1, branches)
-    turn = cos[at_table].unsqueeze(2), sin[at_table].unsqueeze(2)  # (B, T, 1, rotary / 2)
-    q, k = rotate(torch.cat((q, k), 2), *turn).split((q.shape[2], k.shape[2]), 2)
-    # Rows of a sequence go to different slots (W <= L): those after the end wrap to the front.
-    at = torch.arange(batch, device=q.device)[:, None], slot % slots
-    put, stored = mine[..., None, None], kept[..., None, None]
-    mask_rows, mask_slots = _bit_mask(mine, q), _bit_mask(visible, k_cache)
+    rows, group = q.shape[1] // branches, q.shape[2] // k.shape[2]
+    caches = () if k_cache is None or v_cache is None else (k_cache, v_cache)
+    stored: tuple[Tensor, ...] = caches
+    if caches and block_table is not None:
+        pages = block_table.clamp(0, caches[0].shape[0] - 1)
+        stored = tuple(cache[pages].flatten(1, 2) for cache in caches)
+    layout = None if layouts is None else layouts.get(window)
+    if layout is None:
+        slots = stored[0].shape[1] if stored else None
+        numbers = start, length, kv_len, commit, cos, sin, pad, block_offset
+        masks = branches, causal, block_size, window
+        whole, read_only = whole and not batch_invariant, read_only or k_cache is None
+        layout = Layout.make(q, rows, slots, group, *numbers, *masks, whole, read_only)
+        if layouts is not None:
+            layouts[window] = layout
+    both = rotate(torch.cat((q, k), 2), layout.cos, layout.sin)
+    q, k = both.split_with_sizes((q.shape[2], k.shape[2]), 2)
     parts = []
     for part in range(branches):
         own = slice(part * rows, (part + 1) * rows)
-        used = []
-        for cache, fresh in ((k_cache, k), (v_cache, v)):
-            before, fresh = cache[at], fresh[:, own] if branches > 1 else fresh
-            cache[at] = torch.where(put, fresh, before)
-            used.append(_only(mask_slots, cache))
-            cache[at] = torch.where(stored, fresh, before) if part == 0 else before
-        query_rows = q[:, own] if branches > 1 else q
-        attended = _attention(query_rows, used[0], used[1], seen, scale, softcap, batch_invariant)
-        parts.append(_only(mask_rows, attended))
-    if block_table is not None:
-        for cache, gathered in zip(caches, (k_cache, v_cache), strict=True):
-            write_pages(cache, gathered[at], block_table, slot, kept)
+        queries, *fresh = (t[:, own] for t in (q, k, v)) if branches > 1 else (q, k, v)
+        if stored:
+            keys, values = (_put(*pair, layout) for pair in zip(stored, fresh, strict=True))
+        else:
+            keys, values = (only(layout.rows, each) for each in fresh)
+        attended = _attention(queries, keys, values, group, layout, scale, softcap, batch_invariant)
+        parts.append(only(layout.rows, attended))
+    if layout.kept is not None:
+        for cache, each in zip(caches, (k, v), strict=True):
+            commit_rows(cache, each[:, :rows], block_table, layout.slot, layout.kept)
     return parts[0] if branches == 1 else torch.cat(parts, 1)
+
+
+def _put(cache: Tensor, fresh: Tensor, layout: Layout) -> Tensor:
+    """The visible slots of a cache (B, L, Hkv, D), zeros in the others, and the window's rows."""
+    used = cache.clone() if layout.slots is None else only(layout.slots, cache)
+    if layout.placed is not None:
+        used[layout.placed] = fresh if layout.source is None else fresh[layout.source]
+    return used
 
 
 def _attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    seen: Tensor,
+    group: int,
+    layout: Layout,
     scale: float,
     softcap: float | None,
     batch_invariant: bool,
 ) -> Tensor:
     """The heads of a group become rows of their KV head: nothing is repeated."""
-    rows, kv_heads = q.shape[1], k.shape[2]
-    group = q.shape[2] // kv_heads
-    q, k, v, mask = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), seen[:, None]
+    rows = q.shape[1]
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if group > 1:
-        q = q.unflatten(1, (kv_heads, group)).transpose(2, 3).flatten(2, 3)
-        mask = mask.repeat_interleave(group, 2)
-    if batch_invariant:
-        y = attention_in_tiles(q, k, v, mask, scale, softcap)
+        q = q.unflatten(1, (-1, group)).transpose(2, 3).flatten(2, 3)
+    if batch_invariant and layout.seen is not None:
+        y = attention_in_tiles(q, k, v, layout.seen.expand(-1, -1, q.shape[2], -1), scale, softcap)
     elif softcap is None:
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=layout.bias, scale=scale)
     else:
         wide = torch.promote_types(q.dtype, torch.float32)
         scores = torch.tanh(q.to(wide) @ k.to(wide).mT * (scale / softcap)) * softcap
-        y = (scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v.to(wide)).to(q.dtype)
+        scores = scores if layout.bias is None else scores + layout.bias
+        y = (scores.softmax(-1) @ v.to(wide)).to(q.dtype)
     if group > 1:
         y = y.unflatten(2, (rows, group)).transpose(2, 3).flatten(1, 2)
     return y.transpose(1, 2).contiguous()
+
+
+def commit_rows(
+    cache: Tensor, fresh: Tensor, table: Tensor | None, slot: Tensor, kept: Tensor
+) -> None:
+    """Rows of ``fresh`` (B, W, Hkv, D) that are ``kept``, written to their slots."""
+    if table is not None:
+        write_pages(cache, fresh, table, slot, kept)
+        return
+    # Rows of a sequence go to different slots (W <= L): those after the end wrap to the front.
+    at = torch.arange(fresh.shape[0], device=fresh.device)[:, None], slot % cache.shape[1]
+    cache[at] = torch.where(kept[..., None, None], fresh, cache[at])
 
 
 def write_pages(cache: Tensor, fresh: Tensor, table: Tensor, slot: Tensor, kept: Tensor) -> None:
@@ -145,21 +145,14 @@ def write_pages(cache: Tensor, fresh: Tensor, table: Tensor, slot: Tensor, kept:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The first ``2 * cos.shape[-1]`` dimensions turned, half-split, in the dtype of the table."""
-    half = cos.shape[-1]
-    a, b, rest = x.split((half, half, x.shape[-1] - 2 * half), -1)
-    turned = x[..., : 2 * half] * torch.cat((cos, cos), -1)
-    turned[..., :half].addcmul_(b, sin, value=-1)
-    turned[..., half:].addcmul_(a, sin)
-    turned = turned.to(x.dtype)
-    return torch.cat((turned, rest), -1) if rest.shape[-1] else turned
+    """The first ``cos.shape[-1]`` dimensions turned, half-split, in the dtype of the table.
 
-
-def _bit_mask(keep: Tensor, like: Tensor) -> Tensor:
-    """All bits of an element of ``like`` where ``keep`` (B, N), none elsewhere; (B, N, 1, 1)."""
-    return keep.to(_BITS[like.itemsize]).neg()[..., None, None]
-
-
-def _only(mask: Tensor, x: Tensor) -> Tensor:
-    """``x`` where ``mask``, zero elsewhere, NaN or not: `where` on bits is 5 x faster on a CPU."""
-    return (x.view(mask.dtype) & mask).view(x.dtype)
+    ``cos`` and ``sin`` have an entry for each of these dimensions, ``sin`` minus those of the first
+    half.
+    """
+    rotary = cos.shape[-1]
+    turning = x if rotary == x.shape[-1] else x[..., :rotary]
+    first, second = turning.chunk(2, -1)
+    turned = (turning * cos).add_(torch.cat((second, first), -1) * sin)
+    turned = turned if turned.dtype == x.dtype else turned.to(x.dtype)
+    return turned if turning is x else torch.cat((turned, x[..., rotary:]), -1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from pydllm._backend.cuda import DTYPES, call
@@ -20,6 +22,7 @@ def supports(
     pad: Tensor | None,
     k_norm: Tensor | None,
     block_table: Tensor | None,
+    *_: Any,
 ) -> str | None:
     """None if the kernel can run this call, otherwise why not; arguments as of the launcher."""
     if k.dtype not in DTYPES:

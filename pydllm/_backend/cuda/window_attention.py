@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -40,6 +42,7 @@ def supports(
     k_norm: Tensor | None = None,
     block_table: Tensor | None = None,
     block_offset: Tensor | None = None,
+    *_: Any,
 ) -> str | None:
     """None if the kernel can run this call, otherwise why not; arguments as of the launcher."""
     if q.dtype not in _DTYPES:
@@ -112,8 +115,7 @@ def window_attention(
     k_norm: Tensor | None = None,
     block_table: Tensor | None = None,
     block_offset: Tensor | None = None,
-    *,
-    scale: float,
+    scale: float = 1.0,
     branches: int = 1,
     causal: bool = False,
     block_size: int | None = None,
