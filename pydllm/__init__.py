@@ -26,7 +26,7 @@ from pydllm.decoding import (
     stream,
     warmup,
 )
-from pydllm.models import load
+from pydllm.models import load, register_family
 
 __version__ = "0.1.0"
 
@@ -55,6 +55,7 @@ __all__ = [
     "metrics",
     "ops",
     "patch",
+    "register_family",
     "stream",
     "warmup",
 ]

@@ -362,6 +362,7 @@ FAMILIES = {
     "Ministral3ForCausalLM": _MISTRAL,
 }
 FAMILIES |= {f"A2D{base}*": family for base, family in _A2D.items()}
+REGISTERED: dict[str, Family] = {}  # those of other packages: registry.py
 
 
 def find_family(config: Config, *classes: str, quantized: bool = False) -> Family:
@@ -381,13 +382,14 @@ def find_family(config: Config, *classes: str, quantized: bool = False) -> Famil
             "none (quantised weights are not supported; pydllm.patch(module) speeds up a module)",
         )
     for name in names:
-        for pattern, family in FAMILIES.items():
+        for pattern, family in (FAMILIES | REGISTERED).items():
             if fnmatchcase(str(name), pattern):
                 experts = has_experts(config)
                 if experts is not None and family.moe is None:
                     raise config.wrong(experts, f"none ({name} has no experts)")
                 return family
+    known = ", ".join(sorted(FAMILIES | REGISTERED))
     raise CheckpointError(
-        f"{config.where}: architectures: expected one of {', '.join(sorted(FAMILIES))}, "
-        f"found {names[0]!r} (pydllm.patch(module) speeds up other modules)"
+        f"{config.where}: architectures: expected one of {known}, found {names[0]!r} "
+        "(pydllm.patch(module) speeds up other modules)"
     )
