@@ -113,13 +113,13 @@ wheels: $(BUILD_VENV)/.ready
 	done; ls -l dist/*.whl
 
 aot: $(READY)
-	$(PY) bench/resources.py
+	$(PY) -m bench.gpu.resources
 
 bars: $(READY)
-	$(PY) bench/bars.py $(BARS_ARGS)
+	$(PY) -m bench.gpu.bars $(BARS_ARGS)
 
 resources: $(READY)
-	$(PY) bench/cuda_resources.py $(RESOURCES_ARGS)
+	$(PY) -m bench.gpu.cuda_resources $(RESOURCES_ARGS)
 
 # Python itself is not instrumented, so the sanitizers' libraries have to be there before it.
 csrc-sanitize: $(READY)
@@ -128,15 +128,15 @@ csrc-sanitize: $(READY)
 	  $(PY) -m pytest -x -k 'cuda and not gpu' $(SANITIZE_ARGS)
 
 bench: $(READY)
-	@set -e; for case in bench/cases/[a-z]*.py; do \
-	  $(PY) bench/run.py $$(basename $$case .py) $(BENCH_ARGS); done
+	@set -e; for case in bench/ops/cases/[a-z]*.py; do \
+	  $(PY) -m bench.ops $$(basename $$case .py) $(BENCH_ARGS); done
 
 # In parts of at most nine minutes; run it again while it exits with 3.
 gpu: $(READY)
-	$(PY) bench/gpu.py $(PART) $(if $(DRY),--dry)
+	$(PY) -m bench.gpu $(PART) $(if $(DRY),--dry)
 
 gpu-report: $(READY)
-	$(PY) bench/gpu.py report $(if $(README),--readme $(README))
+	$(PY) -m bench.gpu report $(if $(README),--readme $(README))
 
 # Without a GPU the demo and the tests have no use for the CUDA kernels, which take nvcc minutes.
 $(VENV)/.ready checked: export PYDLLM_BUILD_CUDA ?= $(if $(shell command -v nvidia-smi),auto,0)

@@ -1,11 +1,11 @@
 """Time whole decodings against loops that do what published code does at every step.
 
-    python bench/decode.py --device cpu --model llada-100m
-    python bench/decode.py --device cpu --model llada-100m --algorithm apd --new 64
-    python bench/decode.py --device cuda --model llada-8b --compiled inductor --csv results.csv
+    python -m bench.decode --device cpu --model llada-100m
+    python -m bench.decode --device cpu --model llada-100m --algorithm apd --new 64
+    python -m bench.decode --device cuda --model llada-8b --compiled inductor --csv results.csv
 
 The weights are random, of the named model's shape: nothing is downloaded, and what one forward
-costs does not depend on them. The loops of bench/published.py run in the same run on the same
+costs does not depend on them. The loops of bench/baselines/loops.py run in the same run on the same
 weights; "static" and "multiblock" decode as many tokens per forward as theirs. FreeDave's tokens
 are those of Static, which stands in for a published loop. A random model predicts the same token
 for all masks: at a mixture of 0.7 APD accepts them all, at the default here one or two per round.
@@ -34,20 +34,19 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from published import (
+import pydllm
+from bench.baselines.loops import (
     PlainForward,
     PublishedAPD,
     PublishedLoop,
     PublishedMultiBlock,
 )
-from run import DTYPES, provenance
-from shapes import CONFIGS, make_model, make_verifier
-
-import pydllm
+from bench.ops.run import DTYPES, provenance
+from bench.shapes import CONFIGS, make_model, make_verifier
 from pydllm.integrations import d3llm
 from pydllm.models import NativeModel
 
+LENGTH = 128  # tokens of the prompt, and new ones
 # Part of the entropies of a first forward that lies below the threshold of "multiblock".
 PROBE = 0.1
 
@@ -199,8 +198,8 @@ def check_options(context: click.Context, algorithm: str, new: int, block: int, 
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
 @click.option("--dtype", type=click.Choice(sorted(DTYPES)), help="Default: bf16 on cuda.")
 @click.option("--batch", default=1, show_default=True, type=click.IntRange(1))
-@click.option("--prompt", "prompt_length", default=128, show_default=True, type=click.IntRange(1))
-@click.option("--new", default=128, show_default=True, type=click.IntRange(1))
+@click.option("--prompt", "prompt_length", type=click.IntRange(1), help=f"Default: {LENGTH}.")
+@click.option("--new", type=click.IntRange(1), help=f"Default: {LENGTH}, or what fits the model.")
 @click.option("--block", default=32, show_default=True, type=click.IntRange(1))
 @click.option("--tokens-per-step", "per_step", default=1, show_default=True)
 @click.option("--temperature", default=0.2, show_default=True, type=click.FloatRange(0.0))
@@ -220,8 +219,8 @@ def main(
     device: str,
     dtype: str | None,
     batch: int,
-    prompt_length: int,
-    new: int,
+    prompt_length: int | None,
+    new: int | None,
     block: int,
     per_step: int,
     temperature: float,
@@ -233,9 +232,14 @@ def main(
     csv_file: Path | None,
 ) -> None:
     """Time the decoders on one model's shape."""
-    check_options(context, algorithm, new, block, per_step)
     dtype = dtype or ("bf16" if device.startswith("cuda") else "fp32")
     model = make_model(name, device, DTYPES[dtype])
+    most = model.spec.max_positions or 2 * LENGTH
+    prompt_length = prompt_length or min(LENGTH, most // 2)
+    new = new or min(LENGTH, most - most // 2)
+    if prompt_length + new > most:
+        raise click.UsageError(f"--prompt and --new: expected at most {most} positions together")
+    check_options(context, algorithm, new, block, per_step)
     # Ends of sequence would let our decoders stop early: the work is to be the same.
     model.spec = pydllm.models.ModelSpec(**(vars(model.spec) | {"eos_ids": ()}))
     generator = torch.Generator().manual_seed(1)
@@ -294,7 +298,7 @@ def main(
         }
         facts |= {"new": new, "block": block, "tokens_per_step": per_step}
         provenances = provenance(device) | {
-            "command": "python bench/decode.py " + " ".join(sys.argv[1:])
+            "command": "python -m bench.decode " + " ".join(sys.argv[1:])
         }
         new_file = not csv_file.exists()
         with csv_file.open("a", newline="") as file:

@@ -1,7 +1,7 @@
 """What the trainer adds to the model's own forwards and backward.
 
-    python bench/distill.py                                      # a small shape on the CPU
-    python bench/distill.py --device cuda --model llada-8b --dtype bf16 --batch 4 --answer 256
+    python -m bench.distill                                      # a small shape on the CPU
+    python -m bench.distill --device cuda --model llada-8b --dtype bf16 --batch 4 --answer 256
 
 Random weights of the named shape, random trajectories. A step of ``pydllm.distill`` draws windows,
 makes the two noisy copies of the batch, and takes cross-entropy and entropy of the rows that count.
@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import click
 import torch
@@ -26,10 +25,8 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from run import DTYPES
-from shapes import CONFIGS
-
+from bench.ops.run import DTYPES
+from bench.shapes import CONFIGS
 from pydllm.distill import PRESETS, Trajectories
 from pydllm.distill.masking import Noisy
 from pydllm.distill.trainer import Objective, draw_batch

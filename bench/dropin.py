@@ -1,8 +1,8 @@
 """Time published decoding code and this package in its place: the same run, the same weights.
 
-    python bench/dropin.py --device cpu --model llada-100m
-    python bench/dropin.py --only llada --only fast_dllm_dual --csv out/dropin.csv
-    PYDLLM_UPSTREAM_DIR=/checkouts python bench/dropin.py    # their own code: bench/upstream.py
+    python -m bench.dropin --device cpu --model llada-100m
+    python -m bench.dropin --only llada --only fast_dllm_dual --csv out/dropin.csv
+    PYDLLM_UPSTREAM_DIR=/checkouts python -m bench.dropin    # bench/baselines/upstream.py
 
 The original is the repository's function where PYDLLM_UPSTREAM_DIR has it, otherwise our
 restatement of what it computes (published.py, published_cached.py). Ours is the algorithm that
@@ -37,16 +37,13 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import gemma
-import upstream
-from decode import PROBE
-from published import PlainForward, PublishedLoop, PublishedMultiBlock
-from published_cached import PublishedDream, PublishedDual
-from run import DTYPES, provenance
-from shapes import CONFIGS, make_model, random_model
-
 import pydllm
+from bench.baselines import gemma, upstream
+from bench.baselines.cached_loops import PublishedDream, PublishedDual
+from bench.baselines.loops import PlainForward, PublishedLoop, PublishedMultiBlock
+from bench.decode import PROBE
+from bench.ops.run import DTYPES, provenance
+from bench.shapes import CONFIGS, make_model, random_model
 from pydllm._backend.errors import PydllmError
 from pydllm.models import NativeModel
 
@@ -282,7 +279,7 @@ def d3llm(job: Job) -> list[Contender]:
 
 
 def diffusion_gemma(job: Job) -> list[Contender]:
-    """transformers' DiffusionGemma and its step on kernels; the model is bench/gemma.py's."""
+    """transformers' DiffusionGemma and its step on kernels; the model: bench/baselines/gemma.py."""
     if importlib.util.find_spec("pydllm.integrations.diffusion_gemma") is None:
         raise PydllmError("expected pydllm.integrations.diffusion_gemma, found none")
     place = importlib.import_module("pydllm.integrations.diffusion_gemma")
@@ -413,7 +410,7 @@ def main(
         facts = {"model": name, "dtype": dtype, "prompt": prompt_length, "new": new}
         facts |= {"block": block, "tokens_per_step": per_step, "repeat": repeat}
         facts |= provenance(device) | {
-            "command": f"python bench/dropin.py {' '.join(sys.argv[1:])}"
+            "command": f"python -m bench.dropin {' '.join(sys.argv[1:])}"
         }
         new_file = not csv_file.exists()
         with csv_file.open("a", newline="") as file:

@@ -1,6 +1,6 @@
 """What Ray costs a batch job: rows a second in this process and in one actor, in turns.
 
-    python bench/jobs.py --rows 2000
+    python -m bench.jobs --rows 2000
 
 Both decode the same problems with the bundled model. "steady" leaves out the time until the first
 batch is done: starting Ray, starting the actor, loading the model.

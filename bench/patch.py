@@ -1,7 +1,7 @@
 """Time a forward of a transformers model as it is and patched, in one run, turn by turn.
 
-    python bench/patch.py --device cpu
-    python bench/patch.py --device cuda --dtype bf16 --shape 8b
+    python -m bench.patch --device cpu
+    python -m bench.patch --device cuda --dtype bf16 --shape 8b
 
 Random weights of a Qwen3 with grouped heads, with a mask that hides nothing (the model sees both
 ways, as retrained ones do), with left padding, and as a window of 32 tokens over a cache. Before a
@@ -11,17 +11,13 @@ call is timed its results are compared.
 from __future__ import annotations
 
 import statistics
-import sys
 import time
-from pathlib import Path
 
 import click
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from run import DTYPES
-
 import pydllm
+from bench.ops.run import DTYPES
 
 _SHAPES = {  # hidden, layers, heads, KV heads, head size, MLP, tokens
     "tiny": (64, 2, 4, 2, 16, 160, 48),

@@ -1,8 +1,8 @@
 """Time every kind of step that decoding takes, against the least that the machine could take.
 
-    python bench/steps.py --model llada-8b --device cuda --batch 1 --prompt 1024
-    python bench/steps.py --model tiny --device cpu --prompt 16 --new 32
-    python bench/steps.py --model dream-7b --algorithm threshold --trace out/trace.json
+    python -m bench.steps --model llada-8b --device cuda --batch 1 --prompt 1024
+    python -m bench.steps --model tiny --device cpu --prompt 16 --new 32
+    python -m bench.steps --model dream-7b --algorithm threshold --trace out/trace.json
 
 The weights are random, of the named model's shape. Each algorithm decodes through
 ``pydllm.generate`` with captured steps (on a CPU: recorded ones); what is timed are the replays,
@@ -16,7 +16,7 @@ forward of the same decoding with ``graph=False``, host and device together.
 A random model predicts no better than chance, so few tokens are accepted a forward:
 ``tokens_per_s`` is for ``--tokens-per-forward``, at the mean forward of the whole decoding.
 
-Baselines, same run and weights: the plain forward of bench/published.py over the whole sequence and
+Baselines, same run and weights: the plain forward of bench/baselines over the whole sequence and
 over a block with the keys and values before it, the same compiled, and a Hugging Face Llama of the
 same sizes.
 """
@@ -37,14 +37,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from published import PlainForward
-from run import DTYPES, provenance
-from shapes import CONFIGS, make_model, make_verifier
-from timing import time_calls
-from watch import Rates, Watch, count_launches
-
 import pydllm
+from bench.baselines.loops import PlainForward
+from bench.gpu.roofline import Rates, Watch, count_launches
+from bench.ops.run import DTYPES, provenance
+from bench.ops.timing import time_calls
+from bench.shapes import CONFIGS, make_model, make_verifier
 from pydllm.models import ModelSpec, NativeModel
 
 COLUMNS = (
@@ -288,7 +286,7 @@ def main(
         table.add_row(*(_cell(row.get(column, "")) for column in shown))
     Console(width=None if sys.stdout.isatty() else 180).print(table)
     if csv_file is not None:
-        more = provenance(device) | {"command": "python bench/steps.py " + " ".join(sys.argv[1:])}
+        more = provenance(device) | {"command": "python -m bench.steps " + " ".join(sys.argv[1:])}
         csv_file.parent.mkdir(parents=True, exist_ok=True)
         is_new = not csv_file.exists()
         with csv_file.open("a", newline="") as file:

@@ -1,7 +1,7 @@
 """What tensor parallelism sends and holds, and that it decodes the same tokens; gloo, on the CPU.
 
-    python bench/tensor_parallel.py --model tiny --tp 2 --tp 4
-    python bench/tensor_parallel.py --model llada-100m --tp 2 --new 32
+    python -m bench.tensor_parallel --model tiny --tp 2 --tp 4
+    python -m bench.tensor_parallel --model llada-100m --tp 2 --new 32
 
 Random weights of a named shape are written to a temporary checkpoint first, so that each process
 reads its part of it as it would of a real one. Peak memory is that of the process while it loads
@@ -24,10 +24,8 @@ from rich.table import Table
 from safetensors.torch import save_file
 from torch import distributed, multiprocessing
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from shapes import CONFIGS
-
 import pydllm
+from bench.shapes import CONFIGS
 from pydllm.demo import WEIGHTS
 from pydllm.models.config import Config
 from pydllm.models.families import find_family

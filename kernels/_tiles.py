@@ -1,7 +1,7 @@
 """Tile sizes and launch parameters, one literal table an op, reviewed like code.
 
 Rows are keyed by what decides them (architecture, head size, rows, ...). There is no autotuner in
-the library: ``bench/tune.py`` proposes rows, people paste them.
+the library: ``bench/ops/tune.py`` proposes rows, people paste them.
 """
 
 from __future__ import annotations

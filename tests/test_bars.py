@@ -10,9 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
-import sass
-import step_model
+from bench.gpu import sass, step_model
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -32,10 +30,11 @@ LISTING = """
 
 
 def run(*arguments: str, change: str = "") -> subprocess.CompletedProcess[str]:
-    """``bench/bars.py`` in a process of its own: here kernels are interpreted."""
+    """``bench/gpu/bars.py`` in a process of its own: here kernels are interpreted."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join((str(REPOSITORY), str(REPOSITORY / "bench")))
-    code = f"import sys, bars\n{change}\nsys.argv = {['bars.py', *arguments]}\nbars.main()"
+    environment["PYTHONPATH"] = str(REPOSITORY)
+    start = f"import sys\nfrom bench.gpu import bars\n{change}\n"
+    code = f"{start}sys.argv = {['bars.py', *arguments]}\nbars.main()"
     return subprocess.run(
         [sys.executable, "-c", code],
         cwd=REPOSITORY,

@@ -1,19 +1,15 @@
 """The end-to-end benchmark: every algorithm runs, and its loops decode what ours do."""
 
 import csv
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
 
 import pydllm
+from bench import decode
+from bench.baselines import loops as published
 from pydllm.integrations import d3llm
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
-import decode
-import published
 
 
 @pytest.fixture(scope="module")

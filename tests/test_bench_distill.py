@@ -1,13 +1,9 @@
 """The trainer's benchmark: its contenders see the same batch, and print their rows."""
 
-import sys
-from pathlib import Path
-
 import torch
 from click.testing import CliRunner
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
-import distill
+from bench import distill
 
 TINY = distill.SMALL | {"d_model": 16, "n_heads": 2, "n_kv_heads": 2, "n_layers": 1}
 TINY |= {"mlp_hidden_size": 24, "vocab_size": 40, "embedding_size": 40}

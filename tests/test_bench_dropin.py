@@ -1,21 +1,15 @@
 """The drop-in benchmark: its loops decode what ours do; what it counts; missing checkouts."""
 
 import csv
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
 
 import pydllm
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
-import dropin
-import published_cached
-import shapes
-import upstream
-
+from bench import dropin, shapes
+from bench.baselines import cached_loops as published_cached
+from bench.baselines import upstream
 from tests.decoding.published import PlainLLaDA, fast_dllm_generate  # noqa: E402
 from tests.decoding.test_static import _prompt, _random_model  # noqa: E402
 

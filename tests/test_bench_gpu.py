@@ -2,19 +2,16 @@
 
 import csv
 import json
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
-import first
-import gpu
-import run
-import steps
-import watch
+from bench import steps
+from bench.gpu import first
+from bench.gpu import roofline as watch
+from bench.gpu import suite as gpu
+from bench.ops import run
 
 ROOT = gpu.ROOT
 
@@ -40,7 +37,7 @@ def test_every_file_with_gpu_tests_and_every_op_has_a_job(tmp_path):
 
 
 def test_a_missing_file_fails_the_dry_run(tmp_path, monkeypatch):
-    job = gpu.Job("x", gpu.python("bench/nothing.py"), 1)
+    job = gpu.Job("x", gpu.python("-m", "bench.nothing"), 1)
     monkeypatch.setattr(gpu, "jobs", lambda part, out, arch: [job])
     assert gpu.dry(("micro",), tmp_path) == 1
 

@@ -35,7 +35,7 @@ def compiled(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(REPOSITORY)
     return subprocess.run(
-        [sys.executable, "bench/resources.py", *arguments, "--json"],
+        [sys.executable, "-m", "bench.gpu.resources", *arguments, "--json"],
         cwd=REPOSITORY,
         env=environment,
         capture_output=True,
@@ -65,7 +65,7 @@ def test_a_kernel_that_does_not_fit_is_reported(monkeypatch):
     """The check can fail: with a limit of 4 bytes every kernel is over it."""
     code = (
         "import sys; sys.argv = ['resources.py', 'rms_norm', '--arch', '90', '--json']\n"
-        "sys.path.insert(0, 'bench'); import resources\n"
+        "from bench.gpu import resources\n"
         "resources.SHARED_LIMIT[90] = 4\n"
         "resources.main()"
     )

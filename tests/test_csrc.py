@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from bench import cuda_resources
+from bench.gpu import cuda_resources
 from pydllm import ops
 from pydllm._backend import cuda
 from tests import emulation

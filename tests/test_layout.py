@@ -180,7 +180,7 @@ def test_one_word_an_op():
     assert ops <= words("pydllm/reference")
     assert ops <= words("kernels")
     assert {f"test_{op}" for op in ops} <= words("tests/ops")
-    assert ops <= words("bench/cases")
+    assert ops <= words("bench/ops/cases")
     assert words("csrc", "*.cu") <= ops
     assert words("csrc", "*.cu") == words("pydllm/_backend/cuda")
     assert words("csrc", "*.h") - {"dtype"} == words("csrc", "*.cu")
@@ -190,7 +190,7 @@ def test_an_op_is_exported_and_its_bench_case_listed():
     import pydllm.ops
     import pydllm.reference
 
-    cases = (ROOT / "bench/cases/__init__.py").read_text()
+    cases = (ROOT / "bench/ops/cases/__init__.py").read_text()
     for op in words("pydllm/ops"):
         assert op in pydllm.ops.__all__ and callable(getattr(pydllm.ops, op))
         assert callable(getattr(pydllm.reference, op))

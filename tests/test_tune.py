@@ -1,16 +1,11 @@
 """The tile tuner: what it proposes, without a GPU."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from click.testing import CliRunner
 
+from bench.ops import tune
 from pydllm.kernels import _tiles
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
-import tune
 
 DTYPES = (torch.float32, torch.bfloat16)
 

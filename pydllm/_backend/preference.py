@@ -1,6 +1,6 @@
 """Where kernels were measured to be faster than what ``auto`` would take without a measurement.
 
-A row is written by hand, from ``python bench/run.py OP --backend cuda --backend triton`` on that
+A row is written by hand, from ``python -m bench.ops OP --backend cuda --backend triton`` on that
 GPU, and names the file in bench/results/ that shows it. Where nothing was measured, ``auto`` takes
 Triton.
 """

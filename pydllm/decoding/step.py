@@ -187,10 +187,10 @@ def statistics(
 
     def in_place(stats: ops.VocabStats) -> ops.VocabStats:
         if live is not None:
-            scores, count = torch.stack(stats[1:], 1), shape[0] * shape[1]
-            scores = scores.new_zeros(count, 4).index_copy_(0, live, scores)
+            scores, count = torch.stack(stats[1:]), shape[0] * shape[1]
+            scores = scores.new_zeros(4, count).index_copy_(1, live, scores)
             token = stats.token.new_zeros(count).index_copy_(0, live, stats.token)
-            stats = ops.VocabStats(token, *scores.unbind(1))
+            stats = ops.VocabStats(token, *scores.unbind())
         return ops.VocabStats(*(field.view(shape) for field in stats))
 
     stats = in_place(_row_stats(call, hidden, rows, options))

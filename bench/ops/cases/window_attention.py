@@ -1,8 +1,8 @@
 """``window_attention`` at the shapes of LLaDA-8B, Dream-7B, SDAR-8B, a 100M and the tiny model.
 
 A name says the model, sequences, the window's rows and the cache's slots; ``refresh`` is a window
-over all of it, ``8of32`` is 8 branches of 32 rows. ``python bench/traffic.py`` prints the bytes
-that the kernel moves against the least.
+over all of it, ``8of32`` is 8 branches of 32 rows. ``python -m bench.ops.attention_bytes`` prints
+the bytes that the kernel moves against the least.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Compile every Triton kernel ahead of time, no GPU needed, and print what each one uses.
 
-    python bench/resources.py                        # all ops, sm_80, sm_90 and sm_100
-    python bench/resources.py rms_norm --arch 90     # one op, one architecture
+    python -m bench.gpu.resources                        # all ops, sm_80, sm_90 and sm_100
+    python -m bench.gpu.resources rms_norm --arch 90     # one op, one architecture
 
 The launchers are called with meta tensors and the launches recorded, so what is compiled is what
 the library would launch, its argument specialisation included. Exits with 1 if a kernel spills
@@ -31,9 +31,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from cases import CASES
-
+from bench.ops.cases import CASES
 from pydllm.kernels import _tiles
 
 # Most dynamic shared memory a block may opt in to, bytes (CUDA programming guide, compute

@@ -1,10 +1,10 @@
 """Everything that needs a GPU, one command, in parts that are taken up where they stopped.
 
-    python bench/gpu.py                     # all parts, as far as nine minutes go; then again
+    python -m bench.gpu                     # all parts, as far as nine minutes go; then again
     python -m bench.gpu first               # what decides most, in six minutes
-    python bench/gpu.py tests               # build, tests, sanitize, micro or e2e alone
-    python bench/gpu.py --dry               # no GPU: collect the tests, compile, list the jobs
-    python bench/gpu.py report              # tables and plots of what there is
+    python -m bench.gpu tests               # build, tests, sanitize, micro or e2e alone
+    python -m bench.gpu --dry               # no GPU: collect the tests, compile, list the jobs
+    python -m bench.gpu report              # tables and plots of what there is
 
 A part is a list of jobs, each a command with a log. What a job did is kept in
 ``bench/results/<gpu>/state.json`` with the commit; a job that succeeded on this commit is not run
@@ -30,8 +30,8 @@ from typing import Any
 import click
 import torch
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
+BENCH = Path(__file__).resolve().parents[1]
+ROOT = BENCH.parent
 PARTS = ("first", "build", "tests", "sanitize", "micro", "e2e")
 BUDGET = 520  # seconds that jobs are started or run in, a call
 MODELS = ("llada-8b", "dream-7b", "sdar-8b")
@@ -71,7 +71,7 @@ def arch_of(capability: tuple[int, int]) -> str:
 def jobs(part: str, out: Path, arch: str) -> list[Job]:
     """What a part consists of."""
     if part == "first":
-        command = python("bench/first.py", "--out", str(out), "--seconds", "345")
+        command = python("-m", "bench.gpu.first", "--out", str(out), "--seconds", "345")
         return [Job("first", command, 360)]
     if part == "build":
         environment = {"PYDLLM_BUILD_CUDA": "1", "PYDLLM_CUDA_ARCHS": arch}
@@ -98,20 +98,20 @@ def jobs(part: str, out: Path, arch: str) -> list[Job]:
         return found
     if part == "micro":
         table = str(out / "ops.csv")
-        ops = sorted(path.stem for path in (HERE / "cases").glob("[a-z]*.py"))
-        run = ("bench/run.py", "--device", "cuda", "--seconds", "0.2", "--csv", table)
-        return [Job(f"micro {op}", python(run[0], op, *run[1:]), 300) for op in ops]
+        ops = sorted(path.stem for path in (BENCH / "ops/cases").glob("[a-z]*.py"))
+        run = ("--device", "cuda", "--seconds", "0.2", "--csv", table)
+        return [Job(f"micro {op}", python("-m", "bench.ops", op, *run), 300) for op in ops]
     found = []
     for model in MODELS:
         for batch, prompt in SHAPES:
             name = f"e2e {model} batch {batch} prompt {prompt}"
-            command = python("bench/steps.py", "--device", "cuda", "--model", model)
+            command = python("-m", "bench.steps", "--device", "cuda", "--model", model)
             command += ("--batch", str(batch), "--prompt", str(prompt), "--new", "64")
             command += ("--csv", str(out / "steps.csv"))
             command += ("--plot", str(out / f"steps-{model}-{batch}-{prompt}.png"))
             found.append(Job(name, command, 400))
     for algorithm in ("static", "freedave", "apd", "multiblock"):
-        command = python("bench/decode.py", "--device", "cuda", "--model", "llada-8b")
+        command = python("-m", "bench.decode", "--device", "cuda", "--model", "llada-8b")
         command += ("--algorithm", algorithm, "--csv", str(out / f"decode-{algorithm}.csv"))
         command += ("--compiled", "inductor") if algorithm == "static" else ()
         found.append(Job(f"e2e decode {algorithm}", command, 400))
@@ -197,18 +197,17 @@ def _toolkit(program: str) -> str | None:
 def dry(parts: tuple[str, ...], out: Path) -> int:
     """What can be told without a GPU; returns the exit status."""
     bad = 0
-    if not compileall.compile_dir(HERE, quiet=1, force=True):
+    if not compileall.compile_dir(BENCH, quiet=1, force=True):
         bad = 1
     for part in parts:
         for job in jobs(part, out, "90a"):
-            script = next((word for word in job.command[1:] if word.endswith(".py")), None)
-            missing = script is not None and not (ROOT / script).exists()
+            missing = not _exists(job.command)
             bad |= missing
             click.echo(
                 f"{part}: {' '.join(job.command[1:])}{'  (no such file)' if missing else ''}"
             )
     if "first" in parts:
-        command = python("bench/first.py", "--dry", "--seconds", "345", "--out", str(out))
+        command = python("-m", "bench.gpu.first", "--dry", "--seconds", "345", "--out", str(out))
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=_importable())
         click.echo(done.stdout + done.stderr[-500:])
         bad |= done.returncode != 0
@@ -224,6 +223,15 @@ def dry(parts: tuple[str, ...], out: Path) -> int:
             click.echo("csrc for sm_90a: nvcc compiles it, which takes minutes (PART=tests: not)")
             bad |= not compiles("90a")
     return int(bad)
+
+
+def _exists(command: tuple[str, ...]) -> bool:
+    """Whether the module of this repository, or the script, that a command runs is there."""
+    script = next((word for word in command[1:] if word.endswith(".py")), None)
+    module = command[2].replace(".", "/") if command[1] == "-m" else ""
+    if module.startswith("bench"):
+        return (ROOT / f"{module}.py").exists() or (ROOT / module / "__main__.py").exists()
+    return script is None or (ROOT / script).exists()
 
 
 def compiles(arch: str) -> bool:
@@ -310,7 +318,7 @@ def main(
 ) -> None:
     """Build, test, check and time on the GPU of this machine."""
     if parts == ("report",):
-        folders = [out] if out else sorted((HERE / "results").glob("*/"))
+        folders = [out] if out else sorted((BENCH / "results").glob("*/"))
         table = "\n\n".join(filter(None, map(report, folders)))
         notes = [path.read_text() for folder in folders for path in folder.glob("first.md")]
         click.echo("\n".join(notes))
@@ -324,11 +332,11 @@ def main(
         raise click.UsageError("report: expected alone")
     parts = parts or PARTS
     if is_dry:
-        sys.exit(dry(parts, out or HERE / "results" / "gpu"))
+        sys.exit(dry(parts, out or BENCH / "results" / "gpu"))
     if not torch.cuda.is_available():
         raise click.ClickException("expected a CUDA device, torch finds none (--dry needs none)")
     name = re.sub(r"\W+", "-", torch.cuda.get_device_name().lower()).strip("-")
-    out = out or HERE / "results" / name
+    out = out or BENCH / "results" / name
     out.mkdir(parents=True, exist_ok=True)
     ledger, stop, left, failed = Ledger(out), time.monotonic() + budget, 0, 0
     arch = arch_of(torch.cuda.get_device_capability())

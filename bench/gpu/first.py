@@ -1,8 +1,8 @@
 """What the first six minutes on a GPU are spent on, in the order of what they decide.
 
     python -m bench.gpu first            # on a machine with a GPU, torch and Triton
-    python bench/first.py --dry          # the order and the budgets; needs no GPU
-    python bench/first.py --device cpu --model tiny --out DIR    # a rehearsal
+    python -m bench.gpu.first --dry          # the order and the budgets; needs no GPU
+    python -m bench.gpu.first --device cpu --model tiny --out DIR    # a rehearsal
 
 A step gets its budget and what the steps before it left. It gives rows, and after each row
 ``first.json`` and ``first.md`` are written anew: whatever ends the run, the rows so far are there.
@@ -12,7 +12,6 @@ What could not be done is listed with its reason.
 from __future__ import annotations
 
 import json
-import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -26,20 +25,18 @@ import click
 import torch
 from torch.nn import functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from cases import CASES
-from run import DTYPES, copied, is_right, provenance
-from shapes import CONFIGS, make_model, make_verifier
-from steps import algorithms, measure
-from timing import time_calls
-from watch import Rates
-
+from bench.gpu.roofline import Rates
+from bench.ops.cases import CASES
+from bench.ops.run import DTYPES, copied, is_right, provenance
+from bench.ops.timing import time_calls
+from bench.shapes import CONFIGS, make_model, make_verifier
+from bench.steps import algorithms, measure
 from pydllm import ops
 from pydllm._backend import cuda
 from pydllm.models import ModelSpec
 from pydllm.testing import random_normal
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 360
 Row = dict[str, Any]
 

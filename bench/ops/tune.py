@@ -1,12 +1,12 @@
 """Try tile sizes of an op and print the change to ``kernels/_tiles.py``, to be read and pasted.
 
-    python bench/tune.py window_attention --head-dim 128      # on this machine's GPU
-    python bench/tune.py head_stats --shape llada-8b-32
-    python bench/tune.py window_attention --arch 90           # no GPU: which tiles would fit
+    python -m bench.ops.tune window_attention --head-dim 128      # on this machine's GPU
+    python -m bench.ops.tune head_stats --shape llada-8b-32
+    python -m bench.ops.tune window_attention --arch 90           # no GPU: which tiles would fit
 
 Every candidate is compiled ahead of time first; what spills registers or does not fit the chip's
 shared memory is left out. The others are checked against fp64 and timed on the shapes of
-``bench/run.py``; the best is the one with the smallest geometric mean of its times over the
+``bench/ops/run.py``; the best is the one with the smallest geometric mean of its times over the
 present tile's. Nothing is written: the library has literal tables and no autotuner.
 """
 
@@ -28,12 +28,10 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from cases import CASES
-from resources import SHARED_LIMIT, compile_launch, record
-from run import DTYPES, copied, is_right
-from timing import time_calls
-
+from bench.gpu.resources import SHARED_LIMIT, compile_launch, record
+from bench.ops.cases import CASES
+from bench.ops.run import DTYPES, copied, is_right
+from bench.ops.timing import time_calls
 from pydllm.kernels import _tiles
 
 SOURCE = Path(_tiles.__file__)
@@ -165,7 +163,7 @@ def proposal(row: Row, ratios: dict[Tile, float], least: float) -> str:
 @click.argument("op", type=click.Choice(sorted(ROWS)))
 @click.option("--head-dim", default=128, show_default=True, help="Of window_attention.")
 @click.option("--dtype", default="bf16", show_default=True, type=click.Choice(sorted(DTYPES)))
-@click.option("--shape", default="", help="Only shapes of bench/run.py whose name contains this.")
+@click.option("--shape", default="", help="Only shapes of the op whose name contains this.")
 @click.option("--case", default="", help="Ahead-of-time case whose label begins with this.")
 @click.option(
     "--arch", type=click.Choice([str(a) for a in SHARED_LIMIT]), help="Only compile, for this one."

@@ -1,9 +1,9 @@
 """Time the ops against each other, the reference and what else there is.
 
-    python bench/run.py --list
-    python bench/run.py vocab_stats --backend triton --backend torch --dtype bf16 --device cuda
-    python bench/run.py rms_norm --csv bench/results/h100.csv
-    python bench/run.py unmask --base main~3        # the same on an older commit, and the ratio
+    python -m bench.ops --list
+    python -m bench.ops vocab_stats --backend triton --backend torch --dtype bf16 --device cuda
+    python -m bench.ops rms_norm --csv bench/results/h100.csv
+    python -m bench.ops unmask --base main~3        # the same on an older commit, and the ratio
 
 Every case is checked against fp64 before it is timed; one that is wrong prints ✗ and no time.
 """
@@ -27,10 +27,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from cases import CASES
-from timing import copy_rate, time_calls
-
+from bench.ops.cases import CASES
+from bench.ops.timing import copy_rate, time_calls
 from pydllm._backend.errors import BackendError
 from pydllm.testing import error_budget, max_error
 
@@ -39,7 +37,7 @@ COLUMNS = (
     *("op", "shape", "dtype", "backend", "resolved_backend", "ms_p20", "ms_p50", "ms_p80"),
     *("gbps", "peak_frac", "gpu", "driver", "torch", "triton", "cuda", "commit", "command", "date"),
 )
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def _tensors(result: object) -> list[torch.Tensor]:
@@ -140,7 +138,7 @@ def provenance(device: str) -> dict[str, str]:
         "triton": triton_version,
         "cuda": torch.version.cuda or "",
         "commit": run("git", "rev-parse", "--short", "HEAD"),
-        "command": "python bench/run.py " + " ".join(sys.argv[1:]),
+        "command": "python -m bench.ops " + " ".join(sys.argv[1:]),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
     }
 
@@ -170,7 +168,7 @@ def _run_base(reference: str, arguments: list[str]) -> dict[tuple, float]:
         add = ["git", "worktree", "add", "--detach", str(tree), reference]
         subprocess.run(add, cwd=REPOSITORY, check=True, capture_output=True)
         try:
-            command = [sys.executable, "bench/run.py", *arguments, "--csv", str(results)]
+            command = [sys.executable, "-m", "bench.ops", *arguments, "--csv", str(results)]
             # `env` rather than os.environ: the worktree's package has to win over an installed one.
             subprocess.run(["env", f"PYTHONPATH={tree}", *command], cwd=tree, check=True)
             with results.open() as file:

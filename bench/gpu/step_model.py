@@ -1,8 +1,8 @@
 """What a decode step should take on an H100 or H200, kernel by kernel: a model, not a measurement.
 
-    python bench/step_model.py                    # LLaDA-8B and Dream-7B, batch 1, 8 and 32
-    python bench/step_model.py --kernels          # each kernel of a step
-    python bench/step_model.py --gpu h200 --slots 4096
+    python -m bench.gpu.step_model                    # LLaDA-8B and Dream-7B, batch 1, 8 and 32
+    python -m bench.gpu.step_model --kernels          # each kernel of a step
+    python -m bench.gpu.step_model --gpu h200 --slots 4096
 
 A cached forward of ``Threshold`` with a window of 32 (Dream 33) rows. Grids come from the library's
 own plan of a call, instructions of a key tile from its machine code (``make bars``); what is marked
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
@@ -23,8 +22,6 @@ import click
 import torch
 from rich.console import Console
 from rich.table import Table
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from pydllm.kernels import _tiles
 

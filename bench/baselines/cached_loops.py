@@ -8,10 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from published import PlainForward
 from torch import Tensor
 from torch.nn import functional as F
 
+from bench.baselines.loops import PlainForward
 from pydllm.models import NativeModel
 
 # Keys before the rotation and values of every layer, each (B, Hkv, positions, D).

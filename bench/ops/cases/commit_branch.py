@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from cases.window_attention import rotary_tables
+from bench.ops.cases.window_attention import rotary_tables
 from pydllm import ops, reference
 from pydllm.testing import random_normal
 

@@ -11,7 +11,7 @@ Each case module has
   compilation.
 """
 
-from cases import (
+from bench.ops.cases import (
     certainty_loss,
     commit_branch,
     draft,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from cases import draft
+from bench.ops.cases import draft
 from pydllm import ops, reference
 
 SHAPES = draft.SHAPES

@@ -1,9 +1,9 @@
 """The machine code of every Triton kernel at 8B shapes against the bars that it is held to; no GPU.
 
-    python bench/bars.py                       # every kernel on sm_90a
-    python bench/bars.py --arch 80 --arch 100  # registers, spills and shared memory there
-    python bench/bars.py window_attention      # one op
-    python bench/bars.py --grid                # programs and waves of window_attention alone
+    python -m bench.gpu.bars                       # every kernel on sm_90a
+    python -m bench.gpu.bars --arch 80 --arch 100  # registers, spills and shared memory there
+    python -m bench.gpu.bars window_attention      # one op
+    python -m bench.gpu.bars --grid                # programs and waves of window_attention alone
 
 Each launch is compiled as the library would launch it and its SASS is read. The bars:
 
@@ -43,11 +43,9 @@ from rich.console import Console
 from rich.table import Table
 from triton.runtime.jit import JITFunction
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import resources
-import sass
-from cases import CASES
-from resources import SHARED_LIMIT, TOOLS, Launch, MachineCode
+from bench.gpu import resources, sass
+from bench.gpu.resources import SHARED_LIMIT, TOOLS, Launch, MachineCode
+from bench.ops.cases import CASES
 
 MULTIPROCESSORS = 132  # of an H100 or H200
 SHARED, REGISTERS, THREADS = 228 * 1024, 65536, 2048  # of a multiprocessor
@@ -110,7 +108,7 @@ def rms_norm(rows: int, width: int) -> Callable[[], object]:
     return lambda: kernel.rms_norm(meta(rows, width), meta(width), 1e-5, meta(rows, width))
 
 
-# The ops whose launches depend on a shape; of the others, those of bench/cases at 8B shapes.
+# The ops whose launches depend on a shape; of the others, those of bench/ops/cases at 8B shapes.
 LAUNCHES: dict[str, dict[str, Callable[[], object]]] = {
     "window_attention": {
         "LLaDA, 32 rows, 1k": attention(LLADA, 1, 32, 1024),
@@ -130,7 +128,7 @@ LAUNCHES: dict[str, dict[str, Callable[[], object]]] = {
     },
     "rms_norm": {"4096": rms_norm(32, 4096), "3584": rms_norm(33, 3584)},
 }
-LARGE = {  # (op, cases of bench/cases that stand for it)
+LARGE = {  # (op, cases of bench/ops/cases that stand for it)
     "vocab_stats": ("bf16 126464", "torch.bfloat16 126464", "top"),
     "mixture_draft": ("torch.bfloat16",),
     "mixture_accept": ("torch.bfloat16",),

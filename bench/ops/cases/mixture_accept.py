@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cases import mixture_draft
+from bench.ops.cases import mixture_draft
 from pydllm import ops
 from pydllm._backend.errors import BackendError
 from pydllm.testing import random_normal

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from timing import copy_rate, time_calls
-
+from bench.ops.timing import copy_rate, time_calls
 from pydllm.decoding.graph import Graphs
 from pydllm.models import NativeModel
 

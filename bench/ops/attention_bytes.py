@@ -1,7 +1,7 @@
 """Bytes that ``window_attention`` loads and stores at the bench shapes, against the least; no GPU.
 
-    python bench/traffic.py                          # tiles of sm_90
-    python bench/traffic.py --arch 80 --shape sdar
+    python -m bench.ops.attention_bytes                          # tiles of sm_90
+    python -m bench.ops.attention_bytes --arch 80 --shape sdar
 
 Counted lane by lane while the kernel runs in Triton's interpreter with the tiles of that
 architecture: one sequence and one KV head of each shape, scaled up, fp16. ``of least`` counts a
@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
-from pathlib import Path
 from unittest import mock
 
 os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
@@ -24,9 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from triton.runtime.interpreter import InterpreterBuilder
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from cases import window_attention as case
-
+from bench.ops.cases import window_attention as case
 from pydllm.kernels import _tiles
 
 

@@ -1,8 +1,8 @@
 """Compile csrc/ for each architecture, no GPU needed, and print what each CUDA kernel uses.
 
-    python bench/cuda_resources.py                       # every file, sm_80 to sm_120
-    python bench/cuda_resources.py rms_norm --arch 90a   # one file, one architecture
-    python bench/cuda_resources.py --wheels              # build time and size of wheels instead
+    python -m bench.gpu.cuda_resources                       # every file, sm_80 to sm_120
+    python -m bench.gpu.cuda_resources rms_norm --arch 90a   # one file, one architecture
+    python -m bench.gpu.cuda_resources --wheels              # build time and size of wheels instead
 
 Occupancy is the part of a multiprocessor's threads that can be resident, by registers, threads,
 blocks and static shared memory; what a launch asks for as dynamic shared memory comes on top. Exits
@@ -29,7 +29,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted(path.stem for path in (ROOT / "csrc").glob("*.cu"))
 BUILT_FROM = ("csrc", "kernels", "pydllm", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml")
 

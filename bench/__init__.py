@@ -1,0 +1,1 @@
+"""Benchmarks: ops, whole decodings, what they are compared with, and what needs a GPU."""

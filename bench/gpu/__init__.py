@@ -1,0 +1,1 @@
+"""What needs a GPU, or looks at machine code for one. ``python -m bench.gpu``."""

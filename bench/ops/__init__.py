@@ -1,0 +1,1 @@
+"""The ops: times, tiles and bytes. ``python -m bench.ops --list``."""

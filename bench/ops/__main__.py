@@ -1,0 +1,5 @@
+"""``python -m bench.ops``."""
+
+from bench.ops.run import main
+
+main()
