@@ -1,8 +1,8 @@
 """Builds pydllm; compiles csrc/ where a CUDA toolkit is found. Needs neither a GPU nor PyTorch.
 
 PYDLLM_BUILD_CUDA  auto (default): compile csrc/ if nvcc is there; 1: it must be; 0: do not
-PYDLLM_CUDA_ARCHS  e.g. "80;90a;100"; "+PTX" behind one adds code that newer GPUs can translate
-MAX_JOBS           compilers at a time; default: one a core, as far as 2 GiB are free for each
+PYDLLM_CUDA_ARCHS  e.g. "80;90a;100"; "+PTX" after one adds code that newer GPUs can translate
+MAX_JOBS           compilers at a time; default: one per core, as far as 2 GiB are free for each
 
 With ninja on PATH only what changed is compiled again. The version of a wheel with CUDA kernels
 says which toolkit compiled them for what: 0.1.0+cu130.sm90a.

@@ -6,7 +6,7 @@
 
 The weights are random, of the named model's shape. Each algorithm decodes through
 ``pydllm.generate`` with captured steps (on a CPU: recorded ones); what is timed are the replays,
-alone, by kind: the first forward of a block, its others, the verification of so many candidates.
+alone, by kind: the first forward of a block, its others, the verification of candidates.
 
 ``floor_ms`` is the longer of two times: weights, and keys and values that are seen, over the
 measured copy rate; multiplications over the measured rate of a large matrix product. ``host_us`` is

@@ -112,11 +112,11 @@ struct Limits {
   int branch, begin, end;
 };
 
-// The key tiles of a block, in order: [first, before) cached, [before, behind) each once for every
-// one of its branches, [behind, last) cached.
+// The key tiles of a block, in order: [first, before) cached, [before, after) each once for every
+// one of its branches, [after, last) cached.
 struct Walk {
   int first_m, split;  // the block's first query row, and its split of the keys
-  int first, before, behind, last;
+  int first, before, after, last;
   int first_branch, branches;
   int all_begin, all_end;  // positions that every used row may see, by the masks
 
@@ -135,7 +135,7 @@ struct Walk {
     int high = branches > 1 ? window - 1 : high_row - first_branch * window;
     low = max(low, sequence.pad - sequence.start);
     high = min(high, sequence.length - 1);
-    first = before = behind = last = 0;
+    first = before = after = last = 0;
     if (low > high) return;
     const Query lowest(call, sequence, (first_branch * window + low) * group);
     const Query highest(call, sequence, (first_branch * window + high) * group);
@@ -149,11 +149,11 @@ struct Walk {
     }
     last = max(last, first);
     before = max(min(sequence.window_begin / kKeys, last), first);
-    behind = max(min((max(sequence.window_end, 0) + kKeys - 1) / kKeys, last), before);
+    after = max(min((max(sequence.window_end, 0) + kKeys - 1) / kKeys, last), before);
   }
 
   __device__ __forceinline__ int steps() const {
-    return last - first + (behind - before) * (branches - 1);
+    return last - first + (after - before) * (branches - 1);
   }
 
   // The tile of a step, and its branch: -1 where all is cached.
@@ -162,12 +162,12 @@ struct Walk {
     tile = first + step;
     if (tile < before) return;
     const int inside = tile - before;
-    if (inside < (behind - before) * branches) {
+    if (inside < (after - before) * branches) {
       const int on_window = inside / branches;
       branch = first_branch + inside - on_window * branches;
       tile = before + on_window;
     } else {
-      tile -= (behind - before) * (branches - 1);
+      tile -= (after - before) * (branches - 1);
     }
   }
 };

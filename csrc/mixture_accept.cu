@@ -10,7 +10,7 @@ constexpr int kThreads = 256;
 // Vectors of each row that a thread has in flight.
 constexpr int kUnroll = kTileBytes / (kThreads * 16);
 
-// One block a tile of a row in use. The verifier's logits are read only around ids that count.
+// One block per tile of a row in use. The verifier's logits are read only around ids that count.
 template <typename T, bool kCritical>
 __global__ void __launch_bounds__(kThreads, 2) mixture_accept_kernel(const MixtureAccept call) {
   constexpr int kVector = Row<T>::kVector;

@@ -136,12 +136,12 @@ __device__ __forceinline__ float number_of(uint32_t key) {
   return from_ordered(key < 0x80000000u ? key | kLow : key);
 }
 
-// One block a row, and as a rule one read of it. While the row is summed up, the ids that may be in
-// the nucleus are noted: those within a factor (1 - top_p) / shared of the mass so far, since what
-// is below that of the whole mass cannot make up 1 - top_p together. Cut, noise and list are then
-// those few ids' business. Where there is no room for the notes they are made again, with the whole
-// mass; where there still is none, or no nucleus, all ids of the row take their place. Which way
-// it was does not show: masses are integers, and scores are compared, not added.
+// One block per row, and as a rule one read of it. While the row is summed up, the ids that may be
+// in the nucleus are noted: those within a factor (1 - top_p) / shared of the mass so far, since
+// what is below that of the whole mass cannot make up 1 - top_p together. Cut, noise and list are
+// then those few ids' business. Where there is no room for the notes they are made again, with the
+// whole mass; where there still is none, or no nucleus, all ids of the row take their place. Which
+// way it was does not show: masses are integers, and scores are compared, not added.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) mixture_draft_kernel(const MixtureDraft call) {
   constexpr int kVector = Row<T>::kVector;

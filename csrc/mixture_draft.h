@@ -42,8 +42,8 @@ struct MixtureDraft {
   int64_t stride_logits_row, stride_counter_row, stride_counter_word;
 };
 
-// One launch, a block a row. What pydllm/reference/mixture_draft.py gives; the mass of a nucleus is
-// summed in units of 2^-40 of the largest term. Returns the error of the launch.
+// One launch, a block per row. What pydllm/reference/mixture_draft.py gives; the mass of a nucleus
+// is summed in units of 2^-40 of the largest term. Returns the error of the launch.
 cudaError_t mixture_draft(const MixtureDraft& call, cudaStream_t stream);
 
 }  // namespace pydllm

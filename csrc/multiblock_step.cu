@@ -7,7 +7,7 @@ namespace pydllm {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kNone = INT_MAX;  // behind every position and block
+constexpr int kNone = INT_MAX;  // after every position and block
 enum Mode : int { kFinished, kFull, kCached, kCommit, kRefresh };
 
 // Marks of a position, bits that are or-ed.
@@ -23,8 +23,8 @@ __device__ __forceinline__ bool any_of(bool value) {
   return __syncthreads_or(value) != 0;
 }
 
-// One block a sequence. A thread has the same positions and blocks in every pass; what it learns of
-// others' comes from reductions, and from shared memory behind a barrier.
+// One block per sequence. A thread has the same positions and blocks in every pass; what it learns
+// of others' comes from reductions, and from shared memory after a barrier.
 template <typename Entropy>
 __global__ void __launch_bounds__(kThreads) multiblock_step_kernel(const MultiblockStep call) {
   __shared__ unsigned char marks[kMaxPositions];
@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(kThreads) multiblock_step_kernel(const Multibl
   nfe += !over;
   __syncthreads();
 
-  // Blocks: at most one is created, those behind a nearly decoded one are promoted.
+  // Blocks: at most one is created, those after a nearly decoded one are promoted.
   const int got = size - masks[max(created, 1) - 1];
   if ((got >= call.add || got == size) && created < count && !ended) ++created;
   for (int k = thread; k < count; k += kThreads) {

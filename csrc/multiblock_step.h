@@ -37,7 +37,7 @@ struct MultiblockStep {
       stride_blocks_row, stride_eligible_row, stride_token_row, stride_entropy_row;
 };
 
-// One launch, a block a sequence. What pydllm/reference/multiblock_step.py does.
+// One launch, a block per sequence. What pydllm/reference/multiblock_step.py does.
 // Returns the error of the launch.
 cudaError_t multiblock_step(const MultiblockStep& call, cudaStream_t stream);
 

@@ -5,7 +5,7 @@
 namespace pydllm {
 namespace {
 
-// One block a row, whose elements stay in the registers between the sum and the scaling: thread t
+// One block per row, whose elements stay in the registers between the sum and the scaling: thread t
 // has the vectors t, t + kThreads, ... of the row. Which thread sums what does not depend on how
 // the row is aligned, so neither do the bits.
 template <typename T, int kThreads, int kVectors>

@@ -57,7 +57,7 @@ __device__ __forceinline__ float choice_of(float score, const float* bias, int e
   return choice == choice ? choice : -INFINITY;
 }
 
-// One block a block of positions of a window: an expert is admitted if fewer than `capacity` are
+// One block per block of positions of a window: an expert is admitted if fewer than `capacity` are
 // before it.
 __global__ void __launch_bounds__(kPoolThreads)
     route_pool_kernel(uint8_t* __restrict__ pool,           // (windows, blocks, experts)

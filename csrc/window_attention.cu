@@ -1,7 +1,7 @@
 // A block owns 64 query rows of one KV head: window rows with the heads of the group packed beside
 // them, branch after branch. It walks the keys in order of position, in tiles of 64 positions
 // counted from `pad`: tiles before the window, on it (once for every branch that it has rows of),
-// behind it. Tiles come by cp.async while the one before is multiplied; fresh keys come through
+// after it. Tiles come by cp.async while the one before is multiplied; fresh keys come through
 // registers, where they are rotated. Window slots of the cache are never read, so the commit needs
 // no order between blocks. Where a key sits in its tile depends on its position alone, and a tile
 // that a row does not see leaves it as it was: a row's bits do not depend on the batch, on other
@@ -9,7 +9,7 @@
 //
 // Keys are summed in splits, always the same positions, and splits are joined in order of position:
 // by the block that walks over all of them, or, where there would be too few blocks for the device,
-// by a second kernel behind a block for each split. Both do the same operations, so that the bits
+// by a second kernel after a block for each split. Both do the same operations, so that the bits
 // do not depend on which it is.
 #include "window_attention.h"
 
@@ -339,7 +339,7 @@ bool fits(const WindowAttention& call) {
   const int64_t splits = split > 0 ? (call.slots + split - 1) / split : 0;
   const bool alone = call.splits == 1 && (splits <= 1 || call.part != nullptr);
   const bool apart = call.splits == splits && call.part != nullptr && call.state != nullptr;
-  // Room for the tiles and the group behind the last row and slot.
+  // Room for the tiles and the group after the last row and slot.
   const bool small = call.rows >= 0 && call.heads >= 0 &&
                      int64_t{call.rows} * call.heads <= INT_MAX - kQueries && call.slots >= 0 &&
                      call.slots <= INT_MAX / 4;

@@ -15,7 +15,7 @@ _FINISHED = tl.constexpr(0)
 _FULL = tl.constexpr(1)
 _COMMIT = tl.constexpr(3)
 _REFRESH = tl.constexpr(4)
-_NONE = tl.constexpr(2**31 - 1)  # behind every position and block
+_NONE = tl.constexpr(2**31 - 1)  # after every position and block
 
 
 @triton.jit
@@ -149,7 +149,7 @@ def _multiblock_step_kernel(
         if not EARLY_STOP:
             last = tl.where(_any(inside & (ids == mask_id)), _NONE, last)
         ids = tl.where(inside & (offs > last), tl.load(eos_ptr), ids)
-    behind = inside & (offs > last)
+    after_eos = inside & (offs > last)
     masked = inside & (ids == mask_id)
     masks = tl.sum(masked.to(tl.int32), 1)
     over = _any(masked) == 0
@@ -158,15 +158,15 @@ def _multiblock_step_kernel(
     # Every thread has read the sequence and its blocks before one writes them, and the counts are
     # written before each is read by the next block's.
     tl.debug_barrier()
-    changed = accept | behind
+    changed = accept | after_eos
     tl.store(x_row + at, ids, mask=changed)
     step_map_row = step_map_ptr + row * stride_step_map_row
-    tl.store(step_map_row + at, tl.where(behind, -1, decided), mask=changed)
+    tl.store(step_map_row + at, tl.where(after_eos, -1, decided), mask=changed)
     tl.store(blocks_ptr, masks, mask=mask_k)
     tl.debug_barrier()
     before = tl.load(blocks_ptr - 1, mask=mask_k & (offs_k > 0), other=0)
 
-    # Blocks: at most one is created, those behind a nearly decoded one are promoted.
+    # Blocks: at most one is created, those after a nearly decoded one are promoted.
     got = size - tl.sum(tl.where(offs_k == created - 1, masks, 0))
     opens = ((got >= add) | (got == size)) & (created < count) & (last == _NONE)
     created += tl.where(opens, 1, 0)

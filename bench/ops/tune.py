@@ -168,7 +168,7 @@ def proposal(row: Row, ratios: dict[Tile, float], least: float) -> str:
 @click.option(
     "--arch", type=click.Choice([str(a) for a in SHARED_LIMIT]), help="Only compile, for this one."
 )
-@click.option("--limit", type=click.IntRange(1), help="Only so many candidates.")
+@click.option("--limit", type=click.IntRange(1), help="Candidates at most.")
 @click.option("--least", default=0.03, show_default=True, help="Smallest gain worth a change.")
 def main(
     op: str,

@@ -95,7 +95,7 @@ def choose(
         cuda: what the CUDA launcher says of it, likewise.
 
     Raises:
-        ValueError: ``backend`` is no backend's name.
+        ValueError: ``backend`` is not a backend's name.
         BackendError: a backend asked for by name cannot run the call.
     """
     wanted = env.BACKEND if backend is None else backend

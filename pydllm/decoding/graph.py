@@ -26,8 +26,8 @@ from pydllm.decoding.recorder import Recording
 from pydllm.models import Model, StaticCache
 from pydllm.models.workspace import Workspace
 
-# Calls of one kind share buffers, among them a cache of keys and values, and captured steps. So
-# many kinds are kept a model, those used last.
+# Calls of one kind share buffers, among them a cache of keys and values, and captured steps. This
+# is how many kinds a model keeps, those used last.
 KINDS = 4
 # With "auto" a step is captured when it has run so often: a capture takes as long as a few steps.
 WORTH_IT = 3

@@ -11,7 +11,7 @@ from pydllm.decoding.driver import Decoder
 from pydllm.decoding.graph import Eager
 from pydllm.models import Model, StaticCache
 
-_STATE = 64  # bytes a position: tokens, step map and their copies for results and reports
+_STATE = 64  # bytes per position: tokens, step map and their copies for results and reports
 
 
 class _Measure(Eager):

@@ -48,7 +48,7 @@ def write(comparison: Comparison, out: Path) -> list[Path]:
 
 
 def plot_curves(comparison: Comparison, path: Path) -> None:
-    """Accuracy over tokens per forward: a panel a task, a line a method."""
+    """Accuracy over tokens per forward: a panel per task, a line per method."""
     from matplotlib.figure import Figure
 
     tasks = sorted(comparison.y_max)

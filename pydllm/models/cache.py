@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class StaticCache:
-    """Keys (after RoPE) and values of every layer, one slot a position, written in place.
+    """Keys (after RoPE) and values of every layer, one slot per position, written in place.
 
     Addresses never change, so a forward can be captured in a CUDA graph. New caches hold zeros;
     which slots mean something the caller knows (``kv_len``), and the attention uses no other.
@@ -43,7 +43,7 @@ class StaticCache:
 
     @property
     def max_len(self) -> int:
-        """Slots a sequence."""
+        """Slots per sequence."""
         return self.keys.shape[2]
 
     def k(self, layer: int) -> Tensor:

@@ -75,7 +75,7 @@ def load_module(
 
 
 def _check_plain(name: str, state: Mapping[str, Any]) -> None:
-    """Refuse what is no tensor in memory: quantised weights of torch and others, meta tensors."""
+    """Refuse what is not a tensor in memory: quantised weights, meta tensors."""
     for key, value in state.items():
         kind = type(value)
         if kind in (Tensor, nn.Parameter) and not value.is_quantized:

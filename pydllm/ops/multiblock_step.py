@@ -124,22 +124,22 @@ def multiblock_step(
     """Accept tokens of the forward that ``state`` planned, and plan the next (d3LLM, arXiv
     2601.07568), per sequence, in place, on the device.
 
-    Called once before the first forward, with statistics of no rows ``(B, 0)``, and once behind
+    Called once before the first forward, with statistics of no rows ``(B, 0)``, and once after
     each forward. A sequence that is finished is not touched. In this order:
 
     1. **Accept.** Of the eligible positions all with entropy <= threshold (shifted: < threshold);
        not shifted: the one with the least entropy, whatever it is; and where no token falls into
        the first fully activated block with masks, the one with the least entropy there. NaN counts
        as +inf, which no threshold admits. ``x`` gets the token, ``step_map`` the forward.
-    2. **End of sequence**, with ``early_stop``, or else when no mask is left: everything behind the
+    2. **EOS**, with ``early_stop``, or else when no mask is left: everything after the
        first in the generation region becomes ``eos_ids[0]``, with ``step_map`` -1.
     3. **Finish** where no mask is left; otherwise one more forward is counted.
     4. **Blocks.** The next block is created once ``add_at`` of the newest is decoded, at most one a
-       forward, none behind an end of sequence. A block is fully activated once ``full_at`` of
+       forward, none after an EOS. A block is fully activated once ``full_at`` of
        its predecessor is decoded. The masks of all created blocks are eligible.
     5. **Mode.** ``cached``: the prompt, then each block that is finished and whose predecessors
        are, waits for ``delay`` forwards in which full ones renew the cache (refresh), and is then
-       kept (commit). Otherwise the window starts behind the kept prefix (cached), and a shifted
+       kept (commit). Otherwise the window starts after the kept prefix (cached), and a shifted
        model's one position before that. Every ``refresh`` forwards one is full. A commit that
        coincides with a refresh is done by it.
 
@@ -161,7 +161,7 @@ def multiblock_step(
         eos_ids: ``(E,)`` int64, tokens that end a sequence, or None.
         cached: whether the windows are to be those of a cached decoder.
         delay, refresh: forwards; ``refresh`` None is never.
-        tail: masks behind the newest block that are forwarded, None for all of them.
+        tail: masks after the newest block that are forwarded, None for all of them.
         shifted: whether row i of the model predicts position i + 1.
         backend: None (``PYDLLM_BACKEND``), ``"auto"``, ``"cuda"``, ``"triton"`` or ``"torch"``.
 

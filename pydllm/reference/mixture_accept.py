@@ -149,12 +149,12 @@ def _critical(
     x: Tensor, y: Tensor, chosen: Tensor, inverse: float | Tensor, noise: Tensor | float
 ) -> Tensor:
     """The smallest weight at which ``chosen`` is the target, ``(R,)``."""
-    ahead, behind = (
+    ahead, below = (
         values.gather(1, chosen) - values for values in (x * inverse + noise, y * inverse + noise)
     )
-    need = -behind
+    need = -below
     ratio = torch.where(need > 0, need / (ahead + need), 0)
-    # Nothing is ahead of -inf; behind it, no weight below 1 helps.
+    # Nothing is ahead of -inf; below it, no weight below 1 helps.
     ratio = ratio.masked_fill(x == -torch.inf, 0)
     none = y.gather(1, chosen).squeeze(1) == -torch.inf
     return ratio.amax(1).masked_fill(none, 1)

@@ -72,15 +72,15 @@ def multiblock_step(
     # What follows an end of the sequence: filled at once with early_stop, otherwise at the end.
     is_eos = torch.zeros_like(accept) if eos is None else torch.isin(ids, eos)
     is_eos &= early_stop | ~(ids == mask_id).any(1, keepdim=True)
-    behind, ended = is_eos.cumsum(1) - is_eos.int() > 0, is_eos.any(1)
+    after_eos, ended = is_eos.cumsum(1) - is_eos.int() > 0, is_eos.any(1)
     if eos is not None:
-        ids = torch.where(behind, eos[0], ids)
-        steps = steps.masked_fill(behind, -1)
+        ids = torch.where(after_eos, eos[0], ids)
+        steps = steps.masked_fill(after_eos, -1)
     masked = ids == mask_id
     masks, over = per_block(masked), ~masked.any(1)
     nfe = nfe + ~over
 
-    # Blocks: at most one is created, those behind a nearly decoded one are promoted.
+    # Blocks: at most one is created, those after a nearly decoded one are promoted.
     got = size - masks
     newest = got.gather(1, (created[:, None] - 1).clamp(min=0).long()).squeeze(1)
     opens = (newest >= add) | (newest == size)

@@ -18,7 +18,7 @@ _VECTOR = 8  # elements of 16 bytes
 _LARGEST = 2**31 - 1
 
 # Positions whose keys are summed before they are joined to the others: the same for every call, or
-# a row's bits would hang on it. Kernels join them in one order whether a block has one or all.
+# a row's bits would depend on it. Kernels join them in one order whether a block has one or all.
 SPLIT = 512
 
 # Key tiles in shared memory, 2 or 3; 0: as many as leave room for two blocks on a multiprocessor.
