@@ -78,13 +78,12 @@ def shipped_sources():
     files = set()
     for folder, _, names in os.walk(ROOT / "pydllm", followlinks=True):
         files |= {Path(folder, name).relative_to(ROOT).as_posix() for name in names}
-    weights = (".safetensors", ".json", ".md")
     return {
         file
         for file in files
         if file.endswith(".py")
         or file == "pydllm/py.typed"
-        or (file.startswith("pydllm/demo/weights/") and file.endswith(weights))
+        or file.startswith("pydllm/demo/weights/llada-tiny/")
     }
 
 
@@ -130,6 +129,18 @@ def test_wheel_imports_and_leaves_the_name_kernels_alone(built, tmp_path):
     assert facts[0] == str(tmp_path / "pydllm/__init__.py")
     assert facts[1] == str(tmp_path / "pydllm/kernels/rms_norm.py")
     assert facts[2] is None or "pydllm" not in facts[2]
+
+
+def test_the_demo_of_a_wheel_runs(built, tmp_path):
+    """On the one model that a wheel holds."""
+    zipfile.ZipFile(built[1]).extractall(tmp_path)
+    weights = sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors"))
+    assert 0 < weights < 1.5e6
+    code = "from pydllm.cli import main; main()"
+    options = ("demo", "--problems", "2", "--only", "Threshold 0.9")
+    done = run(sys.executable, "-c", code, *options, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert "Threshold 0.9" in passed(done)
+    assert (tmp_path / "out/demo/demo.csv").read_text().count("llada-tiny") >= 1
 
 
 def test_editable_install(checkout, tmp_path):

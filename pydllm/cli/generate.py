@@ -109,9 +109,7 @@ def generate(
         "dtype": None if dtype is None else getattr(torch, dtype),
         "tp": None,
     }
-    chosen = read_algorithm(
-        algorithm, settings, lambda: load(VERIFIER if verifier is None else verifier, **options)
-    )
+    chosen = read_algorithm(algorithm, settings, lambda: load(_verifier(verifier), **options))
     if not prompts and sys.stdin.isatty():
         click.echo("Prompts, one per line; Ctrl-D ends them (or use --prompt TEXT):", err=True)
     texts = list(prompts) or [line.rstrip("\n") for line in sys.stdin if line.strip()]
@@ -146,6 +144,13 @@ def generate(
             )
     if "interrupted" in result.finish_reason:
         raise KeyboardInterrupt
+
+
+def _verifier(given: str | None) -> str | Path:
+    """The verifier that was asked for, or the repository's, which a wheel does not have."""
+    if given is None and not VERIFIER.is_dir():
+        raise click.UsageError("expected --verifier: no bundled verifier is installed")
+    return VERIFIER if given is None else given
 
 
 def _decode(

@@ -6,9 +6,10 @@ _WEIGHTS = Path(__file__).parent / "weights"
 _DIFFUSION = ("llada-tiny", "llada-tiny-d3llm", "dream-tiny", "sdar-tiny")
 
 # The diffusion models, by the name of their folder; the first is the default of the command line.
-MODELS = {name: _WEIGHTS / name for name in _DIFFUSION}
-WEIGHTS = MODELS["llada-tiny"]
-# The causal model that verifies for them.
+# A wheel has the first alone, the repository all of them.
+MODELS = {name: _WEIGHTS / name for name in _DIFFUSION if (_WEIGHTS / name).is_dir()}
+WEIGHTS = _WEIGHTS / _DIFFUSION[0]
+# The causal model that verifies for them; not in a wheel.
 VERIFIER = _WEIGHTS / "verifier-tiny"
 
 # What ``pydllm compare --sweep`` knows; pydllm/demo/sweep.py has the settings.

@@ -49,7 +49,7 @@ def demo(
     from pydllm.demo.task import held_out_problems
     from pydllm.models import load
 
-    verifier = load(VERIFIER, device=device)
+    verifier = load(VERIFIER, device=device) if VERIFIER.is_dir() else None
     wanted = [part.lower() for part in only]
     chosen = {
         model: {
@@ -126,7 +126,13 @@ def sweep(
     from pydllm.demo.task import held_out_problems
     from pydllm.models import load
 
-    model, verifier = load(MODELS[name], device=device), load(VERIFIER, device=device)
+    if "apd" in sweeps and not VERIFIER.is_dir():
+        raise click.BadParameter(
+            f"expected sweeps other than apd, whose verifier is not installed, got {sweeps}",
+            param_hint="--sweep",
+        )
+    model = load(MODELS[name], device=device)
+    verifier = load(VERIFIER, device=device) if VERIFIER.is_dir() else None
     tasks = held_out_problems(problems, seed)
     console = Console(stderr=as_json, markup=False)
     out.mkdir(parents=True, exist_ok=True)

@@ -56,9 +56,9 @@ class Score:
         return {k: round(v, 2) if isinstance(v, float) else v for k, v in asdict(self).items()}
 
 
-def algorithms(model: str, verifier: Model) -> dict[str, Algorithm]:
+def algorithms(model: str, verifier: Model | None) -> dict[str, Algorithm]:
     """The algorithms that the demo runs on a bundled model, by display name; the first is the one
-    that the others are compared with.
+    that the others are compared with. Without a verifier, not APD.
     """
     block = BLOCKS[model]
     chosen: dict[str, Algorithm] = {
@@ -90,8 +90,11 @@ def algorithms(model: str, verifier: Model) -> dict[str, Algorithm]:
         "Static, dual cache": Static(block_length=block, cache="dual"),
         "Threshold 0.9, dual cache": Threshold(threshold=0.9, block_length=block, cache="dual"),
         "LeftToRight, 2 tokens a step": LeftToRight(tokens_per_step=2),
-        "APD, mixture 0.5": APD(verifier, mixture=0.5),
-        "APD, mixture 0.9": APD(verifier, mixture=0.9),
+        **(
+            {}
+            if verifier is None
+            else {f"APD, mixture {r}": APD(verifier, mixture=r) for r in (0.5, 0.9)}
+        ),
         "MultiBlock, entropy 0.1": MultiBlock(threshold=0.1, block_length=block),
         "MultiBlock": MultiBlock(block_length=block),
         "MultiBlock, no cache": MultiBlock(block_length=block, cache=False),

@@ -17,7 +17,7 @@ Key = TypeVar("Key", bound=Hashable)
 _THRESHOLDS = (0.99, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 
 
-def settings(sweep: str, model: str, verifier: Model) -> dict[str, Algorithm]:
+def settings(sweep: str, model: str, verifier: Model | None) -> dict[str, Algorithm]:
     """The settings of a sweep on a bundled model, by display name."""
     block = BLOCKS[model]
     if sweep == "static":
@@ -45,7 +45,7 @@ def settings(sweep: str, model: str, verifier: Model) -> dict[str, Algorithm]:
         return {
             f"{n} drafts": FreeDave(draft_steps=n, block_length=block) for n in (1, 2, 4, 8, 16)
         }
-    if sweep == "apd":
+    if sweep == "apd" and verifier is not None:
         return {
             f"R {mixture}, W {window}, M {lookahead}": APD(
                 verifier, mixture=mixture, window=window, lookahead=lookahead
