@@ -55,6 +55,26 @@ def results(out):
     return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
 
 
+@pytest.fixture(autouse=True)
+def a_part_per_batch(monkeypatch):
+    monkeypatch.setattr(running, "CALL", 1)
+
+
+def test_waiting_rows_take_the_slots_of_finished_ones(tmp_path, monkeypatch):
+    data = write_data(tmp_path / "x.jsonl", 7)
+    apart = run_job(data, tmp_path / "apart", RECIPE, batch_size=2)
+    calls = []
+
+    def watched(model, prompts, *arguments, **options):
+        calls.append((len(prompts), options["max_batch"]))
+        return generate(model, prompts, *arguments, **options)
+
+    monkeypatch.setattr(working, "generate", watched)
+    monkeypatch.setattr(running, "CALL", 3)
+    together = run_job(data, tmp_path / "together", RECIPE, batch_size=2)
+    assert calls == [(6, 2), (1, 2)] and together.sha256 == apart.sha256
+
+
 def test_a_job_answers_every_row_in_order(tmp_path):
     data = write_data(tmp_path / "x.jsonl", 7)
     seen = []

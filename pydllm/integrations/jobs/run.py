@@ -14,6 +14,7 @@ from pydllm.integrations.jobs.worker import Recipe, Worker
 from pydllm.models.parallel import wait_for_all_processes
 
 ENGINES = ("process", "ray")
+CALL = 4  # batches per call of generate: how often answers are written
 
 
 def run_job(
@@ -35,7 +36,8 @@ def run_job(
         recipe: model, algorithm and the rest that decides an answer.
         engine: ``"process"``: in this process; ``"ray"``: in actors of Ray Data, one for each GPU
             (or CPU) that it gets. An actor that dies is started again and its batch repeated.
-        batch_size: sequences decoded together.
+        batch_size: sequences decoded together. A call has up to ``CALL`` times that number of
+            prompts: those that wait take the slots of finished ones.
         workers: actors; default: as many as Ray has GPUs, or else CPUs.
         device: of each worker; default: the GPU if there is one.
         progress: called with the rows done so far and those that failed of them.
@@ -56,13 +58,13 @@ def run_job(
         raise ValueError(f"workers: expected None, or at least 1 with Ray, got {workers}")
     recipe.check()
     job = Job(data, out, recipe.as_json())
-    batches = job.batches(batch_size)
     done, failed = job.resumed + len(job.unreadable), len(job.unreadable)
     if engine == "ray":
         job.claim()
-        run = _on_ray(batches, recipe, job.parts, workers, device)
+        run = _on_ray(job, recipe, batch_size, workers, device)
     else:
-        worker = Worker(recipe, job.parts, device) if batches else None
+        batches = job.batches(CALL * batch_size)
+        worker = Worker(recipe, job.parts, batch_size, device) if batches else None
         job.claim()  # what the model or the algorithm refuses has left no trace
         run = (worker(batch) for batch in batches if worker is not None)
     for rows, errors in run:
@@ -76,8 +78,8 @@ def run_job(
 class _Actor:
     """A worker as Ray Data calls it: a dictionary in, a dictionary out."""
 
-    def __init__(self, recipe: Recipe, parts: str, device: str | None) -> None:
-        self._worker = Worker(recipe, Path(parts), device)
+    def __init__(self, recipe: Recipe, parts: str, batch_size: int, device: str | None) -> None:
+        self._worker = Worker(recipe, Path(parts), batch_size, device)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, int]:
         rows, errors = self._worker([Row(**record) for record in row["batch"]])
@@ -85,7 +87,7 @@ class _Actor:
 
 
 def _on_ray(
-    batches: list[list[Row]], recipe: Recipe, parts: Path, workers: int | None, device: str | None
+    job: Job, recipe: Recipe, batch_size: int, workers: int | None, device: str | None
 ) -> Iterator[tuple[int, int]]:
     try:
         import ray
@@ -102,18 +104,21 @@ def _on_ray(
         ray.data.Dataset.iter_rows: "",
     }.items():
         check_called("ray", function, call)
-    if not batches:
+    left = sum(map(len, job.batches(batch_size)))
+    if not left:
         return
     if not ray.is_initialized():
         ray.init(include_dashboard=False, logging_level="ERROR", log_to_driver=False)
     have = ray.cluster_resources()
     gpus = 0 if device == "cpu" else int(have.get("GPU", 0))
-    workers = min(workers or gpus or int(have["CPU"]), len(batches))
-    # One block a batch: what an actor takes at a time, and what is repeated when one dies.
+    workers = min(workers or gpus or int(have["CPU"]), -(-left // batch_size))
+    # Long calls, but one for each worker.
+    batches = job.batches(min(CALL * batch_size, -(-left // workers)))
+    # One block per call: what an actor takes at a time, and what is repeated when one dies.
     items = [{"batch": [asdict(row) for row in batch]} for batch in batches]
     dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(
         _Actor,
-        fn_constructor_args=(recipe, str(parts.resolve()), device),
+        fn_constructor_args=(recipe, str(job.parts.resolve()), batch_size, device),
         compute=ray.data.ActorPoolStrategy(size=workers),
         num_cpus=1,
         num_gpus=1 if gpus else 0,

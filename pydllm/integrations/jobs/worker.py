@@ -1,4 +1,4 @@
-"""A process that answers batches of a job: loads the model once, writes a part a batch."""
+"""A process that answers batches of a job: loads the model once, writes a part per batch."""
 
 from __future__ import annotations
 
@@ -117,16 +117,18 @@ def fingerprint(folder: Path) -> str:
 
 
 class Worker:
-    """Answers batches and writes them to ``parts``.
+    """Answers batches, ``max_batch`` rows at a time, and writes them to ``parts``.
 
     Noise is keyed by a row's place in the file: a row's answer does not depend on its batch, but
     for the bits of a matrix product of another height.
     """
 
-    def __init__(self, recipe: Recipe, parts: Path, device: str | None = None) -> None:
+    def __init__(
+        self, recipe: Recipe, parts: Path, max_batch: int, device: str | None = None
+    ) -> None:
         options: dict[str, Any] = {"device": device, "tp": None}
         options["dtype"] = None if recipe.dtype is None else getattr(torch, recipe.dtype)
-        self.recipe, self.parts = recipe, parts
+        self.recipe, self.parts, self.max_batch = recipe, parts, max_batch
         self.model = load(recipe.model, **options)
         self.algorithm = make_algorithm(
             recipe.algorithm, dict(recipe.settings), lambda: load(recipe.verifier, **options)
@@ -143,7 +145,7 @@ class Worker:
         return len(records), sum("error" in record for record in records)
 
     def _answer(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
-        """A record a row. Where the batch is refused, or too large, its halves are tried: one bad
+        """A record per row. Where the batch is refused, or too large, its halves are tried: one bad
         row is alone in the end, and the others have their answers.
         """
         recipe = self.recipe
@@ -163,6 +165,7 @@ class Worker:
                 seed=recipe.seed,
                 backend=recipe.backend,
                 request_ids=[row.index for row in rows],
+                max_batch=self.max_batch,
             )
             made.expect_complete()
         except (ValueError, TypeError, torch.OutOfMemoryError) as error:
