@@ -301,13 +301,13 @@ def test_other_parameters_replay_what_was_recorded(name):
 def test_warm_steps_serve_calls_with_other_values():
     model, _ = models()
     sampled = {"temperature": 0.7, "top_p": 0.9, "suppress_ids": [3], "stop": [4]}
-    captured = pydllm.warmup(model, FULL["threshold"], 4, 32, max_new_tokens=14, **sampled)
+    captured = pydllm.warmup(model, FULL["static-dual"], 4, 32, max_new_tokens=14, **sampled)
     others = {"temperature": 1.3, "top_p": [0.5, None, 0.8], "suppress_ids": [7], "stop": [2]}
     given = prompts((4, 1, 9), 0)
-    pydllm.generate(model, given, FULL["threshold"], max_new_tokens=14, graph=True, **others)
+    pydllm.generate(model, given, FULL["static-dual"], max_new_tokens=14, graph=True, **others)
     assert [len(kept.steps) for kept in model.graphs.values()] == [captured]
     with pytest.raises(TypeError, match=r"warmup\(\) got an unexpected keyword argument 'top'"):
-        pydllm.warmup(model, FULL["threshold"], 4, 32, top=3)
+        pydllm.warmup(model, FULL["static-dual"], 4, 32, top=3)
 
 
 @pytest.mark.parametrize(
