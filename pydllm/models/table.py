@@ -110,7 +110,7 @@ ROWS = (
     ),
     Row(
         "I-DLM 8B, 32B",
-        "-",
+        "yifanyu/I-DLM-8B",
         "SDARForCausalLM",
         "an fp64 forward",
         overrides=(("attention", "causal"), ("shift_logits", True)),
@@ -123,10 +123,10 @@ ROWS = (
         drop_in=("fast_dllm_v2",),
     ),
     Row(
-        "Nemotron-Labs-Diffusion 3B, 8B",
+        "Nemotron-Labs-Diffusion 3B, 8B, 14B",
         "nvidia/Nemotron-Labs-Diffusion-8B",
         "NemotronLabsDiffusionModel",
-        "`Ministral3ForCausalLM` of transformers 5.24; an fp64 loop",
+        "its three loops; `Ministral3ForCausalLM` of transformers 5.24",
         patch=False,
     ),
     Row(
@@ -140,18 +140,22 @@ ROWS = (
         "Stable-DiffCoder 8B",
         "ByteDance-Seed/Stable-DiffCoder-8B-Instruct",
         "StableDiffcoderForCausalLM",
-        _TRUNK,
+        "its class, transformers 4.57.1",
         patch=False,
     ),
-    *(
-        Row(f"A2D {base} (MDLM)", "-", f"A2D{base}*", _TRUNK)
-        for base in ("Llama", "Qwen2", "Qwen3")
+    Row("A2D Llama (MDLM)", "-", "A2DLlama*", _TRUNK),
+    Row(
+        "A2D Qwen2 (MDLM)",
+        "dllm-hub/Qwen2.5-Coder-0.5B-Instruct-diffusion-mdlm-v0.1",
+        "A2DQwen2*",
+        _TRUNK,
     ),
+    Row("A2D Qwen3 (MDLM)", "dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1", "A2DQwen3*", _TRUNK),
     Row(
         "A2D BD3LM",
         "dllm-hub/Qwen3-0.6B-diffusion-bd3lm-v0.1",
         "A2DQwen3*",
-        "an fp64 loop with blocks from the prompt's end",
+        "dllm ca17675, `BD3LMSampler`",
         overrides=(("attention", "block_causal"), ("block_size", 32)),
     ),
     Row(

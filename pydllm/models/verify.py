@@ -163,6 +163,11 @@ def _facts(model: NativeModel, folder: Path, seconds: float) -> dict[str, Any]:
         "tokenizer": "none" if tokenizer is None else f"{tokenizer.get_vocab_size()} tokens",
         "chat template": "none" if model.chat_template is None else _rendered(model),
     }
+    end = _turn_end(model)
+    if end is not None:
+        facts["a turn ends with"] = named(end)
+        if end not in spec.eos_ids:
+            facts["a turn ends with"] += ", which is not an EOS id: load(..., eos_ids=) adds it"
     if model.device.type == "cuda":
         facts["device"] += f", {torch.cuda.get_device_name(model.device)}"
     return facts
@@ -175,6 +180,21 @@ def _rendered(model: NativeModel) -> str:
     except (ValueError, PydllmError) as error:
         return f"fails: {error}"
     return repr(text) if len(text) < 160 else f"{text[:80]!r} ... {text[-60:]!r}"
+
+
+def _turn_end(model: NativeModel) -> int | None:
+    """The special token after an assistant's words in the chat template, if there is one."""
+    if model.chat_template is None or model.tokenizer is None:
+        return None
+    words = "Good morning."
+    turn = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": words}]
+    try:
+        text = model.chat_template.render(turn, add_generation_prompt=False)
+        after = encode(model.tokenizer, text.rpartition(words)[2].lstrip())
+    except (ValueError, PydllmError):
+        return None
+    token = model.tokenizer.get_added_tokens_decoder().get(after[0]) if after else None
+    return after[0] if token is not None and token.special else None
 
 
 def _prompts(model: NativeModel) -> Tensor:

@@ -231,3 +231,16 @@ def test_a_chat_checkpoint_stops_at_its_turns_end(tmp_path):
     got = pydllm.generate(pydllm.load(tmp_path, device="cpu"), rows, algorithm, **options)
     assert torch.equal(got.nfe, expected.nfe)
     assert got.text == expected.text
+    (tmp_path / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}<eos>{% endif %}"
+        "{% endfor %}"
+    )
+    model = pydllm.load(tmp_path, device="cpu")
+    assert model.spec.eos_ids == (text, turn)
+    chats = [[{"role": "user", "content": row}] for row in rows]
+    got = pydllm.generate(model, chats, algorithm, **options)
+    assert got.text == expected.text
+    for sequence, row in zip(got.sequences, expected.sequences, strict=True):
+        end = row.tolist().index(turn)  # after it: the id that fills
+        assert sequence[: end + 1].tolist() == row[: end + 1].tolist()
+        assert (sequence[end + 1 :] == text).all()

@@ -4,6 +4,10 @@ import pytest
 import torch
 
 from pydllm.models import load
+from pydllm.models.config import Config
+from pydllm.models.families import find_family
+from pydllm.models.overrides import make_spec
+from pydllm.models.weights import slots
 from tests.models.plain import RECENT, random_plain, write_checkpoint
 from tests.models.test_native import at, close, random_ids
 
@@ -192,3 +196,67 @@ def test_transformers_models(pair, name):
     got = run(model, ids, (0, 0), model.new_cache(2, 20), (20, 20), (20, 20), (20, 20), "causal")
     # fp32 norms and tables there.
     close(model.head(got), expected, 64 * 2**-24 * expected.abs().max().item())
+
+
+# Nemotron-Labs-Diffusion's config.json: hidden size, layers, MLP, base, factor, positions, EOS.
+NEMOTRON = {
+    "3B-Base": (3072, 26, 9216, 1e6, 0.25, 4096, 2),
+    "8B": (4096, 34, 14336, 1e6, 16.0, 262144, 11),
+    "14B": (5120, 40, 16384, 1e9, 16.0, 262144, 11),
+}
+
+
+@pytest.mark.parametrize("name", NEMOTRON)
+def test_sizes_of_published_configurations(name):
+    """Read from the keys alone: q is 4096 wide, whatever the hidden size."""
+    hidden, layers, mlp, theta, factor, positions, eos = NEMOTRON[name]
+    rope = {
+        "rope_type": "yarn",
+        "rope_theta": theta,
+        "factor": factor,
+        "original_max_position_embeddings": 16384,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "llama_4_scaling_beta": 0.1,
+    }
+    config = Config(
+        {
+            "architectures": ["NemotronLabsDiffusionModel"],
+            "model_type": "nemotron_labs_diffusion",
+            "hidden_size": hidden,
+            "num_hidden_layers": layers,
+            "intermediate_size": mlp,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "vocab_size": 131072,
+            "rms_norm_eps": 1e-5,
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "mlp_bias": False,
+            "tie_word_embeddings": False,
+            "sliding_window": None,
+            "max_position_embeddings": positions,
+            "block_size": 32,
+            "mask_token_id": 100,
+            "bos_token_id": 1,
+            "eos_token_id": eos,
+            "dlm_paradigm": "bidirectional",
+            "rope_parameters": rope,
+            "rope_scaling": rope,
+        }
+    )
+    family = find_family(config)
+    sizes = family.sizes(config, family)
+    assert (sizes.hidden, sizes.layers, sizes.intermediate) == (hidden, layers, mlp)
+    assert sizes.query_scale == (0.1, 16384) and sizes.sliding_windows == ()
+    assert sizes.rope.theta == theta and sizes.rope.attention_factor == 1.0
+    spec = make_spec(config, family, sizes)
+    assert (spec.block_size, spec.mask_id, spec.eos_ids) == (32, 100, (eos,))
+    shapes = {name: shape for slot in slots(family.names, sizes) for name, shape in slot.sources}
+    assert len(shapes) == 9 * layers + 3
+    assert shapes["encoder.layers.0.self_attn.q_proj.weight"] == (4096, hidden)
+    assert shapes["encoder.layers.0.self_attn.o_proj.weight"] == (hidden, 4096)
+    assert shapes["diffusion_head.weight"] == (131072, hidden)

@@ -129,7 +129,7 @@ FORCED = {
     "Open-dCoder 0.5B",
     "RND1 30B-A3B",
     "Fast-dLLM v2",
-    "Nemotron-Labs-Diffusion 3B, 8B",
+    "Nemotron-Labs-Diffusion 3B, 8B, 14B",
     "Nemotron's Qwen 3 sister",
 }
 

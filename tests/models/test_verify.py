@@ -8,6 +8,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from pydllm.cli import main
+from pydllm.demo import MODELS
 from pydllm.models import verify as module
 from pydllm.models.verify import verify
 from tests.models.plain import CONFIGS, RECENT, random_plain, write_checkpoint
@@ -94,3 +95,20 @@ def test_the_command(tmp_path):
     assert run.exit_code == 1 and "FAILED" in run.output and "Traceback" not in run.output
     run = CliRunner().invoke(main, ["verify", str(tmp_path / "nothing")])
     assert run.exit_code == 1 and "expected a directory or a hub id" in run.output
+
+
+def test_a_turn_that_ends_with_no_eos_id_is_told(tmp_path):
+    """A chat model whose files name the end of a text alone."""
+    bundled = MODELS["sdar-tiny"]
+    for file in bundled.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    template = "{% for m in messages %}{{ m.content }}<pad>{% endfor %}"
+    (tmp_path / "chat_template.jinja").write_text(template)
+    report = verify(tmp_path, device="cpu", new_tokens=0, reference=False)
+    found = report.facts["a turn ends with"]
+    assert found == "2 '<pad>', which is not an EOS id: load(..., eos_ids=) adds it"
+    report = verify(tmp_path, device="cpu", new_tokens=0, reference=False, eos_ids=[1, 2])
+    assert report.facts["a turn ends with"] == "2 '<pad>'"
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    report = verify(tmp_path, device="cpu", new_tokens=0, reference=False)
+    assert "a turn ends with" not in report.facts
