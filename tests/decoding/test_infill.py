@@ -62,7 +62,8 @@ def check(seed):
     if not isinstance(algorithm, pydllm.MultiBlock):
         mode = "pipelined" if block and r.random() < 0.5 else "strict"
         drafted = pydllm.FreeDave(draft_steps=r.choice((2, 4)), baseline=algorithm, mode=mode)
-    got = pydllm.generate(model, given, algorithm, max_new_tokens=new, **options)
+    most = r.choice((None, 1, 2))
+    got = pydllm.generate(model, given, algorithm, max_new_tokens=new, max_batch=most, **options)
     for row, ids in enumerate(given):
         sequence = got.sequences[row].tolist()
         assert len(sequence) == len(ids) + new[row]

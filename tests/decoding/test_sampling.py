@@ -12,6 +12,7 @@ import torch
 import pydllm
 from pydllm import ops
 from pydllm.models import ModelSpec, StaticCache
+from tests.decoding.test_apd_laws import Table
 from tests.decoding.test_graph import FULL, models, prompts
 from tests.decoding.trajectories import random_pair
 
@@ -63,15 +64,15 @@ class Toy:
 def kept(logits, temperature, top_k, top_p):
     """Probabilities at a temperature, and at 1, of the ids that the filters keep."""
     order = (logits / temperature).softmax(-1).tolist()
-    ranked = sorted(range(V), key=lambda token: -order[token])
+    ranked = sorted(range(len(order)), key=lambda token: -order[token])
     mass, nucleus = 0.0, []
     for token in ranked:
         nucleus.append(token)
         mass += order[token]
         if top_p is not None and mass > top_p:
             break
-    left = set(nucleus) & set(ranked[: top_k or V])
-    hidden = torch.tensor([token not in left for token in range(V)])
+    left = set(nucleus) & set(ranked[:top_k])
+    hidden = torch.tensor([token not in left for token in range(len(order))])
     logits = logits.masked_fill(hidden, -math.inf)
     return (logits / temperature).softmax(-1).tolist(), logits.softmax(-1).tolist()
 
@@ -171,6 +172,63 @@ def test_answers_follow_the_enumerated_law(name, chosen):
     if chosen not in ("plain", "sdar"):  # what a sampler without filters would do is far away
         far = (torch.tensor([*other.values()]) - mass).abs().sum() / 2
         assert far > 1.5 * bound(mass.tolist())
+
+
+class Causal(Table):
+    """A causal model whose logits depend on the tokens before."""
+
+    def head_stats(self, hidden, rows=None, **options):
+        return ops.vocab_stats(hidden if rows is None else hidden[rows.long()], **options)
+
+
+@pytest.mark.parametrize("chosen", ["top-p", "both"])
+def test_autoregressive_answers_follow_the_enumerated_law(chosen):
+    """Four tokens: each drawn from what the filters keep, given those before."""
+    model, length, vocab = Causal(True, 2), 4, 3
+    options = {"top_k": None, "top_p": None} | OPTIONS[chosen]
+    model.spec = dataclasses.replace(model.spec, vocab_size=vocab + 1, eos_ids=(0,))
+    got = pydllm.generate(
+        model,
+        [[0]] * DRAWS,
+        pydllm.Autoregressive(),
+        max_new_tokens=length,
+        suppress_ids=[vocab],
+        ignore_eos=True,
+        **OPTIONS[chosen],
+    )
+    answers = torch.stack(got.new_tokens) * torch.tensor([vocab**3, vocab**2, vocab, 1])
+    counts = torch.bincount(answers.sum(1), minlength=vocab**length) / DRAWS
+    expected = []
+    for answer in itertools.product(range(vocab), repeat=length):
+        mass = 1.0
+        for place, token in enumerate(answer):
+            logits = model.table[model.code(answer[:place]), place, :vocab]
+            mass *= kept(logits, **options)[0][token]
+        expected.append(mass)
+    mass = torch.tensor(expected)
+    assert abs(mass.sum() - 1) < 1e-6
+    assert not counts[mass == 0].any()
+    assert (counts - mass).abs().sum() / 2 < bound(expected)
+
+
+def test_guidance_is_that_of_llada():
+    """One step of all masks, as an independent forward with the prompt and without it says."""
+    model, plain = random_pair(5, eos=())
+    (prompt,) = prompts((6,), 3)
+    got = pydllm.generate(
+        model, [prompt], pydllm.Static(block_length=8), max_new_tokens=8, guidance=1.5
+    )
+    x, first = torch.tensor(prompt + [1] * 8), len(prompt)
+    for _ in range(8):
+        masked = x.clone()
+        masked[:first] = 1
+        logits, without = (plain.logits(ids)[0] for ids in (x, masked))
+        guided = without + 2.5 * (logits - without)
+        guided[:, 1] = -math.inf
+        chance, token = guided.softmax(-1).max(-1)
+        place = chance.masked_fill(x != 1, -1).argmax()
+        x[place] = token[place]
+    assert got.sequences[0].tolist() == x.tolist()
 
 
 def test_logprobs_are_of_the_distribution_that_was_drawn_from():
