@@ -29,6 +29,7 @@ _OFF: dict[str, Any] = {
     "use_qalora": False,
     "bias": "none",
 }
+_MERGE = "PEFT's merge_and_unload() makes of it a model that loads"
 _ABSENT = ("layer_replication", "alora_invocation_tokens", "trainable_token_indices")
 
 
@@ -67,14 +68,14 @@ def is_adapter(folder: Path) -> bool:
 
 def _check_plain(config: Config) -> None:
     """Refuse what is not a LoRA that is added to the weights as they are."""
-    config.only("peft_type", "LORA")
+    config.only("peft_type", "LORA", way_out=_MERGE)
     for key, off in _OFF.items():
-        config.only(key, off)
+        config.only(key, off, way_out=_MERGE)
     for key in _ABSENT:
         if config.get(key):
-            raise config.wrong(key, "none (not supported)")
+            raise config.unsupported(key, "none", _MERGE)
     # The others take their start out of the base's weights, which then are others.
-    config.only("init_lora_weights", True, False, "gaussian", "orthogonal")
+    config.only("init_lora_weights", True, False, "gaussian", "orthogonal", way_out=_MERGE)
 
 
 def base_of(folder: Path) -> str:
@@ -98,12 +99,7 @@ def read_adapter(folder: Path, shapes: Mapping[str, Shape]) -> dict[str, LowRank
         CheckpointError: not a plain LoRA, or one of another model.
     """
     config = read_object(folder, CONFIG)
-    try:
-        _check_plain(config)
-    except CheckpointError as error:
-        raise CheckpointError(
-            f"{error}; PEFT's merge_and_unload() makes of it a model that loads"
-        ) from None
+    _check_plain(config)
     path = folder / _WEIGHTS
     if not path.is_file():
         raise CheckpointError(f"{path}: expected the adapter's weights, found no such file")

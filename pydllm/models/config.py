@@ -9,6 +9,7 @@ from typing import Any
 from pydllm._backend.errors import CheckpointError
 
 _LONGEST = 2**31 - 1  # sizes and positions are int32 on the device
+WAY_OUT = "pydllm.patch(module) speeds up such a module as it stands"
 _SHOWN = 200  # characters of a value in a message
 
 
@@ -77,10 +78,16 @@ class Config:
             raise self.wrong(key, f"token ids in [0, {limit}){hint}")
         return tuple(ids)
 
-    def only(self, key: str, *allowed: Any) -> None:
+    def unsupported(self, key: str, expected: str, way_out: str = WAY_OUT) -> CheckpointError:
+        """The error of a value that means something which is not computed here."""
+        return CheckpointError(
+            f"{self.wrong(key, f'{expected} (others are not supported)')}; {way_out}"
+        )
+
+    def only(self, key: str, *allowed: Any, way_out: str = WAY_OUT) -> None:
         """Refuse any value but these; a missing key is fine."""
         if self.get(key) is not None and self.get(key) not in allowed:
-            raise self.wrong(key, " or ".join(map(repr, allowed)) + " (others are not supported)")
+            raise self.unsupported(key, " or ".join(map(repr, allowed)), way_out)
 
     def section(self, key: str) -> Config:
         """A nested object, empty where it is missing."""

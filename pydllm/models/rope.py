@@ -188,7 +188,7 @@ def _kind(section: Config) -> str:
             raise section.wrong("rope_type", f"one of {', '.join(_KEYS)}")
         return "default"
     if not isinstance(kind, str) or kind not in _KEYS:
-        raise section.wrong(key, f"one of {', '.join(_KEYS)} (others are not supported)")
+        raise section.unsupported(key, f"one of {', '.join(_KEYS)}")
     return kind
 
 

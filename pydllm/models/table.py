@@ -85,6 +85,7 @@ class Row:
 
 _TRUNK = "its trunk in transformers 5.24 (`pydllm verify`), an fp64 forward"
 _MOE = "an fp64 forward"
+_SOFTMAX = "an fp64 forward, Qwen3MoeForCausalLM of transformers 4.57 and 5.24"
 _CAUSAL = "transformers 4.57 and 5.24, causal"
 ROWS = (
     Row(
@@ -176,7 +177,7 @@ ROWS = (
         "LLaDA-MoE 7B-A1B",
         "inclusionAI/LLaDA-MoE-7B-A1B-Instruct",
         "LLaDAMoEModelLM",
-        _MOE,
+        _SOFTMAX,
     ),
     Row(
         "LLaDA2.x mini, flash",
@@ -185,10 +186,10 @@ ROWS = (
         _MOE,
         drop_in=("llada2",),
     ),
-    Row("SDAR 30B-A3B", "JetLM/SDAR-30B-A3B-Chat", "SDARMoeForCausalLM", _MOE),
-    Row("RND1 30B-A3B", "radicalnumerics/RND1-Base-0910", "RND1LM", _MOE, patch=False),
+    Row("SDAR 30B-A3B", "JetLM/SDAR-30B-A3B-Chat", "SDARMoeForCausalLM", _SOFTMAX),
+    Row("RND1 30B-A3B", "radicalnumerics/RND1-Base-0910", "RND1LM", _SOFTMAX, patch=False),
     Row("Ling 2.0", "inclusionAI/Ling-mini-2.0", "BailingMoeV2ForCausalLM", _MOE, patch=False),
-    Row("Qwen 3 MoE", "Qwen/Qwen3-30B-A3B", "Qwen3MoeForCausalLM", _MOE),
+    Row("Qwen 3 MoE", "Qwen/Qwen3-30B-A3B", "Qwen3MoeForCausalLM", _SOFTMAX),
     Row("Qwen 2, 2.5", "Qwen/Qwen2.5-7B-Instruct", "Qwen2ForCausalLM", _CAUSAL),
     Row("Qwen 3", "Qwen/Qwen3-8B", "Qwen3ForCausalLM", _CAUSAL),
     Row("Llama 2, 3.x", "meta-llama/Llama-3.1-8B-Instruct", "LlamaForCausalLM", _CAUSAL),

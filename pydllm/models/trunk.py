@@ -1,6 +1,7 @@
 """The same weights in a class of transformers, whose forward a model's is compared with.
 
-Every dense family is a Llama, Qwen 2, Qwen 3 or Ministral 3 under another name and another mask.
+Every dense family is a Llama, Qwen 2, Qwen 3 or Ministral 3 under another name and another mask; a
+mixture of experts whose router is a softmax is a Qwen 3 MoE.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from pydllm.models.checkpoint import Shards, read_config
 from pydllm.models.families import LLAMA_NAMES, Sizes, find_family
 from pydllm.models.rope import rope_section
 from pydllm.models.weights import slots
+
+_FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
 class Trunk:
@@ -58,11 +61,16 @@ class Trunk:
         with torch.device("meta"):
             module = getattr(transformers, self.name)(settings)
         shards = Shards(folder)
+        if sizes.moe is not None:
+            shards.read_layout(family.names, sizes, str(folder))
+            if hasattr(module, "set_experts_implementation"):
+                module.set_experts_implementation("eager")
         state: dict[str, Tensor] = {}
         own, theirs = slots(family.names, sizes), slots(LLAMA_NAMES, sizes)
         for mine, other in zip(own, theirs, strict=True):
             for (name, _), (renamed, _) in zip(mine.sources, other.sources, strict=True):
                 state[renamed] = shards.tensor(name).to(device, dtype)
+        _fuse_experts(module, state)
         module.load_state_dict(state, strict=False, assign=True)
         if sizes.tied:
             module.lm_head.weight = module.model.embed_tokens.weight
@@ -88,7 +96,9 @@ class Trunk:
 
 def _kind(sizes: Sizes) -> str:
     if sizes.moe is not None:
-        raise PydllmError("mixtures of experts have no common class")
+        if sizes.moe.sigmoid or sizes.moe.shared or not sizes.qk_norm or sizes.qkv_bias:
+            raise PydllmError("transformers has no such mixture of experts")
+        return "Qwen3Moe"
     if sizes.head_bias:
         raise PydllmError("transformers has no such class with a bias of the head")
     if sizes.rope.rotary != sizes.head_dim:
@@ -125,4 +135,26 @@ def _values(sizes: Sizes) -> dict[str, Any]:
             for window in sizes.sliding_windows
         ]
         values |= {"sliding_window": width, "use_sliding_window": True, "layer_types": kinds}
+    if sizes.moe is not None:
+        values |= {
+            "num_experts": sizes.moe.experts,
+            "num_experts_per_tok": sizes.moe.top_k,
+            "moe_intermediate_size": sizes.moe.width,
+            "norm_topk_prob": sizes.moe.renormalize,
+            "mlp_only_layers": [i for i, sparse in enumerate(sizes.moe.sparse) if not sparse],
+            "decoder_sparse_step": 1,
+        }
     return values
+
+
+def _fuse_experts(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """Stack the experts of a layer where the module does (transformers 5)."""
+    for name, tensor in module.state_dict().items():
+        for fused, parts in _FUSED.items():
+            if name.endswith(f"experts.{fused}"):
+                prefix = name.removesuffix(fused)
+                experts = [
+                    torch.cat([state.pop(f"{prefix}{i}.{part}.weight") for part in parts])
+                    for i in range(tensor.shape[0])
+                ]
+                state[name] = torch.stack(experts)

@@ -217,7 +217,11 @@ def damaged(change):
 
 WRONG = {
     "kind": ({"peft_type": "LOHA"}, None, "peft_type: expected 'LORA' .*, found 'LOHA'"),
-    "dora": ({"use_dora": True}, None, "use_dora: expected False .*, found True"),
+    "dora": (
+        {"use_dora": True},
+        None,
+        "use_dora: expected False .*, found True; .* merge_and_unload",
+    ),
     "bias": ({"bias": "all"}, None, "bias: expected 'none' .*, found 'all'"),
     "pissa": ({"init_lora_weights": "pissa"}, None, "init_lora_weights: expected True .* 'pissa'"),
     "replicated": ({"layer_replication": [[0, 3]]}, None, "layer_replication: expected none"),

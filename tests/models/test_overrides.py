@@ -224,7 +224,7 @@ WRONG = {
     "longrope": (
         QWEN2 | rope(rope_type="longrope", short_factor=[1.0]),
         {},
-        "rope_scaling: rope_type: expected one of default, .* not supported.*, found 'longrope'",
+        "rope_type: expected one of default, .* not supported.*, found 'longrope'; pydllm.patch",
     ),
     "rope of two types": (
         QWEN2 | rope(type="yarn", factor=4.0) | {"rope_parameters": {"rope_type": "linear"}},

@@ -11,6 +11,7 @@ from pydllm.cli import main
 from pydllm.demo import MODELS
 from pydllm.models import verify as module
 from pydllm.models.verify import verify
+from tests.models import moe_plain
 from tests.models.plain import CONFIGS, RECENT, random_plain, write_checkpoint
 
 TRUNKS = {
@@ -45,6 +46,20 @@ def test_every_family_passes(tmp_path, name):
         assert counted and all("of 10 equal" in check.found for check in counted)
     else:
         assert not counted
+
+
+@pytest.mark.parametrize("name", ["sdar-moe-mixed", "llada-moe-mixed", "qwen3-moe", "llada2"])
+def test_mixtures_pass(tmp_path, name):
+    """Those with a softmax have a class in transformers, of either layout of experts."""
+    pytest.importorskip("transformers", reason="compares with its classes")
+    config = moe_plain.CONFIGS[name]
+    weights = moe_plain.random_weights(config, 0, torch.float32)
+    moe_plain.write_moe(tmp_path, config, weights)
+    report = verify(tmp_path, device="cpu", new_tokens=4)
+    assert report.passed, str(report)
+    public = "nothing" if name == "llada2" else "Qwen3MoeForCausalLM"
+    assert report.facts["compared with"].startswith(public)
+    assert any("greedy" in check.name for check in report.checks) == (name != "llada2")
 
 
 def damaged(monkeypatch, change):
