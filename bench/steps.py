@@ -5,8 +5,8 @@
     python -m bench.steps --model dream-7b --algorithm threshold --trace out/trace.json
 
 The weights are random, of the named model's shape. Each algorithm decodes through
-``pydllm.generate`` with captured steps (on a CPU: recorded ones); what is timed are the replays,
-alone, by kind: the first forward of a block, its others, the verification of candidates.
+``pydllm.generate`` with captured steps (on a CPU: ``bench.recorder``); what is timed are the
+replays, alone, by kind: the first forward of a block, its others, the verification of candidates.
 
 ``floor_ms`` is the longer of two times: weights, and keys and values that are seen, over the
 measured copy rate; multiplications over the measured rate of a large matrix product. ``host_us`` is
@@ -42,7 +42,9 @@ from bench.baselines.loops import PlainForward
 from bench.gpu.roofline import Rates, Watch, count_launches
 from bench.ops.run import DTYPES, provenance
 from bench.ops.timing import time_calls
+from bench.recorder import Recording
 from bench.shapes import CONFIGS, make_model, make_verifier
+from pydllm.decoding.graph import Graphs
 from pydllm.models import ModelSpec, NativeModel
 
 COLUMNS = (
@@ -89,6 +91,8 @@ def measure(
     context = len(prompts[0]) + new
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
+    else:
+        Graphs.recorder = Recording
     pydllm.warmup(model, algorithm, batch, context, max_new_tokens=new)
     graphs = next(reversed(model.graphs.values()))
     with Watch(graphs, context, model, verifier) as watch:

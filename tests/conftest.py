@@ -14,6 +14,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+from bench.recorder import Recording
+from pydllm.decoding.graph import Graphs
 from tests.emulation import emulated_kernels
 from tests.interpreter import repair
 
@@ -31,6 +33,12 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def recorded_steps(monkeypatch):
+    """Without a GPU, steps are recorded where a GPU captures them."""
+    monkeypatch.setattr(Graphs, "recorder", Recording)
 
 
 @pytest.fixture(autouse=True)

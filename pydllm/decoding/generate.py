@@ -84,8 +84,8 @@ def generate(
         backend: ``"auto"``, ``"cuda"``, ``"triton"`` or ``"torch"``, for every op.
         graph: replay the steps as CUDA graphs (docs/cuda-graphs.md): True; False; or ``"auto"``, on
             a GPU with a model of ``pydllm.load``, once a step has run a few times. The tokens are
-            the same. ``pydllm.warmup`` captures beforehand. Without a GPU True replays the steps'
-            operators, to test with.
+            the same. ``pydllm.warmup`` captures beforehand. Without a GPU True gives the steps
+            the shapes and buffers that they have there.
         max_batch: sequences in the batch at most; a waiting prompt takes the slot of a finished
             one. Default: all prompts. A prompt's answer, step map and forwards do not depend on it.
         deterministic: compute so that a row's bits do not depend on the batch or the number of

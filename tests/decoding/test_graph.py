@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import pydllm
+from bench.recorder import Recording
 from pydllm.decoding import graph as graphs
 from pydllm.decoding.driver import POLL
-from pydllm.decoding.recorder import Recording
 from tests.decoding.test_freedave import cast
 from tests.decoding.trajectories import random_pair, random_prompt
 
@@ -402,7 +402,9 @@ def test_a_step_that_cannot_be_captured(monkeypatch, caplog):
 def test_kernels_are_recorded_as_one_operator_each(name):
     model, _ = random_pair(8)
     model = cast(model, torch.float32)
-    expected = decode(model, (3, 1), FULL[name], max_new_tokens=6)
+    # In the same shapes: near ties in fp32 fall as the matrix library rounds.
+    expected = decode(model, (3, 1), FULL[name], max_new_tokens=6, graph=True)
+    model.graphs.clear()
     for _ in range(2):
         got = decode(model, (3, 1), FULL[name], max_new_tokens=6, graph=True, backend="triton")
         assert_same(got, expected)

@@ -12,9 +12,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pydllm
+from bench.recorder import HOST_METHODS, reads_host
 from pydllm.decoding import graph as graphs
 from pydllm.decoding.driver import POLL
-from pydllm.decoding.recorder import HOST_METHODS, reads_host
 from tests.decoding.test_graph import BLOCKS, FULL, LENGTHS, VERIFIED, models, prompts
 
 # Where a call is set up and its result taken; and how sequences that are done are dropped.

@@ -1,10 +1,10 @@
 """A CUDA graph in software: the operators of a step, recorded once, run again without its Python.
 
-Without a GPU this is what ``graph.py`` replays. Like a CUDA graph it keeps the tensors it was
-recorded with, the results of its own operators and every Python number as they were; what a step
-takes from anywhere else is missing in the replay, and its tokens are wrong. Results lie in the same
-tensors after every replay. A step that reads a value on the host, or whose shapes depend on values,
-cannot be recorded, as it cannot be captured.
+Without a GPU the tests and ``bench.steps`` have it in the place of captures. Like a CUDA graph it
+keeps the tensors it was recorded with, the results of its own operators and every Python number as
+they were; what a step takes from anywhere else is missing in the replay, and its tokens are wrong.
+Results lie in the same tensors after every replay. A step that reads a value on the host, or whose
+shapes depend on values, cannot be recorded, as it cannot be captured.
 """
 
 from __future__ import annotations
