@@ -21,7 +21,8 @@ from pydllm.models.weights import slots
 from tests.models.plain import CONFIGS, LLADA, RECENT, random_plain, write_checkpoint
 
 TWO_HEADS = LLADA | {"n_heads": 2, "n_kv_heads": 2}
-SHAPES = {2: [name for name in CONFIGS if name != "sdar"], 4: ["llada", "llada-gqa", "two-heads"]}
+EVERY = CONFIGS | RECENT
+SHAPES = {2: [name for name in EVERY if name != "sdar"], 4: ["llada", "llada-gqa", "two-heads"]}
 
 
 def _enter(rank, size, folder, function, arguments):
@@ -51,7 +52,9 @@ def look(tp, folder):
     cache = model.new_cache(2, 16)
     at = torch.tensor([9, 7], dtype=torch.int32)
     zero = torch.zeros_like(at)
-    hidden = model.forward(ids, zero, cache, length=at, kv_len=at, commit=at)
+    kind = "causal" if model.spec.attention == "block_causal" else None
+    numbers = {"length": at, "kv_len": at, "commit": at}
+    hidden = model.forward(ids, zero, cache, attention=kind, **numbers)
     rows = hidden.reshape(-1, hidden.shape[-1])
     named = torch.tensor([3, 0, 12, -1])
     counter = torch.stack((named, named, named), 1).int()
@@ -84,7 +87,7 @@ def many(tp, folders):
 def test_every_family_computes_the_same(tmp_path, size):
     folders = []
     for name in SHAPES[size]:
-        plain = random_plain(CONFIGS.get(name, TWO_HEADS), 0, torch.float64)
+        plain = random_plain(EVERY.get(name, TWO_HEADS), 0, torch.float64)
         folders.append(write_checkpoint(tmp_path / name, plain))
     alone = many(1, folders)
     for results in spread(tmp_path / "run", size, many, folders):
