@@ -78,15 +78,21 @@ def _check_plain(config: Config) -> None:
     config.only("init_lora_weights", True, False, "gaussian", "orthogonal", way_out=_MERGE)
 
 
-def base_of(folder: Path) -> str:
-    """The model that an adapter was trained on, as its configuration names it."""
+def base_of(folder: Path) -> tuple[str, str | None]:
+    """The model that an adapter was trained on and its revision, as its configuration names them.
+
+    A directory has no revision.
+    """
     config = read_object(folder, CONFIG)
     base = config.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise config.wrong(
             "base_model_name_or_path", "the adapter's model, or load(model, adapter=folder)"
         )
-    return base
+    revision = config.get("revision")
+    if revision is not None and not isinstance(revision, str):
+        raise config.wrong("revision", "the name of a revision of the adapter's model")
+    return base, None if Path(base).is_dir() else revision
 
 
 def read_adapter(folder: Path, shapes: Mapping[str, Shape]) -> dict[str, LowRank | Replaced]:

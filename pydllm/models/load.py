@@ -151,7 +151,7 @@ def load(
     if is_adapter(folder):
         if adapter is not None:
             raise ValueError(f"adapter: expected None for {folder}, which is one, got {adapter}")
-        folder, adapter = find_folder(base_of(folder)), folder
+        folder, adapter = find_folder(*base_of(folder)), folder
     own = None if adapter is None else find_folder(adapter)
     return _load_folder(folder, device, dtype, processes, overrides, own, weights)
 

@@ -1,6 +1,8 @@
 """LoRA: folders and PEFT modules against PEFT's own merge, drafts beside the weights, refusals."""
 
 import json
+import sys
+import types
 
 import pytest
 import torch
@@ -259,6 +261,23 @@ def test_refused(tmp_path, config, change, message):
     folder = write_adapter(tmp_path / "lora", change(tensors) if change else tensors, **config)
     with pytest.raises(CheckpointError, match=message):
         load(base, adapter=folder, device="cpu")
+
+
+def test_an_adapter_of_the_hub_names_its_models_revision(tmp_path, monkeypatch):
+    plain = random_plain(A2D)
+    base = write_checkpoint(tmp_path / "base", plain)
+    options = {"base_model_name_or_path": "some/base", "revision": "v1.1"}
+    lora = write_adapter(tmp_path / "lora", factors(plain, ["q_proj"]), **options)
+    asked = []
+
+    def snapshot_download(repository, *, revision, **patterns):
+        asked.append((repository, revision))
+        return str({"some/base": base, "some/lora": lora}[repository])
+
+    hub = types.SimpleNamespace(snapshot_download=snapshot_download)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    load("some/lora", device="cpu", revision="main")
+    assert asked == [("some/lora", "main"), ("some/base", "v1.1")]
 
 
 def test_an_adapter_alone(tmp_path):
