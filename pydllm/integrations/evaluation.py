@@ -73,6 +73,19 @@ class _Question:
     top_k: int | None
 
 
+def merge_tallies(parts: Sequence[Mapping[str, Tally]]) -> dict[str, Tally]:
+    """The costs of several processes, by task; a task takes as long as the slowest of them."""
+    merged: dict[str, Tally] = {}
+    for part in parts:
+        for task, tally in part.items():
+            total = merged.setdefault(task, Tally())
+            for name in ("requests", "tokens", "forwards", "verifier_forwards"):
+                setattr(total, name, getattr(total, name) + getattr(tally, name))
+            total.seconds = max(total.seconds, tally.seconds)
+            total.per_request = total.per_request + tally.per_request
+    return merged
+
+
 class Evaluator:
     """A model and an algorithm that answer an evaluation's requests, in batches of unequal lengths.
 
@@ -89,6 +102,8 @@ class Evaluator:
         seed: of the noise and of the maskings. A request's noise depends on its place among the
             requests, not on the batch.
         backend: as in ``pydllm.ops``.
+        place: (process, processes) where the requests of a task are dealt out one by one: their
+            noise is that of a single process.
     """
 
     def __init__(
@@ -103,6 +118,7 @@ class Evaluator:
         check_greedy: bool = True,
         seed: int = 0,
         backend: str | None = None,
+        place: tuple[int, int] = (0, 1),
     ) -> None:
         if model.tokenizer is None:
             raise ValueError("model: expected one with a tokenizer.json, got none")
@@ -117,6 +133,7 @@ class Evaluator:
         self.batch_size, self.max_gen_toks, self.mc_num = batch_size, max_gen_toks, mc_num
         self.max_length = max_length or limit
         self.check_greedy, self.seed, self.backend = check_greedy, seed, backend
+        self.place = place
         self.tallies: dict[str, Tally] = {}
 
     def encode(self, text: str) -> list[int]:
@@ -162,7 +179,7 @@ class Evaluator:
                 top_k=[q.top_k for q in batch],
                 stop=[q.until for q in batch],
                 seed=self.seed,
-                request_ids=[q.index for q in batch],
+                request_ids=[q.index * self.place[1] + self.place[0] for q in batch],
                 backend=self.backend,
                 max_batch=self.batch_size,
             )

@@ -24,10 +24,11 @@ from pydllm import __version__
 from pydllm._backend.errors import CheckpointError
 from pydllm._backend.signatures import check_called, check_replaced
 from pydllm.decoding.settings import make_algorithm
-from pydllm.integrations.evaluation import Evaluator
+from pydllm.integrations.evaluation import Evaluator, Tally, merge_tallies
 from pydllm.models import load
 from pydllm.models.chat import read_chat_template
 from pydllm.models.load import find_folder
+from pydllm.models.parallel import join_processes, leave_processes, wait_for_all_processes
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -43,6 +44,9 @@ def check_signatures() -> None:
         check_replaced("lm_eval", method, requests)
     check_replaced("lm_eval", LM.apply_chat_template, "chat_history, add_generation_prompt")
     check_replaced("lm_eval", LM.chat_template, "chat_template")
+    check_replaced("lm_eval", LM.all_gather, "tensor")
+    check_replaced("lm_eval", LM.gather_object, "obj, dst")
+    check_replaced("lm_eval", LM.barrier, "")
     check_called("lm_eval", CacheHook.add_partial, "attr, req, res")
     check_called("lm_eval", register_model, "name")
 
@@ -58,7 +62,9 @@ class PydllmLM(LM):
         pretrained: as in ``pydllm.load``.
         algorithm: as in ``pydllm generate --list-algorithms``.
         verifier: the causal model of APD.
-        device, dtype: as in ``pydllm.load``; ``dtype`` may be ``"auto"``.
+        device, dtype: as in ``pydllm.load``; ``dtype`` may be ``"auto"``. Under torchrun each
+            process has a model of its own, on a GPU of its own where there are GPUs, and answers
+            its part of the requests.
         batch_size, max_gen_toks, max_length, mc_num, check_greedy, seed, backend: as in
             ``pydllm.integrations.evaluation.Evaluator``.
         max_batch_size: not used, there is no automatic batch size.
@@ -92,6 +98,13 @@ class PydllmLM(LM):
             # The harness names cuda:0 where its user names nothing.
             _LOG.warning("no CUDA device here: on the CPU instead of %s", device)
             device = None
+        accelerated = torch.cuda.is_available() if device is None else device.startswith("cuda")
+        kind = torch.device("cuda" if accelerated else "cpu")
+        self._world_size = join_processes(None, kind)
+        if self._world_size > 1:
+            self._rank = torch.distributed.get_rank()
+            if accelerated:
+                device = f"cuda:{self._rank % torch.cuda.device_count()}"
         options: dict[str, Any] = {
             "device": device,
             "dtype": None if dtype in (None, "auto") else getattr(torch, str(dtype)),
@@ -101,6 +114,7 @@ class PydllmLM(LM):
         )
         model = load(pretrained, **options)
         self._device = model.device
+        self._costs: dict[str, Tally] = {}
         self.pretrained, self.algorithm, self.settings = pretrained, algorithm, settings
         self.evaluator = Evaluator(
             model,
@@ -112,6 +126,7 @@ class PydllmLM(LM):
             check_greedy=check_greedy,
             seed=seed,
             backend=backend,
+            place=(self._rank, self._world_size),
         )
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -123,7 +138,17 @@ class PydllmLM(LM):
 
             tasks = [str(request.task_name) for request in requests]
             arguments = [request.args for request in requests]
-            return self.evaluator.generate_until(arguments, tasks=tasks, on_done=done)
+            answers = self.evaluator.generate_until(arguments, tasks=tasks, on_done=done)
+        self._gather_costs()
+        return answers
+
+    def _gather_costs(self) -> None:
+        """The costs of all processes, in each: the harness asks the first alone for them."""
+        parts = [self.evaluator.tallies]
+        if self._world_size > 1:
+            parts = [{}] * self._world_size
+            torch.distributed.all_gather_object(parts, self.evaluator.tallies)
+        self._costs = merge_tallies(parts)
 
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False
@@ -139,9 +164,29 @@ class PydllmLM(LM):
             texts = [request.args[0] for request in requests]
             return self.evaluator.loglikelihood_rolling(texts, on_done=bar.update)
 
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The numbers of all processes, one after the other."""
+        if self._world_size == 1:
+            return tensor
+        flat = tensor.reshape(-1)
+        parts = [torch.empty_like(flat) for _ in range(self._world_size)]
+        torch.distributed.all_gather(parts, flat)
+        return torch.cat(parts)
+
+    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
+        """The objects of all processes, in process ``dst``; None in the others."""
+        if self._world_size == 1:
+            return [obj]
+        parts: list[Any] | None = [None] * self._world_size if self._rank == dst else None
+        torch.distributed.gather_object(obj, parts, dst=dst)
+        return parts
+
+    def barrier(self) -> None:
+        wait_for_all_processes()
+
     def get_model_info(self) -> dict[str, Any]:
         """What the harness writes into ``config`` of its results: the costs, by task."""
-        report = self.evaluator.report()
+        report = {task: tally.as_row() for task, tally in self._costs.items()}
         for task, row in report.items():
             _LOG.info(
                 "%s: %.2f tokens per forward, %.1f tokens per second, %d forwards of %d requests",
@@ -212,6 +257,7 @@ def main(arguments: Sequence[str]) -> None:
         cli_evaluate()
     finally:
         sys.argv = before
+        leave_processes()
 
 
 def _bar(total: int | None, name: str, disable: bool) -> Any:

@@ -46,6 +46,27 @@ def _run(tasks, out, names, *arguments, command=("-m", "pydllm", "lm-eval")):
 
 
 @needs_harness
+def test_two_processes_share_the_requests(tasks, tmp_path):
+    """Answers at a temperature and what they cost are those of one process."""
+    arguments = ("--model_args", "pretrained=llada-tiny,block_length=24,max_length=96")
+    sampling = ("--gen_kwargs", "temperature=0.7,top_p=0.9,do_sample=True")
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    found = []
+    for number, start in enumerate(((), launch)):
+        out = tmp_path / str(number)
+        command = (*start, "-m", "pydllm", "lm-eval")
+        values, done = _run(tasks, out, "word_problems", *arguments, *sampling, command=command)
+        assert values is not None, done.stdout[-2000:] + done.stderr[-4000:]
+        row = values[0]["config"]["pydllm"]["tasks"]["word_problems"]
+        logged = next(out.rglob("samples_word_problems_20*.jsonl")).read_text().splitlines()
+        answers = {record["doc_id"]: record["resps"] for record in map(json.loads, logged)}
+        costs = {name: row[name] for name in ("requests", "tokens", "forwards")}
+        found.append((values[0]["results"]["word_problems"]["exact_match,last"], answers, costs))
+    assert len(found[0][1]) == 8
+    assert found[0] == found[1]
+
+
+@needs_harness
 def test_the_harness_runs_every_kind_of_task(tasks, tmp_path):
     arguments = f"pretrained={MODELS['llada-tiny']},algorithm=freedave,draft_steps=8"
     names = "word_problems,word_problems_choice,word_problems_text"
