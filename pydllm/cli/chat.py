@@ -138,9 +138,10 @@ class Conversation:
             pieces = stream(self.model, [self.messages], self.algorithm, **self.options)
             for _, piece in pieces:
                 click.echo(piece, nl=False)
-        except ValueError as error:
+        except (ValueError, KeyboardInterrupt) as error:
+            # Ctrl-C within a step ends the answer; between two pieces it takes the turn back.
             self.messages.pop()
-            click.echo(f"[{error}]")
+            click.echo(f"[{str(error) or 'interrupted'}]")
             return
         seconds, made = time.perf_counter() - started, pieces.generation
         click.echo()

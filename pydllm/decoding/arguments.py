@@ -33,7 +33,7 @@ class Options:
     top_k: int | None | Sequence[int | None] = None
     top_p: float | None | Sequence[float | None] = None
     guidance: float = 0.0
-    suppress_ids: Sequence[int] = ()
+    suppress_ids: Sequence[int] | None = None
     logprobs: bool = False
     seed: int = 0
     request_ids: Sequence[int] | None = None
@@ -228,8 +228,9 @@ def _filters(
     )
 
 
-def _suppress_ids(ids: Sequence[int], mask_id: int | None, vocab_size: int) -> list[int]:
+def _suppress_ids(ids: Sequence[int] | None, mask_id: int | None, vocab_size: int) -> list[int]:
     """Ids that are never predicted, the mask id first."""
+    ids = [] if ids is None else ids
     if not isinstance(ids, list | tuple):
         raise TypeError(f"suppress_ids: expected a list of token ids, got {describe(ids)}")
     for token in ids:

@@ -35,7 +35,7 @@ def generate(
     top_k: int | None | Sequence[int | None] = None,
     top_p: float | None | Sequence[float | None] = None,
     guidance: float = 0.0,
-    suppress_ids: Sequence[int] = (),
+    suppress_ids: Sequence[int] | None = None,
     logprobs: bool = False,
     stop: Stop | Sequence[Stop | None] | None = None,
     ignore_eos: bool = False,
@@ -57,7 +57,8 @@ def generate(
             a prompt are filled in place; models with full attention then see both sides,
             block-causal ones what their blocks do. Not from left to right.
         algorithm: ``Static(...)``, ``Threshold(...)``, ``Factor(...)``, ``EntropyBound(...)``,
-            ``FreeDave(...)``, ``APD(...)``, ``LeftToRight(...)`` or ``MultiBlock(...)``.
+            ``FreeDave(...)``, ``MultiBlock(...)``, ``APD(...)``, ``LeftToRight(...)``,
+            ``Autoregressive()``, ``SelfSpeculative(...)``, or one of your own.
         max_new_tokens: length of the generation region, in tokens: one for all prompts, or a list
             with one per prompt. 0 where a prompt has masks and nothing is to follow it.
         temperature: 0 takes the arg-max; from 1e-6 on, tokens are drawn from
@@ -104,7 +105,7 @@ def generate(
             not fit into the free memory, said before anything runs.
 
     Example:
-        >>> generation = pydllm.generate(model, ["how many ?"], pydllm.Threshold(0.9),
+        >>> generation = pydllm.generate(model, ["how many ?"], pydllm.Threshold(threshold=0.9),
         ...                              max_new_tokens=64)
         >>> generation.text, generation.nfe
     """
