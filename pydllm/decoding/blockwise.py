@@ -173,13 +173,12 @@ class BlockwiseDecoder(Decoder):
         selection = block.first_selection if first else block.selection
         forced = first and block.is_forced
         stats = window_stats(
-            self.algorithm, state, window, selection, **_reading(state, block, first)
+            self.algorithm, state, window, selection, **reading(state, first=first)
         )
         if first:
             count_blocks_without_masks(state, block)
-        if first and state.call.model.spec.seeded:  # stored the prompt, and wrote nothing
-            only_stored = (window.length > 0) & (selection.length == 0) & ~state.done
-            state.nfe += only_stored.int()
+            if state.call.model.spec.seeded:
+                count_only_stored(state, block)
         accept = force_first if forced else self.algorithm.accept
         # One forced token does not complete a block.
         ending = None if forced and not last else block_ending(state, block, last=last)
@@ -227,7 +226,7 @@ def is_over(state: BlockState, counts: Counts | None) -> bool:
     return counts is not None and max(counts[0]) <= 0 and not state.call.warm
 
 
-def _reading(state: State, block: Block, first: bool) -> dict[str, Any]:
+def reading(state: State, *, first: bool) -> dict[str, Any]:
     """How a forward attends and what its rows predict, where it is not as the model's own."""
     spec = state.call.model.spec
     if spec.context == "block":
@@ -277,6 +276,13 @@ def count_blocks_without_masks(state: BlockState, block: Block) -> None:
     if state.call.has_infill:
         takes_part = (block.positions.length > 0) & (block.refresh.length > 0) & ~state.done
         state.nfe += takes_part & (masks_left(state, block) == 0)
+
+
+def count_only_stored(state: BlockState, block: Block) -> Tensor:
+    """Count the forward that stores a prompt and writes nothing; ``(b,)`` int32, 1 where it did."""
+    stored = (block.refresh.length > 0) & (block.first_selection.length == 0) & ~state.done
+    state.nfe += stored.int()
+    return stored.int()
 
 
 def masks_left(state: State, block: Block) -> Tensor:

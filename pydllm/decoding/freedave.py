@@ -27,8 +27,10 @@ from pydllm.decoding.blockwise import (
     begin_blocks,
     block_ending,
     count_blocks_without_masks,
+    count_only_stored,
     force_first,
     masks_left,
+    reading,
     window_stats,
 )
 from pydllm.decoding.call import Call
@@ -46,7 +48,7 @@ from pydllm.decoding.drafts import (
 from pydllm.decoding.driver import Algorithm, Counts, Decoder, Plan
 from pydllm.decoding.pipelined import PipelinedDecoder
 from pydllm.decoding.static import Static
-from pydllm.decoding.step import close
+from pydllm.decoding.step import close, write
 from pydllm.models import Model
 
 
@@ -103,10 +105,10 @@ class FreeDave(Algorithm):
 
     def check(self, model: Model, max_new_tokens: int) -> None:
         self._baseline().check(model, max_new_tokens)
-        if model.spec.seeded or model.spec.context != "block":
+        if self.mode == "pipelined" and model.spec.seeded:
             raise ValueError(
-                "FreeDave: expected a model whose blocks open with a forward of their own masks, "
-                "got one whose first token comes from the block before"
+                "mode: expected 'strict' for a model whose blocks' first tokens come from the "
+                f"block before, got {self.mode!r}"
             )
         if self.mode == "pipelined" and model.spec.block_origin != "zero":
             raise ValueError(
@@ -164,7 +166,7 @@ class StrictState(BlockState):
 
 @dataclass(frozen=True, kw_only=True)
 class StrictPlan(Plan):
-    """A step of ``block``; ``kind`` is begin, verify (of ``branches`` candidates) or close."""
+    """A step of ``block``: seed, begin, verify (of ``branches`` candidates) or close."""
 
     block: Block
     kind: str
@@ -190,10 +192,13 @@ class StrictDecoder(Decoder):
         block, batch = state.block, len(state.prompts)
         if block is None or (counts is not None and max(counts[0]) <= 0):
             block = open_block(self.baseline, state)
-            state.steps_done = 1
-            widths = (block.refresh.width, block.positions.width)
-            return StrictPlan(("begin", *widths), block=block, kind="begin")
+            if state.call.model.spec.seeded and not block.skips_first:
+                state.steps_done = 0
+                return StrictPlan(("seed", block.refresh.width), block=block, kind="seed")
+            return self._opening(state, block)
         wanted = max(counts[1]) if counts is not None else 0
+        if state.steps_done == 0 and (wanted > 0 or state.call.warm):
+            return self._opening(state, block)
         if state.call.warm:
             wanted = 1 + (state.steps_done - 1) % self.budget.most
         widths = (block.window.width, block.positions.width)
@@ -207,26 +212,60 @@ class StrictDecoder(Decoder):
             ("verify", branches, *widths), block=block, kind="verify", branches=branches
         )
 
+    def _opening(self, state: StrictState, block: Block) -> StrictPlan:
+        """The forward whose statistics the first candidates are guessed from."""
+        state.steps_done = 1
+        opening = block.window if state.call.model.spec.seeded else block.refresh
+        widths = (opening.width, block.positions.width)
+        return StrictPlan(("begin", *widths), block=block, kind="begin")
+
     def step(self, state: StrictState, plan: StrictPlan) -> tuple[Tensor, Carried]:
         block = plan.block
         if plan.kind == "close":
             close(state, block.positions, block_ending(state, block, last=True))
             return -state.done.int().repeat(2, 1), None
-        if plan.kind == "begin":
+        carried = None
+        if plan.kind == "seed":
+            self._seed(state, block)
+        elif plan.kind == "begin":
             carried = self._begin(state, block)
         else:
             carried = self._verify(state, block, plan.branches)
         wanted = self.budget.num_drafts(state, masks_left(state, block))
         return torch.stack((torch.where(state.done, -1, 1), wanted)).int(), carried
 
-    def _begin(self, state: StrictState, block: Block) -> Carried:
+    def _seed(self, state: StrictState, block: Block) -> None:
+        """Store the block before, and write the token that it predicts: the baseline's step."""
+        window, selection = block.refresh, block.first_selection
         noise = self.budget.noise_offset(state, 1)
         stats = window_stats(
-            self.baseline, state, block.refresh, block.positions, noise_offset=noise
+            self.baseline,
+            state,
+            window,
+            selection,
+            noise_offset=noise,
+            **reading(state, first=True),
         )
         count_blocks_without_masks(state, block)
-        accept = force_first if block.is_forced else self.baseline.accept
-        first = block.first_selection if block.is_forced else block.positions
+        only_stored = count_only_stored(state, block)
+        unmasked = write(state, stats, selection, force_first)
+        state.baseline_steps += only_stored + unmasked.accepted
+
+    def _begin(self, state: StrictState, block: Block) -> Carried:
+        seeded = state.call.model.spec.seeded
+        stats = window_stats(
+            self.baseline,
+            state,
+            block.window if seeded else block.refresh,
+            block.positions,
+            noise_offset=self.budget.noise_offset(state, 1),
+            **reading(state, first=not seeded),
+        )
+        if not seeded:
+            count_blocks_without_masks(state, block)
+        forced = block.is_forced and not seeded
+        accept = force_first if forced else self.baseline.accept
+        first = block.first_selection if forced else block.positions
         return self.drafter.begin(state, stats, block.positions, first, accept)
 
     def _verify(self, state: StrictState, block: Block, branches: int) -> Carried:
@@ -238,5 +277,6 @@ class StrictDecoder(Decoder):
             block.positions.repeat(branches),
             branches=branches,
             noise_offset=self.budget.noise_offset(state, branches),
+            **reading(state, first=False),
         )
         return self.drafter.follow(state, packed, stats, block.positions, branches)[1]

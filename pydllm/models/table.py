@@ -62,7 +62,7 @@ class Row:
             return ("Autoregressive", "APD.verifier")
         if self.attention == "full":
             return (*_BLOCKWISE, "FreeDave", "LeftToRight", "MultiBlock", "APD")
-        names = _BLOCKWISE if family.seeded else (*_BLOCKWISE, "FreeDave")
+        names: tuple[str, ...] = (*_BLOCKWISE, "FreeDave")
         if family.causal is not None:
             names = (*names, "Autoregressive")
         return (*names, "SelfSpeculative") if family.causal == "shifted" else names

@@ -154,29 +154,65 @@ def test_recorded_steps_and_samples(tmp_path, name):
     assert torch.equal(together.nfe, recorded.nfe)
 
 
-def test_freedave_keeps_the_tokens_of_blocks_from_the_prompt(tmp_path):
-    for seed in range(3):
-        model, _ = make(tmp_path / str(seed), "a2d-bd3lm", seed, 1.0)
-        rows = prompts(seed)
-        expected = pydllm.generate(model, rows, pydllm.Static(block_length=8), max_new_tokens=18)
-        fast = pydllm.FreeDave(draft_steps=4, block_length=8)
-        got = pydllm.generate(model, rows, fast, max_new_tokens=18)
+BASELINES = {
+    "one": lambda size: None,
+    "two, random": lambda size: pydllm.Static(block_length=size, tokens_per_step=2, score="random"),
+    "threshold": lambda size: pydllm.Threshold(threshold=0.4, block_length=size),
+}
+
+
+@pytest.mark.parametrize(
+    "name, part, baseline, temperature",
+    [
+        ("a2d-bd3lm", None, "one", 0.0),
+        ("fast-dllm-v2", None, "one", 0.0),
+        ("fast-dllm-v2", 4, "one", 0.8),
+        ("fast-dllm-v2", None, "two, random", 0.0),
+        ("fast-dllm-v2", 4, "threshold", 0.0),
+        ("nemotron", None, "one", 0.0),
+        ("nemotron", 2, "two, random", 0.8),
+        ("nemotron", None, "threshold", 0.8),
+    ],
+)
+def test_freedave_keeps_the_tokens(tmp_path, name, part, baseline, temperature):
+    """Ragged prompts, whole blocks and parts of them: a baseline's tokens in fewer forwards."""
+    model, _ = make(tmp_path, name, 1, 1.2)
+    size, rows = part or model.spec.block_size, prompts(1)
+    options = {"max_new_tokens": 18, "temperature": temperature, "seed": 3}
+    algorithm = BASELINES[baseline](size)
+    own = {"block_length": size} if algorithm is None else {"baseline": algorithm}
+    expected = pydllm.generate(
+        model, rows, algorithm or pydllm.Static(block_length=size), **options
+    )
+    for drafts, max_batch in ((1, None), (4, 2), ("auto", None)):
+        fast = pydllm.FreeDave(draft_steps=drafts, **own)
+        got = pydllm.generate(model, rows, fast, max_batch=max_batch, **options)
         for row in range(len(rows)):
             assert torch.equal(got.sequences[row], expected.sequences[row])
+        assert (got.nfe <= expected.nfe).all()
+        if drafts == 1:
+            assert torch.equal(got.nfe, expected.nfe)
+            assert torch.equal(got.step_map, expected.step_map)
+        elif algorithm is None:
+            assert got.nfe.sum() < expected.nfe.sum()
+
+
+def test_freedave_replays_seeded_steps(tmp_path):
+    model, _ = make(tmp_path, "nemotron", 1, 1.0)
+    fast, rows = pydllm.FreeDave(draft_steps=4, block_length=4), prompts(7)
+    expected = pydllm.generate(model, rows, fast, max_new_tokens=14)
+    got = pydllm.generate(model, rows, fast, max_new_tokens=14, graph=True)
+    assert torch.equal(got.nfe, expected.nfe)
+    for row in range(len(rows)):
+        assert torch.equal(got.sequences[row], expected.sequences[row])
 
 
 REFUSED = {
-    "freedave, seeded": (
+    "pipelined, seeded": (
         "fast-dllm-v2",
         {},
-        pydllm.FreeDave(block_length=8),
-        "FreeDave: expected a model whose blocks open with",
-    ),
-    "freedave, causal context": (
-        "nemotron",
-        {},
-        pydllm.FreeDave(block_length=4),
-        "FreeDave: expected a model whose blocks open with",
+        pydllm.FreeDave(block_length=8, mode="pipelined"),
+        "mode: expected 'strict' for a model whose blocks' first tokens come from",
     ),
     "pipelined": (
         "a2d-bd3lm",

@@ -110,7 +110,7 @@ def test_a_row_decodes_with_what_it_claims(tmp_path, helpers, row):
 @pytest.mark.parametrize(
     ("row", "name"),
     [
-        (next(row for row in ROWS if "Nemotron-Labs" in row.model), "FreeDave"),
+        (next(row for row in ROWS if "Nemotron-Labs" in row.model), "MultiBlock"),
         (next(row for row in ROWS if row.model == "Qwen 3"), "Static"),
         (next(row for row in ROWS if row.model == "SDAR, TraDo"), "MultiBlock"),
     ],
