@@ -10,10 +10,17 @@ from weakref import WeakKeyDictionary
 import torch
 
 from pydllm.decoding.call import Call
-from pydllm.decoding.checks import each, expect, expect_each, expect_int, expect_number
+from pydllm.decoding.checks import (
+    each,
+    expect,
+    expect_each,
+    expect_int,
+    expect_number,
+)
 from pydllm.decoding.driver import Algorithm
 from pydllm.decoding.rounds import DraftVerifyDecoder
 from pydllm.models import Model
+from pydllm.models.protocol import expect_model
 
 EMITS = ("draft", "draft_then_target", "target")
 RULES = ("paper", "reference")
@@ -87,7 +94,9 @@ class APD(Algorithm):
                     "verifier: expected a causal model (None needs mixture 1 and rule 'paper'), "
                     f"got None with mixture {self.mixture} and rule {self.rule!r}"
                 )
-        elif self.verifier.spec.attention != "causal":
+            return
+        expect_model(self.verifier, "verifier")
+        if self.verifier.spec.attention != "causal":
             raise ValueError(
                 "verifier: expected a model with causal attention, "
                 f"got {self.verifier.spec.attention!r}"
@@ -226,7 +235,7 @@ def expect_one_nucleus(top_p: float | None, call: Call) -> None:
 
 
 def expect_top_p(value: float | None) -> None:
-    if value is not None and not (isinstance(value, int | float) and 0 < value <= 1):
+    if value is not None and not (type(value) in (int, float) and 0 < value <= 1):
         raise ValueError(f"top_p: expected a number in (0, 1] or None, got {value!r}")
 
 

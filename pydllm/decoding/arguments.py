@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pydllm._checks import check_bool, check_int, check_number, describe
+from pydllm._backend.env import BACKENDS
+from pydllm._checks import check_bool, check_choice, check_int, check_number, describe
 from pydllm.decoding.call import Call, Step, extents, lay_out, padded_length
 from pydllm.decoding.checks import expect_int
 from pydllm.decoding.driver import Algorithm
@@ -87,6 +88,10 @@ def make_call(
     check_int("seed", options.seed, 0, 2**64 - 1)
     request_ids = _request_ids(options.request_ids, len(ids))
     check_bool("ignore_eos", options.ignore_eos)
+    if options.backend is not None:
+        check_choice("backend", options.backend, BACKENDS)
+    if options.on_step is not None and not callable(options.on_step):
+        raise TypeError(f"on_step: expected a function, got {describe(options.on_step)}")
     stops = read_stops(
         options.stop,
         len(ids),
@@ -256,9 +261,11 @@ def _guided(model: Model, algorithm: Algorithm, guidance: float) -> Model:
     return guided
 
 
-def _request_ids(request_ids: Sequence[int] | None, prompts: int) -> Sequence[int]:
+def _request_ids(request_ids: Any, prompts: int) -> Sequence[int]:
     if request_ids is None:
         return range(prompts)
+    if not isinstance(request_ids, Sequence) or isinstance(request_ids, str):
+        raise TypeError(f"request_ids: expected one int per prompt, got {describe(request_ids)}")
     if len(request_ids) != prompts:
         raise ValueError(f"request_ids: expected {prompts}, one per prompt, got {len(request_ids)}")
     for request_id in request_ids:

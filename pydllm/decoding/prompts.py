@@ -11,6 +11,7 @@ from torch import Tensor
 from pydllm._backend.errors import PydllmError
 from pydllm._checks import describe
 from pydllm.models import Model, encode
+from pydllm.models.protocol import expect_model
 
 # One prompt: token ids, text, or chat messages.
 Prompt = Sequence[int] | Tensor | str | Sequence[Mapping[str, Any]]
@@ -30,6 +31,7 @@ def encode_prompts(model: Model, prompts: Any) -> list[list[int]]:
             messages without a template, an id outside of the vocabulary, no token to begin with for
             a shifted model.
     """
+    expect_model(model)
     if isinstance(prompts, Mapping):
         prompts = _without_padding(prompts)
     elif hasattr(prompts, "__array__") and not isinstance(prompts, str):

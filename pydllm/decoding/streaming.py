@@ -16,6 +16,7 @@ from pydllm.decoding.generate import Prepared, prepare
 from pydllm.decoding.generation import Generation, collect
 from pydllm.decoding.prompts import Prompt
 from pydllm.models import Model
+from pydllm.models.protocol import expect_model
 
 Piece = tuple[int, str]
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # of a character whose last bytes are in a later token
@@ -81,6 +82,7 @@ def stream(
         ...     print(text, end="", flush=True)
     """
     read = read_options("stream", options)
+    expect_model(model)
     if model.tokenizer is None:
         raise ValueError("model: expected one with a tokenizer to stream text, got one without")
     prepared = prepare(

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from pydllm._backend.errors import PydllmError
+from pydllm._checks import describe
+from pydllm.decoding.checks import expect_int
 from pydllm.models import Model, load
 
 _KEPT = "_pydllm_model"
@@ -83,8 +85,8 @@ def with_ids(model: Model, mask_id: int, eos_ids: tuple[int, ...] = (), **change
 
 def check_token(name: str, token: object, model: Model) -> None:
     vocab = model.spec.vocab_size
-    if not (isinstance(token, int) and 0 <= token < vocab):
-        raise ValueError(f"{name}: expected a token id in [0, {vocab}), got {token!r}")
+    if not (type(token) is int and 0 <= token < vocab):
+        raise ValueError(f"{name}: expected a token id in [0, {vocab}), got {describe(token)}")
 
 
 def check_prompt(name: str, prompt: object, model: Model, new: int) -> Tensor:
@@ -134,8 +136,7 @@ def check_blocks(gen_length: int, block_length: int, steps: int) -> tuple[int, i
     """Blocks, and steps a block, as LLaDA and Fast-dLLM count them."""
     lengths = {"gen_length": gen_length, "block_length": block_length, "steps": steps}
     for name, value in lengths.items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}: expected an int of at least 1, got {value!r}")
+        expect_int(name, value, 1)
     if gen_length % block_length:
         raise ValueError(
             f"gen_length: expected a multiple of block_length {block_length}, got {gen_length}"
@@ -147,7 +148,8 @@ def check_blocks(gen_length: int, block_length: int, steps: int) -> tuple[int, i
 
 
 def check_temperature(temperature: float) -> None:
-    if not (temperature == 0 or 1e-6 <= temperature < float("inf")):
+    is_number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
+    if not is_number or not (temperature == 0 or 1e-6 <= temperature < float("inf")):
         raise ValueError(f"temperature: expected 0 or at least 1e-6, got {temperature!r}")
 
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pydllm.decoding.checks import expect_int
+
 
 class Drawn(NamedTuple):
     """Token, its probability and the entropy of what it was drawn from, ``(B, S)`` each."""
@@ -18,9 +20,9 @@ class Drawn(NamedTuple):
 
 
 def check_filters(top_k: int | None, top_p: float | None) -> None:
-    if top_k is not None and (not isinstance(top_k, int) or top_k < 0):
-        raise ValueError(f"top_k: expected an int of at least 0 or None, got {top_k!r}")
-    if top_p is not None and not top_p > 0:
+    if top_k is not None:
+        expect_int("top_k", top_k, 0)
+    if top_p is not None and not (type(top_p) in (int, float) and top_p > 0):
         raise ValueError(f"top_p: expected a positive number or None, got {top_p!r}")
 
 

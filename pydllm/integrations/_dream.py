@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pydllm.decoding.checks import expect
+from pydllm.decoding.checks import expect, expect_int
 from pydllm.integrations._arguments import (
     check_prompt,
     check_temperature,
@@ -103,8 +103,9 @@ def read_call(
     settings = replace(settings, **{k: v for k, v in arguments.items() if k in known})
     expect("alg", settings.alg, algorithms)
     check_temperature(settings.temperature)
-    if not isinstance(settings.steps, int) or settings.steps < 1:
-        raise ValueError(f"steps: expected an int of at least 1, got {settings.steps!r}")
+    expect_int("steps", settings.steps, 1)
+    if settings.max_new_tokens is not None:
+        expect_int("max_new_tokens", settings.max_new_tokens, 1)
     if settings.mask_token_id is None:
         spec = getattr(model, "spec", None)
         mask = None if spec is None else spec.mask_id

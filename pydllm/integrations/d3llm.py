@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pydllm._checks import check_bool
 from pydllm.decoding import MultiBlock
 from pydllm.decoding import generate as decode
 from pydllm.decoding.checks import expect, expect_int, expect_number
@@ -96,7 +97,8 @@ def generate_multi_block(
         block_size,
         block_add_threshold,
         decoded_token_threshold,
-        eos_id=eos_token_id if early_stop else None,
+        early_stop=early_stop,
+        eos_id=eos_token_id,
         temperature=temperature,
         remasking=remasking,
     )
@@ -137,7 +139,8 @@ def generate_multi_block_kv_cache(
         block_size,
         block_add_threshold,
         decoded_token_threshold,
-        eos_id=eos_token_id if early_stop else None,
+        early_stop=early_stop,
+        eos_id=eos_token_id,
         temperature=temperature,
         remasking=remasking,
         cache=(cache_delay_iter, refresh_interval),
@@ -153,6 +156,7 @@ def _settings(
     *,
     eos_id: int | None,
     temperature: float,
+    early_stop: bool = True,
     remasking: str = "low_confidence",
     cache: tuple[int, int] | None = None,
 ) -> Settings:
@@ -160,6 +164,7 @@ def _settings(
     expect_int("block_size", block_size, 1)
     expect_number("block_add_threshold", block_add_threshold, 0.0, 1.0)
     expect_number("decoded_token_threshold", decoded_token_threshold, 0.0, 1.0)
+    check_bool("early_stop", early_stop)
     threshold = 999.0 if threshold is None else threshold
     expect_number("threshold", threshold, -float("inf"), float("inf"))
     check_temperature(temperature)
@@ -172,7 +177,7 @@ def _settings(
         threshold=float(threshold),
         add_at=block_add_threshold,
         full_at=decoded_token_threshold,
-        eos_id=eos_id,
+        eos_id=eos_id if early_stop else None,
         cache=cache,
         temperature=float(temperature),
         random_order=remasking == "random",
@@ -285,6 +290,7 @@ def dream_generate_multi_block(
     call = _dream_call("generate_multi_block", model, inputs, generation_config, kwargs, options)
     given, settings = call.options, call.settings
     delay = given["cache_delay_iter"]
+    check_bool("early_stop", given["early_stop"])
     eos = settings.eos_token_id if given["early_stop"] else None
     eos_id = eos if eos is None or isinstance(eos, int) else eos[0]
     own = call.model

@@ -71,7 +71,7 @@ def diffusion_generate(
         raise ValueError("attention_mask: expected ones (no padding with a cache), got zeros")
     size = call.options["block_length"]
     size = call.new if size is None else size
-    if not isinstance(size, int) or size < 1 or call.new % size:
+    if type(size) is not int or size < 1 or call.new % size:
         raise ValueError(f"block_length: expected a divisor of the {call.new} new, got {size!r}")
     blocks = call.new // size
     if call.settings.steps % blocks:

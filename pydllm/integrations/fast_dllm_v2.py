@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from pydllm._backend.errors import PydllmError
+from pydllm._checks import check_bool, check_number
+from pydllm.decoding.checks import expect_number
 from pydllm.decoding.state import State
 from pydllm.integrations._arguments import as_model, check_prompt, check_temperature, with_ids
 from pydllm.integrations._published import LoopState, Pass, PublishedLoop
@@ -78,18 +80,17 @@ def generate(
         ("block_size", block_size),
         ("small_block_size", small_block_size),
     ):
-        if type(value) is not int or value < 1:
+        if type(value) is not int or not 1 <= value < 2**31:
             raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")
     if block_size % small_block_size:
         raise ValueError(
             f"small_block_size: expected a divisor of block_size {block_size}, "
             f"got {small_block_size}"
         )
-    if not 0 <= threshold < float("inf"):
-        raise ValueError(f"threshold: expected a number of at least 0, got {threshold!r}")
+    expect_number("threshold", threshold, 0.0, float("inf"))
     check_temperature(temperature)
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p: expected a number in (0, 1], got {top_p!r}")
+    check_number("top_p", top_p, 0, 1, above=True)
+    check_bool("use_block_cache", use_block_cache)
     own = as_model(model)
     if not own.spec.shift_logits:
         raise ValueError("generate: expected a model with shifted logits, got one without")

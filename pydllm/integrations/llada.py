@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pydllm._checks import check_bool, check_number
 from pydllm.decoding.checks import expect
 from pydllm.decoding.state import State
 from pydllm.integrations._arguments import (
@@ -86,8 +87,9 @@ def generate(
     _, steps = check_blocks(gen_length, block_length, steps)
     check_temperature(temperature)
     expect("remasking", remasking, ("low_confidence", "random"))
-    if not cfg_scale >= 0:
-        raise ValueError(f"cfg_scale: expected a number of at least 0, got {cfg_scale!r}")
+    check_number("cfg_scale", cfg_scale, 0)
+    check_bool("logits_eos_inf", logits_eos_inf)
+    check_bool("confidence_eos_eot_inf", confidence_eos_eot_inf)
     own = full_attention(model, "LLaDA's generate", mask_id, shifted=False)
     if logits_eos_inf or confidence_eos_eot_inf:
         check_token("eos_id", eos_id, own)

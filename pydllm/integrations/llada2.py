@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pydllm import ops
 from pydllm._backend.errors import CheckpointError
+from pydllm._checks import check_bool, check_int
 from pydllm.decoding.checks import expect_int, expect_number
 from pydllm.integrations._arguments import (
     as_model,
@@ -89,7 +90,9 @@ def generate(
     expect_number("threshold", threshold, 0.0, float("inf"))
     if inputs is None:
         raise ValueError("inputs: expected token ids (1, P), got None")
+    check_bool("eos_early_stop", eos_early_stop)
     own = _model(model, block_length, mask_id)
+    check_int("eos_id", eos_id, 0)
     prompt = check_prompt("inputs", inputs, own, gen_length)
     if len(prompt) != 1:
         raise ValueError(f"inputs: expected one sequence, (1, P), got {tuple(prompt.shape)}")

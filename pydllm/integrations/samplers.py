@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pydllm import ops
-from pydllm._checks import FLOATS, check_tensor, renamed
+from pydllm._checks import FLOATS, check_int, check_number, check_tensor, renamed
 from pydllm.decoding.checks import expect_number
 from pydllm.integrations._arguments import follows
 from pydllm.integrations._rules import by_factor, by_threshold, first, near_best
@@ -232,12 +232,11 @@ def sample_tokens(
     """
     rows = logits.flatten(0, -2) if isinstance(logits, Tensor) and logits.ndim > 2 else logits
     check_tensor("logits", rows, ("R", "V"), FLOATS)
-    if not temperature >= 0:
-        raise ValueError(f"temperature: expected at least 0, got {temperature!r}")
-    if top_k is not None and (type(top_k) is not int or top_k < 1):
-        raise ValueError(f"top_k: expected an int of at least 1 or None, got {top_k!r}")
-    if top_p is not None and not top_p >= 0:
-        raise ValueError(f"top_p: expected at least 0 or None, got {top_p!r}")
+    check_number("temperature", temperature, 0)
+    if top_k is not None:
+        check_int("top_k", top_k, 1)
+    if top_p is not None:
+        check_number("top_p", top_p, 0)
     nucleus = top_p is not None and top_p < 1
     if not follows(compat, "dream") and temperature == 0 and not nucleus and top_k is None:
         stats = ops.vocab_stats(logits)

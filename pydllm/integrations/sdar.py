@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pydllm._backend.errors import PydllmError
+from pydllm._checks import describe
 from pydllm.decoding.checks import expect, expect_int, expect_number
 from pydllm.integrations._arguments import (
     as_model,
@@ -105,6 +106,8 @@ def block_diffusion_generate(
             f"got {own.spec.attention}"
         )
     own = with_ids(own, mask_id, block_size=block_length)
+    if not isinstance(prompt, Mapping) or "input_ids" not in prompt:
+        raise TypeError(f"prompt: expected a mapping with input_ids, got {describe(prompt)}")
     ids = check_prompt("prompt['input_ids']", prompt["input_ids"], own, gen_length)
     if len(ids) != 1:
         raise ValueError(f"prompt: expected one sequence, (1, P), got {tuple(ids.shape)}")

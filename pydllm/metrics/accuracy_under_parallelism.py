@@ -6,6 +6,8 @@ import math
 import warnings
 from collections.abc import Sequence
 
+from pydllm._checks import check_number, describe
+
 # An accuracy this far below the slowest point's, in percentage points, is a failure, not a trade.
 _TOLERATED_LOSS = 5.0
 
@@ -38,13 +40,18 @@ def aup(points: Sequence[tuple[float, float]], y_max: float, alpha: float = 3.0)
         >>> round(aup([(1, 80), (2, 79), (4, 76)], y_max=80), 4)
         299.5523
     """
+    if not isinstance(points, Sequence):
+        raise TypeError(f"points: expected a list of pairs, got {describe(points)}")
     if len(points) == 0:
         raise ValueError("points: expected at least one (tokens per forward, accuracy), got none")
-    if not 0 < y_max < math.inf:
-        raise ValueError(f"y_max: expected a finite number above 0, got {y_max}")
-    if not 0 <= alpha < math.inf:
-        raise ValueError(f"alpha: expected a finite number of at least 0, got {alpha}")
-    ordered = sorted((float(rho), float(y)) for rho, y in points)
+    check_number("y_max", y_max, 0, above=True)
+    check_number("alpha", alpha, 0)
+    try:
+        ordered = sorted((float(rho), float(y)) for rho, y in points)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"points: expected pairs of numbers (tokens per forward, accuracy), got {points!r:.80}"
+        ) from None
     for index, (rho, y) in enumerate(ordered):
         if not 0 < rho < math.inf:
             raise ValueError(f"points: expected tokens per forward above 0, got {rho}")

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pydllm._checks import check_int, check_token_id, describe
 from pydllm.models import Model
+from pydllm.models.protocol import expect_model
 
 Pair = tuple[Sequence[int], Sequence[int]]  # token ids: what is given, what is scored
 # Rows of logits that are stored at a time.
@@ -70,11 +72,9 @@ def log_likelihood(
         ValueError: a causal model, one without a mask, or tokens that do not fit it.
     """
     check_pairs(model, pairs)
-    for name, value in (("samples", samples), ("batch_size", batch_size)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}: expected an int of at least 1, got {value!r}")
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"seed: expected an int in [0, 2^63), got {seed}")
+    check_int("samples", samples, 1)
+    check_int("batch_size", batch_size, 1)
+    check_int("seed", seed, 0, 2**63 - 1)
 
     def queue() -> Iterator[_Noised]:
         # Neighbours in a batch are of like length, so little of it is padding.
@@ -121,6 +121,7 @@ def matches_greedy(
         ``(len(pairs),)`` bool on the CPU; true for an empty target.
     """
     check_pairs(model, pairs)
+    check_int("batch_size", batch_size, 1)
     agrees = torch.tensor([len(target) == 0 for _, target in pairs], dtype=torch.bool)
     order = sorted((i for i in range(len(pairs)) if pairs[i][1]), key=lambda i: -len(pairs[i][1]))
     for first in range(0, len(order), batch_size):
@@ -242,14 +243,24 @@ def _mask(model: Model) -> int:
     return model.spec.mask_id
 
 
-def check_pairs(model: Model, pairs: Sequence[Pair]) -> None:
-    """Raise ValueError unless the model can score the pairs."""
+def check_pairs(model: Model, pairs: Any) -> None:
+    """Raise TypeError or ValueError unless the model can score the pairs."""
+    expect_model(model)
     spec = model.spec
     _mask(model)
     if spec.attention == "causal":
         raise ValueError("model: expected full or block-causal attention, got 'causal'")
-    for row, (context, target) in enumerate(pairs):
+    if not isinstance(pairs, Sequence) or isinstance(pairs, str):
+        raise TypeError(f"pairs: expected a list of pairs, got {describe(pairs)}")
+    for row, pair in enumerate(pairs):
+        if not isinstance(pair, Sequence) or [isinstance(p, Sequence) for p in pair] != [True] * 2:
+            raise TypeError(
+                f"pairs[{row}]: expected (context, target), two lists of token ids, "
+                f"got {describe(pair)}"
+            )
+        context, target = pair
         for token in (*context, *target):
+            check_token_id(f"pairs[{row}]", token)
             if not 0 <= token < spec.vocab_size:
                 raise ValueError(
                     f"pairs[{row}]: expected token ids in [0, {spec.vocab_size}), got {token}"

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from pydllm._backend.errors import CheckpointError
-from pydllm._checks import check_usable
+from pydllm._checks import check_bool, check_int, check_usable, describe
 from pydllm.models.adapter import base_of, is_adapter, kept_beside, read_adapter
 from pydllm.models.agreement import check as check_module
 from pydllm.models.chat import read_chat_template
@@ -123,8 +123,11 @@ def load(
         raise ValueError(
             f"weights: expected None, {' or '.join(map(repr, KINDS))}, got {weights!r}"
         )
-    if tp is not None and tp < 1:
-        raise ValueError(f"tp: expected at least 1, got {tp}")
+    if tp is not None:
+        check_int("tp", tp, 1)
+    check_bool("check", check)
+    if adapter is not None and not isinstance(adapter, str | os.PathLike):
+        raise TypeError(f"adapter: expected a path or a hub id, got {describe(adapter)}")
     overrides = Overrides(
         attention, block_size, block_origin, mask_id, eos_ids, shift_logits, causal
     )

@@ -126,3 +126,10 @@ class Model(Protocol):
             rows: ``(N,)`` int32 or int64 on the device, or None for all in order.
             options: as in ``pydllm.ops.head_stats``.
         """
+
+
+def expect_model(model: object, name: str = "model") -> None:
+    """What ``pydllm.load`` returns, or another model with the protocol."""
+    if isinstance(model, type) or not isinstance(getattr(model, "spec", None), ModelSpec):
+        got = repr(model) if isinstance(model, str) else f"{type(model).__name__}"
+        raise TypeError(f"{name}: expected what pydllm.load returns, got {got:.80}")

@@ -199,6 +199,7 @@ def merge_stats(*partials: StatsPartial, backend: str | None = None) -> VocabSta
             raise TypeError(f"partials: expected a StatsPartial, got {describe(partial)}")
     first = partials[0]
     check_tensor("values", first.values, ("n", "R", "S"), (torch.float32, torch.float64))
+    check_tensor("ids", first.ids, ("n", "R", "S"), torch.int32)
     for values, ids in partials:
         check_tensor("ids", ids, (first.ids.shape[0], "R", "S"), torch.int32)
         shape = (2 * (first.ids.shape[0] + 1), first.ids.shape[1], ids.shape[2])

@@ -160,7 +160,7 @@ BAD = {
     "zero": ({"block_length": 0}, ValueError, "block_length: expected an int of at least 1"),
     "remasking": ({"remasking": "best"}, ValueError, "low_confidence, random, got 'best'"),
     "temperature": ({"temperature": -1.0}, ValueError, "temperature: expected 0"),
-    "cfg": ({"cfg_scale": -1.0}, ValueError, "cfg_scale: expected a number of at least 0"),
+    "cfg": ({"cfg_scale": -1.0}, ValueError, "cfg_scale: expected a finite number of at least 0"),
     "mask": ({"mask_id": 126336}, ValueError, r"mask_id: .* in \[0, 61\), got 126336"),
     "compat": ({"compat": None}, TypeError, "compat: expected 'llada' or None, got False"),
     "eos": ({"eos_id": 99, "logits_eos_inf": True}, ValueError, r"eos_id: .*\[0, 61\), got 99"),

@@ -9,6 +9,7 @@ from typing import Any
 
 from pydllm._backend.errors import PydllmError
 from pydllm._backend.signatures import check_called
+from pydllm._checks import check_choice, check_int, check_usable, describe
 from pydllm.integrations.jobs.job import Job, Row, Summary
 from pydllm.integrations.jobs.worker import Recipe, Worker
 from pydllm.models.parallel import wait_for_all_processes
@@ -50,12 +51,17 @@ def run_job(
         PydllmError: the data or folder is not usable, Ray is missing, or rows stayed undone.
         ValueError: an engine or a number that is not accepted, or what the algorithm refuses.
     """
-    if engine not in ENGINES:
-        raise ValueError(f"engine: expected one of {', '.join(ENGINES)}, got {engine!r}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
-    if workers is not None and (workers < 1 or engine == "process"):
-        raise ValueError(f"workers: expected None, or at least 1 with Ray, got {workers}")
+    for name, path in (("data", data), ("out", out)):
+        if not isinstance(path, Path):
+            raise TypeError(f"{name}: expected a Path, got {describe(path)}")
+    if not isinstance(recipe, Recipe):
+        raise TypeError(f"recipe: expected a Recipe, got {describe(recipe)}")
+    check_choice("engine", engine, ENGINES)
+    check_int("batch_size", batch_size, 1)
+    if workers is not None and (type(workers) is not int or workers < 1 or engine == "process"):
+        raise ValueError(f"workers: expected None, or at least 1 with Ray, got {workers!r}")
+    if device is not None:
+        check_usable("device", device)
     recipe.check()
     job = Job(data, out, recipe.as_json())
     done, failed = job.resumed + len(job.unreadable), len(job.unreadable)

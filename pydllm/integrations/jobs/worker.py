@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -12,14 +11,18 @@ from typing import Any
 
 import torch
 
+from pydllm._backend.env import BACKENDS
+from pydllm._checks import FLOATS, check_choice, check_int, check_number, describe
 from pydllm.decoding import generate
 from pydllm.decoding.settings import ALGORITHMS, make_algorithm
+from pydllm.integrations._arguments import check_temperature
 from pydllm.integrations.jobs.job import Row, part_name, write_whole
 from pydllm.models import load
 from pydllm.models.load import find_folder
 from pydllm.models.parallel import is_first_process
 
 _CHECKPOINT_FILES = (".json", ".safetensors", ".jinja", ".txt", ".model")
+DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in FLOATS)
 _SAMPLE, _MAX_HEADER = 512, 2**27  # bytes
 
 
@@ -51,16 +54,22 @@ class Recipe:
     suppress_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens: expected at least 1, got {self.max_new_tokens}")
-        if not (self.temperature == 0 or 1e-6 <= self.temperature < math.inf):
-            raise ValueError(f"temperature: expected 0 or at least 1e-6, got {self.temperature}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p: expected a number in (0, 1], got {self.top_p}")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k: expected at least 1, got {self.top_k}")
-        if not 0 <= self.seed < 2**64:
-            raise ValueError(f"seed: expected an integer in [0, 2^64), got {self.seed}")
+        for name in ("model", "verifier", "algorithm"):
+            if not isinstance(value := getattr(self, name), str):
+                raise TypeError(f"{name}: expected a string, got {describe(value)}")
+        if not isinstance(self.settings, tuple | list):
+            raise TypeError(f"settings: expected pairs of strings, got {describe(self.settings)}")
+        check_int("max_new_tokens", self.max_new_tokens, 1)
+        check_temperature(self.temperature)
+        if self.top_p is not None:
+            check_number("top_p", self.top_p, 0, 1, above=True)
+        if self.top_k is not None:
+            check_int("top_k", self.top_k, 1)
+        check_int("seed", self.seed, 0, 2**64 - 1)
+        if self.backend is not None:
+            check_choice("backend", self.backend, BACKENDS)
+        if self.dtype is not None:
+            check_choice("dtype", self.dtype, DTYPES)
 
     def check(self) -> None:
         """Raise for a name or a number that no model can make right; loads nothing.

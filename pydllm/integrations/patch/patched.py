@@ -15,6 +15,7 @@ from torch import nn
 from pydllm._backend import env
 from pydllm._backend.dispatch import triton_missing
 from pydllm._backend.errors import PydllmError
+from pydllm._checks import check_bool
 from pydllm.integrations.patch.attention import Options
 from pydllm.integrations.patch.families import SUPPORTED, Found, changes
 
@@ -169,6 +170,7 @@ def patch(model: nn.Module, *, self_check: bool = False, backend: str | None = N
     wanted = env.BACKEND if backend is None else backend
     if wanted not in env.BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(env.BACKENDS)}, got {wanted!r}")
+    check_bool("self_check", self_check)
     with _LOCK:
         held = model.__dict__.get(_HANDLE)
         if held is not None and held.model is model:
