@@ -33,8 +33,8 @@ READY := checked
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint lock test-latest wheel wheels aot bars bench resources csrc-sanitize \
-  gpu gpu-report checked
+.PHONY: help demo figures test lint lock test-latest wheel wheels aot bars bench resources \
+  csrc-sanitize gpu gpu-report checked
 
 # Sets $$python to an interpreter that there is a lock file for.
 FIND_PYTHON = for python in python3 $(addprefix python,$(LOCKED)); do \
@@ -48,6 +48,7 @@ FIND_PYTHON = for python in python3 $(addprefix python,$(LOCKED)); do \
 
 help:
 	@echo 'make demo   decode held-out problems with the bundled model'
+	@echo 'make figures  draw the pictures of the README'
 	@echo 'make test   run the tests'
 	@echo 'make lint   ruff, mypy, clang-format'
 	@echo 'make lock   pin the newest versions of all dependencies: requirements/'
@@ -64,6 +65,10 @@ help:
 
 demo: $(READY)
 	$(PY) -m pydllm demo
+
+# The README's pictures, from 300 problems.
+figures: $(READY)
+	$(PY) -m pydllm demo --problems 300 --out docs/figures
 
 # What the tests build in environments of their own is built with pinned versions, too.
 test: $(READY)

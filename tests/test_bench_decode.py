@@ -22,8 +22,8 @@ def tiny():
 @pytest.fixture(scope="module")
 def prompts(tiny):
     texts = [
-        "eva has 20 cards . he loses 1 . they double . he keeps half . how many cards ?",
-        "max has 3 cards . they double . he finds 4 . half are lost . how many cards ?",
+        "sam has 20 cards . he loses 1 . they double . he keeps half . how many cards ? each once",
+        "sam has 3 cards . they double . he finds 4 . half are lost . how many cards ? in order",
     ]
     return [torch.tensor([tiny.tokenizer.encode(text).ids]) for text in texts]
 

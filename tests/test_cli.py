@@ -12,26 +12,17 @@ from pydllm.cli import main
 from pydllm.demo.evaluate import Score
 from pydllm.demo.sweep import frontier
 
-PROMPT = "tom has 7 coins . he finds 5 . they double . he loses 3 . how many coins ?"
+PROMPT = "sam has 7 coins . he finds 5 . they double . he loses 3 . how many coins ? in order"
 
 
 def _run(*arguments, stdin=None):
     return CliRunner().invoke(main, arguments, input=stdin)
 
 
-def test_demo_writes_its_table_and_picture(tmp_path):
-    result = _run(
-        "demo",
-        "--problems",
-        "4",
-        "--model",
-        "llada-tiny",
-        "--only",
-        "dual",
-        "--out",
-        str(tmp_path),
-        "--json",
-    )
+def test_demo_writes_its_table_pictures_and_page(tmp_path):
+    only = ("--problems", "4", "--model", "llada-tiny", "--only", "dual", "--json")
+    page = tmp_path / "page.html"
+    result = _run("demo", *only, "--out", str(tmp_path / "out"), "--html", str(page))
     assert result.exit_code == 0, result.output
     record = json.loads(result.stdout.splitlines()[-1])
     scores = record["scores"]
@@ -39,13 +30,15 @@ def test_demo_writes_its_table_and_picture(tmp_path):
         "Static, dual cache",
         "Threshold 0.9, dual cache",
     }
-    lines = (tmp_path / "demo.csv").read_text().splitlines()
+    lines = (tmp_path / "out/demo.csv").read_text().splitlines()
     assert lines[0].startswith("model,algorithm,exact_percent,forwards,tokens_per_forward")
     assert len(lines) == 3
     assert set(record["aup"]["llada-tiny"]) == {"Static", "Threshold"}
     assert all(area > 50 for area in record["aup"]["llada-tiny"].values())
-    for picture in ("decoding-order-llada-tiny.png", "aup-llada-tiny.png"):
-        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+    pictures = sorted(path.name for path in (tmp_path / "out").glob("*.png"))
+    names = ("accuracy", "forwards", "order-llada-tiny")
+    assert pictures == sorted(f"{name}{theme}.png" for name in names for theme in ("", "-dark"))
+    assert record["files"][-1] == str(page) and page.stat().st_size < 100_000
 
 
 def test_compare_draws_a_frontier(tmp_path):
@@ -54,7 +47,7 @@ def test_compare_draws_a_frontier(tmp_path):
     assert result.exit_code == 0, result.output
     record = json.loads(result.stdout.splitlines()[-1])
     scores = record["scores"]
-    assert [score["algorithm"] for score in scores][:2] == ["1 a step", "2 a step"]
+    assert [score["algorithm"] for score in scores][:2] == ["1 per step", "2 per step"]
     assert set(record["aup"]) == {"static", "threshold"}
     assert all(area > 50 for area in record["aup"].values())
     assert len((tmp_path / "llada-tiny.csv").read_text().splitlines()) == len(scores) + 1
@@ -125,7 +118,7 @@ def test_freedave_is_lossless_and_takes_fewer_forwards(tmp_path):
         "--problems",
         "8",
         "--only",
-        "1 token",
+        "1 per step",
         "--only",
         "8 drafts",
         "--json",

@@ -12,7 +12,7 @@ import pydllm
 from pydllm.cli import main
 from pydllm.cli.watch import Watch
 
-PROMPT = "tom has 7 coins . he finds 5 . they double . he loses 3 . how many coins ?"
+PROMPT = "sam has 7 coins . he finds 5 . they double . he loses 3 . how many coins ? in order"
 TEMPLATE = "{% for m in messages if m.role != 'system' %}{{ m.content }} {% endfor %}"
 
 
@@ -70,7 +70,7 @@ def test_a_chat(answer, template):
     assert result.exit_code == 0, result.output
     shown = result.stdout
     assert shown.count(f"\n{answer}\n[") == 2
-    cost = r"\[21 tokens, [\d.]+ per second, \d\.\d\d per forward, \d+ forwards, eos\]"
+    cost = r"\[21 tokens, [\d.]+ per second, \d+\.\d\d per forward, \d+ forwards, eos\]"
     assert len(re.findall(cost, shown)) == 2
     assert "[FreeDave(draft_steps=4, " in shown
     assert "[expected a command of /help, got /speed]" in shown
@@ -95,10 +95,10 @@ def test_messages_of_a_user(answer, template):
 
 
 def test_stops_sampling_and_logprobs(answer):
-    options = ("--stop", "then 1", "--stop", "zebra", "--max-new-tokens", "48")
+    options = ("--stop", "ann 1", "--stop", "zebra", "--max-new-tokens", "48")
     result = run("generate", "--prompt", PROMPT, "--json", "--logprobs", *options)
     record = json.loads(result.stdout)
-    assert record["text"] == answer[: answer.index("then 1")]
+    assert record["text"] == answer[: answer.index("ann 1")]
     assert record["finish_reason"] == "stop"
     assert len(record["logprobs"]) == len(record["ids"])
     assert all(value <= 0 for value in record["logprobs"])
@@ -106,7 +106,7 @@ def test_stops_sampling_and_logprobs(answer):
     sampled = run(*left, "--temperature", "0.8", "--top-k", "1", "--top-p", "0.9")
     assert sampled.stdout == run(*left).stdout
     suppressed = run(*left, "--suppress-id", str(record["ids"][0]), "--guidance", "0.5")
-    assert not suppressed.stdout.startswith("then")
+    assert answer.split()[0] not in suppressed.stdout.split()
 
 
 def test_gaps(answer):

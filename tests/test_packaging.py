@@ -82,7 +82,7 @@ def shipped_sources():
         file
         for file in files
         if file.endswith(".py")
-        or file == "pydllm/py.typed"
+        or file in ("pydllm/py.typed", "pydllm/demo/player.html")
         or file.startswith("pydllm/demo/weights/llada-tiny/")
     }
 

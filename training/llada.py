@@ -27,9 +27,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from training.turns import ANSWER_LENGTH, FRIENDS, draw_problem, vocabulary
+from pydllm.demo.task import ANSWER_LENGTH, FRIENDS, draw_problem, vocabulary
 
-SAVE_EVERY = 250
+SAVE_EVERY = 100
 MASK, EOS, PAD, FIRST_FRIEND = range(4)
 _EMBEDDINGS = ("wte.weight", "embed_tokens.weight")
 _HEADS = ("transformer.ff_out.weight", "lm_head.weight")

@@ -9,8 +9,8 @@ import torch
 
 import pydllm
 from pydllm.decoding.driver import Algorithm
+from pydllm.demo.task import ANSWER_LENGTH, held_out_problems, is_correct
 from pydllm.models import Model
-from training.turns import ANSWER_LENGTH, held_out_problems, is_correct
 
 _BATCH = 100
 

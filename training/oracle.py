@@ -16,7 +16,7 @@ import click
 import torch
 from torch import Tensor
 
-from training.turns import (
+from pydllm.demo.task import (
     ANSWER_LENGTH,
     FRIENDS,
     Problem,

@@ -23,6 +23,7 @@ import click
 import torch
 from torch import Tensor, nn
 
+from pydllm.demo.task import ANSWER_LENGTH, draw_problem, vocabulary
 from training.llada import (
     EOS,
     MASK,
@@ -34,7 +35,6 @@ from training.llada import (
     run_training,
     save_checkpoint,
 )
-from training.turns import ANSWER_LENGTH, draw_problem, vocabulary
 
 BLOCK = 8
 _CONFIG: dict[str, Any] = {
@@ -67,32 +67,35 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def build(kind: str, parent: Path | None = None) -> nn.Module:
-    """The model to train, from scratch or from a parent; layers the parent lacks begin as nothing.
+def build(config: dict[str, Any], parent: Path | None = None) -> nn.Module:
+    """The model of ``config`` to train, from scratch or from the checkpoint ``parent``.
 
-    A new layer adds zero to its input until training makes something of it, so the model begins
-    as its parent.
+    A layer that the parent lacks adds zero to its input until training changes it, so the model
+    begins as its parent. Layers that the parent has beyond those of ``config`` are left out.
     """
     from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-    config = CONFIGS[kind]
     ours = ("architectures", "model_type", "block_size", "mask_token_id")
     settings = {key: value for key, value in config.items() if key not in ours}
     settings["attn_implementation"] = "sdpa"
     model: nn.Module
-    if kind in ("qwen2", "dream"):
+    if config["model_type"] in ("qwen2", "Dream"):
         del settings["head_dim"], settings["attention_bias"]
         model = Qwen2ForCausalLM(Qwen2Config(**settings))
     else:
         model = Qwen3ForCausalLM(Qwen3Config(**settings))
     if parent is None:
         return model
-    weights = read_parent(parent, model.state_dict())
+    weights = {
+        name: value
+        for name, value in read_parent(parent, model.state_dict()).items()
+        if ".layers." not in name or int(name.split(".")[2]) < config["num_hidden_layers"]
+    }
     missing, unexpected = model.load_state_dict(weights, strict=False)
     new = [name for name in missing if ".layers." not in name]
     if new or unexpected:
         raise click.UsageError(
-            f"--init {parent}: expected a model of the layout of {kind!r}, "
+            f"--init {parent}: expected a model in the layout of {config['model_type']}, "
             f"lacks {new or 'nothing'}, has {unexpected or 'nothing'} that does not belong"
         )
     for name in missing:
@@ -199,6 +202,7 @@ LOSSES = {
     type=click.Path(path_type=Path, exists=True, file_okay=False),
     help="Checkpoint to start from.",
 )
+@click.option("--layers", type=click.IntRange(1), help="Default: 3, and 4 for diffusion models.")
 @click.option("--steps", default=2000, show_default=True)
 @click.option("--batch-size", default=64, show_default=True)
 @click.option("--seed", default=0, show_default=True)
@@ -208,6 +212,7 @@ def main(
     kind: str,
     out: Path,
     parent: Path | None,
+    layers: int | None,
     steps: int,
     batch_size: int,
     seed: int,
@@ -219,9 +224,10 @@ def main(
         torch.set_num_threads(threads)
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
-    model = build(kind, parent)
+    config = CONFIGS[kind] | ({} if layers is None else {"num_hidden_layers": layers})
+    model = build(config, parent)
     run_training(model, LOSSES[kind](model, batch_size, seed), steps, learning_rate, out)
-    save_checkpoint(model, CONFIGS[kind], out)
+    save_checkpoint(model, config, out)
 
 
 if __name__ == "__main__":

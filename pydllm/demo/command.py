@@ -19,6 +19,20 @@ from pydllm.demo import MODELS, VERIFIER
 if TYPE_CHECKING:
     from pydllm.decoding import Generation
     from pydllm.demo.evaluate import Score
+    from pydllm.demo.player import Scene
+    from pydllm.demo.replay import Run
+
+_SCENES = 10  # problems on the page of --html
+_SIDE_BY_SIDE = (
+    *(", 1 per step", ", 4 per step", "Threshold 0.9", "FreeDave, 8 drafts"),
+    *("mixture 0.7", "pipelined, 8", "MultiBlock, entropy 0.5"),
+)
+
+
+def side_by_side(plan: dict[str, Any]) -> list[str]:
+    """The names of at most six algorithms of a plan that are shown next to each other."""
+    best = [key for key in plan if key.endswith(_SIDE_BY_SIDE)]
+    return [*best, *(key for key in plan if key not in best)][:6]
 
 
 @click.command()
@@ -30,6 +44,9 @@ if TYPE_CHECKING:
 @click.option("--only", multiple=True, help="Only algorithms whose name contains this.")
 @DEVICE
 @click.option("--out", default="out/demo", show_default=True, type=click.Path(path_type=Path))
+@click.option(
+    "--html", type=click.Path(path_type=Path, dir_okay=False), help="Page that plays the unmasking."
+)
 @BACKEND
 @JSON
 def demo(
@@ -39,12 +56,15 @@ def demo(
     only: tuple[str, ...],
     device: str | None,
     out: Path,
+    html: Path | None,
     backend: str | None,
     as_json: bool,
 ) -> None:
     """Decode held-out word problems with every algorithm, on the bundled models."""
-    from pydllm.demo import report
+    from pydllm.demo import figures, report
     from pydllm.demo.evaluate import algorithms
+    from pydllm.demo.player import Scene, write_page
+    from pydllm.demo.replay import replay
     from pydllm.demo.sweep import areas, by_algorithm
     from pydllm.demo.task import held_out_problems
     from pydllm.models import load
@@ -70,39 +90,44 @@ def demo(
     out.mkdir(parents=True, exist_ok=True)
     scores: list[Score] = []
     curves: dict[tuple[str, str], list[Score]] = {}
-    written = [out / "demo.csv"]
+    runs: dict[str, list[Run]] = {}
+    scenes: list[Scene] = []
+    shown = next((n for n, task in enumerate(tasks[:100]) if not task.in_order), 0)
     for name, plan in chosen.items():
         if not plan:
             continue
         model = load(MODELS[name], device=device)
         found, generations = _decode_all(model, name, plan, tasks, backend, console)
         if not scores:
-            shown = next((key for key in plan if key.startswith("Threshold")), next(iter(plan)))
-            _show_answer(console, model, shown, tasks[0].prompt, generations[shown])
+            key = next((key for key in plan if key.startswith("Threshold")), next(iter(plan)))
+            _show_answer(console, model, key, tasks[shown].prompt, shown, generations[key])
         title = f"{name}: {problems} held-out problems, {model.device}, {model.dtype}"
         console.print(report.score_table(found, title.replace("torch.", "")))
         scores += found
         curves |= {(name, key): each for key, each in by_algorithm(plan, found).items()}
-        try:
-            picture = out / f"decoding-order-{name}.png"
-            report.plot_decoding_order(generations, min(problems, 24), picture)
-            written.append(picture)
-        except ImportError:
-            console.print("no picture: matplotlib is not installed (pip install 'pydllm[demo]')")
-    report.write_csv(scores, written[0])
+        first = [shown] if html is None else [shown, *(n for n in range(_SCENES) if n != shown)]
+        for row in first[: min(_SCENES, problems)]:
+            played = [
+                replay(model, generations[key], row, key, problem=tasks[row], backend=backend)
+                for key in side_by_side(plan)
+            ]
+            runs.setdefault(name, played)
+            scenes.append(Scene(name, tasks[row].prompt, played))
+    console.print("\n\n".join(report.NOTES), "\n")
     # Against the best accuracy of all models, so that teacher and student can be compared.
     area: dict[str, dict[str, float]] = {}
     for (name, key), value in areas(curves).items():
         area.setdefault(name, {})[key] = value
-    console.print(report.area_table(area, f"AUP of their settings, {problems} problems"))
-    for name, values in area.items():
-        own = {key: curves[name, key] for key in values}
-        picture = out / f"aup-{name}.png"
-        try:
-            report.plot_frontier(own, values, f"{name}, {problems} held-out problems", picture)
-            written.append(picture)
-        except ImportError:
-            break  # said already
+    console.print(report.area_table(area, "Area under accuracy over tokens per forward"))
+    written = [out / "demo.csv"]
+    report.write_csv(scores, written[0])
+    try:
+        written += figures.draw_all(scores, runs, out)
+    except ImportError:
+        console.print("no pictures: matplotlib is not installed (pip install 'pydllm[demo]')")
+    if html is not None:
+        write_page(scenes, "How an answer is unmasked", html)
+        written.append(html)
     files = list(map(str, written))
     console.print(f"written: {', '.join(files)}")
     if as_json:
@@ -186,13 +211,15 @@ def _decode_all(
     return scores, generations
 
 
-def _show_answer(console: Console, model: Any, name: str, prompt: str, generation: Any) -> None:
-    """The first problem's answer, unmasked step by step on a terminal, then in colour."""
+def _show_answer(
+    console: Console, model: Any, name: str, prompt: str, row: int, generation: Any
+) -> None:
+    """The answer of a row, unmasked step by step on a terminal, then in colour."""
     from pydllm.demo import report
+    from pydllm.demo.replay import token_text
 
-    steps = [step for step in generation.step_map[0].tolist() if step >= 0]
-    ids = generation.sequences[0][-generation.step_map.shape[1] :].tolist()[: len(steps)]
-    words = [model.tokenizer.id_to_token(token) for token in ids]
+    words = [token_text(model, token) for token in generation.new_tokens[row].tolist()]
+    steps = generation.step_map[row].tolist()[: len(words)]
     console.print(f"\n{prompt}", style="bold", end="")
     console.print(f"   ({name}; the number is the step)")
     if console.is_terminal:

@@ -22,11 +22,11 @@ from pydllm.decoding import (
     generate,
 )
 from pydllm.decoding.driver import Algorithm
-from pydllm.demo.task import ANSWER_LENGTH, Problem, read_answer
+from pydllm.demo.task import ANSWER_LENGTH, Problem, is_correct
 from pydllm.models import Model
 
 # The block length that each bundled model is decoded with; sdar-tiny's is that of its attention.
-BLOCKS = {"llada-tiny": 24, "llada-tiny-d3llm": 24, "dream-tiny": 24, "sdar-tiny": 8}
+BLOCKS = {"llada-tiny": 24, "dream-tiny": 24, "sdar-tiny": 8}
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Score:
     Attributes:
         model: name of the bundled model.
         algorithm: the algorithm with the parameters that differ from its defaults.
-        exact_percent: problems whose final number is right, in percent.
+        exact_percent: problems whose whole solution is right, in percent.
         forwards: mean forwards of the model a problem.
         tokens_per_forward: mean over problems, tokens up to and including the end of sequence.
         tokens_per_second: those tokens over the wall time of the whole batch.
@@ -62,10 +62,10 @@ def algorithms(model: str, verifier: Model | None) -> dict[str, Algorithm]:
     """
     block = BLOCKS[model]
     chosen: dict[str, Algorithm] = {
-        "Static, 1 token a step": Static(block_length=block),
-        "Static, left to right": Static(block_length=block, score="left_to_right"),
-        "Static, 4 tokens a step": Static(block_length=block, tokens_per_step=4),
-        f"Static, a block of {block} a step": Static(block_length=block, tokens_per_step=block),
+        "Static, 1 per step": Static(block_length=block),
+        "Static, 2 per step": Static(block_length=block, tokens_per_step=2),
+        "Static, 4 per step": Static(block_length=block, tokens_per_step=4),
+        f"Static, {block} per step": Static(block_length=block, tokens_per_step=block),
         "Threshold 0.9": Threshold(threshold=0.9, block_length=block),
         "Threshold 0.6": Threshold(threshold=0.6, block_length=block),
         "Factor 1.0": Factor(factor=1.0, block_length=block),
@@ -77,27 +77,22 @@ def algorithms(model: str, verifier: Model | None) -> dict[str, Algorithm]:
     }
     if model == "sdar-tiny":
         return chosen | {
-            f"FreeDave pipelined, {n} drafts": FreeDave(
+            f"FreeDave pipelined, {n}": FreeDave(
                 draft_steps=n, block_length=block, mode="pipelined"
             )
             for n in (4, 8)
         }
     return chosen | {
-        f"Static, a block of {ANSWER_LENGTH} a step": Static(
-            block_length=ANSWER_LENGTH, tokens_per_step=ANSWER_LENGTH
-        ),
-        "Static, prefix cache": Static(block_length=block, cache="prefix"),
         "Static, dual cache": Static(block_length=block, cache="dual"),
         "Threshold 0.9, dual cache": Threshold(threshold=0.9, block_length=block, cache="dual"),
-        "LeftToRight, 2 tokens a step": LeftToRight(tokens_per_step=2),
+        "LeftToRight, 2 per step": LeftToRight(tokens_per_step=2),
         **(
             {}
             if verifier is None
-            else {f"APD, mixture {r}": APD(verifier, mixture=r) for r in (0.5, 0.9)}
+            else {f"APD, mixture {r}": APD(verifier, mixture=r) for r in (0.5, 0.7, 0.9)}
         ),
         "MultiBlock, entropy 0.1": MultiBlock(threshold=0.1, block_length=block),
-        "MultiBlock": MultiBlock(block_length=block),
-        "MultiBlock, no cache": MultiBlock(block_length=block, cache=False),
+        "MultiBlock, entropy 0.5": MultiBlock(threshold=0.5, block_length=block),
     }
 
 
@@ -129,9 +124,7 @@ def evaluate(
         on_batch(len(batch))
     seconds = time.perf_counter() - started
     texts = [text for generation in generations for text in generation.text or ()]
-    right = sum(
-        read_answer(text) == problem.answer for text, problem in zip(texts, problems, strict=True)
-    )
+    right = sum(is_correct(problem, text) for problem, text in zip(problems, texts, strict=True))
     sequences = [sequence for generation in generations for sequence in generation.sequences]
     nfe = torch.cat([generation.nfe for generation in generations]).float()
     per_forward = torch.cat([generation.tokens_per_forward for generation in generations])

@@ -1,14 +1,14 @@
-"""What the demo prints and writes: the coloured answer, the table, the CSV and the picture."""
+"""What the demo prints and writes: the coloured answer, tables, CSV, a frontier."""
 
 from __future__ import annotations
 
 import csv
 from pathlib import Path
 
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from pydllm.decoding import Generation
 from pydllm.demo.evaluate import Score
 
 # Early to late, readable on dark and light terminals; later steps wrap around to the last colour.
@@ -40,12 +40,26 @@ def _subscript(number: int) -> str:
     return str(number).translate(str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉"))
 
 
+NOTES = (
+    'A forward is one evaluation of the diffusion model. "right %" counts solutions without a '
+    'wrong word, "same %" those that equal the first line\'s token for token.',
+    "One token per step is fewer than one token per forward: a block is filled to its end, and "
+    "what stands after EOS does not count. What APD's verifier reads is not counted either.",
+    "Tokens per second are this machine's, all problems in one batch. Drafts and branches "
+    "(FreeDave, MultiBlock, LeftToRight, APD) put more rows into a forward. On a CPU its time "
+    "grows with its rows, so a method can take fewer forwards and more time. On a GPU a small "
+    "batch waits for the weights to be read, which more rows hardly change, so fewer forwards "
+    "mean less time there.",
+)
+
+
 def score_table(scores: list[Score], title: str) -> Table:
-    """The scores; the last column compares each answer's tokens with those of the first line."""
-    table = Table(title=title)
-    table.add_column("algorithm")
-    for heading in ("exact %", "forwards", "tokens/forward", "tokens/s", "same tokens %"):
-        table.add_column(heading, justify="right")
+    """The scores in at most 80 columns. ``NOTES`` explains the columns."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("algorithm", no_wrap=True)
+    headings = ("right %", "forwards", "tokens /\nforward", "tokens /\nsecond", "same %")
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
     for score in scores:
         table.add_row(
             score.algorithm,
@@ -59,11 +73,11 @@ def score_table(scores: list[Score], title: str) -> Table:
 
 
 def area_table(area: dict[str, dict[str, float]], title: str) -> Table:
-    """AUP by algorithm, a column a model; nothing where a model does not run the algorithm."""
-    table = Table(title=title)
-    table.add_column("AUP")
+    """AUP by algorithm, a column per model; nothing where a model does not run the algorithm."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("AUP", no_wrap=True)
     for model in area:
-        table.add_column(model, justify="right")
+        table.add_column(model.replace("-tiny", "").replace("-", "\n"), justify="right")
     for name in dict.fromkeys(name for row in area.values() for name in row):
         table.add_row(name, *(f"{row[name]:.0f}" if name in row else "" for row in area.values()))
     return table
@@ -74,32 +88,6 @@ def write_csv(scores: list[Score], path: Path) -> None:
         writer = csv.DictWriter(file, list(scores[0].as_row()))
         writer.writeheader()
         writer.writerows(score.as_row() for score in scores)
-
-
-def plot_decoding_order(generations: dict[str, Generation], problems: int, path: Path) -> None:
-    """One panel an algorithm: rows are problems, columns positions, colour the step that wrote."""
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-
-    columns = 3
-    rows = -(-len(generations) // columns)
-    figure = Figure(figsize=(4.2 * columns, 1.1 + 1.6 * rows), layout="constrained")
-    colours = colormaps["viridis"].with_extremes(under="white")
-    last = max(g.step_map[:problems].max().item() for g in generations.values())
-    axes = figure.subplots(rows, columns, squeeze=False, sharex=True).ravel()
-    for axis in axes[len(generations) :]:
-        axis.set_axis_off()
-    image = None
-    for axis, (name, generation) in zip(axes, generations.items(), strict=False):
-        steps = generation.step_map[:problems].numpy()
-        image = axis.imshow(steps, aspect="auto", cmap=colours, vmin=0, vmax=last)
-        axis.set_title(f"{name}: {generation.nfe[:problems].float().mean():.1f} forwards", size=9)
-        axis.set_yticks([])
-    figure.supxlabel("position in the answer (white: behind the end of sequence)", size=9)
-    figure.supylabel("problems", size=9)
-    if image is not None:
-        figure.colorbar(image, ax=list(axes), label="forward that wrote the token")
-    figure.savefig(path, dpi=130)
 
 
 def plot_frontier(

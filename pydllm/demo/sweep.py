@@ -22,7 +22,7 @@ def settings(sweep: str, model: str, verifier: Model | None) -> dict[str, Algori
     block = BLOCKS[model]
     if sweep == "static":
         return {
-            f"{n} a step": Static(block_length=block, tokens_per_step=n)
+            f"{n} per step": Static(block_length=block, tokens_per_step=n)
             for n in (1, 2, 3, 4, 6, 8)
             if n <= block
         }
@@ -81,7 +81,7 @@ def by_algorithm(plan: dict[str, Algorithm], scores: list[Score]) -> dict[str, l
     for algorithm, score in zip(plan.values(), scores, strict=True):
         name = type(algorithm).__name__
         if name not in groups:
-            groups[name] = [scores[0]] if "1 token" in first and score is not scores[0] else []
+            groups[name] = [scores[0]] if "1 per step" in first and score is not scores[0] else []
         groups[name].append(score)
     return groups
 

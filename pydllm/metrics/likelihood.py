@@ -85,7 +85,7 @@ def log_likelihood(
     total = torch.zeros(len(pairs), dtype=torch.float64)
     rows = queue()
     while batch := list(islice(rows, batch_size)):
-        hidden, index = _masked_rows(model, [row.ids for row in batch], batch, backend)
+        hidden, index = masked_rows(model, [row.ids for row in batch], batch, backend)
         target = torch.cat([row.target for row in batch]).to(model.device)
         losses = []
         for part, tokens in zip(hidden.split(_HEAD_ROWS), target.split(_HEAD_ROWS), strict=True):
@@ -158,7 +158,7 @@ def _advance(model: Model, live: list[_Guess], agrees: Tensor, backend: str | No
         for guess in live
     ]
     ids = [guess.ids[:end] for guess, end in zip(live, ends, strict=True)]
-    hidden, index = _masked_rows(model, ids, live, backend)
+    hidden, index = masked_rows(model, ids, live, backend)
     banned = torch.tensor([_mask(model)], dtype=torch.int32, device=model.device)
     stats = model.head_stats(hidden, banned=banned, backend=backend)
     probability, token = stats.prob.cpu(), stats.token.cpu()
@@ -207,7 +207,7 @@ def _patterns(length: int, samples: int, generator: torch.Generator) -> tuple[Te
     return torch.unique(rank < count[:, None], dim=0, return_counts=True)
 
 
-def _masked_rows(
+def masked_rows(
     model: Model, sequences: Sequence[Tensor], rows: Sequence[Any], backend: str | None
 ) -> tuple[Tensor, Tensor]:
     """Hidden rows ``(N, hidden)`` that predict every ``row.position``, and whose each is, ``(N,)``.

@@ -138,8 +138,9 @@ def test_what_a_gap_sees():
 
 def test_gaps_in_texts():
     model = pydllm.load(WEIGHTS)
-    text = "tom has 7 coins . he finds 5 . he loses 2 . how many coins ? first 7 + <mask:1> = 12"
-    texts = [text, f"{text} then 12 - 2 = <mask:1> answer <mask:1>"]
+    question = "sam has 7 coins . he finds 5 . he loses 2 . how many coins ? in order"
+    text = f"{question} tom 7 + <mask:1> = 12"
+    texts = [text, f"{text} ann 12 - 2 = <mask:1> answer <mask:1>"]
     got = pydllm.infill(model, texts, pydllm.Static(block_length=8))
     assert got.text[0] == text.replace("<mask:1>", got.spans[0][0])
     assert [len(spans) for spans in got.spans] == [1, 3]
@@ -147,7 +148,7 @@ def test_gaps_in_texts():
     alone = pydllm.infill(model, text, pydllm.FreeDave(block_length=8))
     assert alone.text == got.text[:1]
     more = pydllm.infill(model, text, pydllm.Static(block_length=8), max_new_tokens=24)
-    assert more.text[0].startswith("tom has 7")
+    assert more.text[0].startswith("sam has 7")
     assert more.text[0].endswith(f"= 12 {more.generation.text[0]}")
 
 

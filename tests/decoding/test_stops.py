@@ -111,18 +111,19 @@ def test_waiting_prompts_take_the_slots_of_stopped_ones():
         assert torch.equal(all_at_once.nfe, queued.nfe)
 
 
-PROMPTS = ["tom has 7 coins . he finds 5 . he loses 2 . they double . how many coins ?"]
+SAM = 8  # a name that no answer has
+PROMPTS = ["sam has 7 coins . he finds 5 . he loses 2 . they double . how many coins ? in order"]
 
 
 @pytest.mark.parametrize(
-    "stop", ["answer", "hen 1", "2 the", ["now", "= 1", "zebra", 3], [["20", "makes"]], "zebra"]
+    "stop", ["answer", "nn 1", "2 an", ["eva", "= 1", "zebra", SAM], [["20", "eva"]], "zebra"]
 )
 @pytest.mark.parametrize("algorithm", [pydllm.Static(block_length=8), pydllm.LeftToRight()])
 def test_strings_stop_across_tokens(tiny, algorithm, stop):
     free = pydllm.generate(tiny, PROMPTS, algorithm, max_new_tokens=48).text[0]
     got = pydllm.generate(tiny, PROMPTS, algorithm, max_new_tokens=48, stop=stop)
     flat = stop if isinstance(stop, list) else [stop]
-    flat = [text for text in (flat[0] if isinstance(flat[0], list) else flat) if text != 3]
+    flat = [text for text in (flat[0] if isinstance(flat[0], list) else flat) if text != SAM]
     places = [free.index(text) for text in flat if text in free]
     assert got.finish_reason == ["stop" if places else "eos"]
     assert got.text == [free[: min(places, default=None)]]

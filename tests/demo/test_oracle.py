@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+from pydllm.demo.task import FRIENDS, held_out_problems, is_correct, vocabulary
 from training import oracle
-from training.turns import FRIENDS, held_out_problems, is_correct, vocabulary
 
 PROBLEMS = held_out_problems(24)
 WORDS = vocabulary()

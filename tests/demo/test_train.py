@@ -7,9 +7,8 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 import pydllm
-from pydllm.demo import WEIGHTS
+from pydllm.demo.task import ANSWER_LENGTH, FRIENDS, vocabulary
 from training import llada, qwen
-from training.turns import ANSWER_LENGTH, FRIENDS, vocabulary
 
 
 def _train(folder, steps, planned):
@@ -76,28 +75,32 @@ def test_the_loss_is_the_mean_of_names_plus_that_of_the_rest():
     torch.testing.assert_close(rest, losses[~names].mean())
 
 
-def test_rows_of_the_vocabulary_move_by_word():
-    """From a bundled model, whose vocabulary is another."""
+def test_rows_of_the_vocabulary_move_by_word(tmp_path):
+    """From a parent whose vocabulary has other words in another order."""
+    words = [*vocabulary()[:20], "first", "then", "plus", *reversed(vocabulary()[20:70])]
+    parent = llada.TinyLLaDA(llada.CONFIG | {"embedding_size": len(words)})
+    llada.save_checkpoint(parent, llada.CONFIG, tmp_path)
+    before = {word: index for index, word in enumerate(words)}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": before}}))
     state = llada.TinyLLaDA(llada.CONFIG).state_dict()
-    weights = llada.read_parent(WEIGHTS, state)
-    parent = load_file(WEIGHTS / "model.safetensors")
-    before = json.loads((WEIGHTS / "tokenizer.json").read_text())["model"]["vocab"]
-    assert weights.keys() == parent.keys()
+    weights = llada.read_parent(tmp_path, state)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert weights.keys() == stored.keys()
     moved = 0
     for index, word in enumerate(vocabulary()):
         for name in ("model.transformer.wte.weight", "model.transformer.ff_out.weight"):
             got = weights[name][index]
             if word in FRIENDS:
-                assert not torch.equal(got, parent[name][before[word]].float())
+                assert not torch.equal(got, stored[name][before[word]].float())
                 assert not torch.equal(got, state[name][index])
             elif word in before:
-                assert torch.equal(got, parent[name][before[word]].float())
+                assert torch.equal(got, stored[name][before[word]].float())
                 moved += before[word] != index
             else:
                 assert torch.equal(got, state[name][index])
     assert moved > 40
     name = "model.transformer.blocks.0.q_proj.weight"
-    assert torch.equal(weights[name], parent[name].float())
+    assert torch.equal(weights[name], stored[name].float())
 
 
 def test_the_command_writes_a_llada_checkpoint(tmp_path):
@@ -117,16 +120,32 @@ def _logits(model, ids):
 
 
 def test_a_model_begins_as_its_parent(tmp_path):
-    parent = qwen.build("qwen2")
+    parent = qwen.build(qwen.CONFIGS["qwen2"])
     llada.save_checkpoint(parent, qwen.CONFIGS["qwen2"], tmp_path)
-    child = qwen.build("dream", tmp_path)
+    child = qwen.build(qwen.CONFIGS["dream"], tmp_path)
     ids = torch.randint(3, 86, (1, 8))
     assert len(child.model.layers) == len(parent.model.layers) + 1
     torch.testing.assert_close(
         _logits(child, ids), _logits(parent.half().float(), ids), rtol=1e-5, atol=1e-5
     )
-    with pytest.raises(click.UsageError, match="expected a model of the layout of 'sdar', lacks"):
-        qwen.build("sdar", tmp_path)
+    with pytest.raises(click.UsageError, match="expected a model in the layout of sdar, lacks"):
+        qwen.build(qwen.CONFIGS["sdar"], tmp_path)
+
+
+def test_a_shallower_model_takes_the_first_layers_of_its_parent(tmp_path):
+    (tmp_path / "parent").mkdir()
+    parent = qwen.build(qwen.CONFIGS["qwen2"])
+    llada.save_checkpoint(parent, qwen.CONFIGS["qwen2"], tmp_path / "parent")
+    options = ["--init", str(tmp_path / "parent"), "--layers", "1", "--steps", "1"]
+    options += ["--batch-size", "2", "--learning-rate", "0", "--out", str(tmp_path / "child")]
+    result = CliRunner().invoke(qwen.main, ["qwen2", *options])
+    assert result.exit_code == 0, result.output
+    child, stored = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("child", "parent")
+    )
+    assert len(child) < len(stored)
+    assert all(torch.equal(child[name], stored[name]) for name in child)
+    assert pydllm.load(tmp_path / "child").sizes.layers == 1
 
 
 @pytest.mark.parametrize("kind", sorted(qwen.CONFIGS))

@@ -38,7 +38,7 @@ def test_the_student_loads_and_the_command_goes_on(tmp_path, data):
     student = pydllm.load(out, device="cpu")
     assert pydllm.generate(
         student,
-        ["tom has 7 coins . how many coins ?"],
+        ["sam has 7 coins . how many coins ? in order"],
         pydllm.Threshold(threshold=0.9),
         max_new_tokens=48,
     ).text
@@ -95,7 +95,7 @@ def test_bad_options_write_nothing(tmp_path, data, changes, code, message):
         ("", "expected one prompt a line, got none"),
         ('{"prompt": "tom"}\n{"text": "tom"}', "prompts.jsonl:2: expected an object whose prompt"),
         ("tom", "prompts.jsonl:1: expected a JSON object"),
-        ('{"prompt": [1, 92]}', r"prompts[0][1]: expected a token id in [0, 92), got 92"),
+        ('{"prompt": [1, 86]}', r"prompts[0][1]: expected a token id in [0, 86), got 86"),
         ('{"prompt": [0]}', "expected no mask in a prompt"),
         ('{"prompt": "unheard of"}', "expected text that the tokenizer can encode"),
     ],

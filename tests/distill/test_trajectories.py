@@ -7,7 +7,10 @@ from pydllm.distill import extract, join, load_trajectories, save_trajectories
 from pydllm.distill.prompts import Prompt, answer_checker, read_prompts
 from tests.models.plain import CONFIGS, random_plain, write_checkpoint
 
-PROMPTS = ["tom has 7 coins . he finds 5 . how many coins ?", "ann has 4 cards . how many cards ?"]
+PROMPTS = [
+    "sam has 7 coins . he finds 5 . how many coins ? in order",
+    "sam has 4 cards . how many cards ? each once",
+]
 
 
 @pytest.fixture(scope="module")

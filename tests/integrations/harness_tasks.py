@@ -14,7 +14,7 @@ output_type: generate_until
 doc_to_text: "{{{{prompt}}}}"
 doc_to_target: "{{{{answer}}}}"
 target_delimiter: " "
-generation_kwargs: {{until: ["tom"], max_gen_toks: 48, do_sample: false}}
+generation_kwargs: {{until: ["sam"], max_gen_toks: 48, do_sample: false}}
 filter_list:
   - name: last
     filter:

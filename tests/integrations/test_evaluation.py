@@ -117,7 +117,7 @@ def test_lengths_and_temperatures_are_each_requests_own(model):
 def test_a_prompt_that_is_too_long_loses_its_beginning(model, caplog):
     evaluator = _evaluator(model, max_length=60)
     prompt = PROBLEMS[0].prompt
-    long = "tom has 5 coins . " * 9 + prompt
+    long = "sam has 5 coins . " * 9 + prompt
     got = evaluator.generate_until([(long, {"max_gen_toks": 24})])
     ids = evaluator.encode(long)
     want = pydllm.generate(model, [ids[-36:]], evaluator.algorithm, max_new_tokens=24)
@@ -152,10 +152,11 @@ def test_likelihoods(model):
 
 def test_a_text_is_scored_in_pieces(model):
     evaluator = _evaluator(model, mc_num=4, max_length=16, batch_size=3)
-    texts = [PROBLEMS[0].prompt, "tom has 5 coins ."]
+    begun = "sam has 5 coins . he finds 3 . they double . "
+    texts = [begun + PROBLEMS[0].prompt, "sam has 5 coins ."]
     ids = evaluator.encode(texts[0])
     pieces = [([], ids[i : i + 16]) for i in range(0, len(ids), 16)]
-    assert len(pieces) == 2
+    assert len(pieces) == 3
     want = log_likelihood(model, pieces, samples=4).sum().item()
     got = evaluator.loglikelihood_rolling(texts)
     assert abs(got[0] / want - 1) < 1e-5
@@ -166,11 +167,11 @@ def test_a_shifted_model_reads_an_end_of_sequence_first(model):
     shifted = pydllm.load(MODELS["llada-tiny"], device="cpu")
     shifted.spec = dataclasses.replace(shifted.spec, shift_logits=True)
     evaluator = _evaluator(shifted, mc_num=4)
-    ids = evaluator.encode("tom has")
+    ids = evaluator.encode("sam has")
     want = log_likelihood(shifted, [([shifted.spec.eos_ids[0]], ids)], samples=4).item()
     close = pytest.approx(want, rel=1e-5)  # other batches, other roundings
-    assert evaluator.loglikelihood_rolling(["tom has"])[0] == close
-    assert evaluator.loglikelihood([("", "tom has")])[0][0] == close
+    assert evaluator.loglikelihood_rolling(["sam has"])[0] == close
+    assert evaluator.loglikelihood([("", "sam has")])[0][0] == close
     assert evaluator.generate_until([("", {"max_gen_toks": 24})])[0] is not None
 
 
