@@ -124,7 +124,7 @@ def apd(job: Job) -> dict[str, Contender]:
     for window in (16, None):
         settings = {"window": window, "lookahead": 64, "mixture": job.mixture}
         loop = PublishedAPD(job.model, job.verifier, temperature=job.temperature, **settings)
-        algorithm = pydllm.APD(job.verifier, rule="reference", **settings)
+        algorithm = pydllm.APD(job.verifier, compat="apd", **settings)
         name = "no cache" if window is None else f"window {window}"
         published = f"published-style loop, {name}"
         contenders[published] = Contender(partial(loop.decode, job.prompts, job.new), published)

@@ -166,9 +166,7 @@ def llada(job: Job) -> list[Contender]:
         loop = PublishedLoop(model, job.block, job.per_step)
         original = Contender("restatement", lambda: loop.decode(job.prompt(model), job.new), theirs)
         arguments["mask_id"] = model.spec.mask_id
-    algorithm = pydllm.Static(
-        block_length=job.block, tokens_per_step=job.per_step, semantics="llada"
-    )
+    algorithm = pydllm.Static(block_length=job.block, tokens_per_step=job.per_step, compat="llada")
     ours = job.ours(model, algorithm, (job.steps * total, masks))
 
     def call(function: Any) -> tuple[Tensor, int]:
@@ -200,7 +198,7 @@ def fast_dllm_dual(job: Job) -> list[Contender]:
         )
         arguments["mask_id"] = model.spec.mask_id
     algorithm = pydllm.Static(
-        block_length=job.block, tokens_per_step=job.per_step, cache="dual", semantics="fast_dllm"
+        block_length=job.block, tokens_per_step=job.per_step, cache="dual", compat="fast_dllm"
     )
     ours = job.ours(model, algorithm, (rows, masks))
 
@@ -224,7 +222,7 @@ def dream(job: Job) -> list[Contender]:
     loop = PublishedDream(model, job.steps)
     theirs = (job.steps * total, job.steps * total)
     original = Contender("restatement", lambda: loop.decode(job.prompt(model), job.new), theirs)
-    algorithm = pydllm.Static(block_length=job.new, tokens_per_step=job.per_step, semantics="dream")
+    algorithm = pydllm.Static(block_length=job.new, tokens_per_step=job.per_step, compat="dream")
     masks = sum(range(job.new, 0, -job.per_step))
 
     def call(function: Any) -> tuple[Tensor, int]:

@@ -16,10 +16,6 @@ constexpr uint32_t kRandomOrder = 0xFFFFFFFFu;  // no vocabulary id is there
 constexpr int kNone = INT_MAX;                  // behind every row
 constexpr uint64_t kNoRow = ~uint64_t{0};       // sorts behind every row
 
-__device__ __forceinline__ bool reaches(float score, float limit, bool above) {
-  return above ? score > limit : score >= limit;
-}
-
 __device__ __forceinline__ float cost_of(uint64_t key) {
   return from_ordered(static_cast<uint32_t>(key >> 32));
 }
@@ -35,8 +31,7 @@ __device__ __forceinline__ int count_block(int count) {
 }
 
 // How many of the sorted rows lie within the bound: no row passes behind one that failed.
-__device__ __forceinline__ int count_within(const uint64_t* order, int size, float bound,
-                                            bool inclusive) {
+__device__ __forceinline__ int count_within(const uint64_t* order, int size, float bound) {
   // Each thread has neighbours, so that one scan of the threads gives all sums.
   const int threads = blockDim.x, thread = threadIdx.x;
   const int each = (size + threads - 1) / threads;
@@ -47,11 +42,9 @@ __device__ __forceinline__ int count_within(const uint64_t* order, int size, flo
   int passed = 0;
   for (int i = first; i < end; ++i) {
     const uint64_t key = order[i];
-    const int64_t units = units_of(key);
-    const float nats = __fmul_rn(static_cast<float>(inclusive ? spent + units : spent), kUnit);
-    spent += units;
-    if (key == kNoRow || cost_of(key) == INFINITY) continue;
-    passed += inclusive ? nats < bound : nats <= bound;
+    const float nats = __fmul_rn(static_cast<float>(spent), kUnit);
+    spent += units_of(key);
+    passed += key != kNoRow && cost_of(key) < INFINITY && nats <= bound;
   }
   return count_block(passed);
 }
@@ -66,9 +59,6 @@ __global__ void __launch_bounds__(kMaxThreads) unmask_kernel(const Unmask call) 
   const int64_t sequence = blockIdx.x;
   const int threads = blockDim.x, thread = threadIdx.x;
   const Rule rule = call.rule;
-  const bool above = call.variant & kAbove, near_best = call.variant & kNearBest;
-  const bool is_span = call.variant & kSpan, inclusive = call.variant & kInclusive;
-  const bool counted = rule == Rule::kQuota || rule == Rule::kLeftToRight || rule == Rule::kRandom;
 
   const int64_t start = call.start[sequence];
   const int32_t nfe = call.nfe[sequence];
@@ -85,7 +75,7 @@ __global__ void __launch_bounds__(kMaxThreads) unmask_kernel(const Unmask call) 
   int32_t* step_map = call.step_map + sequence * call.stride_step_map_row + start;
   const int64_t* token = call.token + sequence * call.stride_token_row;
   const Score* score = static_cast<const Score*>(call.score) + sequence * call.stride_score_row;
-  const float bound = rounded<Score>(call.limit), edit_bound = rounded<Score>(call.edit_limit);
+  const float limit = rounded<Score>(call.limit);
   const auto words_of = [&](int j) {
     return philox(kRandomOrder, static_cast<uint32_t>(start + j),
                   static_cast<uint32_t>(call.request[sequence]), static_cast<uint32_t>(nfe),
@@ -95,8 +85,7 @@ __global__ void __launch_bounds__(kMaxThreads) unmask_kernel(const Unmask call) 
   const int size = power_of_two(static_cast<int>(call.rows));
   int ables = 0;
   for (int j = thread; j < size; j += threads) {
-    bool able = inside(j) && (rule == Rule::kRenoise || x[j] == call.mask_id);
-    if (near_best) able = able && token[j] != call.mask_id;
+    const bool able = inside(j) && (rule == Rule::kRenoise || x[j] == call.mask_id);
     uint64_t key = kNoRow;
     if (able) {
       uint32_t cost = 0;
@@ -119,18 +108,11 @@ __global__ void __launch_bounds__(kMaxThreads) unmask_kernel(const Unmask call) 
   ables = count_block(ables);
 
   // How many the rule lets pass, where that needs no order.
-  const bool by_score = rule == Rule::kThreshold || rule == Rule::kJoint || rule == Rule::kEntropy;
-  float limit = bound;
-  if (near_best) {
-    uint64_t best = kNoRow;
-    for (int j = thread; j < size; j += threads) best = order[j] < best ? order[j] : best;
-    best = reduce_block(best, kNoRow, Minimum());
-    if (best != kNoRow) limit = fminf(__fsub_rn(-cost_of(best), 1e-5f), bound);
-  }
+  const bool by_score = rule == Rule::kThreshold || rule == Rule::kEntropy;
   const auto passes = [&](uint64_t key) {
     const float cost = cost_of(key);
     return key != kNoRow && cost < INFINITY &&
-           (rule == Rule::kEntropy ? cost <= limit : reaches(-cost, limit, above));
+           (rule == Rule::kEntropy ? cost <= limit : -cost >= limit);
   };
   int passed = 0;
   if (by_score) {
@@ -140,31 +122,19 @@ __global__ void __launch_bounds__(kMaxThreads) unmask_kernel(const Unmask call) 
 
   if (by_score && passed >= floor) {
     for (int j = thread; j < size; j += threads) keep[j] = passes(order[j]);
-  } else if (is_span && passed < floor && (by_score || counted)) {
-    // The masks among the positions from the first one on.
-    int lowest = kNone;
-    for (int j = thread; j < size; j += threads) {
-      if (order[j] != kNoRow) lowest = min(lowest, j);
-    }
-    lowest = reduce_block(lowest, kNone, Minimum());
-    for (int j = thread; j < size; j += threads) {
-      keep[j] = order[j] != kNoRow && j - lowest < floor;
-    }
   } else {
     sort_block(order, size);
     if (rule == Rule::kFactor) {
       for (int j = thread; j < ables; j += threads) {
         // Rounded like the definition: a quotient, then a difference.
-        const float least = __fsub_rn(1.f, __fdiv_rn(bound, static_cast<float>(j + 2)));
+        const float least = __fsub_rn(1.f, __fdiv_rn(limit, static_cast<float>(j + 2)));
         passed += cost_of(order[j]) < INFINITY && -cost_of(order[j]) >= least;
       }
       passed = count_block(passed);
     } else if (rule == Rule::kEntropyBound || rule == Rule::kRenoise) {
-      passed = count_within(order, size, bound, inclusive);
+      passed = count_within(order, size, limit);
     }
-    int n = max(passed, floor);
-    if ((call.variant & kLastPair) && n == ables - 1) ++n;
-    n = min(n, ables);
+    const int n = min(max(passed, floor), ables);
     for (int i = thread; i < n; i += threads) keep[static_cast<uint32_t>(order[i])] = true;
   }
   __syncthreads();
@@ -176,13 +146,7 @@ __global__ void __launch_bounds__(kMaxThreads) unmask_kernel(const Unmask call) 
   for (int j = thread; j < size; j += threads) {
     if (!inside(j)) continue;
     const int64_t before = x[j];
-    bool kept = keep[j];
-    if (rule == Rule::kJoint) {
-      const bool free = call.prompt == nullptr || start + j >= call.prompt[sequence];
-      const bool differs = free && before != call.mask_id && token[j] != before;
-      kept = kept || (differs && reaches(to_float(score[j]), edit_bound, above));
-      part += free;
-    }
+    const bool kept = keep[j];
     part += rule == Rule::kRenoise || before == call.mask_id;
     int64_t after = before;
     if (kept) {

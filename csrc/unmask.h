@@ -18,12 +18,8 @@ enum class Rule : int {
   kFactor,
   kEntropy,
   kEntropyBound,
-  kJoint,
   kRenoise
 };
-
-// How a rule differs, see SEMANTICS in pydllm/ops/unmask.py; bits that are or-ed.
-enum Variant : int { kAbove = 1, kNearBest = 2, kLastPair = 4, kSpan = 8, kInclusive = 16 };
 
 struct Unmask {
   // Pointers; null for what the rule does not have.
@@ -38,7 +34,6 @@ struct Unmask {
   const int32_t* length;     // (batch,)
   const int32_t* quota;      // (batch,), or null: `least` for all
   const int32_t* request;    // (batch,), or null: no random numbers
-  const int32_t* prompt;     // (batch,), or null: all positions may be edited
   bool* done;                // (batch,), read and written, or null: no sequence ends
   const int32_t* end;        // (batch,), where done is
   const int64_t* eos;        // (ends,), or null
@@ -48,16 +43,15 @@ struct Unmask {
   int64_t batch, slots, rows;
   int64_t mask_id;
   Rule rule;
-  int variant;
   int32_t least;
-  float limit, edit_limit;  // rounded to dtype in the kernel
+  float limit;  // rounded to dtype in the kernel
   int64_t vocab, seed, ends;
   bool last;
   // Strides in elements; the last dimension is contiguous.
   int64_t stride_x_row, stride_step_map_row, stride_token_row, stride_score_row;
 };
 
-// One launch, a block a sequence. Bit for bit what pydllm/reference/unmask.py gives.
+// One launch, one block per sequence. Bit for bit what pydllm/reference/unmask.py gives.
 // Returns the error of the launch.
 cudaError_t unmask(const Unmask& call, cudaStream_t stream);
 

@@ -27,15 +27,6 @@ def _count(mask):
 
 
 @triton.jit
-def _reaches(score, limit, ABOVE: tl.constexpr):
-    if ABOVE:
-        good = score > limit
-    else:
-        good = score >= limit
-    return good
-
-
-@triton.jit
 def _count_by_factor(good, value, factor, least, BLOCK_T: tl.constexpr):
     """The largest n whose n-th best is at least ``1 - factor / (n + 1)``: n of them must be;
     ``factor`` is ``(B, 1)``."""
@@ -63,39 +54,20 @@ def _first(masked, key, n):
 
 
 @triton.jit
-def _affords(units, bound, INCLUSIVE: tl.constexpr):
-    if INCLUSIVE:
-        good = units.to(tl.float32) * _UNIT < bound
-    else:
-        good = units.to(tl.float32) * _UNIT <= bound
-    return good
-
-
-@triton.jit
-def _within(able, key, cost, bound, INCLUSIVE: tl.constexpr):
-    """Those whose entropies before them, by key, then by position, sum to at most ``bound``;
-    inclusive: whose own and those before sum to less."""
+def _within(able, key, cost, bound):
+    """Those whose entropies before them, by key, then by position, sum to at most ``bound``."""
     units = tl.minimum(tl.maximum(cost, 0.0), _LARGEST) * _PER_NAT
     units = tl.where(able, units, 0.0).to(tl.int64)
     cut = tl.zeros_like(tl.max(key, 1, keep_dims=True))  # the largest key below which all pass
     for bit in range(32):
         trial = cut | (tl.full((), 0x80000000, tl.uint32) >> bit)
         spent = tl.sum(tl.where(key < trial, units, 0), 1, keep_dims=True)
-        cut = tl.where(_affords(spent, bound, INCLUSIVE), trial, cut)
+        cut = tl.where(spent.to(tl.float32) * _UNIT <= bound, trial, cut)
     before = able & (key < cut)
     tied = able & (key == cut)
-    rank = tl.cumsum(tied.to(tl.int32), 1)
-    if not INCLUSIVE:
-        rank -= 1
+    rank = tl.cumsum(tied.to(tl.int32), 1) - 1
     spent = tl.sum(tl.where(before, units, 0), 1, keep_dims=True) + rank * units
-    return before | (tied & _affords(spent, bound, INCLUSIVE))
-
-
-@triton.jit
-def _span(able, offs_t, n, BLOCK_T: tl.constexpr):
-    """Those among the n positions from the first on."""
-    first = tl.min(tl.where(able, offs_t, BLOCK_T), 1, keep_dims=True)
-    return able & (offs_t - first < n)
+    return before | (tied & (spent.to(tl.float32) * _UNIT <= bound))
 
 
 # A new batch size or seed must not compile the kernel again.
@@ -113,7 +85,6 @@ def _unmask_kernel(
     length_ptr,  # (B,)
     quota_ptr,  # (B,)
     request_ptr,  # (B,)
-    prompt_ptr,  # (B,)
     done_ptr,  # (B,), read and written
     end_ptr,  # (B,)
     eos_ptr,  # (E,)
@@ -125,7 +96,6 @@ def _unmask_kernel(
     mask_id,
     least,
     limit,
-    edit_limit,
     vocab,
     seed,
     # strides
@@ -136,13 +106,7 @@ def _unmask_kernel(
     # constexprs
     RULE: tl.constexpr,
     HAS_QUOTA: tl.constexpr,
-    HAS_PROMPT: tl.constexpr,
     AT_MOST_ONE: tl.constexpr,
-    ABOVE: tl.constexpr,
-    NEAR_BEST: tl.constexpr,
-    LAST_PAIR: tl.constexpr,
-    SPAN: tl.constexpr,
-    INCLUSIVE: tl.constexpr,
     HAS_END: tl.constexpr,
     HAS_ENDS_FROM: tl.constexpr,
     N_EOS: tl.constexpr,
@@ -170,8 +134,6 @@ def _unmask_kernel(
         able = inside
     n_masks = _count(masked)
     n_part = _count(able)
-    if NEAR_BEST:
-        able = masked & (tl.load(token_row + offs_t, mask=masked, other=0) != mask_id)
 
     n = tl.zeros_like(length) + least
     if HAS_QUOTA:
@@ -181,21 +143,14 @@ def _unmask_kernel(
         seed_lo = seed.to(tl.int64)
         word, word_1, _, _ = philox(_ORDER, start + offs_t, request, nfe, seed_lo, seed_lo >> 32)
     if RULE == "left_to_right":
-        if SPAN:
-            keep = _span(able, offs_t, n, BLOCK_T)
-        else:
-            keep = able & (tl.cumsum(able.to(tl.int32), 1) <= n)
+        keep = able & (tl.cumsum(able.to(tl.int32), 1) <= n)
     elif RULE == "random":
         keep = _first(able, 0xFFFFFFFF - word, n)
     else:
-        looked_at = able
-        if RULE == "joint":
-            looked_at = inside
-        score = tl.load(score_ptr + offs_b * stride_score_row + offs_t, mask=looked_at, other=0.0)
+        score = tl.load(score_ptr + offs_b * stride_score_row + offs_t, mask=able, other=0.0)
         # Limits are rounded to the dtype of the scores.
         zero = tl.zeros_like(n).to(tl.float32)
         limit = (zero + limit).to(score.dtype).to(tl.float32)
-        edit_limit = (zero + edit_limit).to(score.dtype).to(tl.float32)
         score = score.to(tl.float32)
         value = score
         if RULE == "entropy" or RULE == "entropy_bound" or RULE == "renoise":
@@ -208,22 +163,15 @@ def _unmask_kernel(
             keep = _first(able, key, n)
         elif RULE == "factor":
             n = _count_by_factor(good, value, limit, n, BLOCK_T)
-            if LAST_PAIR:
-                n = tl.where(n == _count(able) - 1, n + 1, n)
             keep = _first(able, key, n)
         else:
             if RULE == "entropy":
                 keep = good & (cost <= limit)
             elif RULE == "entropy_bound" or RULE == "renoise":
-                keep = good & _within(able, key, cost, limit, INCLUSIVE)
-            elif NEAR_BEST:
-                best = tl.max(tl.where(able, value, -float("inf")), 1, keep_dims=True)
-                keep = good & (value >= tl.minimum(best - 1e-5, limit))
+                keep = good & _within(able, key, cost, limit)
             else:
-                keep = good & _reaches(value, limit, ABOVE)
-            if SPAN:
-                keep = tl.where(_count(keep) < n, _span(able, offs_t, n, BLOCK_T), keep)
-            elif AT_MOST_ONE:
+                keep = good & (value >= limit)
+            if AT_MOST_ONE:
                 best_key = tl.min(tl.where(able, key, 0xFFFFFFFF), 1, keep_dims=True)
                 first = tl.where(able & (key == best_key), offs_t, BLOCK_T)
                 first = tl.min(first, 1, keep_dims=True)
@@ -231,28 +179,16 @@ def _unmask_kernel(
             else:
                 keep = keep | _first(able, key, n)
 
-    if RULE == "joint" or RULE == "renoise":
-        token = tl.load(token_row + offs_t, mask=inside, other=0)
-    if RULE == "joint":
-        free = inside
-        if HAS_PROMPT:
-            free = inside & (start + offs_t >= tl.load(prompt_ptr + offs_b, mask=mask_b, other=0))
-        n_part = _count(masked | free)
-        differs = free & (before != mask_id) & (token != before)
-        keep = keep | (differs & _reaches(score, edit_limit, ABOVE))
     # Every thread has read the sequence before one writes it.
     tl.debug_barrier()
     step_map_row = step_map_ptr + offs_b * stride_step_map_row + start
+    token = tl.load(token_row + offs_t, mask=keep, other=0)
     if RULE == "renoise":
         noise = tl.umulhi(word_1, tl.zeros_like(word_1) + vocab.to(tl.uint32)).to(tl.int64)
         tl.store(x_row + offs_t, tl.where(keep, token, noise), mask=inside)
         tl.store(step_map_row + offs_t, tl.broadcast_to(nfe, keep.shape), mask=keep)
         remaining = n_part - _count(keep)
     else:
-        if RULE != "joint":
-            token = tl.load(token_row + offs_t, mask=keep, other=0)
-        if RULE == "joint":
-            n_masks += _count(keep & (masked == 0))
         written, step = keep, tl.broadcast_to(nfe, keep.shape)
         if HAS_END:
             token = tl.where(keep, token, before)
@@ -306,15 +242,12 @@ def supports(
     start: torch.Tensor,
     length: torch.Tensor,
     rule: str,
-    variant: str,
     quota: torch.Tensor | None,
     least: int,
     limit: float,
-    edit_limit: float,
     vocab: int,
     seed: int,
     request: torch.Tensor | None,
-    prompt: torch.Tensor | None,
     done: torch.Tensor | None,
     end: torch.Tensor | None,
     eos: torch.Tensor | None,
@@ -330,7 +263,7 @@ def supports(
             f"got {token.shape[1]}"
         )
     numbers = {"nfe": nfe, "start": start, "length": length, "quota": quota, "request": request}
-    numbers |= {"prompt_length": prompt, "done": done, "end": end, "ends_from": ends_from}
+    numbers |= {"done": done, "end": end, "ends_from": ends_from}
     rows = {"x": x, "step_map": step_map, "token": token, "score": score}
     for name, tensor in (rows | numbers).items():
         if tensor is not None and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
@@ -348,15 +281,12 @@ def unmask(
     start: torch.Tensor,
     length: torch.Tensor,
     rule: str,
-    variant: str,
     quota: torch.Tensor | None,
     least: int,
     limit: float,
-    edit_limit: float,
     vocab: int,
     seed: int,
     request: torch.Tensor | None,
-    prompt: torch.Tensor | None,
     done: torch.Tensor | None,
     end: torch.Tensor | None,
     eos: torch.Tensor | None,
@@ -381,7 +311,6 @@ def unmask(
         length_ptr=length,
         quota_ptr=nfe if quota is None else quota,
         request_ptr=nfe if request is None else request,
-        prompt_ptr=nfe if prompt is None else prompt,
         done_ptr=nfe if done is None else done,
         end_ptr=nfe if end is None else end,
         eos_ptr=x if eos is None else eos,
@@ -392,7 +321,6 @@ def unmask(
         mask_id=mask_id,
         least=least,
         limit=limit,
-        edit_limit=edit_limit,
         vocab=vocab,
         seed=seed,
         stride_x_row=x.stride(0),
@@ -401,13 +329,7 @@ def unmask(
         stride_score_row=score.stride(0),
         RULE=rule,
         HAS_QUOTA=quota is not None,
-        HAS_PROMPT=prompt is not None,
         AT_MOST_ONE=quota is None and least <= 1,
-        ABOVE="above" in variant,
-        NEAR_BEST="near_best" in variant,
-        LAST_PAIR="last_pair" in variant,
-        SPAN="span" in variant,
-        INCLUSIVE="inclusive" in variant,
         HAS_END=done is not None,
         HAS_ENDS_FROM=ends_from is not None,
         N_EOS=0 if eos is None else eos.shape[0],

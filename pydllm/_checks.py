@@ -182,13 +182,17 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def renamed(**names: str) -> Callable[[Function], Function]:
-    """A decorator: keywords that a function no longer takes, each with the one to use instead.
+    """A decorator: keywords that are no longer taken, each with what to use instead.
 
     Raises, when the function is called:
         TypeError: an old keyword was given.
     """
 
     def decorate(function: Function) -> Function:
+        if isinstance(function, type):  # a dataclass
+            function.__init__ = decorate(function.__init__)  # type: ignore[misc]
+            return function
+
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
             for old in names.keys() & kwargs.keys():

@@ -50,7 +50,7 @@ def test_smoke(algorithm, tmp_path):
 def test_published_apd_is_ours_at_temperature_0(tiny, prompts, window):
     verifier = decode.make_verifier("tiny", "cpu", torch.float32)
     loop = published.PublishedAPD(tiny, verifier, window, lookahead=6, temperature=0.0)
-    algorithm = pydllm.APD(verifier, window=window, lookahead=6, rule="reference")
+    algorithm = pydllm.APD(verifier, window=window, lookahead=6, compat="apd")
     for prompt in prompts:
         want = pydllm.generate(tiny, list(prompt), algorithm, max_new_tokens=24)
         tokens, forwards = loop.decode(prompt, 24)

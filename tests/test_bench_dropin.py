@@ -52,7 +52,7 @@ def test_published_dual_is_fast_dllm(tmp_path, limit):
         tokens, forwards = loop.decode(prompt, 24)
         if limit is None:
             algorithm = pydllm.Static(
-                block_length=8, tokens_per_step=1, cache="dual", semantics="fast_dllm"
+                block_length=8, tokens_per_step=1, cache="dual", compat="fast_dllm"
             )
             got = pydllm.generate(model, list(prompt), algorithm, max_new_tokens=24)
             want, count = got.sequences[0], got.nfe.item()

@@ -86,32 +86,25 @@ def test_the_constants_of_both_sides_agree(cuda_module):
     assert [name.strip().lower() for name in rules.partition("{")[2].split(",")] == [
         f"k{name}" for name in named
     ]
-    for name, bit in unmask_launcher.VARIANTS.items():
-        assert f"k{name.title().replace('_', '')} = {bit}" in text
 
 
 UNMASK = [
-    ("quota", "exact", {}),
-    ("left_to_right", "exact", {}),
-    ("left_to_right", "lmdeploy", {}),
-    ("random", "exact", {}),
-    ("threshold", "exact", {"threshold": 0.8}),
-    ("threshold", "dinfer", {"threshold": 0.9}),
-    ("threshold", "jetengine", {"threshold": 0.9, "min_tokens": 3}),
-    ("factor", "exact", {"factor": 1.0}),
-    ("factor", "fast_dllm", {"factor": 0.3}),
-    ("entropy", "exact", {"threshold": 0.3}),
-    ("entropy_bound", "exact", {"bound": 2.5}),
-    ("entropy_bound", "jetengine", {"bound": 2.5}),
-    ("joint", "exact", {"threshold": 0.8, "edit_threshold": 0.9}),
-    ("renoise", "exact", {"bound": 2.5, "vocab_size": 1000}),
+    ("quota", {}),
+    ("left_to_right", {}),
+    ("random", {}),
+    ("threshold", {"threshold": 0.8}),
+    ("threshold", {"threshold": 0.9, "min_tokens": 3}),
+    ("factor", {"factor": 1.0}),
+    ("entropy", {"threshold": 0.3}),
+    ("entropy_bound", {"bound": 2.5}),
+    ("renoise", {"bound": 2.5, "vocab_size": 1000}),
 ]
 
 
 def check_unmask():
     """Windows of one warp, of more rows than half the threads, and of several rows a thread."""
     for index, (rows, slots) in enumerate([(5, 9), (33, 60), (128, 130), (2100, 2200)]):
-        for rule, semantics, options in UNMASK:
+        for rule, options in UNMASK:
             batch = 12 if rows < 1000 else 4
             case = make_case(batch, rows, slots, index, entropies="entropy" in rule)
             case["score"] = case["score"].to((F32, F16, BF16)[index % 3])
@@ -124,12 +117,10 @@ def check_unmask():
                 ending = make_ending(batch, slots, index, eos=[7, 3], ends_from=True, last=False)
                 if rule in ("quota", "threshold"):
                     options["ending"] = ops.Ending(**ending)
-                counts = ops.unmask(
-                    **own, rule=rule, semantics=semantics, backend=backend, **options
-                )
+                counts = ops.unmask(**own, rule=rule, backend=backend, **options)
                 results.append((own["x"], own["step_map"], own["nfe"], ending["done"], *counts))
             for one, other in zip(*results, strict=True):
-                assert torch.equal(one, other), (rule, semantics, rows)
+                assert torch.equal(one, other), (rule, rows)
 
 
 def test_unmask_in_windows_of_every_size(cuda_on_cpu):

@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from pydllm._checks import renamed
 from pydllm.decoding.call import Call
 from pydllm.decoding.checks import (
     each,
@@ -23,12 +24,12 @@ from pydllm.models import Model
 from pydllm.models.protocol import expect_model
 
 EMITS = ("draft", "draft_then_target", "target")
-RULES = ("paper", "reference")
 # Two tokenizers that are meant to be the same differ in a few ids at the end.
 _LEAST_SHARED = 0.99
 _LEAST_SQUARED = 1e-3  # its square has to be a temperature, too
 
 
+@renamed(rule="compat")
 @dataclass(frozen=True, kw_only=True)
 class APD(Algorithm):
     """Left to right, as many drafts of one forward as a small causal model agrees with: adaptive
@@ -54,8 +55,8 @@ class APD(Algorithm):
             the position again. ``"draft_then_target"``: the target is written. ``"target"``: that,
             and the first draft has to be accepted as the others; with mixture 0 the tokens are the
             verifier's, drawn with the same noise.
-        rule: ``"paper"``; or ``"reference"``, what the published code computes: drafts at the
-            square of the temperature, targets without noise and nucleus. The same at temperature 0.
+        compat: None; or ``"apd"``, what the published code computes: drafts at the square
+            of the temperature, targets without noise and nucleus. The same at temperature 0.
 
     ``mixture``, ``window`` and ``lookahead`` are one value for all or a list with one per prompt.
 
@@ -74,7 +75,7 @@ class APD(Algorithm):
     lookahead: int | None | Sequence[int | None] = 64
     top_p: float | None = None
     emit: str = "draft"
-    rule: str = "paper"
+    compat: str | None = None
     # Comparing two tokenizers takes a while for large vocabularies.
     _shared: WeakKeyDictionary[Any, int] = field(
         default_factory=WeakKeyDictionary, init=False, repr=False, compare=False
@@ -86,13 +87,13 @@ class APD(Algorithm):
         expect_each("lookahead", self.lookahead, expect_reach)
         expect_top_p(self.top_p)
         expect("emit", self.emit, EMITS)
-        expect("rule", self.rule, RULES)
+        expect("compat", self.compat, (None, "apd"))
         if self.verifier is None:
             mixture = each(self.mixture)
-            if any(value < 1 for value in mixture) or self.rule != "paper":
+            if any(value < 1 for value in mixture) or self.compat:
                 raise ValueError(
-                    "verifier: expected a causal model (None needs mixture 1 and rule 'paper'), "
-                    f"got None with mixture {self.mixture} and rule {self.rule!r}"
+                    "verifier: expected a causal model (None needs mixture 1 and compat None), "
+                    f"got None with mixture {self.mixture} and compat {self.compat!r}"
                 )
             return
         expect_model(self.verifier, "verifier")
@@ -134,10 +135,10 @@ class APD(Algorithm):
             shared = self._shared_vocab(call.model, self.verifier)
             _check_prompts(call, shared, self.verifier.spec.max_positions)
         temperature = torch.as_tensor(call.temperature)
-        squared = self.rule == "reference"
+        squared = self.compat == "apd"
         if squared and ((temperature > 0) & (temperature < _LEAST_SQUARED)).any():
             raise ValueError(
-                f"temperature: expected 0 or at least {_LEAST_SQUARED} with rule 'reference', "
+                f"temperature: expected 0 or at least {_LEAST_SQUARED} with compat 'apd', "
                 f"got {temperature.tolist()}"
             )
         return DraftVerifyDecoder(
@@ -147,7 +148,7 @@ class APD(Algorithm):
             per_prompt("lookahead", self.lookahead, count),
             top_p=self.top_p,
             emit=self.emit,
-            rule=self.rule,
+            rule="reference" if self.compat else "paper",
             shared_vocab=shared,
         )
 

@@ -91,7 +91,7 @@ def _limit(algorithm: BlockwiseAlgorithm, masks: Sequence[int], forced: bool) ->
     """
     whole = algorithm.block_length
     steps = [algorithm.steps(count - forced) for count in masks]
-    if algorithm.semantics != "exact":
+    if algorithm.compat is not None:
         steps = [algorithm.steps(whole - forced)]
     known = [step for step in steps if step is not None]
     return (forced + max(known), True) if known else (whole, False)

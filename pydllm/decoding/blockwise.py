@@ -56,10 +56,9 @@ class BlockwiseAlgorithm(Algorithm):
             first token of each block from the block's first forward, as Fast-dLLM and FreeDave do.
             A block-causal model takes it from there if it is ``seeded``, and only then. Where
             ``"forced"`` would change nothing, it is refused.
-        semantics: ``"exact"``, or whose accept rule to follow, as in ``pydllm.ops.unmask``, on
-            fp32 scores. Under every name but ``"exact"`` the mask id may be predicted, and then
-            stays a mask, as in that code; ``"llada"`` and ``"fast_dllm"`` fill such a mask in later
-            blocks, as those loops do. Of the other codes it is the rule alone, not the loop.
+        compat: None, or the published code whose loop is followed: the mask id may be predicted,
+            and then stays a mask; ``"llada"`` and ``"fast_dllm"`` fill such a mask in later blocks,
+            as those loops do. Scores are fp32.
     """
 
     takes_guidance: ClassVar[bool] = True
@@ -68,7 +67,7 @@ class BlockwiseAlgorithm(Algorithm):
     block_length: int
     cache: str
     first_token: str
-    semantics: str
+    compat: str | None = None
 
     def __post_init__(self) -> None:
         expect_int("block_length", self.block_length, 1)
@@ -91,7 +90,7 @@ class BlockwiseAlgorithm(Algorithm):
     @property
     def carries_masks(self) -> bool:
         """Whether a full forward also fills masks that earlier blocks were left with."""
-        return self.semantics in CARRY_MASKS
+        return self.compat in CARRY_MASKS
 
     def check(self, model: Model, max_new_tokens: int) -> None:
         name, spec = type(self).__name__, model.spec
@@ -116,8 +115,8 @@ class BlockwiseAlgorithm(Algorithm):
             )
         if self.carries_masks:
             raise ValueError(
-                f"semantics: expected none of {', '.join(CARRY_MASKS)} with a block-causal model "
-                f"(they fill masks of finished blocks), got {self.semantics!r}"
+                f"compat: expected none of {', '.join(CARRY_MASKS)} with a block-causal model "
+                f"(they fill masks of finished blocks), got {self.compat!r}"
             )
 
     def _check_forced(self, spec: ModelSpec) -> None:
@@ -263,9 +262,7 @@ def window_stats(
         hidden,
         start,
         selection,
-        suppress_ids=call.suppress_ids
-        if algorithm.semantics == "exact"
-        else call.suppress_but_mask,
+        suppress_ids=call.suppress_but_mask if algorithm.compat else call.suppress_ids,
         picked=picked,
         **places,
     )

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 
-def expect(name: str, value: object, allowed: tuple[str, ...]) -> None:
+def expect(name: str, value: object, allowed: tuple[object, ...]) -> None:
     if value not in allowed:
-        raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
+        raise ValueError(f"{name}: expected one of {', '.join(map(str, allowed))}, got {value!r}")
 
 
 def expect_int(name: str, value: object, low: int, high: int = 2**31 - 1) -> None:

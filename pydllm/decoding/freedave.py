@@ -142,9 +142,9 @@ class FreeDave(Algorithm):
             )
         if not isinstance(self.baseline, BlockwiseAlgorithm):
             raise TypeError(f"baseline: expected a block-wise algorithm, got {self.baseline!r}")
-        if self.baseline.semantics != "exact":
+        if self.baseline.compat is not None:
             raise ValueError(
-                "baseline: expected semantics 'exact' (a mask that is predicted is never drafted), "
+                "baseline: expected compat None (a mask that is predicted is never drafted), "
                 f"got {self.baseline!r}"
             )
         for name, default in (("block_length", 32), ("cache", "none"), ("first_token", "window")):

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from pydllm import ops
+from pydllm._checks import renamed
 from pydllm.decoding.call import Call
 from pydllm.decoding.checks import expect, expect_bool, expect_int, expect_number
 from pydllm.decoding.driver import Algorithm, Counts, Decoder, Plan
@@ -31,6 +32,7 @@ from pydllm.models import Model
 from pydllm.ops.multiblock_step import MultiBlockState
 
 
+@renamed(profile="pydllm.integrations.d3llm")
 @dataclass(frozen=True, kw_only=True)
 class MultiBlock(Algorithm):
     """d3LLM: tokens below an entropy, in several blocks at a time (arXiv 2601.07568).

@@ -93,7 +93,8 @@ class DraftVerifyDecoder(Decoder):
         verifier: a causal model, or None where every draft is accepted.
         mixture, kv_window, lookahead: one value per prompt; see ``APD``.
         limit: drafts per round, or None for as many as there are masks.
-        top_p, emit, rule: see ``APD``.
+        top_p, emit: see ``APD``.
+        rule: see ``ops.mixture_accept``.
         shared_vocab: leading ids that may be drafted, or None for all.
     """
 

@@ -9,17 +9,14 @@ import torch
 from torch import Tensor
 
 from pydllm import ops
+from pydllm._checks import renamed
 from pydllm.decoding.blockwise import BlockwiseAlgorithm
 from pydllm.decoding.checks import expect, expect_int, expect_number
-from pydllm.ops.unmask import SEMANTICS
 
 SCORES = ("confidence", "entropy", "margin", "left_to_right", "random")
 
 
-def expect_semantics(name: str, rule: str) -> None:
-    expect("semantics", name, tuple(known for known, rules in SEMANTICS.items() if rule in rules))
-
-
+@renamed(semantics="compat")
 @dataclass(frozen=True, kw_only=True)
 class Static(BlockwiseAlgorithm):
     """A fixed number of tokens per step, the best-scored first (LLaDA, arXiv 2502.09992).
@@ -30,9 +27,7 @@ class Static(BlockwiseAlgorithm):
         score: ``"confidence"`` probability of the chosen token; ``"entropy"`` lowest entropy first;
             ``"margin"`` largest gap between the two best; ``"left_to_right"``; ``"random"`` an
             order drawn from the seed.
-        semantics: ``"exact"``, ``"llada"``, ``"fast_dllm"``, ``"dinfer"``, ``"dllm"``,
-            ``"lmdeploy"``, ``"jetengine"`` or ``"dream"``. Two differ in the rule: the
-            ``"left_to_right"`` of LMDeploy and JetEngine counts positions from the first mask on.
+        compat: None, ``"llada"``, ``"fast_dllm"`` or ``"dream"``.
     """
 
     block_length: int = 32
@@ -40,13 +35,13 @@ class Static(BlockwiseAlgorithm):
     score: str = "confidence"
     cache: str = "none"
     first_token: str = "window"
-    semantics: str = "exact"
+    compat: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         expect_int("tokens_per_step", self.tokens_per_step, 1, self.block_length)
         expect("score", self.score, SCORES)
-        expect_semantics(self.semantics, "quota")
+        expect("compat", self.compat, (None, "llada", "fast_dllm", "dream"))
 
     @property
     def is_random(self) -> bool:
@@ -58,16 +53,15 @@ class Static(BlockwiseAlgorithm):
 
     def accept(self, stats: ops.VocabStats) -> tuple[Tensor, dict[str, Any]]:
         rule = self.score if self.score in ("left_to_right", "random") else "quota"
-        # An order that the code of that name does not have is ours.
-        semantics = self.semantics if rule in SEMANTICS[self.semantics] else "exact"
         score = {"entropy": -stats.entropy, "margin": stats.margin}.get(self.score, stats.prob)
         quota = torch.full_like(score[:, 0], self.tokens_per_step, dtype=torch.int32)
-        return score, {"rule": rule, "semantics": semantics, "quota": quota}
+        return score, {"rule": rule, "quota": quota}
 
     def steps(self, masks: int) -> int:
         return -(-masks // self.tokens_per_step)
 
 
+@renamed(semantics="compat")
 @dataclass(frozen=True, kw_only=True)
 class Threshold(BlockwiseAlgorithm):
     """Every token whose confidence reaches a threshold, and always the best one (Fast-dLLM,
@@ -75,10 +69,7 @@ class Threshold(BlockwiseAlgorithm):
 
     Attributes:
         threshold: least probability of a token that is written, in [0, 1].
-        semantics: ``"exact"``, ``"fast_dllm"`` and ``"dllm"`` and ``"lmdeploy"`` (the same rule);
-            ``"dinfer"``: all within 1e-5 of the best too, but none that predicts the mask;
-            ``"sglang"`` and ``"diffusers"``: the threshold must be exceeded; ``"jetengine"``: that,
-            and where fewer than ``min_tokens`` do, the leftmost are written instead.
+        compat: None or ``"fast_dllm"``.
         min_tokens: least number of tokens written a step, at least 1.
     """
 
@@ -86,13 +77,13 @@ class Threshold(BlockwiseAlgorithm):
     block_length: int = 32
     cache: str = "none"
     first_token: str = "window"
-    semantics: str = "exact"
+    compat: str | None = None
     min_tokens: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
         expect_number("threshold", self.threshold, 0.0, 1.0)
-        expect_semantics(self.semantics, "threshold")
+        expect("compat", self.compat, (None, "fast_dllm"))
         expect_int("min_tokens", self.min_tokens, 1)
 
     def accept(self, stats: ops.VocabStats) -> tuple[Tensor, dict[str, Any]]:
@@ -100,10 +91,10 @@ class Threshold(BlockwiseAlgorithm):
             "rule": "threshold",
             "threshold": self.threshold,
             "min_tokens": self.min_tokens,
-            "semantics": self.semantics,
         }
 
 
+@renamed(semantics="a function of pydllm.integrations")
 @dataclass(frozen=True, kw_only=True)
 class Factor(BlockwiseAlgorithm):
     """As many tokens as their confidence allows in parallel: rank r is written while its
@@ -111,25 +102,22 @@ class Factor(BlockwiseAlgorithm):
 
     Attributes:
         factor: at least 0; larger writes more tokens per step.
-        semantics: ``"exact"``, ``"dllm"`` (the same rule), or ``"fast_dllm"`` and ``"dinfer"``,
-            where the last two masks of a window always go together.
     """
 
     factor: float = 1.0
     block_length: int = 32
     cache: str = "none"
     first_token: str = "window"
-    semantics: str = "exact"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         expect_number("factor", self.factor, 0.0, float("inf"))
-        expect_semantics(self.semantics, "factor")
 
     def accept(self, stats: ops.VocabStats) -> tuple[Tensor, dict[str, Any]]:
-        return stats.prob, {"rule": "factor", "factor": self.factor, "semantics": self.semantics}
+        return stats.prob, {"rule": "factor", "factor": self.factor}
 
 
+@renamed(semantics="a function of pydllm.integrations")
 @dataclass(frozen=True, kw_only=True)
 class EntropyBound(BlockwiseAlgorithm):
     """The most certain tokens while the sum of their entropies stays bounded (EB-Sampler,
@@ -137,24 +125,19 @@ class EntropyBound(BlockwiseAlgorithm):
 
     Attributes:
         bound: largest sum of the entropies of the tokens before, in nats, at least 0.
-        semantics: ``"exact"``, ``"diffusers"`` (the same rule), or ``"jetengine"``: the sum
-            includes the token itself and stays below the bound.
     """
 
     bound: float = 0.1
     block_length: int = 32
     cache: str = "none"
     first_token: str = "window"
-    semantics: str = "exact"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         expect_number("bound", self.bound, 0.0, float("inf"))
-        expect_semantics(self.semantics, "entropy_bound")
 
     def accept(self, stats: ops.VocabStats) -> tuple[Tensor, dict[str, Any]]:
         return stats.entropy, {
             "rule": "entropy_bound",
             "bound": self.bound,
-            "semantics": self.semantics,
         }

@@ -289,7 +289,6 @@ class _Step:
             rule="renoise",
             bound=float(sampler.entropy_bound),
             vocab_size=sampler.vocab_size,
-            semantics="diffusers",
             seed=seed,
             request=row,
             backend=self.backend,

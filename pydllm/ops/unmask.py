@@ -17,49 +17,22 @@ from pydllm._checks import (
     check_tensor,
     check_token_id,
     check_written,
+    renamed,
 )
 
 _ANY = float("inf")
 # rule -> the options that it needs, and the largest value of those that are numbers.
 _OPTIONS: dict[str, dict[str, float | None]] = {
     "quota": {"quota": None},
-    "margin": {"quota": None},
     "left_to_right": {"quota": None},
     "random": {"quota": None},
     "threshold": {"threshold": 1.0},
     "factor": {"factor": _ANY},
     "entropy": {"threshold": _ANY},
     "entropy_bound": {"bound": _ANY},
-    "joint": {"threshold": 1.0, "edit_threshold": 1.0},
     "renoise": {"bound": _ANY, "vocab_size": None},
 }
-_COUNTED = ("quota", "margin", "left_to_right", "random")
-# semantics -> the rules that it has -> how they differ from the definition:
-#   above       a score must exceed its limit; one that equals it does not pass
-#   near_best   the limit is at most 1e-5 below the window's best score; a row that predicts the
-#               mask is left out
-#   last_pair   where all but the last-ranked mask are taken, that one is too
-#   span        counts are of positions from the first mask on, whether they are masks or not, and
-#               where fewer than min_tokens pass, such a span is taken instead of them
-#   inclusive   the sum includes the token itself and must stay below the bound
-SEMANTICS: dict[str, dict[str, str]] = {
-    "exact": dict.fromkeys(_OPTIONS, ""),
-    "fast_dllm": {"quota": "", "threshold": "", "factor": "last_pair"},
-    "dinfer": {"quota": "", "threshold": "near_best", "factor": "last_pair"},
-    "dllm": {"quota": "", "threshold": "", "factor": ""},
-    "sglang": {"threshold": "above", "joint": "above"},
-    "lmdeploy": {"quota": "", "threshold": "", "left_to_right": "span"},
-    "jetengine": {
-        "quota": "",
-        "threshold": "above span",
-        "entropy_bound": "inclusive",
-        "left_to_right": "span",
-    },
-    "diffusers": {"threshold": "above", "entropy_bound": "", "joint": "above", "renoise": ""},
-    "llada": {"quota": ""},
-    "dream": {"quota": "", "margin": ""},
-    "d3llm": {"entropy": ""},
-}
+_COUNTED = ("quota", "left_to_right", "random")
 
 
 class Unmasked(NamedTuple):
@@ -70,17 +43,17 @@ class Unmasked(NamedTuple):
 
 
 class Ending(NamedTuple):
-    """How ``unmask`` finds out that a sequence is finished, and fills what is behind its end.
+    """How ``unmask`` finds out that a sequence is finished, and fills what is after its end.
 
     A window is complete with its last mask (those before ``ends_from`` do not count). Then its
     first id from ``eos_ids`` at a position from ``ends_from`` on and before ``end`` is the
-    sequence's end: all positions behind it, up to ``end``, become ``eos_ids[0]`` with -1 in
+    sequence's end: all positions after it, up to ``end``, become ``eos_ids[0]`` with -1 in
     ``step_map``, masks and tokens alike, and ``done`` becomes true. It also does where a complete
     window reaches ``end``.
 
     Attributes:
         done: ``(B,)`` bool, **updated in place**. A sequence that is done is not touched.
-        end: ``(B,)`` int32, the first position behind the sequence.
+        end: ``(B,)`` int32, the first position after the sequence.
         eos_ids: ``(E,)`` int64, contiguous, E at least 1; None: no id ends a sequence.
         ends_from: ``(B,)`` int32, the end of the prompt for instance. None: the window's start.
         last: the window is complete after this step even if masks are left.
@@ -93,6 +66,7 @@ class Ending(NamedTuple):
     last: bool = False
 
 
+@renamed(semantics="the samplers of pydllm.integrations")
 def unmask(
     x: Tensor,
     step_map: Tensor,
@@ -108,11 +82,8 @@ def unmask(
     threshold: float | None = None,
     factor: float | None = None,
     bound: float | None = None,
-    edit_threshold: float | None = None,
     vocab_size: int | None = None,
     min_tokens: int | Tensor | None = None,
-    prompt_length: Tensor | None = None,
-    semantics: str = "exact",
     seed: int = 0,
     request: Tensor | None = None,
     ending: Ending | None = None,
@@ -129,23 +100,16 @@ def unmask(
     rule             order               n
     ===============  ==================  ======================================================
     quota            score, descending   ``quota[b]``
-    margin           the same; its scores are the gaps between the two best probabilities
     left_to_right    position            ``quota[b]``
     random           by seed             ``quota[b]``
     threshold        score, descending   those with score >= threshold
     factor           score, descending   rank r (from 1) while score >= 1 - factor / (r + 1)
     entropy          score, ascending    those with score <= threshold
     entropy_bound    score, ascending    while the sum of the scores before <= bound
-    joint            score, descending   as threshold; and written tokens are edited, see below
     renoise          score, ascending    as entropy_bound, of all positions, see below
     ===============  ==================  ======================================================
 
     From ``threshold`` on, n is at least ``min_tokens``, one unless told otherwise.
-
-    ``joint`` (token editing, LLaDA2.1) also replaces tokens: a position from ``prompt_length[b]``
-    on that is no mask and whose ``token`` is another one with score >= edit_threshold. Its
-    sequences take part while ``length[b] > 0``; one is done when nothing remains and nothing was
-    accepted.
 
     ``renoise`` (DiffusionGemma) has no masks: every row of the window is up for acceptance, and one
     that is not accepted becomes a uniform random id. The ids accepted in an earlier step are in no
@@ -173,58 +137,26 @@ def unmask(
         factor: at least 0; larger takes more.
         bound: nats, at least 0. The sum is exact (scores in units of 2^-40 nats, at most 128 nats
             each) and rounded once to fp32 (fp64).
-        edit_threshold: a probability in [0, 1], for ``joint``.
         vocab_size: for ``renoise``: random ids are in [0, vocab_size), at most 2^31 - 1.
         min_tokens: the least number that a rule with a limit takes, an int of at least 0 or a
             ``(B,)`` int32 tensor (a schedule). Default 1.
-        prompt_length: ``(B,)`` int32, for ``joint``: positions before it are never edited. Default
-            None: all may be.
-        semantics: whose rule, see below. Default ``"exact"``: as above.
         seed: in [0, 2^64), for ``random`` and ``renoise``. The Philox counter is (0xFFFFFFFF,
             position, request, nfe): the random order is that of its first word, largest first; the
             random id is ``second word * vocab_size >> 32``.
         request: ``(B,)`` int32, which stream of random numbers a sequence uses; required for
             ``random`` and ``renoise``, otherwise ignored.
         ending: an ``Ending``, to look for the end of a sequence in the same launch and to leave
-            out sequences that are done. Default None: none ends, all take part. Not for ``joint``
-            and ``renoise``, whose windows do not end with their last mask.
+            out sequences that are done. Default None: none ends, all take part. Not for
+            ``renoise``, which has no masks.
         backend: None (``PYDLLM_BACKEND``), ``"auto"``, ``"cuda"``, ``"triton"`` or ``"torch"``.
-
-    Semantics: the accept rules of published code differ where it decides tokens. Scores have to
-    come in the precision given; where that code leaves ties to ``torch.topk`` or ``argmax``, the
-    lowest position wins here.
-
-    ============  ==============================================================================
-    semantics     rules, and what is particular
-    ============  ==============================================================================
-    fast_dllm     quota, threshold, factor; fp64. ``factor``: where all masks but the last-ranked
-                  pass, that one is taken too, so the last two always go together.
-    dinfer        quota, factor (as fast_dllm, fp64). ``threshold``, fp32 or fp64: the limit is
-                  ``min(threshold, best score - 1e-5)``, and rows that predict the mask are left
-                  out, so that nothing may be accepted.
-    dllm          quota, threshold, factor; fp32.
-    sglang        threshold, joint: a score must exceed its limit; dtype of the logits.
-    lmdeploy      quota, threshold in the dtype of the logits. ``left_to_right``: the masks among
-                  the ``quota`` positions from the first mask on.
-    jetengine     quota; fp32. ``threshold``: a score must exceed it, and where fewer than
-                  ``min_tokens`` do, the masks among the ``min_tokens`` positions from the first
-                  mask on are taken in their place. ``left_to_right`` as lmdeploy.
-                  ``entropy_bound``: the sum includes the token itself and must be below the bound.
-    diffusers     threshold, joint: a score must exceed its limit, ``min_tokens`` is the schedule's
-                  number; entropy_bound, renoise; fp32.
-    llada         quota; dtype of the logits (where bf16 ties abound).
-    dream         quota, margin; dtype of the logits.
-    d3llm         entropy; fp64.
-    ============  ==============================================================================
 
     Returns:
         ``Unmasked(remaining, accepted)``, both ``(B,)`` int32. What an ``ending`` fills does not
         remain and does not count as accepted; of a sequence that was done both are 0. For
-        ``renoise`` what remains are the positions that were not accepted; for ``joint`` edits count
-        as accepted.
+        ``renoise`` what remains are the positions that were not accepted.
 
     Raises:
-        ValueError: shapes or devices do not fit, a rule or semantics is unknown, an option is
+        ValueError: shapes or devices do not fit, a rule is unknown, an option is
             missing, out of range or not the rule's own, a gradient is wanted, or the backend is
             unknown.
         TypeError: a dtype that is not supported.
@@ -251,12 +183,11 @@ def unmask(
         "threshold": threshold,
         "factor": factor,
         "bound": bound,
-        "edit_threshold": edit_threshold,
         "vocab_size": vocab_size,
     }
-    variant = _check_rule(rule, semantics)
-    limit, edit_limit = _check_options(rule, given)
-    least = _check_extras(rule, min_tokens, prompt_length, request, seed)
+    check_choice("rule", rule, tuple(_OPTIONS))
+    limit = _check_options(rule, given)
+    least = _check_extras(rule, min_tokens, request, seed)
     _check_tensors(x, step_map, nfe, token, score)
     if rule not in ("random", "renoise"):
         request = None
@@ -266,33 +197,21 @@ def unmask(
     check_tensor("length", length, x.shape[:1], torch.int32, x, "x")
     _check_number("quota" if quota is not min_tokens else "min_tokens", quota, x)
     _check_number("request", request, x)
-    _check_number("prompt_length", prompt_length, x)
     _check_ending(rule, ending, x)
     check_token_id("mask_id", mask_id)
     check_no_grad("unmask", score=score)
     seed = seed - 2**64 if seed >= 2**63 else seed  # the schema's integers are signed
-    rule = "quota" if rule == "margin" else rule
     window = (x, step_map, nfe, token, score, mask_id, start, length)
-    numbers = (quota, least, limit, edit_limit, vocab_size or 0, seed)
+    numbers = (quota, least, limit, vocab_size or 0, seed)
     done, end, eos, ends_from, last = (None, None, None, None, False) if ending is None else ending
     ends = (done, end, eos, ends_from, last)
-    arguments = (*window, rule, variant, *numbers, request, prompt_length, *ends)
+    arguments = (*window, rule, *numbers, request, *ends)
 
     return Unmasked(*_OP(*arguments, backend=backend))
 
 
-def _check_rule(rule: str, semantics: str) -> str:
-    """How the rule differs under these semantics."""
-    check_choice("rule", rule, tuple(_OPTIONS))
-    check_choice("semantics", semantics, tuple(SEMANTICS))
-    if rule not in SEMANTICS[semantics]:
-        rules = ", ".join(SEMANTICS[semantics])
-        raise ValueError(f"rule: expected one of {rules} (semantics {semantics!r}), got {rule!r}")
-    return SEMANTICS[semantics][rule]
-
-
-def _check_options(rule: str, given: dict) -> tuple[float, float]:
-    """The rule's limit and the limit of edits; 0 where it has none."""
+def _check_options(rule: str, given: dict) -> float:
+    """The rule's limit; 0 where it has none."""
     wanted = _OPTIONS[rule]
     names = [name for name, value in given.items() if value is not None]
     if names != list(wanted):
@@ -301,7 +220,7 @@ def _check_options(rule: str, given: dict) -> tuple[float, float]:
             f"rule {rule!r}: expected the option{plural} {' and '.join(wanted)} and no other, "
             f"got {', '.join(names) or 'none'}"
         )
-    limits = []
+    limit = 0.0
     for name, largest in wanted.items():
         value = given[name]
         if name == "vocab_size" and not (isinstance(value, int) and 0 < value < 2**31):
@@ -309,23 +228,19 @@ def _check_options(rule: str, given: dict) -> tuple[float, float]:
         if largest is not None:
             if not isinstance(value, int | float) or not 0 <= value <= largest:
                 raise ValueError(f"{name}: expected a number in [0, {largest:g}], got {value!r}")
-            limits.append(float(value))
-    limit, edit_limit = [*limits, 0.0, 0.0][:2]
-    return limit, edit_limit
+            limit = float(value)
+    return limit
 
 
 def _check_extras(
     rule: str,
     min_tokens: int | Tensor | None,
-    prompt_length: Tensor | None,
     request: Tensor | None,
     seed: int,
 ) -> int:
     """The least number of tokens, where no tensor says it."""
     if rule in ("random", "renoise") and request is None:
         raise ValueError(f"request: expected a (B,) int32 tensor for rule {rule!r}, got None")
-    if prompt_length is not None and rule != "joint":
-        raise ValueError(f"prompt_length: expected None for rule {rule!r}, got a tensor")
     check_int("seed", seed, 0, 2**64 - 1)
     if min_tokens is None or isinstance(min_tokens, Tensor):
         least = 1
@@ -357,7 +272,7 @@ def _check_ending(rule: str, ending: Ending | None, x: Tensor) -> None:
         return
     if not isinstance(ending, Ending):
         raise TypeError(f"ending: expected an Ending or None, got {ending!r}")
-    if rule in ("joint", "renoise"):
+    if rule == "renoise":
         raise ValueError(f"ending: expected None for rule {rule!r}, got an Ending")
     check_tensor("ending.done", ending.done, x.shape[:1], torch.bool, x, "x")
     check_written("ending.done", ending.done)
@@ -386,8 +301,8 @@ def _fake(x: Tensor, step_map: Tensor, nfe: Tensor, *_: object) -> tuple[Tensor,
 
 _OP = Op(
     "unmask(Tensor(a!) x, Tensor(b!) step_map, Tensor(c!) nfe, Tensor token, Tensor score, "
-    "int mask_id, Tensor start, Tensor length, str rule, str variant, Tensor? quota, int least, "
-    "float limit, float edit_limit, int vocab, int seed, Tensor? request, Tensor? prompt, "
+    "int mask_id, Tensor start, Tensor length, str rule, Tensor? quota, int least, "
+    "float limit, int vocab, int seed, Tensor? request, "
     "Tensor(d!)? done, Tensor? end, Tensor? eos, Tensor? ends_from, bool last, "
     "str backend) -> (Tensor, Tensor)",
     _fake,

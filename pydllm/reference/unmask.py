@@ -23,15 +23,12 @@ def unmask(
     start: Tensor,
     length: Tensor,
     rule: str,
-    variant: str,
     quota: Tensor | None,
     least: int,
     limit: float,
-    edit_limit: float,
     vocab: int,
     seed: int,
     request: Tensor | None,
-    prompt: Tensor | None,
     done: Tensor | None = None,
     end: Tensor | None = None,
     eos: Tensor | None = None,
@@ -54,15 +51,9 @@ def unmask(
     before = x.gather(1, slot)
     masked = inside & (before == mask_id)
     able = inside if rule == "renoise" else masked
-    part = able  # the rows for whose sake a sequence takes part in the step
-    if "near_best" in variant:
-        able = able & (token != mask_id)
     wide = torch.promote_types(score.dtype, torch.float32)
     # Limits are rounded to the dtype of the scores.
-    bound, edit_bound = (
-        score.new_full((), number, dtype=torch.float64).to(score.dtype).to(wide)
-        for number in (limit, edit_limit)
-    )
+    bound = score.new_full((), limit, dtype=torch.float64).to(score.dtype).to(wide)
     score = score.to(wide)
     words = position.new_zeros(*position.shape, 2)
     if request is not None:
@@ -79,24 +70,14 @@ def unmask(
     # Ascending and stable: ties stay in order of position, and NaN, here what is not able, is last.
     cost, order = torch.where(able, 0 - value, torch.nan).sort(dim=1, stable=True)
     floor = torch.full_like(nfe, least)[:, None] if quota is None else quota[:, None]
-    passed = torch.zeros_like(floor) if rule in _COUNTED else _count(rule, variant, cost, bound)
+    passed = torch.zeros_like(floor) if rule in _COUNTED else _count(rule, cost, bound)
     n = torch.maximum(passed, floor)
-    if "last_pair" in variant:
-        n = n + (n == able.sum(1, keepdim=True) - 1)
     keep = able & torch.zeros_like(able).scatter(1, order, row < n)
-    if "span" in variant:
-        behind = (able.cumsum(1) > 0).cumsum(1)  # 1 at the first mask, and so on
-        keep = torch.where(passed < floor, able & (behind <= floor), keep)
-    if rule == "joint":
-        free = inside if prompt is None else inside & (position >= prompt[:, None])
-        part = part | free
-        differs = free & ~masked & (token != before)
-        keep = keep | (differs & _reaches(score, edit_bound, variant))
 
     new = torch.where(keep, token, words[..., 1] * vocab >> 32 if rule == "renoise" else before)
     x.scatter_(1, slot, torch.where(inside, new, before))
     step_map.scatter_(1, slot, torch.where(keep, nfe[:, None], step_map.gather(1, slot)))
-    nfe += part.any(1)
+    nfe += able.any(1)
     if done is not None and end is not None:
         _finish(
             x, step_map, mask_id, start, length.clamp(max=rows), done, end, eos, ends_from, last
@@ -134,19 +115,13 @@ def _finish(
     done |= ends.any(1)
 
 
-def _reaches(score: Tensor, limit: Tensor, variant: str) -> Tensor:
-    return score > limit if "above" in variant else score >= limit
-
-
-def _count(rule: str, variant: str, cost: Tensor, limit: Tensor) -> Tensor:
+def _count(rule: str, cost: Tensor, limit: Tensor) -> Tensor:
     """How many of the ordered rows pass, ``(B, 1)``.
 
-    No rule lets a row pass behind one that failed, so they are simply counted.
+    No rule lets a row pass after one that failed, so they are simply counted.
     """
-    if rule in ("threshold", "joint"):
-        if "near_best" in variant:
-            limit = torch.minimum(-cost[:, :1] - 1e-5, limit)
-        good = _reaches(-cost, limit, variant)
+    if rule == "threshold":
+        good = -cost >= limit
     elif rule == "entropy":
         good = cost <= limit
     elif rule == "factor":
@@ -155,9 +130,5 @@ def _count(rule: str, variant: str, cost: Tensor, limit: Tensor) -> Tensor:
     else:
         # In integers, so that the sum is exact whatever the order of the additions.
         units = (cost.clamp(0, _LARGEST).nan_to_num() / _UNIT).to(torch.int64)
-        spent = units.cumsum(1)
-        if "inclusive" in variant:
-            good = spent.to(cost.dtype) * _UNIT < limit
-        else:
-            good = (spent - units).to(cost.dtype) * _UNIT <= limit
+        good = (units.cumsum(1) - units).to(cost.dtype) * _UNIT <= limit
     return (good & (cost < torch.inf)).sum(1, keepdim=True, dtype=torch.int32)

@@ -116,7 +116,7 @@ def test_the_reference_rule(trio, emit, temperature):
     prompts = _prompts(5, 2, 7)
     options = {"mixture": 0.9, "window": 3, "lookahead": 5, "emit": emit}
     draws = {"temperature": temperature, "seed": 9}
-    got = _decode(model, prompts, pydllm.APD(verifier, rule="reference", **options), **draws)
+    got = _decode(model, prompts, pydllm.APD(verifier, compat="apd", **options), **draws)
     options |= draws | {"rule": "reference", "shifted": True}
     _check(
         got,

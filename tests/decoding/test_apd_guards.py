@@ -67,9 +67,9 @@ def test_ids_that_the_models_do_not_share_are_never_drafted(trio, tmp_path, monk
         ({"lookahead": [None, -1]}, "lookahead: expected an int of at least 1, got -1"),
         ({"top_p": 0.0}, "top_p: expected a number in .* got 0.0"),
         ({"emit": "both"}, "emit: expected one of draft, .* got 'both'"),
-        ({"rule": "published"}, "rule: expected one of paper, reference, got 'published'"),
+        ({"compat": "published"}, "compat: expected one of None, apd, got 'published'"),
         ({"verifier": None}, "verifier: expected a causal model .* got None with mixture 0.7"),
-        ({"verifier": None, "mixture": 1.0, "rule": "reference"}, "got None .* 'reference'"),
+        ({"verifier": None, "mixture": 1.0, "compat": "apd"}, "got None .* 'apd'"),
         ({"verifier": "plain"}, "verifier: expected a model with causal attention, got 'full'"),
     ],
 )
@@ -140,9 +140,11 @@ def test_what_cannot_be_decoded_is_refused(trio, monkeypatch, change, prompts, e
 
 def test_a_temperature_that_cannot_be_squared(trio):
     model, verifier = trio["plain"][0], trio["verifier"][0]
-    algorithm = pydllm.APD(verifier, rule="reference")
+    algorithm = pydllm.APD(verifier, compat="apd")
     for temperature in (1e-4, [0.5, 1e-4]):
-        with pytest.raises(ValueError, match="temperature: expected 0 or at least 0.001 with rule"):
+        with pytest.raises(
+            ValueError, match="expected 0 or at least 0.001 with compat"
+        ):
             _decode(model, [[1], [2]], algorithm, temperature=temperature)
 
 

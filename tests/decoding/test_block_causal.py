@@ -45,7 +45,7 @@ BASELINES = [
     pydllm.Threshold(threshold=0.3, block_length=4),
     pydllm.Factor(factor=2.0, block_length=4),
     pydllm.EntropyBound(bound=1.0, block_length=4),
-    pydllm.Threshold(threshold=0.3, block_length=4, semantics="sglang"),
+    pydllm.Threshold(threshold=0.3, block_length=4, min_tokens=2),
 ]
 
 
@@ -106,8 +106,8 @@ def test_the_callback_sees_the_region_and_the_rest_of_its_last_block():
             "cache: expected 'none' with a block-causal model",
         ),
         (
-            pydllm.Static(block_length=4, semantics="llada"),
-            "semantics: expected none of llada, fast_dllm",
+            pydllm.Static(block_length=4, compat="llada"),
+            "compat: expected none of llada, fast_dllm",
         ),
         (
             pydllm.FreeDave(draft_steps=4, block_length=8),

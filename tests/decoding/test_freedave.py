@@ -353,9 +353,9 @@ def test_bf16_is_equal_bit_by_bit_on_a_gpu(kind):
             "block_length: expected the default 32 beside a baseline",
         ),
         (
-            lambda: pydllm.FreeDave(baseline=pydllm.Static(semantics="llada")),
+            lambda: pydllm.FreeDave(baseline=pydllm.Static(compat="llada")),
             ValueError,
-            "baseline: expected semantics 'exact'",
+            "baseline: expected compat None",
         ),
         (
             lambda: decode(

@@ -54,15 +54,12 @@ FULL = {
     "static-dual": pydllm.Static(block_length=8, tokens_per_step=2, cache="dual", score="entropy"),
     "static-random": pydllm.Static(block_length=4, score="random", cache="dual"),
     "static-carry": pydllm.Static(
-        block_length=4, tokens_per_step=2, semantics="llada", cache="prefix"
+        block_length=4, tokens_per_step=2, compat="llada", cache="prefix"
     ),
     "threshold": pydllm.Threshold(threshold=0.3, block_length=4, cache="dual"),
     "threshold-none": pydllm.Threshold(threshold=0.2, block_length=32),
     "threshold-carry": pydllm.Threshold(
-        threshold=0.25, block_length=4, semantics="fast_dllm", cache="prefix"
-    ),
-    "threshold-dinfer": pydllm.Threshold(
-        threshold=0.25, block_length=4, semantics="dinfer", cache="dual"
+        threshold=0.25, block_length=4, compat="fast_dllm", cache="prefix"
     ),
     "factor": pydllm.Factor(factor=1.0, block_length=8, cache="prefix"),
     "entropy-bound": pydllm.EntropyBound(bound=1.5, block_length=8, cache="dual"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 
 import pytest
@@ -58,7 +57,7 @@ def test_static_equals_the_published_loop_on_100_models(tmp_path, part):
         expected = llada_generate(
             plain, prompt, steps=16 // per_step, gen_length=16, block_length=block
         )
-        algorithm = pydllm.Static(block_length=block, tokens_per_step=per_step, semantics="llada")
+        algorithm = pydllm.Static(block_length=block, tokens_per_step=per_step, compat="llada")
         got = pydllm.generate(model, [prompt], algorithm, max_new_tokens=16)
         assert torch.equal(got.sequences[0], expected), seed
         assert got.nfe.item() <= 16 // per_step
@@ -74,99 +73,11 @@ def test_threshold_equals_fast_dllm(tmp_path, cache, limit):
             plain, prompt, gen_length=24, block_length=8, cache=cache, threshold=limit
         )
         algorithm = pydllm.Threshold(
-            threshold=limit, block_length=8, cache=cache, semantics="fast_dllm"
+            threshold=limit, block_length=8, cache=cache, compat="fast_dllm"
         )
         got = pydllm.generate(model, [prompt], algorithm, max_new_tokens=24)
         assert torch.equal(got.sequences[0], expected), seed
         assert got.nfe.item() == forwards
-
-
-@pytest.mark.parametrize("cache", ["none", "dual"])
-@pytest.mark.parametrize("factor", [0.5, 1.0, 3.0])
-def test_factor_equals_fast_dllm(tmp_path, cache, factor):
-    for seed in range(8):
-        model, plain = _random_model(tmp_path / str(seed), seed)
-        prompt = _prompt(seed, 5)
-        expected, forwards = fast_dllm_generate(
-            plain, prompt, gen_length=24, block_length=8, cache=cache, factor=factor
-        )
-        algorithm = pydllm.Factor(factor=factor, block_length=8, cache=cache, semantics="fast_dllm")
-        got = pydllm.generate(model, [prompt], algorithm, max_new_tokens=24)
-        assert torch.equal(got.sequences[0], expected), seed
-        assert got.nfe.item() == forwards
-
-
-def _leftmost(masks, keep, least):
-    return keep if len(keep) >= least else list(range(masks[0], masks[0] + least))
-
-
-def _below(order, entropies, bound):
-    sums = itertools.accumulate(entropies[j] for j in order)
-    return order[: max(1, sum(spent < bound for spent in sums))]
-
-
-def _entropy(logits):
-    return torch.distributions.Categorical(logits=logits).entropy()
-
-
-# Each: the algorithm, and its rule on the masks of a block (their positions, best first by the
-# confidence of their tokens, which are given too; their entropies).
-OTHER_RULES = [
-    (
-        pydllm.Threshold(threshold=0.1, block_length=8, semantics="dinfer"),
-        lambda masks, order, p, token, h: [
-            j
-            for j in masks
-            if token[j] != MASK
-            and p[j] >= min(0.1, max(p[i] for i in masks if token[i] != MASK) - 1e-5)
-        ],
-    ),
-    (
-        pydllm.Threshold(threshold=0.1, block_length=8, semantics="sglang"),
-        lambda masks, order, p, token, h: [j for j in masks if p[j] > 0.1] or order[:1],
-    ),
-    (
-        pydllm.Threshold(threshold=0.1, block_length=8, semantics="diffusers", min_tokens=2),
-        lambda masks, order, p, token, h: max([j for j in masks if p[j] > 0.1], order[:2], key=len),
-    ),
-    (
-        pydllm.Threshold(threshold=0.1, block_length=8, semantics="jetengine", min_tokens=2),
-        lambda masks, order, p, token, h: _leftmost(masks, [j for j in masks if p[j] > 0.1], 2),
-    ),
-    (
-        pydllm.Static(
-            block_length=8, tokens_per_step=2, score="left_to_right", semantics="jetengine"
-        ),
-        lambda masks, order, p, token, h: _leftmost(masks, [], 2),
-    ),
-    (
-        pydllm.EntropyBound(bound=5.0, block_length=8, semantics="jetengine"),
-        lambda masks, order, p, token, h: _below(sorted(masks, key=lambda j: h[j]), h, 5.0),
-    ),
-]
-
-
-@pytest.mark.parametrize(
-    ("algorithm", "rule"), OTHER_RULES, ids=lambda value: None if callable(value) else str(value)
-)
-def test_the_rules_of_other_codes(tmp_path, algorithm, rule):
-    for seed in range(10):
-        model, plain = _random_model(tmp_path / str(seed), seed)
-        prompt = _prompt(seed, 5)
-        x = torch.tensor(prompt + [MASK] * 16)
-        for start in (5, 13):
-            for _ in range(8 if not isinstance(algorithm, pydllm.Static) else 4):
-                masks = [j for j in range(start, start + 8) if x[j] == MASK]
-                if not masks:
-                    break
-                logits = plain.forward(x)[0]
-                (p, token), h = logits.softmax(-1).max(-1), _entropy(logits).tolist()
-                order = sorted(masks, key=lambda j: -p[j])
-                for j in rule(masks, order, p.tolist(), token.tolist(), h):
-                    if j in masks:
-                        x[j] = token[j]
-        got = pydllm.generate(model, [prompt], algorithm, max_new_tokens=16)
-        assert torch.equal(got.sequences[0], x), seed
 
 
 ALGORITHMS = [
@@ -376,14 +287,14 @@ def _call(model, **changes):
             r"threshold: expected a number in \[0.0, 1.0\], got 1.5",
         ),
         (
-            {"algorithm": lambda: pydllm.Threshold(semantics="x")},
+            {"algorithm": lambda: pydllm.Threshold(compat="x")},
             ValueError,
-            "semantics: expected one of exact, fast_dllm",
+            "compat: expected one of None, fast_dllm, got 'x'",
         ),
         (
-            {"algorithm": lambda: pydllm.Static(semantics="sglang")},
-            ValueError,
-            "semantics: expected one of exact, fast_dllm, dinfer, dllm, lmdeploy, jetengine, llada",
+            {"algorithm": lambda: pydllm.Static(semantics="llada")},
+            TypeError,
+            "Static: semantics is no argument any more, use compat",
         ),
         (
             {"algorithm": lambda: pydllm.Threshold(min_tokens=0)},

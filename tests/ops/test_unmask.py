@@ -8,19 +8,17 @@ from pydllm import ops
 MASK = 50
 KERNELS = ["triton", "cuda"]
 BACKENDS = ["torch", *KERNELS]
-# (rule, semantics, option, values to try)
+# (rule, option, values to try)
 RULES = [
-    ("quota", "exact", "quota", None),
-    ("left_to_right", "exact", "quota", None),
-    ("random", "exact", "quota", None),
-    ("threshold", "exact", "threshold", [0.0, 0.25, 0.5, 0.9, 1.0]),
-    ("threshold", "fast_dllm", "threshold", [0.5, 0.9]),
-    ("factor", "exact", "factor", [0.0, 0.3, 1.0, 2.5, 1e9]),
-    ("factor", "fast_dllm", "factor", [0.0, 0.3, 1.0, 2.5]),
-    ("entropy", "exact", "threshold", [0.0, 0.25, 0.7, 3.0, math.inf]),
-    ("entropy_bound", "exact", "bound", [0.0, 0.25, 0.7, 3.0, 40.0, math.inf]),
+    ("quota", "quota", None),
+    ("left_to_right", "quota", None),
+    ("random", "quota", None),
+    ("threshold", "threshold", [0.0, 0.25, 0.5, 0.9, 1.0]),
+    ("factor", "factor", [0.0, 0.3, 1.0, 2.5, 1e9]),
+    ("entropy", "threshold", [0.0, 0.25, 0.7, 3.0, math.inf]),
+    ("entropy_bound", "bound", [0.0, 0.25, 0.7, 3.0, 40.0, math.inf]),
 ]
-IDS = [f"{rule}-{semantics}" for rule, semantics, _, _ in RULES]
+IDS = [rule for rule, _, _ in RULES]
 SIZES = [(1, 1), (2, 9), (3, 3), (7, 30), (31, 40), (32, 64), (33, 40), (64, 70), (128, 128)]
 LARGE = [(129, 140), (300, 320)]
 
@@ -45,7 +43,7 @@ def philox_word(c0, c1, c2, c3, seed):
     return c0
 
 
-def accepted_rows(rule, semantics, masks, score, quota, limit, words, rounded):
+def accepted_rows(rule, masks, score, quota, limit, words, rounded):
     """The rows that a rule takes: ``masks`` in order of position, ``rounded`` to the dtype."""
     if rule == "left_to_right":
         return masks[: max(quota, 0)]
@@ -72,12 +70,10 @@ def accepted_rows(rule, semantics, masks, score, quota, limit, words, rounded):
         spent += score[j]
     else:
         return order
-    if semantics == "fast_dllm" and rule == "factor" and index == len(order) - 1:
-        return order
     return order[:index]
 
 
-def expect(case, rule, semantics, quota, limit):
+def expect(case, rule, quota, limit):
     """x, step_map, nfe, remaining and accepted after the step, one Python number at a time."""
     rounded = float if case["score"].dtype == torch.float64 else _to_fp32
     x, step_map, nfe, token, score = (
@@ -92,7 +88,7 @@ def expect(case, rule, semantics, quota, limit):
             counter = case["request"][b].item(), nfe[b]
             words = {j: philox_word(0xFFFFFFFF, start + j, *counter, case["seed"]) for j in masks}
         take = quota[b].item() if quota is not None else None
-        chosen = accepted_rows(rule, semantics, masks, score[b], take, limit, words, rounded)
+        chosen = accepted_rows(rule, masks, score[b], take, limit, words, rounded)
         for j in chosen:
             x[b][start + j] = token[b][j]
             step_map[b][start + j] = nfe[b]
@@ -155,17 +151,17 @@ def copied(case):
     }
 
 
-def call(case, rule, semantics, option, value, backend):
+def call(case, rule, option, value, backend):
     """The op on a copy; returns what ``expect`` returns."""
     case = copied(case)
-    counts = ops.unmask(**case, rule=rule, semantics=semantics, backend=backend, **{option: value})
+    counts = ops.unmask(**case, rule=rule, backend=backend, **{option: value})
     return case["x"], case["step_map"], case["nfe"], *counts
 
 
-def assert_as_expected(case, rule, semantics, option, value, backend):
+def assert_as_expected(case, rule, option, value, backend):
     quota, limit = (value, None) if option == "quota" else (None, value)
-    expected = expect(case, rule, semantics, quota, limit)
-    got = call(case, rule, semantics, option, value, backend)
+    expected = expect(case, rule, quota, limit)
+    got = call(case, rule, option, value, backend)
     names = ("x", "step_map", "nfe", "remaining", "accepted")
     for name, one, other in zip(names, got, expected, strict=True):
         assert one.dtype == other.dtype and torch.equal(one, other), name
@@ -178,8 +174,8 @@ def option_value(values, batch, rows, index, seed):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("rule", "semantics", "option", "values"), RULES, ids=IDS)
-def test_every_rule_equals_its_plain_statement(rule, semantics, option, values, backend):
+@pytest.mark.parametrize(("rule", "option", "values"), RULES, ids=IDS)
+def test_every_rule_equals_its_plain_statement(rule, option, values, backend):
     rounds = 4 if backend == "torch" else 1
     for index in range(rounds * (len(SIZES) + len(LARGE))):
         rows, slots = (SIZES + LARGE)[index % (len(SIZES) + len(LARGE))]
@@ -193,20 +189,20 @@ def test_every_rule_equals_its_plain_statement(rule, semantics, option, values, 
             entropies=rule.startswith("entropy"),
             factor=min(value, 9.0) if rule == "factor" else 1.0,
         )
-        assert_as_expected(case, rule, semantics, option, value, backend)
+        assert_as_expected(case, rule, option, value, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("rule", "semantics", "option", "values"), RULES, ids=IDS)
-def test_a_window_of_4096(rule, semantics, option, values, backend):
+@pytest.mark.parametrize(("rule", "option", "values"), RULES, ids=IDS)
+def test_a_window_of_4096(rule, option, values, backend):
     case = make_case(4, 4096, 4200, seed=1, entropies=rule.startswith("entropy"))
     case["length"][:] = 4096
     value = option_value(values, 4, 4096, 2, seed=0)
-    assert_as_expected(case, rule, semantics, option, value, backend)
+    assert_as_expected(case, rule, option, value, backend)
 
 
-@pytest.mark.parametrize(("rule", "semantics", "option", "values"), RULES[3:], ids=IDS[3:])
-def test_fp64_scores_are_compared_in_fp64(rule, semantics, option, values):
+@pytest.mark.parametrize(("rule", "option", "values"), RULES[3:], ids=IDS[3:])
+def test_fp64_scores_are_compared_in_fp64(rule, option, values):
     for index in range(8):
         case = make_case(128, 24, 30, seed=index, entropies=rule.startswith("entropy"))
         case["score"] = case["score"].double()
@@ -214,7 +210,7 @@ def test_fp64_scores_are_compared_in_fp64(rule, semantics, option, values):
         case["score"][::4] = smooth + 1e-9 * integers(*smooth.shape, low=0, high=9, seed=index)
         if rule == "entropy_bound":
             case["score"] = (case["score"] * 2**20).round() / 2**20
-        assert_as_expected(case, rule, semantics, option, values[index % len(values)], "torch")
+        assert_as_expected(case, rule, option, values[index % len(values)], "torch")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -224,14 +220,14 @@ def test_a_number_is_rounded_to_the_dtype_of_the_scores(backend):
     just = torch.tensor(0.9)  # in fp32, less than the Python number
     case["score"] = torch.stack((just, torch.nextafter(just, torch.zeros(())), just))[None]
     assert just.item() < 0.9
-    *_, accepted = call(case, "threshold", "exact", "threshold", 0.9, backend)
+    *_, accepted = call(case, "threshold", "threshold", 0.9, backend)
     assert accepted.tolist() == [2]
     case["score"] = case["score"].double()
-    *_, accepted = call(case, "threshold", "exact", "threshold", 0.9, "torch")
+    *_, accepted = call(case, "threshold", "threshold", 0.9, "torch")
     assert accepted.tolist() == [1]
 
 
-def single(scores, rule, option, value, backend, semantics="exact"):
+def single(scores, rule, option, value, backend):
     """The rows accepted of one window that is all masks."""
     rows = len(scores)
     case = {
@@ -244,7 +240,7 @@ def single(scores, rule, option, value, backend, semantics="exact"):
         "start": numbers([0]),
         "length": numbers([rows]),
     }
-    x, step_map, nfe, remaining, accepted = call(case, rule, semantics, option, value, backend)
+    x, step_map, nfe, remaining, accepted = call(case, rule, option, value, backend)
     rows = (x[0] != MASK).nonzero().flatten().tolist()
     assert (step_map[0] == 3).nonzero().flatten().tolist() == rows
     assert nfe.tolist() == [4] and accepted.tolist() == [len(rows)]
@@ -256,8 +252,8 @@ def single(scores, rule, option, value, backend, semantics="exact"):
 def test_by_hand(backend):
     nan, inf = math.nan, math.inf
 
-    def rows(scores, rule, option, value, semantics="exact"):
-        return single(scores, rule, option, value, backend, semantics)
+    def rows(scores, rule, option, value):
+        return single(scores, rule, option, value, backend)
 
     # Ties go to the lowest position, and a negative zero is a zero.
     assert rows([0.5, 0.9, 0.9, 0.9], "quota", "quota", numbers([2])) == [1, 2]
@@ -302,7 +298,7 @@ def test_a_random_order_depends_on_seed_request_position_and_step_alone(backend)
         changed = copied(case)
         for name, value in changes.items():
             changed[name] = value
-        x, *_ = call(changed, "random", "exact", "quota", numbers([4] * 8), backend)
+        x, *_ = call(changed, "random", "quota", numbers([4] * 8), backend)
         return x
 
     plain = chosen()
@@ -321,7 +317,7 @@ def test_a_random_order_is_uniform():
     case = make_case(batch, rows, rows, seed=0)
     case["x"][:], case["token"][:], case["start"][:], case["length"][:] = MASK, 1, 0, rows
     case["request"], case["seed"] = numbers(torch.arange(batch)), 11
-    x, *_ = call(case, "random", "exact", "quota", numbers([2] * batch), "torch")
+    x, *_ = call(case, "random", "quota", numbers([2] * batch), "torch")
     counts = (x == 1).sum(0)
     expected = batch * 2 / rows
     # Draws without replacement: the statistic is chi-square with 4 degrees times (rows - 2) / 4.
@@ -330,15 +326,15 @@ def test_a_random_order_is_uniform():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("rule", "semantics", "option", "values"), RULES, ids=IDS)
-def test_what_is_done_is_not_touched(rule, semantics, option, values, backend):
+@pytest.mark.parametrize(("rule", "option", "values"), RULES, ids=IDS)
+def test_what_is_done_is_not_touched(rule, option, values, backend):
     case = make_case(4, 8, 20, seed=5)
     case["x"][0][case["x"][0] == MASK] = 1
     case["x"][1:], case["start"][:] = MASK, numbers([3, 3, 19, 3])
     case["length"] = numbers([8, 0, 0, 8])
     case["score"][:3] = math.nan
     value = numbers([3] * 4) if values is None else values[-1]
-    x, step_map, nfe, remaining, accepted = call(case, rule, semantics, option, value, backend)
+    x, step_map, nfe, remaining, accepted = call(case, rule, option, value, backend)
     for got, before in ((x, "x"), (step_map, "step_map"), (nfe, "nfe")):
         assert torch.equal(got[:3], case[before][:3])
     assert nfe[3] == case["nfe"][3] + 1
@@ -351,19 +347,19 @@ def test_a_mask_that_is_predicted_stays_one(backend):
     case = make_case(1, 3, 3, seed=0)
     case["x"][:], case["length"][:], case["start"][:] = MASK, 3, 0
     case["token"] = torch.tensor([[1, MASK, 2]])
-    out = call(case, "quota", "exact", "quota", numbers([2]), backend)
+    out = call(case, "quota", "quota", numbers([2]), backend)
     x, _, _, remaining, accepted = out
     assert accepted.tolist() == [2]
     assert remaining.tolist() == [(x == MASK).sum().item()]
     case["score"] = torch.tensor([[0.1, 0.9, 0.5]])
-    x, _, _, remaining, _ = call(case, "quota", "exact", "quota", numbers([2]), backend)
+    x, _, _, remaining, _ = call(case, "quota", "quota", numbers([2]), backend)
     assert x.tolist() == [[MASK, MASK, 2]] and remaining.tolist() == [2]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_views_are_written_in_place(backend):
     case = make_case(6, 10, 20, seed=8)
-    expected = call(case, "threshold", "exact", "threshold", 0.5, backend)
+    expected = call(case, "threshold", "threshold", 0.5, backend)
     views = copied(case)
     for name in ("x", "step_map", "token", "score"):
         wide = torch.cat((case[name], case[name], case[name]), 1)
@@ -416,16 +412,14 @@ def test_opcheck(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("rule", "semantics", "option", "values"), RULES, ids=IDS)
-def test_fullgraph_compile(rule, semantics, option, values, backend):
+@pytest.mark.parametrize(("rule", "option", "values"), RULES, ids=IDS)
+def test_fullgraph_compile(rule, option, values, backend):
     case = make_case(6, 8, 12, seed=4, entropies=rule.startswith("entropy"))
     value = numbers([2] * 6) if values is None else values[1]
-    expected = call(case, rule, semantics, option, value, backend)
+    expected = call(case, rule, option, value, backend)
 
     def step(tensors):
-        return ops.unmask(
-            **tensors, rule=rule, semantics=semantics, backend=backend, **{option: value}
-        )
+        return ops.unmask(**tensors, rule=rule, backend=backend, **{option: value})
 
     torch._dynamo.reset()  # each rule is a compilation of the same function
     case = copied(case)
@@ -438,5 +432,5 @@ def test_fullgraph_compile(rule, semantics, option, values, backend):
 def test_long_windows_are_left_to_torch(backend):
     case = make_case(1, 5000, 5000, seed=0)
     with pytest.raises(RuntimeError, match="windows of up to 4096 positions, got 5000"):
-        call(case, "threshold", "exact", "threshold", 0.5, backend)
-    assert_as_expected(case, "factor", "exact", "factor", 1.0, None)
+        call(case, "threshold", "threshold", 0.5, backend)
+    assert_as_expected(case, "factor", "factor", 1.0, None)

@@ -15,12 +15,7 @@ QUOTA = numbers([1, 1])
     ("change", "error", "message"),
     [
         ({"rule": "best"}, ValueError, "rule: expected one of quota, .*, got 'best'"),
-        ({"semantics": "best"}, ValueError, "semantics: expected one of exact, fast_dllm, .*, got"),
-        (
-            {"rule": "entropy", "semantics": "fast_dllm"},
-            ValueError,
-            r"rule: expected one of quota, threshold, factor \(semantics 'fast_dllm'\), got 'ent",
-        ),
+        ({"semantics": "llada"}, TypeError, "unmask: semantics is no argument any more, use the"),
         (
             {"threshold": None},
             ValueError,
@@ -74,17 +69,6 @@ QUOTA = numbers([1, 1])
             ValueError,
             r"vocab_size: expected an int in \[1, 2\^31\), got 2147483648",
         ),
-        (
-            {"rule": "joint"},
-            ValueError,
-            "expected the options threshold and edit_threshold and no other, got threshold",
-        ),
-        (
-            {"rule": "joint", "edit_threshold": 2.0},
-            ValueError,
-            r"edit_threshold: expected a number in \[0, 1\], got 2.0",
-        ),
-        ({"prompt_length": QUOTA}, ValueError, "prompt_length: expected None for rule 'threshold'"),
         ({"min_tokens": -1}, ValueError, r"min_tokens: expected an int in \[0, 2\^31\), got -1"),
         ({"min_tokens": QUOTA.long()}, TypeError, "min_tokens: expected dtype torch.int32"),
         (

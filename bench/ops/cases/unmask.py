@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from pydllm import ops, reference
-from pydllm.ops.unmask import SEMANTICS
 
 MASK = 126336
 NUMBERS = {
@@ -19,17 +18,9 @@ NUMBERS = {
     "factor": {"factor": 1.0},
     "entropy": {"threshold": 0.1},
     "entropy_bound": {"bound": 0.1},
-    "joint": {"threshold": 0.9, "edit_threshold": 0.9},
     "renoise": {"bound": 0.1, "vocab_size": MASK},
 }
 RULES = ("quota", "left_to_right", "random", *NUMBERS)
-# Every rule, and every variant of one.
-CASES = [("quota", "exact")] + [
-    (rule, name)
-    for name, rules in SEMANTICS.items()
-    for rule, variant in rules.items()
-    if rule in RULES[1:] and (variant or name == "exact")
-]
 SHAPES = {
     f"{rule}-{batch}x{rows}": {"rule": rule, "batch": batch, "rows": rows}
     for rule in RULES
@@ -68,17 +59,17 @@ def call(inputs: dict, backend: str) -> tuple[Tensor, ...]:
     return (*counts, inputs["x"], inputs["step_map"], inputs["nfe"])
 
 
-def _positional(inputs: dict, semantics: str = "exact") -> tuple:
+def _positional(inputs: dict) -> tuple:
     """The arguments as the reference and the launcher take them."""
     inputs = dict(inputs)
     start, length, quota, rule = (inputs.pop(k) for k in ("start", "length", "quota", "rule"))
     given = NUMBERS.get(rule, {})
-    limit, edit_limit = (*(v for k, v in given.items() if k != "vocab_size"), 0.0, 0.0)[:2]
+    limit = next((v for k, v in given.items() if k != "vocab_size"), 0.0)
     vocab, quota = given.get("vocab_size", 0), None if rule in NUMBERS else quota
     request = inputs["nfe"] if rule in ("random", "renoise") else None
-    options = (rule, SEMANTICS[semantics][rule], quota, 1, limit, edit_limit, vocab, 0, request)
+    options = (rule, quota, 1, limit, vocab, 0, request)
     ending = (None, None, None, None, False)
-    return (*inputs.values(), MASK, start, length, *options, None, *ending)
+    return (*inputs.values(), MASK, start, length, *options, *ending)
 
 
 def _compiled() -> Callable[[dict], tuple[Tensor, ...]]:
@@ -100,7 +91,7 @@ def bytes_moved(inputs: dict) -> int:
 
 
 def launches() -> Iterator[tuple[str, Callable[[], object]]]:
-    """Every rule and semantics at every tile, a window shorter than a block, and endings."""
+    """Every rule at every tile, a window shorter than a block, and endings."""
     from pydllm.kernels import unmask as kernel
 
     for rule in ("quota", "left_to_right", "threshold"):
@@ -110,15 +101,15 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
             done, eos = inputs["nfe"].bool(), inputs["x"][0, :3]
             ending = (done, inputs["nfe"], eos, inputs["nfe"], False)
             yield (
-                f"{rule} exact {rows} ending",
+                f"{rule} {rows} ending",
                 lambda arguments=(*arguments, *ending): kernel.unmask(*arguments),
             )
 
     for rows in (20, 128, 1024, 4096):
-        for rule, semantics in CASES:
+        for rule in RULES:
             inputs = make(torch.float32, "meta", rule=rule, batch=4, rows=rows)
-            arguments = _positional(inputs, semantics)
+            arguments = _positional(inputs)
             yield (
-                f"{rule} {semantics} {rows}",
+                f"{rule} {rows}",
                 lambda arguments=arguments: kernel.unmask(*arguments),
             )

@@ -8,7 +8,7 @@ from torch import Tensor
 from pydllm._backend.cuda import DTYPES, call
 
 MAX_WINDOW = 4096  # kMaxWindow in csrc/unmask.h
-# Rule and Variant in csrc/unmask.h
+# Rule in csrc/unmask.h
 RULES = {
     "quota": 0,
     "left_to_right": 1,
@@ -17,10 +17,8 @@ RULES = {
     "factor": 4,
     "entropy": 5,
     "entropy_bound": 6,
-    "joint": 7,
-    "renoise": 8,
+    "renoise": 7,
 }
-VARIANTS = {"above": 1, "near_best": 2, "last_pair": 4, "span": 8, "inclusive": 16}
 
 
 def supports(
@@ -33,15 +31,12 @@ def supports(
     start: Tensor,
     length: Tensor,
     rule: str,
-    variant: str,
     quota: Tensor | None,
     least: int,
     limit: float,
-    edit_limit: float,
     vocab: int,
     seed: int,
     request: Tensor | None,
-    prompt: Tensor | None,
     done: Tensor | None,
     end: Tensor | None,
     eos: Tensor | None,
@@ -54,7 +49,7 @@ def supports(
     if token.shape[1] > MAX_WINDOW:
         return f"the kernel takes windows of up to {MAX_WINDOW} positions, got {token.shape[1]}"
     numbers = {"nfe": nfe, "start": start, "length": length, "quota": quota, "request": request}
-    numbers |= {"prompt_length": prompt, "done": done, "end": end, "ends_from": ends_from}
+    numbers |= {"done": done, "end": end, "ends_from": ends_from}
     rows = {"x": x, "step_map": step_map, "token": token, "score": score}
     for name, tensor in (rows | numbers).items():
         if tensor is not None and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
@@ -72,15 +67,12 @@ def unmask(
     start: Tensor,
     length: Tensor,
     rule: str,
-    variant: str,
     quota: Tensor | None,
     least: int,
     limit: float,
-    edit_limit: float,
     vocab: int,
     seed: int,
     request: Tensor | None,
-    prompt: Tensor | None,
     done: Tensor | None,
     end: Tensor | None,
     eos: Tensor | None,
@@ -106,7 +98,6 @@ def unmask(
         length=length,
         quota=quota,
         request=request,
-        prompt=prompt,
         done=done,
         end=end,
         eos=eos,
@@ -117,10 +108,8 @@ def unmask(
         rows=rows,
         mask_id=mask_id,
         rule=RULES[rule],
-        variant=sum(VARIANTS[way] for way in variant.split()),
         least=least,
         limit=limit,
-        edit_limit=edit_limit,
         vocab=vocab,
         seed=seed,
         ends=0 if eos is None else eos.shape[0],

@@ -15,6 +15,7 @@ from torch import Tensor
 from pydllm import ops
 from pydllm._backend.errors import PydllmError
 from pydllm._backend.signatures import check_replaced
+from pydllm.integrations._rules import span
 from pydllm.integrations.engines.accept import write
 
 _USER = "lmdeploy.pytorch.strategies.dllm.model_agent"
@@ -87,25 +88,20 @@ class UnmaskingProcessor:
         blocks = torch.where(full, cached, blocks)
         is_masked = blocks == masked
         token_ids = torch.where(is_masked.flatten(), token_ids, input_ids)
-        # The op writes into the states themselves: a masked one may become an unmasked one.
-        x = torch.where(is_masked, masked, unmasked).long()
-        rule, options = self._rule(blocks)
-        score = torch.zeros(x.shape, dtype=logits.dtype, device=x.device)
-        if self.strategy != "sequential":
-            chosen = logits.gather(1, token_ids[:, None]).squeeze(1).float()
-            score = (
-                (chosen - ops.vocab_stats(logits).logsumexp).exp().to(logits.dtype).view(x.shape)
-            )
-        token = torch.full_like(x, unmasked)
-        write(x, token, score, mask_id=masked, rule=rule, semantics="lmdeploy", **options)
-        states = torch.where(is_masked, x.to(blocks.dtype), blocks)
-        return states.flatten(), token_ids
-
-    def _rule(self, blocks: Tensor) -> tuple[str, dict[str, Any]]:
-        if self.strategy == "low_confidence_dynamic":
-            return "threshold", {"threshold": self.dllm_config.confidence_threshold}
         steps = self.dllm_config.denoising_steps or self.block
         count = max(1, min(self.block // steps, self.block))
-        quota = torch.full((len(blocks),), count, dtype=torch.int32, device=blocks.device)
-        rule = "quota" if self.strategy == "low_confidence_static" else "left_to_right"
-        return rule, {"quota": quota}
+        if self.strategy == "sequential":
+            accepted = span(is_masked, count) & is_masked
+            return torch.where(accepted, unmasked, blocks).flatten(), token_ids
+        # The op writes into the states themselves: a masked one may become an unmasked one.
+        x = torch.where(is_masked, masked, unmasked).long()
+        options: dict[str, Any] = {"rule": "quota", "quota": x.new_full((len(x),), count).int()}
+        if self.strategy == "low_confidence_dynamic":
+            threshold = self.dllm_config.confidence_threshold
+            options = {"rule": "threshold", "threshold": threshold}
+        chosen = logits.gather(1, token_ids[:, None]).squeeze(1).float()
+        score = (chosen - ops.vocab_stats(logits).logsumexp).exp().to(logits.dtype).view(x.shape)
+        token = torch.full_like(x, unmasked)
+        write(x, token, score, mask_id=masked, **options)
+        states = torch.where(is_masked, x.to(blocks.dtype), blocks)
+        return states.flatten(), token_ids

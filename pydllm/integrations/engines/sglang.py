@@ -27,7 +27,8 @@ from torch import Tensor
 from pydllm._backend import env
 from pydllm._backend.errors import PydllmError
 from pydllm._backend.signatures import check_called, check_replaced, version_of
-from pydllm.integrations.engines.accept import decide
+from pydllm.integrations import _rules
+from pydllm.integrations.engines.accept import above, decide, propose
 
 _LOG = logging.getLogger("pydllm")
 _PACKAGE = "sglang.srt.dllm.algorithm"
@@ -108,7 +109,7 @@ class _Rule:
 class _Threshold(_Rule):
     """A rule of ``ops.unmask`` that looks at masks alone."""
 
-    rule, semantics, option, default = "threshold", "sglang", "threshold", 0.95
+    rule, option, default = "threshold", "threshold", 0.95
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]
@@ -116,32 +117,36 @@ class _Threshold(_Rule):
 
     def advance(self, x: Tensor, logits: Tensor, states: list[Any]) -> list[bool]:
         done = (x != self.mask_id).all(1)
-        options: dict[str, Any] = {self.option: self.limit}
-        options |= {"rule": self.rule, "semantics": self.semantics}
-        decide(logits, x, mask_id=self.mask_id, **options)
+        decide(logits, x, mask_id=self.mask_id, **self.options(x, logits.dtype))
         return done.tolist()
+
+    def options(self, x: Tensor, dtype: torch.dtype) -> dict[str, Any]:
+        return {"rule": self.rule, self.option: self.limit}
 
 
 class _LowConfidence(_Threshold):
-    """SGLang's LowConfidence: probabilities above a threshold, at least one a step."""
+    """SGLang's LowConfidence: probabilities above a threshold, at least one per step."""
+
+    def options(self, x: Tensor, dtype: torch.dtype) -> dict[str, Any]:
+        return above(self.limit, x, dtype)
 
 
 class _EntropyBound(_Threshold):
     """EB-Sampler (arXiv 2505.24857): as many as an entropy budget in nats allows."""
 
-    rule, semantics, option, default = "entropy_bound", "exact", "bound", 0.1
+    rule, option, default = "entropy_bound", "bound", 0.1
 
 
 class _EntropyThreshold(_Threshold):
     """d3LLM's rule (arXiv 2601.07568) in one block: entropies up to a threshold in nats."""
 
-    rule, semantics, default = "entropy", "exact", 0.45
+    rule, default = "entropy", 0.45
 
 
 class _Factor(_Threshold):
     """Fast-dLLM's factor rule (arXiv 2505.22618)."""
 
-    rule, semantics, option, default = "factor", "exact", "factor", 1.0
+    rule, option, default = "factor", "factor", 1.0
 
 
 class _JointThreshold(_Rule):
@@ -180,18 +185,15 @@ class _JointThreshold(_Rule):
             amount = logits.new_full((x.shape[0], width, 1), -self.penalty)
             amount[:, 0] = 0
             logits = logits.scatter_add(1, before[:, None], amount.flatten(0, 1))
-        unmasked = decide(
-            logits,
-            x,
-            mask_id=self.mask_id,
-            rule="joint",
-            semantics="sglang",
-            threshold=self.threshold,
-            edit_threshold=self.edit_threshold,
-            prompt_length=prompt,
-            length=length,
-        )
-        counts = torch.stack((unmasked.remaining, unmasked.accepted)).tolist()
+        token, score, _ = propose(logits, x)
+        masked, place = x == self.mask_id, torch.arange(width, device=x.device)
+        active = length[:, None] > 0
+        known = active & ~masked & (place >= prompt[:, None])
+        edited = known & (token != x) & (score > self.edit_threshold)
+        one = torch.ones_like(length)[:, None]
+        chosen = edited | (active & _rules.above(score, masked, self.threshold, one))
+        x.copy_(torch.where(chosen, token, x))
+        counts = torch.stack(((x == self.mask_id).sum(1), chosen.sum(1))).tolist()
         for state, remaining, accepted in zip(states, *counts, strict=True):
             if not state["finished"]:
                 state["masks"] = remaining

@@ -10,11 +10,13 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pydllm._backend import env
 from pydllm._backend.signatures import check_replaced
-from pydllm.integrations.engines.accept import decide
+from pydllm.integrations._rules import near_best
+from pydllm.integrations.engines.accept import propose
 
 _LOG = logging.getLogger("pydllm")
 _MODULE = "dllm_plugin.sampling.diffusion_sampler"
@@ -65,14 +67,7 @@ def batched_remask(
         left; ``(B,)`` int64, how many positions changed.
     """
     draft = input_draft.long()
-    draft = draft.clone() if draft is input_draft else draft
-    unmasked = decide(
-        logits.flatten(0, 1),
-        draft,
-        mask_id=mask_token_id,
-        rule="threshold",
-        semantics="dinfer",
-        threshold=threshold,
-        precise=True,
-    )
-    return draft.to(input_draft.dtype), unmasked.remaining == 0, unmasked.accepted.long()
+    token, prob, _ = propose(logits.flatten(0, 1).float(), draft)
+    chosen = near_best(prob, (draft == mask_token_id) & (token != mask_token_id), threshold)
+    draft = torch.where(chosen, token, draft)
+    return draft.to(input_draft.dtype), (draft != mask_token_id).all(1), chosen.sum(1)
