@@ -85,15 +85,14 @@ __global__ void __launch_bounds__(kMaxThreads) unmask_kernel(const Unmask call) 
   const int size = power_of_two(static_cast<int>(call.rows));
   int ables = 0;
   for (int j = thread; j < size; j += threads) {
-    const bool able = inside(j) && (rule == Rule::kRenoise || x[j] == call.mask_id);
+    const bool able = inside(j) && x[j] == call.mask_id;
     uint64_t key = kNoRow;
     if (able) {
       uint32_t cost = 0;
       if (rule == Rule::kRandom) {
         cost = 0xFFFFFFFFu - words_of(j).word[0];
       } else if (rule != Rule::kLeftToRight) {
-        const bool ascending =
-            rule == Rule::kEntropy || rule == Rule::kEntropyBound || rule == Rule::kRenoise;
+        const bool ascending = rule == Rule::kEntropy || rule == Rule::kEntropyBound;
         float value = to_float(score[j]);
         value = ascending ? -value : value;
         value = value != value ? -INFINITY : value;
@@ -131,7 +130,7 @@ __global__ void __launch_bounds__(kMaxThreads) unmask_kernel(const Unmask call) 
         passed += cost_of(order[j]) < INFINITY && -cost_of(order[j]) >= least;
       }
       passed = count_block(passed);
-    } else if (rule == Rule::kEntropyBound || rule == Rule::kRenoise) {
+    } else if (rule == Rule::kEntropyBound) {
       passed = count_within(order, size, limit);
     }
     const int n = min(max(passed, floor), ables);
@@ -147,18 +146,15 @@ __global__ void __launch_bounds__(kMaxThreads) unmask_kernel(const Unmask call) 
     if (!inside(j)) continue;
     const int64_t before = x[j];
     const bool kept = keep[j];
-    part += rule == Rule::kRenoise || before == call.mask_id;
+    part += before == call.mask_id;
     int64_t after = before;
     if (kept) {
       after = token[j];
       step_map[j] = nfe;
-    } else if (rule == Rule::kRenoise) {
-      const uint64_t word = words_of(j).word[1];
-      after = static_cast<int64_t>(word * static_cast<uint64_t>(call.vocab) >> 32);
+      x[j] = after;
     }
-    if (kept || rule == Rule::kRenoise) x[j] = after;
     accepted += kept;
-    remaining += rule == Rule::kRenoise ? !kept : after == call.mask_id;
+    remaining += after == call.mask_id;
     if (start + j < ends_from) continue;
     open += after == call.mask_id;
     for (int64_t i = 0; i < call.ends; ++i) {

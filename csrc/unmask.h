@@ -17,8 +17,7 @@ enum class Rule : int {
   kThreshold,
   kFactor,
   kEntropy,
-  kEntropyBound,
-  kRenoise
+  kEntropyBound
 };
 
 struct Unmask {
@@ -45,7 +44,7 @@ struct Unmask {
   Rule rule;
   int32_t least;
   float limit;  // rounded to dtype in the kernel
-  int64_t vocab, seed, ends;
+  int64_t seed, ends;
   bool last;
   // Strides in elements; the last dimension is contiguous.
   int64_t stride_x_row, stride_step_map_row, stride_token_row, stride_score_row;

@@ -71,7 +71,7 @@ def _within(able, key, cost, bound):
 
 
 # A new batch size or seed must not compile the kernel again.
-@triton.jit(do_not_specialize=["batch", "rows", "least", "vocab", "seed"])
+@triton.jit(do_not_specialize=["batch", "rows", "least", "seed"])
 def _unmask_kernel(
     # pointers
     remaining_ptr,  # (B,)
@@ -96,7 +96,6 @@ def _unmask_kernel(
     mask_id,
     least,
     limit,
-    vocab,
     seed,
     # strides
     stride_x_row,
@@ -129,105 +128,95 @@ def _unmask_kernel(
     # [BLOCK_B, BLOCK_T]
     before = tl.load(x_row + offs_t, mask=inside, other=0)
     masked = inside & (before == mask_id)
-    able = masked
-    if RULE == "renoise":
-        able = inside
     n_masks = _count(masked)
-    n_part = _count(able)
 
     n = tl.zeros_like(length) + least
     if HAS_QUOTA:
         n = tl.load(quota_ptr + offs_b, mask=mask_b, other=0)
-    if RULE == "random" or RULE == "renoise":
+    if RULE == "random":
         request = tl.load(request_ptr + offs_b, mask=mask_b, other=0)
         seed_lo = seed.to(tl.int64)
-        word, word_1, _, _ = philox(_ORDER, start + offs_t, request, nfe, seed_lo, seed_lo >> 32)
+        word, _, _, _ = philox(_ORDER, start + offs_t, request, nfe, seed_lo, seed_lo >> 32)
     if RULE == "left_to_right":
-        keep = able & (tl.cumsum(able.to(tl.int32), 1) <= n)
+        keep = masked & (tl.cumsum(masked.to(tl.int32), 1) <= n)
     elif RULE == "random":
-        keep = _first(able, 0xFFFFFFFF - word, n)
+        keep = _first(masked, 0xFFFFFFFF - word, n)
     else:
-        score = tl.load(score_ptr + offs_b * stride_score_row + offs_t, mask=able, other=0.0)
+        score = tl.load(score_ptr + offs_b * stride_score_row + offs_t, mask=masked, other=0.0)
         # Limits are rounded to the dtype of the scores.
         zero = tl.zeros_like(n).to(tl.float32)
         limit = (zero + limit).to(score.dtype).to(tl.float32)
         score = score.to(tl.float32)
         value = score
-        if RULE == "entropy" or RULE == "entropy_bound" or RULE == "renoise":
+        if RULE == "entropy" or RULE == "entropy_bound":
             value = -score
         value = tl.where(value == value, value, -float("inf"))
         cost = 0.0 - value  # a negative zero becomes a zero
         key = sort_key(cost)
-        good = able & (cost < float("inf"))
+        good = masked & (cost < float("inf"))
         if RULE == "quota":
-            keep = _first(able, key, n)
+            keep = _first(masked, key, n)
         elif RULE == "factor":
             n = _count_by_factor(good, value, limit, n, BLOCK_T)
-            keep = _first(able, key, n)
+            keep = _first(masked, key, n)
         else:
             if RULE == "entropy":
                 keep = good & (cost <= limit)
-            elif RULE == "entropy_bound" or RULE == "renoise":
-                keep = good & _within(able, key, cost, limit)
+            elif RULE == "entropy_bound":
+                keep = good & _within(masked, key, cost, limit)
             else:
                 keep = good & (value >= limit)
             if AT_MOST_ONE:
-                best_key = tl.min(tl.where(able, key, 0xFFFFFFFF), 1, keep_dims=True)
-                first = tl.where(able & (key == best_key), offs_t, BLOCK_T)
+                best_key = tl.min(tl.where(masked, key, 0xFFFFFFFF), 1, keep_dims=True)
+                first = tl.where(masked & (key == best_key), offs_t, BLOCK_T)
                 first = tl.min(first, 1, keep_dims=True)
                 keep = keep | ((offs_t == first) & (_count(keep) < n))
             else:
-                keep = keep | _first(able, key, n)
+                keep = keep | _first(masked, key, n)
 
     # Every thread has read the sequence before one writes it.
     tl.debug_barrier()
     step_map_row = step_map_ptr + offs_b * stride_step_map_row + start
     token = tl.load(token_row + offs_t, mask=keep, other=0)
-    if RULE == "renoise":
-        noise = tl.umulhi(word_1, tl.zeros_like(word_1) + vocab.to(tl.uint32)).to(tl.int64)
-        tl.store(x_row + offs_t, tl.where(keep, token, noise), mask=inside)
-        tl.store(step_map_row + offs_t, tl.broadcast_to(nfe, keep.shape), mask=keep)
-        remaining = n_part - _count(keep)
+    written, step = keep, tl.broadcast_to(nfe, keep.shape)
+    if HAS_END:
+        token = tl.where(keep, token, before)
+        counted = inside
+        if HAS_ENDS_FROM:
+            first = tl.load(ends_from_ptr + offs_b, mask=mask_b, other=0)
+            counted = inside & (start + offs_t >= first)
+        complete = mask_b & (length > 0)
+        if not LAST:
+            complete = complete & (_count(counted & (token == mask_id)) == 0)
+        stop = tl.load(end_ptr + offs_b, mask=mask_b, other=0)
+        finished = complete & (start + tl.minimum(length, rows) >= stop)
+        if N_EOS > 0:
+            is_end = token != token
+            for index in tl.static_range(N_EOS):
+                is_end = is_end | (token == tl.load(eos_ptr + index))
+            is_end = is_end & counted & complete & (start + offs_t < stop)
+            fill = tl.load(eos_ptr)
+            place = tl.min(tl.where(is_end, offs_t, BLOCK_T), 1, keep_dims=True)
+            finished = finished | (place < BLOCK_T)
+            behind = inside & (offs_t > place) & (start + offs_t < stop)
+            token, step = tl.where(behind, fill, token), tl.where(behind, -1, step)
+            written = written | behind
+            # What is behind the window, a tile at a time; nothing where there is no end.
+            first = tl.where(place < BLOCK_T, start + end, slots)
+            stop = tl.minimum(stop, slots)
+            x_all = x_ptr + offs_b * stride_x_row
+            step_map_all = step_map_ptr + offs_b * stride_step_map_row
+            for offset in range(0, tl.max(stop - first), BLOCK_T):
+                at = first + offset + offs_t
+                tl.store(x_all + at, tl.zeros_like(token) + fill, mask=at < stop)
+                tl.store(step_map_all + at, tl.zeros_like(step) - 1, mask=at < stop)
+        tl.store(done_ptr + offs_b, finished, mask=finished)
+        remaining = _count(inside & (token == mask_id))
     else:
-        written, step = keep, tl.broadcast_to(nfe, keep.shape)
-        if HAS_END:
-            token = tl.where(keep, token, before)
-            counted = inside
-            if HAS_ENDS_FROM:
-                first = tl.load(ends_from_ptr + offs_b, mask=mask_b, other=0)
-                counted = inside & (start + offs_t >= first)
-            complete = mask_b & (length > 0)
-            if not LAST:
-                complete = complete & (_count(counted & (token == mask_id)) == 0)
-            stop = tl.load(end_ptr + offs_b, mask=mask_b, other=0)
-            finished = complete & (start + tl.minimum(length, rows) >= stop)
-            if N_EOS > 0:
-                is_end = token != token
-                for index in tl.static_range(N_EOS):
-                    is_end = is_end | (token == tl.load(eos_ptr + index))
-                is_end = is_end & counted & complete & (start + offs_t < stop)
-                fill = tl.load(eos_ptr)
-                place = tl.min(tl.where(is_end, offs_t, BLOCK_T), 1, keep_dims=True)
-                finished = finished | (place < BLOCK_T)
-                behind = inside & (offs_t > place) & (start + offs_t < stop)
-                token, step = tl.where(behind, fill, token), tl.where(behind, -1, step)
-                written = written | behind
-                # What is behind the window, a tile at a time; nothing where there is no end.
-                first = tl.where(place < BLOCK_T, start + end, slots)
-                stop = tl.minimum(stop, slots)
-                x_all = x_ptr + offs_b * stride_x_row
-                step_map_all = step_map_ptr + offs_b * stride_step_map_row
-                for offset in range(0, tl.max(stop - first), BLOCK_T):
-                    at = first + offset + offs_t
-                    tl.store(x_all + at, tl.zeros_like(token) + fill, mask=at < stop)
-                    tl.store(step_map_all + at, tl.zeros_like(step) - 1, mask=at < stop)
-            tl.store(done_ptr + offs_b, finished, mask=finished)
-            remaining = _count(inside & (token == mask_id))
-        else:
-            remaining = n_masks - _count(keep & (token != mask_id))
-        tl.store(x_row + offs_t, token, mask=written)
-        tl.store(step_map_row + offs_t, step, mask=written)
-    tl.store(nfe_ptr + offs_b, nfe + 1, mask=mask_b & (n_part > 0))
+        remaining = n_masks - _count(keep & (token != mask_id))
+    tl.store(x_row + offs_t, token, mask=written)
+    tl.store(step_map_row + offs_t, step, mask=written)
+    tl.store(nfe_ptr + offs_b, nfe + 1, mask=mask_b & (n_masks > 0))
     tl.store(remaining_ptr + offs_b, remaining, mask=mask_b)
     tl.store(accepted_ptr + offs_b, _count(keep), mask=mask_b)
 
@@ -245,7 +234,6 @@ def supports(
     quota: torch.Tensor | None,
     least: int,
     limit: float,
-    vocab: int,
     seed: int,
     request: torch.Tensor | None,
     done: torch.Tensor | None,
@@ -284,7 +272,6 @@ def unmask(
     quota: torch.Tensor | None,
     least: int,
     limit: float,
-    vocab: int,
     seed: int,
     request: torch.Tensor | None,
     done: torch.Tensor | None,
@@ -321,7 +308,6 @@ def unmask(
         mask_id=mask_id,
         least=least,
         limit=limit,
-        vocab=vocab,
         seed=seed,
         stride_x_row=x.stride(0),
         stride_step_map_row=step_map.stride(0),

@@ -97,7 +97,6 @@ UNMASK = [
     ("factor", {"factor": 1.0}),
     ("entropy", {"threshold": 0.3}),
     ("entropy_bound", {"bound": 2.5}),
-    ("renoise", {"bound": 2.5, "vocab_size": 1000}),
 ]
 
 
@@ -297,7 +296,7 @@ MUTANTS = {
                 "  __syncthreads();\n\n  int part",
                 "\n  int part",
             ),
-            "other word of noise": ("words_of(j).word[1]", "words_of(j).word[2]"),
+            "other word of the order": ("words_of(j).word[0]", "words_of(j).word[1]"),
             "rank off by one": ("static_cast<float>(j + 2)", "static_cast<float>(j + 1)"),
             "limit is not rounded": ("rounded<Score>(call.limit)", "call.limit"),
             "ends before the region count": ("if (start + j < ends_from) continue;", ""),

@@ -27,7 +27,7 @@ class Static(BlockwiseAlgorithm):
         score: ``"confidence"`` probability of the chosen token; ``"entropy"`` lowest entropy first;
             ``"margin"`` largest gap between the two best; ``"left_to_right"``; ``"random"`` an
             order drawn from the seed.
-        compat: None, ``"llada"``, ``"fast_dllm"`` or ``"dream"``.
+        compat: None, ``"llada"``, ``"fast_dllm"``, ``"dream"`` or ``"dllm"``.
     """
 
     block_length: int = 32
@@ -41,7 +41,7 @@ class Static(BlockwiseAlgorithm):
         super().__post_init__()
         expect_int("tokens_per_step", self.tokens_per_step, 1, self.block_length)
         expect("score", self.score, SCORES)
-        expect("compat", self.compat, (None, "llada", "fast_dllm", "dream"))
+        expect("compat", self.compat, (None, "llada", "fast_dllm", "dream", "dllm"))
 
     @property
     def is_random(self) -> bool:
@@ -69,7 +69,7 @@ class Threshold(BlockwiseAlgorithm):
 
     Attributes:
         threshold: least probability of a token that is written, in [0, 1].
-        compat: None or ``"fast_dllm"``.
+        compat: None, ``"fast_dllm"`` or ``"dllm"``.
         min_tokens: least number of tokens written a step, at least 1.
     """
 
@@ -83,7 +83,7 @@ class Threshold(BlockwiseAlgorithm):
     def __post_init__(self) -> None:
         super().__post_init__()
         expect_number("threshold", self.threshold, 0.0, 1.0)
-        expect("compat", self.compat, (None, "fast_dllm"))
+        expect("compat", self.compat, (None, "fast_dllm", "dllm"))
         expect_int("min_tokens", self.min_tokens, 1)
 
     def accept(self, stats: ops.VocabStats) -> tuple[Tensor, dict[str, Any]]:

@@ -275,25 +275,18 @@ class _Step:
             flat, temperature=temperature, tempered=True, seed=seed, counter=counter, **options
         )
         entropy = stats.entropy.view(canvas.shape)
-        new, zero = canvas.clone(), torch.zeros_like(row)
-        written = torch.full_like(canvas, -1, dtype=torch.int32)
-        ops.unmask(
+        new = canvas.clone()
+        sampler.accepted_token_mask = ops.renoise(
             new,
-            written,
-            zero.clone(),
             stats.token.view(canvas.shape),
             entropy,
-            mask_id=-1,
-            start=zero,
-            length=torch.full_like(zero, length),
-            rule="renoise",
             bound=float(sampler.entropy_bound),
             vocab_size=sampler.vocab_size,
             seed=seed,
             request=row,
+            step=torch.zeros_like(row),
             backend=self.backend,
         )
-        sampler.accepted_token_mask = written == 0
         return new, best, entropy
 
     def _draw_as_published(

@@ -15,6 +15,7 @@ from pydllm.ops.linear import QuantizedWeight, linear, quantize
 from pydllm.ops.mixture_accept import Accepted, mixture_accept, mixture_accept_sparse
 from pydllm.ops.mixture_draft import Candidates, MixtureDraft, mixture_draft, round_counter
 from pydllm.ops.multiblock_step import MultiBlockState, multiblock_step
+from pydllm.ops.renoise import renoise
 from pydllm.ops.rms_norm import rms_norm
 from pydllm.ops.route import Routes, route
 from pydllm.ops.swiglu import swiglu
@@ -50,6 +51,7 @@ __all__ = [
     "mixture_draft",
     "multiblock_step",
     "quantize",
+    "renoise",
     "rms_norm",
     "round_counter",
     "route",

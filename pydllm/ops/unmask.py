@@ -30,7 +30,6 @@ _OPTIONS: dict[str, dict[str, float | None]] = {
     "factor": {"factor": _ANY},
     "entropy": {"threshold": _ANY},
     "entropy_bound": {"bound": _ANY},
-    "renoise": {"bound": _ANY, "vocab_size": None},
 }
 _COUNTED = ("quota", "left_to_right", "random")
 
@@ -82,7 +81,6 @@ def unmask(
     threshold: float | None = None,
     factor: float | None = None,
     bound: float | None = None,
-    vocab_size: int | None = None,
     min_tokens: int | Tensor | None = None,
     seed: int = 0,
     request: Tensor | None = None,
@@ -106,14 +104,9 @@ def unmask(
     factor           score, descending   rank r (from 1) while score >= 1 - factor / (r + 1)
     entropy          score, ascending    those with score <= threshold
     entropy_bound    score, ascending    while the sum of the scores before <= bound
-    renoise          score, ascending    as entropy_bound, of all positions, see below
     ===============  ==================  ======================================================
 
     From ``threshold`` on, n is at least ``min_tokens``, one unless told otherwise.
-
-    ``renoise`` (DiffusionGemma) has no masks: every row of the window is up for acceptance, and one
-    that is not accepted becomes a uniform random id. The ids accepted in an earlier step are in no
-    way special. Its sequences take part while ``length[b] > 0``.
 
     NaN counts as the worst score. The worst, NaN or infinite, is taken only by a quota or
     ``min_tokens``, where nothing better is there. A token that is ``mask_id`` itself is written and
@@ -125,7 +118,7 @@ def unmask(
         nfe: ``(B,)`` int32, steps in which the sequence took part, **updated in place**.
         token: ``(B, T)`` int64, ``T <= L``: the choice for each row of the window.
         score: ``(B, T)`` fp32, fp16, bf16 or (torch backend) fp64: a confidence, higher is better,
-            or for the two entropy rules and ``renoise`` the entropy in nats. Rows that are no masks
+            or for the two entropy rules the entropy in nats. Rows that are no masks
             may hold anything, except where the rule looks at them. Numbers to compare with are
             rounded to this dtype, everything else is computed in fp32 (fp64).
         mask_id: the mask's token id.
@@ -137,23 +130,19 @@ def unmask(
         factor: at least 0; larger takes more.
         bound: nats, at least 0. The sum is exact (scores in units of 2^-40 nats, at most 128 nats
             each) and rounded once to fp32 (fp64).
-        vocab_size: for ``renoise``: random ids are in [0, vocab_size), at most 2^31 - 1.
         min_tokens: the least number that a rule with a limit takes, an int of at least 0 or a
             ``(B,)`` int32 tensor (a schedule). Default 1.
-        seed: in [0, 2^64), for ``random`` and ``renoise``. The Philox counter is (0xFFFFFFFF,
-            position, request, nfe): the random order is that of its first word, largest first; the
-            random id is ``second word * vocab_size >> 32``.
+        seed: in [0, 2^64), for ``random``. The Philox counter is (0xFFFFFFFF, position, request,
+            nfe): the order is that of its first word, largest first.
         request: ``(B,)`` int32, which stream of random numbers a sequence uses; required for
-            ``random`` and ``renoise``, otherwise ignored.
+            ``random``, otherwise ignored.
         ending: an ``Ending``, to look for the end of a sequence in the same launch and to leave
-            out sequences that are done. Default None: none ends, all take part. Not for
-            ``renoise``, which has no masks.
+            out sequences that are done. Default None: none ends, all take part.
         backend: None (``PYDLLM_BACKEND``), ``"auto"``, ``"cuda"``, ``"triton"`` or ``"torch"``.
 
     Returns:
         ``Unmasked(remaining, accepted)``, both ``(B,)`` int32. What an ``ending`` fills does not
-        remain and does not count as accepted; of a sequence that was done both are 0. For
-        ``renoise`` what remains are the positions that were not accepted.
+        remain and does not count as accepted; of a sequence that was done both are 0.
 
     Raises:
         ValueError: shapes or devices do not fit, a rule is unknown, an option is
@@ -183,13 +172,12 @@ def unmask(
         "threshold": threshold,
         "factor": factor,
         "bound": bound,
-        "vocab_size": vocab_size,
     }
     check_choice("rule", rule, tuple(_OPTIONS))
     limit = _check_options(rule, given)
     least = _check_extras(rule, min_tokens, request, seed)
     _check_tensors(x, step_map, nfe, token, score)
-    if rule not in ("random", "renoise"):
+    if rule != "random":
         request = None
     if isinstance(min_tokens, Tensor):
         quota = min_tokens
@@ -202,7 +190,7 @@ def unmask(
     check_no_grad("unmask", score=score)
     seed = seed - 2**64 if seed >= 2**63 else seed  # the schema's integers are signed
     window = (x, step_map, nfe, token, score, mask_id, start, length)
-    numbers = (quota, least, limit, vocab_size or 0, seed)
+    numbers = (quota, least, limit, seed)
     done, end, eos, ends_from, last = (None, None, None, None, False) if ending is None else ending
     ends = (done, end, eos, ends_from, last)
     arguments = (*window, rule, *numbers, request, *ends)
@@ -223,8 +211,6 @@ def _check_options(rule: str, given: dict) -> float:
     limit = 0.0
     for name, largest in wanted.items():
         value = given[name]
-        if name == "vocab_size" and not (isinstance(value, int) and 0 < value < 2**31):
-            raise ValueError(f"vocab_size: expected an int in [1, 2^31), got {value!r}")
         if largest is not None:
             if not isinstance(value, int | float) or not 0 <= value <= largest:
                 raise ValueError(f"{name}: expected a number in [0, {largest:g}], got {value!r}")
@@ -239,7 +225,7 @@ def _check_extras(
     seed: int,
 ) -> int:
     """The least number of tokens, where no tensor says it."""
-    if rule in ("random", "renoise") and request is None:
+    if rule == "random" and request is None:
         raise ValueError(f"request: expected a (B,) int32 tensor for rule {rule!r}, got None")
     check_int("seed", seed, 0, 2**64 - 1)
     if min_tokens is None or isinstance(min_tokens, Tensor):
@@ -272,8 +258,6 @@ def _check_ending(rule: str, ending: Ending | None, x: Tensor) -> None:
         return
     if not isinstance(ending, Ending):
         raise TypeError(f"ending: expected an Ending or None, got {ending!r}")
-    if rule == "renoise":
-        raise ValueError(f"ending: expected None for rule {rule!r}, got an Ending")
     check_tensor("ending.done", ending.done, x.shape[:1], torch.bool, x, "x")
     check_written("ending.done", ending.done)
     check_tensor("ending.end", ending.end, x.shape[:1], torch.int32, x, "x")
@@ -302,7 +286,7 @@ def _fake(x: Tensor, step_map: Tensor, nfe: Tensor, *_: object) -> tuple[Tensor,
 _OP = Op(
     "unmask(Tensor(a!) x, Tensor(b!) step_map, Tensor(c!) nfe, Tensor token, Tensor score, "
     "int mask_id, Tensor start, Tensor length, str rule, Tensor? quota, int least, "
-    "float limit, int vocab, int seed, Tensor? request, "
+    "float limit, int seed, Tensor? request, "
     "Tensor(d!)? done, Tensor? end, Tensor? eos, Tensor? ends_from, bool last, "
     "str backend) -> (Tensor, Tensor)",
     _fake,

@@ -14,6 +14,7 @@ from pydllm.reference.linear import linear
 from pydllm.reference.mixture_accept import mixture_accept, mixture_accept_sparse
 from pydllm.reference.mixture_draft import mixture_draft
 from pydllm.reference.multiblock_step import multiblock_step
+from pydllm.reference.renoise import renoise
 from pydllm.reference.rms_norm import rms_norm
 from pydllm.reference.route import route
 from pydllm.reference.swiglu import swiglu
@@ -39,6 +40,7 @@ __all__ = [
     "mixture_accept_sparse",
     "mixture_draft",
     "multiblock_step",
+    "renoise",
     "rms_norm",
     "route",
     "swiglu",

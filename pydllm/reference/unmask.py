@@ -7,9 +7,9 @@ from torch import Tensor
 
 from pydllm.reference.philox import philox
 
-_ORDER = 0xFFFFFFFF  # the first counter word of a random order: no vocabulary id is there
-_UNIT = 2.0**-40  # entropies are summed in these, nats
-_LARGEST = 128.0  # and count as at most this much
+ORDER = 0xFFFFFFFF  # the first counter word of a random order: no vocabulary id is there
+UNIT = 2.0**-40  # entropies are summed in these, nats
+LARGEST = 128.0  # and count as at most this much
 _COUNTED = ("quota", "left_to_right", "random")  # rules that take a given number
 
 
@@ -26,7 +26,6 @@ def unmask(
     quota: Tensor | None,
     least: int,
     limit: float,
-    vocab: int,
     seed: int,
     request: Tensor | None,
     done: Tensor | None = None,
@@ -37,7 +36,6 @@ def unmask(
 ) -> tuple[Tensor, Tensor]:
     """Order what each window may take, best first; the first ``n`` become tokens.
 
-    ``variant`` names the ways in which a published rule differs, ``SEMANTICS`` of the op;
     ``quota``, or else ``least``, is how many are taken or, by a rule with a limit, at least taken.
     From ``done`` on, the fields of the op's ``Ending``.
     """
@@ -50,40 +48,37 @@ def unmask(
     slot = position % slots  # those of one sequence are distinct: rows <= slots
     before = x.gather(1, slot)
     masked = inside & (before == mask_id)
-    able = inside if rule == "renoise" else masked
     wide = torch.promote_types(score.dtype, torch.float32)
     # Limits are rounded to the dtype of the scores.
     bound = score.new_full((), limit, dtype=torch.float64).to(score.dtype).to(wide)
     score = score.to(wide)
-    words = position.new_zeros(*position.shape, 2)
-    if request is not None:
-        first = torch.full_like(position, _ORDER)
-        words = philox(first, position, request[:, None], nfe[:, None], seed)
 
     if rule == "left_to_right":
         value = torch.zeros_like(score)
-    elif rule == "random":
+    elif request is not None:  # random
+        first = torch.full_like(position, ORDER)
+        words = philox(first, position, request[:, None], nfe[:, None], seed)
         value = words[..., 0].to(torch.float64)
     else:
-        value = -score if rule in ("entropy", "entropy_bound", "renoise") else score
+        value = -score if rule in ("entropy", "entropy_bound") else score
         value = value.masked_fill(value.isnan(), -torch.inf)
-    # Ascending and stable: ties stay in order of position, and NaN, here what is not able, is last.
-    cost, order = torch.where(able, 0 - value, torch.nan).sort(dim=1, stable=True)
+    # Ascending and stable: ties stay in order of position; NaN, here what is not masked, is last.
+    cost, order = torch.where(masked, 0 - value, torch.nan).sort(dim=1, stable=True)
     floor = torch.full_like(nfe, least)[:, None] if quota is None else quota[:, None]
     passed = torch.zeros_like(floor) if rule in _COUNTED else _count(rule, cost, bound)
     n = torch.maximum(passed, floor)
-    keep = able & torch.zeros_like(able).scatter(1, order, row < n)
+    keep = masked & torch.zeros_like(masked).scatter(1, order, row < n)
 
-    new = torch.where(keep, token, words[..., 1] * vocab >> 32 if rule == "renoise" else before)
+    new = torch.where(keep, token, before)
     x.scatter_(1, slot, torch.where(inside, new, before))
     step_map.scatter_(1, slot, torch.where(keep, nfe[:, None], step_map.gather(1, slot)))
-    nfe += able.any(1)
+    nfe += masked.any(1)
     if done is not None and end is not None:
         _finish(
             x, step_map, mask_id, start, length.clamp(max=rows), done, end, eos, ends_from, last
         )
         new = x.gather(1, slot)
-    left = inside & (~keep if rule == "renoise" else new == mask_id)
+    left = inside & (new == mask_id)
     return left.sum(1, dtype=torch.int32), keep.sum(1, dtype=torch.int32)
 
 
@@ -129,6 +124,6 @@ def _count(rule: str, cost: Tensor, limit: Tensor) -> Tensor:
         good = -cost >= 1 - limit.expand_as(cost) / (rank + 1)
     else:
         # In integers, so that the sum is exact whatever the order of the additions.
-        units = (cost.clamp(0, _LARGEST).nan_to_num() / _UNIT).to(torch.int64)
-        good = (units.cumsum(1) - units).to(cost.dtype) * _UNIT <= limit
+        units = (cost.clamp(0, LARGEST).nan_to_num() / UNIT).to(torch.int64)
+        good = (units.cumsum(1) - units).to(cost.dtype) * UNIT <= limit
     return (good & (cost < torch.inf)).sum(1, keepdim=True, dtype=torch.int32)

@@ -141,7 +141,8 @@ def algorithm(kind: Any, optional: str = "", **settings: Any) -> Case:
     return Case(kind, lambda: settings, optional, name=kind.__name__)
 
 
-BLOCK = {"block_length": 4, "cache": "dual", "first_token": "window", "semantics": "exact"}
+BLOCK = {"block_length": 4, "cache": "dual", "first_token": "window"}
+FOLLOWED = BLOCK | {"compat": "fast_dllm"}
 CASES = (
     Case(pydllm.generate, generating, "backend max_batch on_step", instead=DECODING),
     Case(
@@ -181,8 +182,8 @@ CASES = (
         lambda: {"points": [(1.0, 80.0)], "y_max": 80.0, "alpha": 3.0},
         instead={"points": (None, 3, "x", {}, [], [3], [(1,)], [("x", 1)], [(0, 1)], [(1, 101)])},
     ),
-    algorithm(pydllm.Static, tokens_per_step=1, score="confidence", **BLOCK),
-    algorithm(pydllm.Threshold, threshold=0.9, min_tokens=1, **BLOCK),
+    algorithm(pydllm.Static, "compat", tokens_per_step=1, score="confidence", **FOLLOWED),
+    algorithm(pydllm.Threshold, "compat", threshold=0.9, min_tokens=1, **FOLLOWED),
     algorithm(pydllm.Factor, factor=1.0, **BLOCK),
     algorithm(pydllm.EntropyBound, bound=0.1, **BLOCK),
     Case(
@@ -227,9 +228,9 @@ CASES = (
             "lookahead": 4,
             "top_p": 0.5,
             "emit": "draft",
-            "rule": "paper",
+            "compat": "apd",
         },
-        "verifier",
+        "verifier compat",
         instead={
             "verifier": (3, "x", {}, pydllm.Static),
             "top_p": ("1", [0.5], {}, True, 0.0, 1.5),

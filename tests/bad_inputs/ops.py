@@ -137,6 +137,21 @@ CASES = (
         (("vocab_offset", 3), ("vocab_offset", -4)),
     ),
     Case(
+        ops.renoise,
+        lambda: {
+            "x": torch.zeros(2, 4, dtype=torch.int64),
+            "token": torch.ones(2, 4, dtype=torch.int64),
+            "entropy": torch.rand(2, 4),
+            "bound": 0.5,
+            "vocab_size": 9,
+            "seed": 1,
+            "request": at(0, 0),
+            "step": at(0, 0),
+        },
+        "",
+        (("vocab_size", 0), ("bound", -1.0)),
+    ),
+    Case(
         ops.unmask,
         window(rule=lambda: "quota", quota=lambda: at(1, 1), seed=lambda: 1, **written()),
         "",

@@ -142,9 +142,7 @@ def test_a_temperature_that_cannot_be_squared(trio):
     model, verifier = trio["plain"][0], trio["verifier"][0]
     algorithm = pydllm.APD(verifier, compat="apd")
     for temperature in (1e-4, [0.5, 1e-4]):
-        with pytest.raises(
-            ValueError, match="expected 0 or at least 0.001 with compat"
-        ):
+        with pytest.raises(ValueError, match="expected 0 or at least 0.001 with compat"):
             _decode(model, [[1], [2]], algorithm, temperature=temperature)
 
 

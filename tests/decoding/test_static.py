@@ -289,7 +289,7 @@ def _call(model, **changes):
         (
             {"algorithm": lambda: pydllm.Threshold(compat="x")},
             ValueError,
-            "compat: expected one of None, fast_dllm, got 'x'",
+            "compat: expected one of None, fast_dllm, dllm, got 'x'",
         ),
         (
             {"algorithm": lambda: pydllm.Static(semantics="llada")},

@@ -207,6 +207,20 @@ def certainty_loss(guard, backend, changed):
     ops.certainty_loss(torch.randn(2, V), target, backend=backend)
 
 
+def renoise(guard, backend, changed):
+    n = numbers(changed, request=1, step=2)
+    ops.renoise(
+        guard(torch.zeros(B, T, dtype=torch.int64)),
+        torch.ones(B, T, dtype=torch.int64),
+        torch.rand(B, T),
+        bound=0.5,
+        vocab_size=9,
+        seed=1,
+        backend=backend,
+        **n,
+    )
+
+
 class Case(NamedTuple):
     call: Callable
     arguments: tuple[str, ...]
@@ -225,6 +239,7 @@ CASES = (
     Case(vocab_stats, ("rows", "banned", "counter")),
     Case(head_stats, ("rows", "banned", "counter"), ("torch", "triton")),
     Case(certainty_loss, ("target",), ("torch", "triton")),
+    Case(renoise, ("request", "step"), ("torch", "triton")),
 )
 RUNS = [
     pytest.param(case, backend, id=f"{case.call.__name__}-{backend}")

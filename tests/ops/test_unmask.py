@@ -387,13 +387,11 @@ def test_nothing_to_do(batch, rows, slots, backend):
     assert case["nfe"].tolist() == [1] * batch
 
 
-def op_arguments(case, rule, quota, limit, variant, backend):
+def op_arguments(case, rule, quota, limit, backend):
     case = copied(case)
     head = [case[name] for name in ("x", "step_map", "nfe", "token", "score")]
-    request = case["request"] if rule in ("random", "renoise") else None
-    prompt = case["start"] + 1 if rule == "joint" else None
-    numbers = (quota, 1, limit, limit, 9, 7)
-    which = (MASK, case["start"], case["length"], rule, variant, *numbers, request, prompt)
+    request = case["request"] if rule == "random" else None
+    which = (MASK, case["start"], case["length"], rule, quota, 1, limit, 7, request)
     return (*head, *which, None, None, None, None, False, backend)
 
 
@@ -403,10 +401,9 @@ def test_opcheck(backend):
     op = torch.ops.pydllm.unmask.default
     quota = numbers([2, 1, 3])
     for which in (
-        ("random", quota, 0.0, ""),
-        ("factor", None, 1.0, "last_pair"),
-        ("joint", None, 0.5, "above"),
-        ("renoise", None, 0.5, ""),
+        ("random", quota, 0.0),
+        ("factor", None, 1.0),
+        ("entropy_bound", None, 0.5),
     ):
         torch.library.opcheck(op, op_arguments(case, *which, backend))
 

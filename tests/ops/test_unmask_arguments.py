@@ -59,16 +59,6 @@ QUOTA = numbers([1, 1])
             ValueError,
             r"quota: expected shape \(2\), got \(1,\)",
         ),
-        (
-            {"rule": "renoise", "threshold": None, "bound": 0.1, "vocab_size": 9},
-            ValueError,
-            "request: expected a .B,. int32 tensor for rule 'renoise', got None",
-        ),
-        (
-            {"rule": "renoise", "threshold": None, "bound": 0.1, "vocab_size": 2**31},
-            ValueError,
-            r"vocab_size: expected an int in \[1, 2\^31\), got 2147483648",
-        ),
         ({"min_tokens": -1}, ValueError, r"min_tokens: expected an int in \[0, 2\^31\), got -1"),
         ({"min_tokens": QUOTA.long()}, TypeError, "min_tokens: expected dtype torch.int32"),
         (

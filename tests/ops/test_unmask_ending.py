@@ -131,13 +131,13 @@ def test_by_hand(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck_and_compile(backend):
     case = make_case(3, 5, 8, seed=2)
-    window = (case["start"], case["length"], "quota", "", numbers([2, 1, 3]), 1, 0.0, 0.0, 9, 7)
+    window = (case["start"], case["length"], "quota", numbers([2, 1, 3]), 1, 0.0, 7)
     ending = make_ending(3, 8, 1, eos=[1, 2], ends_from=True, last=True)
     head = [case[name] for name in ("x", "step_map", "nfe", "token", "score")]
     names = ("done", "end", "eos_ids", "ends_from", "last")
     torch.library.opcheck(
         torch.ops.pydllm.unmask.default,
-        (*head, MASK, *window, None, None, *(ending[name] for name in names), backend),
+        (*head, MASK, *window, None, *(ending[name] for name in names), backend),
     )
 
     def step(tensors, done):
@@ -175,11 +175,8 @@ def test_bad_endings_are_refused_before_anything_is_written(change, error, messa
     assert all(torch.equal(case[name], before[name]) for name in FIELDS)
 
 
-def test_rules_without_a_last_mask_have_no_ending():
+def test_an_ending_is_one():
     case = make_case(3, 5, 8, seed=2)
-    ending = ops.Ending(**make_ending(3, 8, 1, eos=[1], ends_from=False, last=False))
-    with pytest.raises(ValueError, match="ending: expected None for rule 'joint'"):
-        ops.unmask(**case, rule="joint", threshold=0.5, edit_threshold=0.5, ending=ending)
     with pytest.raises(TypeError, match="ending: expected an Ending or None, got 3"):
         ops.unmask(**case, rule="threshold", threshold=0.5, ending=3)
 

@@ -118,7 +118,7 @@ def load_bd3lm(checkouts: Checkouts) -> dict[str, Loop]:
 
     def run_own(case: Case) -> Result:
         algorithm = pydllm.Static(
-            block_length=block, tokens_per_step=case.options["tokens_per_step"], semantics=THEIRS
+            block_length=block, tokens_per_step=case.options["tokens_per_step"], compat=THEIRS
         )
         return Result(answers(case, algorithm).tokens)
 
@@ -164,7 +164,7 @@ def load_stable_diffcoder(checkouts: Checkouts) -> dict[str, Loop]:
 
     def run_own(case: Case) -> Result:
         threshold = case.options["threshold"]
-        algorithm = pydllm.Threshold(threshold=threshold, block_length=4, semantics=THEIRS)
+        algorithm = pydllm.Threshold(threshold=threshold, block_length=4, compat=THEIRS)
         return answers(case, algorithm)
 
     return {"generate_block": Loop(draw, run_original, run_own)}
@@ -267,9 +267,9 @@ def load_nemotron(checkouts: Checkouts) -> dict[str, Loop]:
     def run_blocks(case: Case) -> Result:
         threshold = case.options["threshold"]
         if threshold is None:
-            algorithm: Any = pydllm.Static(block_length=block, semantics=THEIRS)
+            algorithm: Any = pydllm.Static(block_length=block, compat=THEIRS)
         else:
-            algorithm = pydllm.Threshold(threshold=threshold, block_length=block, semantics=THEIRS)
+            algorithm = pydllm.Threshold(threshold=threshold, block_length=block, compat=THEIRS)
         got = answers(case, algorithm)
         # With an EOS, the original leaves a block's other masks; a batch goes on with them.
         return got._replace(forwards=None) if (got.tokens == EOS).any() else got

@@ -18,7 +18,6 @@ NUMBERS = {
     "factor": {"factor": 1.0},
     "entropy": {"threshold": 0.1},
     "entropy_bound": {"bound": 0.1},
-    "renoise": {"bound": 0.1, "vocab_size": MASK},
 }
 RULES = ("quota", "left_to_right", "random", *NUMBERS)
 SHAPES = {
@@ -32,7 +31,7 @@ def make(dtype: torch.dtype, device: str, *, rule: str, batch: int, rows: int) -
     """fp32 (fp64) scores whatever the dtype of the logits: half of the masks are certain."""
     generator = torch.Generator().manual_seed(0)
     score = torch.rand(batch, rows, generator=generator) ** 0.2
-    if rule.startswith("entropy") or rule == "renoise":
+    if rule.startswith("entropy"):
         score = 1 - score
     token = torch.randint(0, MASK, (batch, rows), generator=generator)
     one = torch.ones(batch, dtype=torch.int32, device=device)
@@ -64,10 +63,10 @@ def _positional(inputs: dict) -> tuple:
     inputs = dict(inputs)
     start, length, quota, rule = (inputs.pop(k) for k in ("start", "length", "quota", "rule"))
     given = NUMBERS.get(rule, {})
-    limit = next((v for k, v in given.items() if k != "vocab_size"), 0.0)
-    vocab, quota = given.get("vocab_size", 0), None if rule in NUMBERS else quota
-    request = inputs["nfe"] if rule in ("random", "renoise") else None
-    options = (rule, quota, 1, limit, vocab, 0, request)
+    limit = next(iter(given.values()), 0.0)
+    quota = None if rule in NUMBERS else quota
+    request = inputs["nfe"] if rule == "random" else None
+    options = (rule, quota, 1, limit, 0, request)
     ending = (None, None, None, None, False)
     return (*inputs.values(), MASK, start, length, *options, *ending)
 

@@ -17,7 +17,6 @@ RULES = {
     "factor": 4,
     "entropy": 5,
     "entropy_bound": 6,
-    "renoise": 7,
 }
 
 
@@ -34,7 +33,6 @@ def supports(
     quota: Tensor | None,
     least: int,
     limit: float,
-    vocab: int,
     seed: int,
     request: Tensor | None,
     done: Tensor | None,
@@ -70,7 +68,6 @@ def unmask(
     quota: Tensor | None,
     least: int,
     limit: float,
-    vocab: int,
     seed: int,
     request: Tensor | None,
     done: Tensor | None,
@@ -110,7 +107,6 @@ def unmask(
         rule=RULES[rule],
         least=least,
         limit=limit,
-        vocab=vocab,
         seed=seed,
         ends=0 if eos is None else eos.shape[0],
         last=last,

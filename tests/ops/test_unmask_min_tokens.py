@@ -1,4 +1,4 @@
-"""``renoise``, ``min_tokens``, and scores in half precision: against plain statements."""
+"""``min_tokens``, and scores in half precision."""
 
 import pytest
 import torch
@@ -12,7 +12,6 @@ from tests.ops.test_unmask import (
     integers,
     make_case,
     numbers,
-    philox_word,
 )
 
 F32, F64 = torch.float32, torch.float64
@@ -34,55 +33,10 @@ def grid_case(batch, rows, seed, dtype, lower_is_better):
     return case
 
 
-def expect(case, bound):
-    """x, step_map, nfe, remaining and accepted, sequence by sequence."""
-    x, token, score = (case[name].tolist() for name in ("x", "token", "score"))
-    step_map, nfe = case["step_map"].tolist(), case["nfe"].tolist()
-    remaining, accepted = [], []
-    for b, start in enumerate(case["start"].tolist()):
-        inside = list(range(case["length"][b].item()))
-        spent, keep = 0.0, set()
-        for j in sorted(inside, key=lambda j: (score[b][j], j)):
-            if torch.tensor(spent).item() <= bound:  # in fp32
-                keep.add(j)
-            spent += score[b][j]
-        for j in inside:
-            if j in keep:
-                x[b][start + j], step_map[b][start + j] = token[b][j], nfe[b]
-            else:
-                counter = start + j, case["request"][b].item(), nfe[b]
-                x[b][start + j] = random_word(*counter, case["seed"]) * 40 >> 32
-        accepted.append(len(keep))
-        remaining.append(len(inside) - len(keep))
-        nfe[b] += bool(inside)
-    return torch.tensor(x), numbers(step_map), numbers(nfe), numbers(remaining), numbers(accepted)
-
-
-def random_word(position, request, nfe, seed):
-    """The second word of Philox: those of the library are checked word by word elsewhere."""
-    from pydllm.reference.philox import philox
-
-    words = [torch.tensor([word]) for word in (0xFFFFFFFF, position, request, nfe)]
-    got = philox(*words, seed)[0].tolist()
-    assert got[0] == philox_word(0xFFFFFFFF, position, request, nfe, seed)
-    return got[1]
-
-
 def call(case, rule, option, backend, **extra):
     case = copied(case)
     counts = ops.unmask(**case, rule=rule, backend=backend, **option, **extra)
     return case["x"], case["step_map"], case["nfe"], *counts
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_renoise(backend):
-    """DiffusionGemma, diffusers: accepted while the sum of the entropies before is bounded."""
-    for index, (rows, bound) in enumerate((r, b) for r in (5, 33) for b in (0.0, 0.25, 2.0, 30.0)):
-        case = grid_case(60, rows, 100 * index, F32, True)
-        got = call(case, "renoise", {"bound": bound, "vocab_size": 40}, backend)
-        names = ("x", "step_map", "nfe", "remaining", "accepted")
-        for name, one, other in zip(names, got, expect(case, bound), strict=True):
-            assert torch.equal(one, other), (name, bound, rows)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -110,29 +64,6 @@ def test_at_least_min_tokens(least, backend):
         *_, expected = call(case | {"score": best}, "quota", {"quota": got}, backend)
         top, *_ = call(case | {"score": best}, "quota", {"quota": got}, backend)
         assert torch.equal(expected, got) and torch.equal(x, top)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_noise_is_uniform_and_keyed_by_sequence_and_position(backend):
-    batch, rows, vocab = 64, 64, 16
-    case = make_case(batch, rows, rows, seed=0)
-    case["start"][:], case["length"][:], case["score"][:] = 0, rows, 100.0
-    case["request"], case["nfe"] = numbers(range(batch)), numbers([3] * batch)
-
-    def noise(**changes):
-        option = {"bound": 0.0, "vocab_size": vocab, "min_tokens": 0}
-        x, *_, remaining, accepted = call(case | changes, "renoise", option, backend)
-        # The first is taken whatever its entropy: nothing was spent before it.
-        assert accepted.tolist() == [1] * batch and remaining.tolist() == [rows - 1] * batch
-        return x[:, 1:]
-
-    x = noise()
-    assert x.min() >= 0 and x.max() < vocab
-    counts = torch.bincount(x.flatten(), minlength=vocab).double()
-    statistic = ((counts - counts.mean()) ** 2 / counts.mean()).sum()
-    assert statistic < 37.7  # 15 degrees of freedom, p = 0.001
-    assert not torch.equal(x, noise(seed=1)) and not torch.equal(x, noise(nfe=case["nfe"] + 1))
-    assert torch.equal(x.flip(0), noise(request=case["request"].flip(0)))
 
 
 @pytest.mark.gpu
