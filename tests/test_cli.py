@@ -261,3 +261,34 @@ def test_the_harness_has_help_without_itself(monkeypatch):
     result = _run("lm-eval", "--help")
     assert result.exit_code == 0 and "pip install 'pydllm[eval]'" in result.output
     assert _run("lm-eval", "--tasks", "gsm8k").exit_code == 1
+
+
+def test_generate_writes_a_page_of_several_algorithms(tmp_path):
+    page = tmp_path / "page.html"
+    other = "static,block_length=16,tokens_per_step=4"
+    asked = ("--prompt", PROMPT, "--prompt", PROMPT, "--html", str(page))
+    result = _run("generate", *asked, "--beside", other, "--beside", "apd", "--json")
+    assert result.exit_code == 0, result.output
+    data = re.search(r'id="data">(.*?)</script>', page.read_text()).group(1)
+    scenes = json.loads(data)["scenes"]
+    assert [scene["prompt"] for scene in scenes] == [PROMPT] * 2
+    runs = scenes[0]["runs"]
+    assert [run["name"] for run in runs] == ["threshold", other, "apd"]
+    record = json.loads(result.stdout.splitlines()[0])
+    assert runs[0]["forwards"] == record["nfe"] and runs[1]["forwards"] > runs[0]["forwards"]
+    assert " ".join(runs[0]["words"][:-1]) == record["text"].strip()
+    assert all(len(run["words"]) == len(run["entropy"]) and run["wrong"] is None for run in runs)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--beside", "static"), "expected --html with --beside, got none"),
+        (("--html", "x.html", "--infill"), "expected --html or --infill, got both"),
+        (("--html", "x.html", "--beside", "best"), "expected one of static, thresh"),
+        (("--data", "x", "--out", "y", "--html", "z"), "expected no --html with --data"),
+    ],
+)
+def test_bad_pages(options, message):
+    result = _run("generate", "--prompt", PROMPT, *options)
+    assert result.exit_code == 2 and message in " ".join(result.output.split())

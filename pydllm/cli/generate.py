@@ -14,6 +14,7 @@ import click
 from rich.console import Console
 
 from pydllm._options import BACKEND, DEVICE, JSON
+from pydllm.cli.player import check_player, player_options, read_beside, write_player
 from pydllm.cli.sampling import read_sampling, sampling_options
 from pydllm.cli.settings import read_algorithm, read_template
 from pydllm.cli.watch import Watch
@@ -42,6 +43,7 @@ PATH = click.Path(path_type=Path)
 @click.option("--logprobs", is_flag=True, help="Log-probabilities of the new tokens, with --json.")
 @click.option("--stream", "streams", is_flag=True, help="Print text as soon as it is final.")
 @click.option("--watch", is_flag=True, help="Show the sequences after every forward.")
+@player_options
 @DEVICE
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16", "float64"]))
 @click.option("--data", type=PATH, help="Prompts, a JSON object a line; with --out.")
@@ -104,12 +106,18 @@ def generate(
         _run_job(data, out, recipe, device, plan, as_json)
         return
     _check_display(values, as_json)
+    check_player(values)
     options: dict[str, Any] = {
         "device": device,
         "dtype": None if dtype is None else getattr(torch, dtype),
         "tp": None,
     }
-    chosen = read_algorithm(algorithm, settings, lambda: load(_verifier(verifier), **options))
+
+    def load_verifier() -> Any:
+        return load(_verifier(verifier), **options)
+
+    chosen = read_algorithm(algorithm, settings, load_verifier)
+    beside = read_beside(values["beside"], load_verifier)
     if not prompts and sys.stdin.isatty():
         click.echo("Prompts, one per line; Ctrl-D ends them (or use --prompt TEXT):", err=True)
     texts = list(prompts) or [line.rstrip("\n") for line in sys.stdin if line.strip()]
@@ -127,6 +135,13 @@ def generate(
     result, answers = _decode(model, texts, chosen, arguments, values)
     seconds = time.perf_counter() - started
     first = is_first_process()
+    if values["html"] is not None and "interrupted" not in result.finish_reason:
+        plain = values | {"watch": False, "streams": False}
+        results = {",".join((algorithm, *settings)): result}
+        for name, other in beside.items():
+            results[name], _ = _decode(model, texts, other, arguments, plain)
+        title = Path(source or WEIGHTS).name
+        write_player(model, texts, results, title, values["html"], write=first, backend=backend)
     leave_processes()
     if first:
         shown = values["streams"]
@@ -235,7 +250,7 @@ def _check_display(values: dict[str, Any], as_json: bool) -> None:
 
 
 def _refuse_in_jobs(values: dict[str, Any]) -> None:
-    given = [name for name, value in values.items() if value not in (False, None)]
+    given = [name for name, value in values.items() if value not in (False, None, ())]
     if given:
         raise click.UsageError(f"expected no --{given[0].removesuffix('s')} with --data, got it")
 

@@ -248,7 +248,11 @@ def forwards(scores: list[Score], theme: Theme) -> Figure:
     from matplotlib.patches import Rectangle
 
     groups = _by_model(scores)
-    names = [name for name in dict.fromkeys(s.algorithm for s in scores) if "cache" not in name]
+    kinds = list(dict.fromkeys(family(s.algorithm) for s in scores))
+    known = dict.fromkeys(s.algorithm for s in scores)
+    # A cache changes the time of a forward, hardly their number.
+    names = [name for name in known if "cache" not in name] or list(known)
+    names.sort(key=lambda name: kinds.index(family(name)))  # a family's rows are neighbours
     figure, (axis,) = _figure(1, 1, 0.4 + 0.27 * len(names), theme)
     blues = colormaps["Blues"]
     for column, found in enumerate(groups.values()):
