@@ -8,6 +8,7 @@ from pydllm.models.config import Config
 from pydllm.models.families import find_family
 from pydllm.models.overrides import make_spec
 from pydllm.models.weights import slots
+from tests.models.__main__ import main
 from tests.models.plain import RECENT, random_plain, write_checkpoint
 from tests.models.test_native import at, close, random_ids
 
@@ -196,6 +197,15 @@ def test_transformers_models(pair, name):
     got = run(model, ids, (0, 0), model.new_cache(2, 20), (20, 20), (20, 20), (20, 20), "causal")
     # fp32 norms and tables there.
     close(model.head(got), expected, 64 * 2**-24 * expected.abs().max().item())
+
+
+def test_the_command_that_counts(capsys):
+    pytest.importorskip("transformers", reason="compares with transformers' models")
+    assert main(["llama3", "a2d-bd3lm", "--models", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("llama3: full 2 of 2, cached 3 of 3, batch 6 of 6, LlamaForCausalLM")
+    assert lines[1].startswith("a2d-bd3lm: full 3 of 3, cached 5 of 5, batch 9 of 9, Qwen3ForCaus")
+    assert lines[2].startswith("in all: full 5 of 5, cached 8 of 8, batch 15 of 15, public class ")
 
 
 # Nemotron-Labs-Diffusion's config.json: hidden size, layers, MLP, base, factor, positions, EOS.
