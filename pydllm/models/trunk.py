@@ -40,6 +40,7 @@ class Trunk:
         config = read_config(folder)
         family = find_family(config)
         sizes = family.sizes(config, family)
+        config = config if family.prepare is None else family.prepare(config)
         kind = _kind(sizes)
         self.name = f"{kind}ForCausalLM"
         if not hasattr(transformers, self.name):

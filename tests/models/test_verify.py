@@ -48,7 +48,7 @@ def test_every_family_passes(tmp_path, name):
         assert not counted
 
 
-@pytest.mark.parametrize("name", ["sdar-moe-mixed", "llada-moe-mixed", "qwen3-moe", "llada2"])
+@pytest.mark.parametrize("name", ["sdar-moe-mixed", "llada-moe-mixed", "rnd1", "llada2"])
 def test_mixtures_pass(tmp_path, name):
     """Those with a softmax have a class in transformers, of either layout of experts."""
     pytest.importorskip("transformers", reason="compares with its classes")
