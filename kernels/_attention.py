@@ -19,6 +19,7 @@ class Cache(NamedTuple):
     k_ptr: tl.tensor
     v_ptr: tl.tensor
     table_ptr: tl.tensor  # (slots / PAGE) int32 of the sequence, or None
+    pages: tl.tensor  # of the cache, where there is a table
     stride_k_page: tl.tensor
     stride_k_row: tl.tensor
     stride_v_page: tl.tensor
@@ -92,12 +93,16 @@ def load_rotated(
 
 
 @triton.jit
-def cache_rows(ptr, table_ptr, slot, mask, stride_page, stride_row, PAGE: tl.constexpr):
-    """[N] where the rows of ``slot`` begin: in one piece from ``ptr`` on, or by the block table."""
+def cache_rows(ptr, table_ptr, pages, slot, mask, stride_page, stride_row, PAGE: tl.constexpr):
+    """[N] where the rows of ``slot`` begin: in one piece from ``ptr`` on, or by the block table.
+
+    An entry that is no page is taken for the nearest one.
+    """
     if table_ptr is None:
         rows = ptr + slot.to(tl.int64) * stride_row
     else:
-        page = tl.load(table_ptr + slot // PAGE, mask=mask, other=0).to(tl.int64)
+        page = tl.load(table_ptr + slot // PAGE, mask=mask, other=0)
+        page = tl.minimum(tl.maximum(page, 0), pages - 1).to(tl.int64)
         rows = ptr + page * stride_page + (slot % PAGE).to(tl.int64) * stride_row
     return rows
 
@@ -115,15 +120,19 @@ def write_rows(
     HALF: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Write rows to their slots."""
+    """Write rows to their slots, but not where the block table names no page."""
+    if cache.table_ptr is not None:
+        page = tl.load(cache.table_ptr + slot // PAGE, mask=mask, other=0)
+        mask = mask & (page >= 0) & (page < cache.pages)
     first, second, mask_h = rotary_offsets(HEAD_DIM, HALF, BLOCK_D)
     offs_d = tl.arange(0, BLOCK_D)[None, :]
     mask_d = mask[:, None] & (offs_d < HEAD_DIM)
     v = tl.load(v_rows[:, None] + offs_d, mask=mask_d, other=0.0)  # [N, BLOCK_D]
+    table_ptr, pages = cache.table_ptr, cache.pages
     strides_k = cache.stride_k_page, cache.stride_k_row
     strides_v = cache.stride_v_page, cache.stride_v_row
-    k_ptrs = cache_rows(cache.k_ptr, cache.table_ptr, slot, mask, strides_k[0], strides_k[1], PAGE)
-    v_ptrs = cache_rows(cache.v_ptr, cache.table_ptr, slot, mask, strides_v[0], strides_v[1], PAGE)
+    k_ptrs = cache_rows(cache.k_ptr, table_ptr, pages, slot, mask, *strides_k, PAGE)
+    v_ptrs = cache_rows(cache.v_ptr, table_ptr, pages, slot, mask, *strides_v, PAGE)
     tl.store(k_ptrs[:, None] + first, k_a, mask=mask[:, None] & mask_h)
     tl.store(k_ptrs[:, None] + second, k_b, mask=mask[:, None] & mask_h)
     tl.store(v_ptrs[:, None] + offs_d, v, mask=mask_d)

@@ -34,6 +34,7 @@ def _window_attention_rotate_kernel(
     # sizes
     rows,  # T
     slots,
+    pages,  # of the cache, where there is a table
     eps,
     # strides
     stride_k_batch,
@@ -74,6 +75,7 @@ def _window_attention_rotate_kernel(
         k_cache_ptr,
         v_cache_ptr,
         table_ptr,
+        pages,
         stride_k_cache_batch,
         stride_k_cache_row,
         stride_v_cache_batch,
@@ -133,6 +135,7 @@ def rotate_and_commit(
         table_ptr=block_table,
         rows=rows,
         slots=page * (1 if block_table is None else block_table.shape[1]),
+        pages=0 if block_table is None else k_cache.shape[0],
         eps=eps,
         **strides(k=k, v=v, k_cache=k_cache, v_cache=v_cache),
         PAGE=0 if block_table is None else page,

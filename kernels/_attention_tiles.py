@@ -160,6 +160,7 @@ def attend_rotated(
         k_rows = cache_rows(
             cache.k_ptr,
             cache.table_ptr,
+            cache.pages,
             slot,
             visible,
             cache.stride_k_page,
@@ -169,6 +170,7 @@ def attend_rotated(
         v_rows = cache_rows(
             cache.v_ptr,
             cache.table_ptr,
+            cache.pages,
             slot,
             visible,
             cache.stride_v_page,
@@ -241,6 +243,7 @@ def attend_window(
         k_cached = cache_rows(
             cache.k_ptr,
             cache.table_ptr,
+            cache.pages,
             slot,
             cached,
             cache.stride_k_page,
@@ -250,6 +253,7 @@ def attend_window(
         v_cached = cache_rows(
             cache.v_ptr,
             cache.table_ptr,
+            cache.pages,
             slot,
             cached,
             cache.stride_v_page,

@@ -36,6 +36,7 @@ def _commit_branch_kernel(
     window,  # rows of a branch, T / branches
     branches,
     slots,
+    pages,  # of the cache, where there is a table
     eps,
     # strides
     stride_k_batch,
@@ -79,6 +80,7 @@ def _commit_branch_kernel(
         k_cache_ptr,
         v_cache_ptr,
         table_ptr,
+        pages,
         stride_k_cache_batch,
         stride_k_cache_row,
         stride_v_cache_batch,
@@ -150,6 +152,7 @@ def commit_branch(
         window=window,
         branches=branches,
         slots=page * (1 if block_table is None else block_table.shape[1]),
+        pages=0 if block_table is None else k_cache.shape[0],
         eps=eps,
         **strides(k=k, v=v, k_cache=k_cache, v_cache=v_cache),
         PAGE=0 if block_table is None else page,

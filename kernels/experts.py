@@ -222,7 +222,8 @@ def _experts_combine_kernel(
     live = offs_r < 0
     for slot in tl.static_range(TOP_K):
         pair = offs_r * TOP_K + slot
-        routed = mask_r & (tl.load(ids_ptr + pair, mask=mask_r, other=0) < experts)
+        chosen = tl.load(ids_ptr + pair, mask=mask_r, other=0)
+        routed = mask_r & (chosen >= 0) & (chosen < experts)
         weight = tl.load(weights_ptr + pair, mask=routed, other=0.0)
         # [BLOCK_R, BLOCK_N]
         y_ptrs = y_ptr + pair[:, None] * width + offs_n[None, :]

@@ -225,7 +225,7 @@ def _route_select_kernel(
     if pool_ptr is not None:
         block = tl.maximum(start + at, 0) // block_size - tl.maximum(start, 0) // block_size
         pool_ptrs = pool_ptr + (window * blocks + block)[:, None] * experts + offs_e[None, :]
-        admitted = tl.load(pool_ptrs, mask=mask_r[:, None] & mask_e[None, :], other=0)
+        admitted = tl.load(pool_ptrs, mask=alive[:, None] & mask_e[None, :], other=0)
         choice = tl.where(admitted > 0, choice, float("-inf"))
     elif GROUPS > 1:
         choice = _best_groups(choice, offs_e, GROUPS, TOPK_GROUPS)

@@ -68,6 +68,7 @@ def _window_attention_kernel(
     window,  # rows of a branch, T / branches
     branches,
     slots,
+    pages,  # of the cache, where there is a table
     block_size,  # of the block-causal mask, or None
     sliding_window,  # or None
     eps,
@@ -128,6 +129,7 @@ def _window_attention_kernel(
         k_cache_ptr,
         v_cache_ptr,
         table_ptr,
+        pages,
         stride_k_cache_batch,
         stride_k_cache_row,
         stride_v_cache_batch,
@@ -371,6 +373,7 @@ def window_attention(
         window=rows // branches,
         branches=branches,
         slots=slots,
+        pages=0 if block_table is None else k_cache.shape[0],
         block_size=block_size,
         sliding_window=window,
         eps=eps,

@@ -35,7 +35,7 @@ def experts(
         gate_up: ``(E, 2I, H)``, dtype of ``hidden``: the rows of each expert's gate, then of its
             up-projection.
         down: ``(E, H, I)``, dtype of ``hidden``.
-        ids: ``(..., K)`` int32 in [0, E]; E is no expert. As ``route`` returns them.
+        ids: ``(..., K)`` int32 in [0, E); any other is no expert. As ``route`` returns them.
         weights: ``(..., K)`` fp32 (fp64 with fp64).
         shared_gate_up: ``(2S, H)`` or None: an expert of every row that has at least one expert.
         shared_down: ``(H, S)``, with ``shared_gate_up``.

@@ -24,7 +24,9 @@ def experts(
     """
     rows, pairs = hidden.flatten(0, -2), ids.flatten(0, -2)
     scale, wide = weights.flatten(0, -2), weights.dtype
-    routed = pairs < gate_up.shape[0]
+    count = gate_up.shape[0]
+    routed = (pairs >= 0) & (pairs < count)
+    pairs = torch.where(routed, pairs, count)
     if not hidden.is_cuda:
         each = _touched(rows, gate_up, down, pairs, activation)
     elif hidden.dtype == torch.bfloat16:

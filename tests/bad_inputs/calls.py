@@ -82,7 +82,7 @@ DECODING: dict[str, tuple[Any, ...]] = {
     "temperature": (None, *NUMBERS, True, -1.0, 1e300, 1e-9, [0.5], [0.5, "x"]),
     "top_k": (*NUMBERS, True, 0, -1, [3], [3, 0]),
     "top_p": (*NUMBERS, True, 0.0, 1.5, [0.5], [0.5, 2.0]),
-    "suppress_ids": (None, 3, "x", {}, [1.5], [-1], [10**9], [True], object()),
+    "suppress_ids": (3, "x", {}, [1.5], [-1], [10**9], [True], object()),
     "stop": (1.5, {}, object(), [object()], [[1.5]], [[]]),
     "request_ids": (3, "x", {}, [0], [0, 1.5], [0, 2**31], [0, True], object()),
     "graph": (None, 3, "yes", [True]),

@@ -2,7 +2,8 @@
 
 Metadata is checked on the host; values are not read there. Each case puts one argument's value at
 the ends of its range. What an op updates lies between guard zones, and the call runs in a process
-of its own, because a wrong read may end it.
+of its own, because a wrong read may end it. ``linear``, ``rms_norm`` and ``swiglu`` read no number
+that says where.
 """
 
 import os
@@ -122,6 +123,48 @@ def window_attention(guard, backend, changed):
     ops.window_attention(k, k, k, *caches, cos=cos, sin=cos, backend=backend, **n)
 
 
+def _paged(guard, changed, dtype):
+    """Two sequences of two pages of four slots each; an entry of the first is another number."""
+    caches = [guard(torch.zeros(5, 4, 1, 64, dtype=dtype)) for _ in range(2)]
+    table = at(0, 1, 2, 3).view(2, 2)
+    table[0, changed.pop("column")] = changed.pop("block_table")
+    return caches, table
+
+
+def paged_commit_branch(guard, backend, changed):
+    for column in range(2):
+        caches, table = _paged(guard, changed | {"column": column}, torch.float32)
+        k, cos, n = torch.randn(B, 4, 1, 64), torch.ones(8, 32), at(2, 2)
+        tables = {"cos": cos, "sin": cos, "block_table": table, "branches": 1}
+        given = {"branch": at(0, 0), "start": n, "commit": at(4, 4)}
+        ops.commit_branch(k, k, *caches, **given, **tables, backend=backend)
+
+
+def paged_window_attention(guard, backend, changed):
+    dtype = torch.float16 if backend == "cuda" else torch.float32
+    for column in range(2):
+        caches, table = _paged(guard, changed | {"column": column}, dtype)
+        k, cos, n = torch.randn(B, 4, 1, 64).to(dtype), torch.ones(8, 32), at(4, 4)
+        given = {"start": at(2, 2), "length": n, "kv_len": at(2, 2), "commit": n}
+        tables = {"cos": cos, "sin": cos, "block_table": table}
+        ops.window_attention(k, k, k, *caches, **given, **tables, backend=backend)
+
+
+def route(guard, backend, changed):
+    n = numbers(changed, start=0, length=3)
+    hidden, router, bias = torch.randn(B, 4, 16), torch.randn(4, 16), torch.randn(4)
+    options = {"top_k": 2, "score": "sigmoid", "capacity": 3, "block_size": 2}
+    got = ops.route(hidden, router, bias, **options, **n, backend=backend)
+    if not ((got.ids >= 0) & (got.ids <= 4)).all():
+        raise AssertionError(got.ids)
+
+
+def experts(guard, backend, changed):
+    hidden, gate_up, down = torch.randn(3, 16), torch.randn(4, 16, 16), torch.randn(4, 16, 8)
+    ids = torch.tensor([[changed["ids"], 1], [2, 3], [0, 4]], dtype=INT32)
+    ops.experts(hidden, gate_up, down, ids, torch.rand(3, 2), backend=backend)
+
+
 def multiblock_step(guard, backend, changed):
     x = guard(torch.zeros(B, L + 4, dtype=torch.int64))
     state = ops.MultiBlockState.make(x, 4, 2)
@@ -233,6 +276,10 @@ CASES = (
     Case(verify, ("start", "length")),
     Case(commit_branch, ("branch", "start", "commit", "pad")),
     Case(window_attention, ("start", "length", "kv_len", "commit", "pad")),
+    Case(paged_commit_branch, ("block_table",), ("torch", "triton")),
+    Case(paged_window_attention, ("block_table",), ("torch", "triton")),
+    Case(route, ("start", "length")),
+    Case(experts, ("ids",), ("torch", "triton")),
     Case(multiblock_step, ("prompt_length", *ROWS)),
     Case(mixture_accept, ("token", "length")),
     Case(mixture_accept_sparse, ("ids", "size", "token", "length")),
