@@ -180,6 +180,9 @@ def _check(job: Job, device: torch.device) -> tuple[NativeModel, list[list[int]]
         )
     texts: Any = [prompt.prompt for prompt in job.prompts]
     ids = encode_prompts(teacher, texts)
+    for row, given in enumerate(ids):
+        if teacher.spec.mask_id in given:
+            raise ValueError(f"--data: expected no mask in a prompt, got one in prompts[{row}]")
     Static(block_length=recipe.block_length, score=recipe.score)
     answer_checker(job.prompts, job.answer_pattern)
     longest = max(map(len, ids)) + recipe.max_new_tokens
