@@ -186,11 +186,11 @@ PYBIND11_MODULE(_C, m) {
     using Call = pydllm::Unmask;
     define_call(m, "unmask", pydllm::unmask, FIELD(remaining), FIELD(accepted), FIELD(x),
                 FIELD(step_map), FIELD(nfe), FIELD(token), FIELD(score), FIELD(start),
-                FIELD(length), FIELD(quota), FIELD(request), FIELD(done), FIELD(end), FIELD(eos),
-                FIELD(ends_from), FIELD(dtype), FIELD(batch), FIELD(slots), FIELD(rows),
-                FIELD(mask_id), FIELD(rule), FIELD(least), FIELD(limit), FIELD(seed), FIELD(ends),
-                FIELD(last), FIELD(stride_x_row), FIELD(stride_step_map_row),
-                FIELD(stride_token_row), FIELD(stride_score_row));
+                FIELD(length), FIELD(quota), FIELD(request), FIELD(done), FIELD(end),
+                FIELD(eos_ids), FIELD(ends_from), FIELD(dtype), FIELD(batch), FIELD(slots),
+                FIELD(rows), FIELD(mask_id), FIELD(rule), FIELD(min_tokens), FIELD(limit),
+                FIELD(seed), FIELD(ends), FIELD(last), FIELD(stride_x_row),
+                FIELD(stride_step_map_row), FIELD(stride_token_row), FIELD(stride_score_row));
   }
   define(m, "verify", pydllm::verify, "following", "branch", "accepted", "remaining", "complete",
          "x", "step_map", "nfe", "candidates", "token", "score", "start", "length", "dtype",

@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kMaxThreads) unmask_kernel(const Unmask call) 
 
   const int64_t start = call.start[sequence];
   const int32_t nfe = call.nfe[sequence];
-  const int floor = call.quota == nullptr ? call.least : call.quota[sequence];
+  const int floor = call.quota == nullptr ? call.min_tokens : call.quota[sequence];
   // The rows in use that lie in x; as int64, since start may be any number.
   const bool was_done = call.done != nullptr && call.done[sequence];
   const int64_t length = was_done ? 0 : call.length[sequence];
@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(kMaxThreads) unmask_kernel(const Unmask call) 
     if (start + j < ends_from) continue;
     open += after == call.mask_id;
     for (int64_t i = 0; i < call.ends; ++i) {
-      if (after == call.eos[i] && start + j < stop) place = min(place, j);
+      if (after == call.eos_ids[i] && start + j < stop) place = min(place, j);
     }
   }
   part = count_block(part);
@@ -173,7 +173,7 @@ __global__ void __launch_bounds__(kMaxThreads) unmask_kernel(const Unmask call) 
     if (ended) {
       const int64_t behind = (stop < call.slots ? stop : call.slots) - start;
       for (int64_t j = place + 1 + thread; j < behind; j += threads) {
-        x[j] = call.eos[0];
+        x[j] = call.eos_ids[0];
         step_map[j] = -1;
       }
       __syncthreads();

@@ -31,18 +31,18 @@ struct Unmask {
   const void* score;         // (batch, rows) of dtype
   const int32_t* start;      // (batch,)
   const int32_t* length;     // (batch,)
-  const int32_t* quota;      // (batch,), or null: `least` for all
+  const int32_t* quota;      // (batch,), or null: `min_tokens` for all
   const int32_t* request;    // (batch,), or null: no random numbers
   bool* done;                // (batch,), read and written, or null: no sequence ends
   const int32_t* end;        // (batch,), where done is
-  const int64_t* eos;        // (ends,), or null
+  const int64_t* eos_ids;    // (ends,), or null
   const int32_t* ends_from;  // (batch,), or null
   // Sizes.
   Dtype dtype;
   int64_t batch, slots, rows;
   int64_t mask_id;
   Rule rule;
-  int32_t least;
+  int32_t min_tokens;
   float limit;  // rounded to dtype in the kernel
   int64_t seed, ends;
   bool last;

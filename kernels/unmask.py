@@ -27,10 +27,10 @@ def _count(mask):
 
 
 @triton.jit
-def _count_by_factor(good, value, factor, least, BLOCK_T: tl.constexpr):
+def _count_by_factor(good, value, factor, min_tokens, BLOCK_T: tl.constexpr):
     """The largest n whose n-th best is at least ``1 - factor / (n + 1)``: n of them must be;
     ``factor`` is ``(B, 1)``."""
-    n = tl.zeros_like(least)
+    n = tl.zeros_like(min_tokens)
     step = BLOCK_T
     while step > 0:
         trial = n + step
@@ -38,7 +38,7 @@ def _count_by_factor(good, value, factor, least, BLOCK_T: tl.constexpr):
         limit = 1.0 - tl.div_rn(factor, (trial + 1).to(tl.float32))
         n = tl.where(_count(good & (value >= limit)) >= trial, trial, n)
         step = step // 2
-    return tl.maximum(n, least)
+    return tl.maximum(n, min_tokens)
 
 
 @triton.jit
@@ -71,7 +71,7 @@ def _within(able, key, cost, bound):
 
 
 # A new batch size or seed must not compile the kernel again.
-@triton.jit(do_not_specialize=["batch", "rows", "least", "seed"])
+@triton.jit(do_not_specialize=["batch", "rows", "min_tokens", "seed"])
 def _unmask_kernel(
     # pointers
     remaining_ptr,  # (B,)
@@ -87,14 +87,14 @@ def _unmask_kernel(
     request_ptr,  # (B,)
     done_ptr,  # (B,), read and written
     end_ptr,  # (B,)
-    eos_ptr,  # (E,)
+    eos_ids_ptr,  # (E,)
     ends_from_ptr,  # (B,)
     # sizes
     batch,
     slots,
     rows,
     mask_id,
-    least,
+    min_tokens,
     limit,
     seed,
     # strides
@@ -130,7 +130,7 @@ def _unmask_kernel(
     masked = inside & (before == mask_id)
     n_masks = _count(masked)
 
-    n = tl.zeros_like(length) + least
+    n = tl.zeros_like(length) + min_tokens
     if HAS_QUOTA:
         n = tl.load(quota_ptr + offs_b, mask=mask_b, other=0)
     if RULE == "random":
@@ -193,9 +193,9 @@ def _unmask_kernel(
         if N_EOS > 0:
             is_end = token != token
             for index in tl.static_range(N_EOS):
-                is_end = is_end | (token == tl.load(eos_ptr + index))
+                is_end = is_end | (token == tl.load(eos_ids_ptr + index))
             is_end = is_end & counted & complete & (start + offs_t < stop)
-            fill = tl.load(eos_ptr)
+            fill = tl.load(eos_ids_ptr)
             place = tl.min(tl.where(is_end, offs_t, BLOCK_T), 1, keep_dims=True)
             finished = finished | (place < BLOCK_T)
             behind = inside & (offs_t > place) & (start + offs_t < stop)
@@ -232,13 +232,13 @@ def supports(
     length: torch.Tensor,
     rule: str,
     quota: torch.Tensor | None,
-    least: int,
+    min_tokens: int,
     limit: float,
     seed: int,
     request: torch.Tensor | None,
     done: torch.Tensor | None,
     end: torch.Tensor | None,
-    eos: torch.Tensor | None,
+    eos_ids: torch.Tensor | None,
     ends_from: torch.Tensor | None,
     last: bool,
 ) -> str | None:
@@ -270,13 +270,13 @@ def unmask(
     length: torch.Tensor,
     rule: str,
     quota: torch.Tensor | None,
-    least: int,
+    min_tokens: int,
     limit: float,
     seed: int,
     request: torch.Tensor | None,
     done: torch.Tensor | None,
     end: torch.Tensor | None,
-    eos: torch.Tensor | None,
+    eos_ids: torch.Tensor | None,
     ends_from: torch.Tensor | None,
     last: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -300,13 +300,13 @@ def unmask(
         request_ptr=nfe if request is None else request,
         done_ptr=nfe if done is None else done,
         end_ptr=nfe if end is None else end,
-        eos_ptr=x if eos is None else eos,
+        eos_ids_ptr=x if eos_ids is None else eos_ids,
         ends_from_ptr=nfe if ends_from is None else ends_from,
         batch=batch,
         slots=x.shape[1],
         rows=rows,
         mask_id=mask_id,
-        least=least,
+        min_tokens=min_tokens,
         limit=limit,
         seed=seed,
         stride_x_row=x.stride(0),
@@ -315,10 +315,10 @@ def unmask(
         stride_score_row=score.stride(0),
         RULE=rule,
         HAS_QUOTA=quota is not None,
-        AT_MOST_ONE=quota is None and least <= 1,
+        AT_MOST_ONE=quota is None and min_tokens <= 1,
         HAS_END=done is not None,
         HAS_ENDS_FROM=ends_from is not None,
-        N_EOS=0 if eos is None else eos.shape[0],
+        N_EOS=0 if eos_ids is None else eos_ids.shape[0],
         LAST=last,
         BLOCK_B=tile.block_b,
         BLOCK_T=max(32, triton.next_power_of_2(rows)),

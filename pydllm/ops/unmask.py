@@ -285,9 +285,9 @@ def _fake(x: Tensor, step_map: Tensor, nfe: Tensor, *_: object) -> tuple[Tensor,
 
 _OP = Op(
     "unmask(Tensor(a!) x, Tensor(b!) step_map, Tensor(c!) nfe, Tensor token, Tensor score, "
-    "int mask_id, Tensor start, Tensor length, str rule, Tensor? quota, int least, "
+    "int mask_id, Tensor start, Tensor length, str rule, Tensor? quota, int min_tokens, "
     "float limit, int seed, Tensor? request, "
-    "Tensor(d!)? done, Tensor? end, Tensor? eos, Tensor? ends_from, bool last, "
+    "Tensor(d!)? done, Tensor? end, Tensor? eos_ids, Tensor? ends_from, bool last, "
     "str backend) -> (Tensor, Tensor)",
     _fake,
     reference.unmask,

@@ -24,20 +24,20 @@ def unmask(
     length: Tensor,
     rule: str,
     quota: Tensor | None,
-    least: int,
+    min_tokens: int,
     limit: float,
     seed: int,
     request: Tensor | None,
     done: Tensor | None = None,
     end: Tensor | None = None,
-    eos: Tensor | None = None,
+    eos_ids: Tensor | None = None,
     ends_from: Tensor | None = None,
     last: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Order what each window may take, best first; the first ``n`` become tokens.
 
-    ``quota``, or else ``least``, is how many are taken or, by a rule with a limit, at least taken.
-    From ``done`` on, the fields of the op's ``Ending``.
+    ``quota``, or else ``min_tokens``, is how many are taken or, by a rule with a limit,
+    at least taken. From ``done`` on, the fields of the op's ``Ending``.
     """
     slots, rows = x.shape[1], token.shape[1]
     if done is not None:
@@ -64,7 +64,7 @@ def unmask(
         value = value.masked_fill(value.isnan(), -torch.inf)
     # Ascending and stable: ties stay in order of position; NaN, here what is not masked, is last.
     cost, order = torch.where(masked, 0 - value, torch.nan).sort(dim=1, stable=True)
-    floor = torch.full_like(nfe, least)[:, None] if quota is None else quota[:, None]
+    floor = torch.full_like(nfe, min_tokens)[:, None] if quota is None else quota[:, None]
     passed = torch.zeros_like(floor) if rule in _COUNTED else _count(rule, cost, bound)
     n = torch.maximum(passed, floor)
     keep = masked & torch.zeros_like(masked).scatter(1, order, row < n)
@@ -75,7 +75,7 @@ def unmask(
     nfe += masked.any(1)
     if done is not None and end is not None:
         _finish(
-            x, step_map, mask_id, start, length.clamp(max=rows), done, end, eos, ends_from, last
+            x, step_map, mask_id, start, length.clamp(max=rows), done, end, eos_ids, ends_from, last
         )
         new = x.gather(1, slot)
     left = inside & (new == mask_id)
@@ -90,7 +90,7 @@ def _finish(
     length: Tensor,
     done: Tensor,
     end: Tensor,
-    eos: Tensor | None,
+    eos_ids: Tensor | None,
     ends_from: Tensor | None,
     last: bool,
 ) -> None:
@@ -100,12 +100,12 @@ def _finish(
     inside = (position >= first[:, None]) & (position < (start + length)[:, None])
     complete = (length > 0) & (last | ~(inside & (x == mask_id)).any(1))
     done |= complete & (start + length >= end)
-    if eos is None:
+    if eos_ids is None:
         return
     before = position < end[:, None]
-    ends = inside & before & complete[:, None] & torch.isin(x, eos)
+    ends = inside & before & complete[:, None] & torch.isin(x, eos_ids)
     behind = before & (ends.cumsum(1) - ends.int() > 0)
-    x.copy_(torch.where(behind, eos[0], x))
+    x.copy_(torch.where(behind, eos_ids[0], x))
     step_map.masked_fill_(behind, -1)
     done |= ends.any(1)
 
