@@ -391,5 +391,5 @@ def find_family(config: Config, *classes: str, quantized: bool = False) -> Famil
     known = ", ".join(sorted(FAMILIES | REGISTERED))
     raise CheckpointError(
         f"{config.where}: architectures: expected one of {known}, found {names[0]!r} "
-        "(pydllm.patch(module) speeds up other modules)"
+        "(pydllm.register_family adds a class; pydllm.patch(module) speeds up other modules)"
     )
