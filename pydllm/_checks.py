@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -100,10 +100,14 @@ def check_device(name: str, tensor: Tensor, like_name: str, like: Tensor) -> Non
 
 def check_int(name: str, value: Any, low: int, high: int = 2**31 - 1) -> None:
     """An int in [low, high]; a bool is not one."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected an int in {_span(low, high)}, got {describe(value)}")
-    if not low <= value <= high:
-        raise ValueError(f"{name}: expected an int in {_span(low, high)}, got {value}")
+    known = isinstance(value, int) and not isinstance(value, bool)
+    if known and low <= value <= high:
+        return
+    wanted = f"an int in {_span(low, high)}"
+    if high == 2**31 - 1 and not (known and value > high):
+        wanted = f"an int of at least {low}"
+    error = ValueError if known else TypeError
+    raise error(f"{name}: expected {wanted}, got {describe(value)}")
 
 
 def check_token_id(name: str, value: Any) -> None:
@@ -111,18 +115,28 @@ def check_token_id(name: str, value: Any) -> None:
 
 
 def check_number(
-    name: str, value: Any, low: float, high: float = math.inf, *, above: bool = False
+    name: str,
+    value: Any,
+    low: float,
+    high: float = math.inf,
+    *,
+    above: bool = False,
+    infinite: bool = False,
 ) -> None:
-    """A finite number in [low, high], or in (low, high] with ``above``; NaN is in neither."""
+    """A number in [low, high], or in (low, high] with ``above``; NaN is in neither.
+
+    ``infinite``: an infinity that lies in it will do.
+    """
     known = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if known and low <= value <= high and value != math.inf and not (above and value == low):
+    inside = known and low <= value <= high and not (above and value == low)
+    if inside and (infinite or -math.inf < value < math.inf):
         return
     wanted = f"a number in {'(' if above else '['}{low:g}, {high:g}]"
     if high == math.inf:
-        wanted = f"a finite number {'above' if above else 'of at least'} {low:g}"
-    if not known:
-        raise TypeError(f"{name}: expected {wanted}, got {describe(value)}")
-    raise ValueError(f"{name}: expected {wanted}, got {value}")
+        bound = "" if low == -math.inf else f" {'above' if above else 'of at least'} {low:g}"
+        wanted = f"a {'' if infinite else 'finite '}number{bound}"
+    error = ValueError if known else TypeError
+    raise error(f"{name}: expected {wanted}, got {describe(value)}")
 
 
 def check_bool(name: str, value: Any) -> None:
@@ -130,12 +144,26 @@ def check_bool(name: str, value: Any) -> None:
         raise TypeError(f"{name}: expected True or False, got {describe(value)}")
 
 
-def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    """One of a few words."""
+def check_choice(name: str, value: Any, choices: tuple[str | None, ...]) -> None:
+    """One of a few words, or None where it is among them."""
+    if value is None and None in choices:
+        return
+    wanted = f"one of {', '.join(map(str, choices))}"
     if not isinstance(value, str):
-        raise TypeError(f"{name}: expected one of {', '.join(choices)}, got {describe(value)}")
+        raise TypeError(f"{name}: expected {wanted}, got {describe(value)}")
     if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+        raise ValueError(f"{name}: expected {wanted}, got {value!r}")
+
+
+def each(value: Any) -> Sequence[Any]:
+    """One value, or one per prompt, as a sequence."""
+    return value if isinstance(value, list | tuple) else (value,)
+
+
+def check_each(name: str, value: Any, check_one: Callable[[str, Any], None]) -> None:
+    """A value, or each of several."""
+    for one in each(value):
+        check_one(name, one)
 
 
 def check_no_grad(op: str, **tensors: Tensor | None) -> None:

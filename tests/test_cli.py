@@ -148,7 +148,7 @@ def test_freedave_is_lossless_and_takes_fewer_forwards(tmp_path):
         (
             ("generate", "--prompt", "tom", "--set", "threshold=2"),
             1,
-            "expected a number in [0.0, 1",
+            "expected a number in [0, 1",
         ),
         (
             ("generate", "--prompt", "tom", "--max-new-tokens", "0"),

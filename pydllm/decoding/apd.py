@@ -9,15 +9,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from pydllm._checks import renamed
+from pydllm._checks import check_choice, check_each, check_int, check_number, each, renamed
 from pydllm.decoding.call import Call
-from pydllm.decoding.checks import (
-    each,
-    expect,
-    expect_each,
-    expect_int,
-    expect_number,
-)
 from pydllm.decoding.driver import Algorithm
 from pydllm.decoding.rounds import DraftVerifyDecoder
 from pydllm.models import Model
@@ -82,12 +75,12 @@ class APD(Algorithm):
     )
 
     def __post_init__(self) -> None:
-        expect_each("mixture", self.mixture, lambda name, r: expect_number(name, r, 0.0, 1.0))
-        expect_each("window", self.window, expect_reach)
-        expect_each("lookahead", self.lookahead, expect_reach)
+        check_each("mixture", self.mixture, lambda name, r: check_number(name, r, 0, 1))
+        check_each("window", self.window, expect_reach)
+        check_each("lookahead", self.lookahead, expect_reach)
         expect_top_p(self.top_p)
-        expect("emit", self.emit, EMITS)
-        expect("compat", self.compat, (None, "apd"))
+        check_choice("emit", self.emit, EMITS)
+        check_choice("compat", self.compat, (None, "apd"))
         if self.verifier is None:
             mixture = each(self.mixture)
             if any(value < 1 for value in mixture) or self.compat:
@@ -225,7 +218,7 @@ def expect_full(algorithm: object, model: Model) -> None:
 
 def expect_reach(name: str, value: object) -> None:
     if value is not None:
-        expect_int(name, value, 1)
+        check_int(name, value, 1)
 
 
 def expect_one_nucleus(top_p: float | None, call: Call) -> None:

@@ -12,7 +12,6 @@ from torch import Tensor
 from pydllm._backend.env import BACKENDS
 from pydllm._checks import check_bool, check_choice, check_int, check_number, describe
 from pydllm.decoding.call import Call, Step, extents, lay_out, padded_length
-from pydllm.decoding.checks import expect_int
 from pydllm.decoding.driver import Algorithm
 from pydllm.decoding.guidance import GuidedModel
 from pydllm.decoding.stops import read_stops
@@ -163,7 +162,7 @@ def _new_tokens(
 ) -> list[int]:
     values = per_prompt("max_new_tokens", max_new_tokens, len(ids))
     for value, prompt in zip(values, ids, strict=True):
-        expect_int("max_new_tokens", value, 0 if mask_id in prompt else 1)
+        check_int("max_new_tokens", value, 0 if mask_id in prompt else 1)
     return values
 
 
@@ -216,7 +215,7 @@ def _filters(
     top_p = per_prompt("top_p", options.top_p, prompts)
     for k in top_k:
         if k is not None:
-            expect_int("top_k", k, 1)
+            check_int("top_k", k, 1)
     for p in top_p:
         if p is not None and not (type(p) in (int, float) and 0 < p <= 1):
             raise ValueError(f"top_p: expected a number in (0, 1] or None, got {p!r}")

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from pydllm import ops
+from pydllm._checks import check_choice, check_int
 from pydllm.decoding.blocks import Block, BlockState, open_block
 from pydllm.decoding.call import Call
-from pydllm.decoding.checks import expect, expect_int
 from pydllm.decoding.driver import Algorithm, Counts, Decoder, Plan
 from pydllm.decoding.state import Selection, State, Window
 from pydllm.decoding.step import busy, forward, pick, statistics, write
@@ -70,9 +70,9 @@ class BlockwiseAlgorithm(Algorithm):
     compat: str | None = None
 
     def __post_init__(self) -> None:
-        expect_int("block_length", self.block_length, 1)
-        expect("cache", self.cache, CACHES)
-        expect("first_token", self.first_token, ("window", "forced"))
+        check_int("block_length", self.block_length, 1)
+        check_choice("cache", self.cache, CACHES)
+        check_choice("first_token", self.first_token, ("window", "forced"))
 
     @abstractmethod
     def accept(self, stats: ops.VocabStats) -> tuple[Tensor, dict[str, Any]]:

@@ -21,6 +21,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from pydllm._checks import check_choice, check_int
 from pydllm.decoding.blocks import Block, BlockState, open_block
 from pydllm.decoding.blockwise import (
     BlockwiseAlgorithm,
@@ -34,7 +35,6 @@ from pydllm.decoding.blockwise import (
     window_stats,
 )
 from pydllm.decoding.call import Call
-from pydllm.decoding.checks import expect, expect_int
 from pydllm.decoding.drafts import (
     MOST,
     Carried,
@@ -91,11 +91,11 @@ class FreeDave(Algorithm):
 
     def __post_init__(self) -> None:
         if isinstance(self.draft_steps, str):
-            expect("draft_steps", self.draft_steps, ("auto",))
+            check_choice("draft_steps", self.draft_steps, ("auto",))
         else:
-            expect_int("draft_steps", self.draft_steps, 1, MOST)
-        expect("mode", self.mode, ("strict", "pipelined"))
-        expect("lossless", self.lossless, ("tokens", "distribution"))
+            check_int("draft_steps", self.draft_steps, 1, MOST)
+        check_choice("mode", self.mode, ("strict", "pipelined"))
+        check_choice("lossless", self.lossless, ("tokens", "distribution"))
         if self.draft_steps == "auto" and self.lossless == "distribution":
             raise ValueError(
                 "lossless: expected 'tokens' with draft_steps 'auto' (fresh noise is keyed by the "

@@ -10,10 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from pydllm._backend.context import compute_context
-from pydllm._checks import check_bool
+from pydllm._checks import check_bool, check_int
 from pydllm.decoding.arguments import Options, make_call, read_options
 from pydllm.decoding.call import Call, Step, extents, padded_length
-from pydllm.decoding.checks import expect_int
 from pydllm.decoding.driver import Algorithm, Drive
 from pydllm.decoding.generation import Generation, collect
 from pydllm.decoding.graph import Eager, Graphs, cache_key, graphs_of, power_of_two
@@ -234,8 +233,8 @@ def warmup(
         ValueError, TypeError: as ``generate``.
         PydllmError: a step cannot be captured.
     """
-    expect_int("batch", batch, 1)
-    expect_int("max_len", max_len, 2)
+    check_int("batch", batch, 1)
+    check_int("max_len", max_len, 2)
     new = max_len // 2 if max_new_tokens is None else max_new_tokens
     if type(new) is not int or not 1 <= new < max_len:
         raise ValueError(f"max_new_tokens: expected an int in [1, {max_len}), got {new!r}")
@@ -253,7 +252,7 @@ def warmup(
 
 def _check_batch(max_batch: int | None, graph: bool | str, model: Model) -> None:
     if max_batch is not None:
-        expect_int("max_batch", max_batch, 1)
+        check_int("max_batch", max_batch, 1)
     if graph not in (True, False, "auto"):
         raise ValueError(f"graph: expected True, False or 'auto', got {graph!r}")
     if graph is True and not _records(model):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from pydllm._checks import check_each, check_int, each
 from pydllm.decoding.apd import (
     expect_full,
     expect_one_nucleus,
@@ -14,7 +15,6 @@ from pydllm.decoding.apd import (
     per_prompt,
 )
 from pydllm.decoding.call import Call
-from pydllm.decoding.checks import each, expect_each, expect_int
 from pydllm.decoding.driver import Algorithm
 from pydllm.decoding.rounds import DraftVerifyDecoder
 from pydllm.models import Model
@@ -43,9 +43,9 @@ class LeftToRight(Algorithm):
     top_p: float | None = None
 
     def __post_init__(self) -> None:
-        expect_int("tokens_per_step", self.tokens_per_step, 1)
-        expect_each("window", self.window, expect_reach)
-        expect_each("lookahead", self.lookahead, expect_reach)
+        check_int("tokens_per_step", self.tokens_per_step, 1)
+        check_each("window", self.window, expect_reach)
+        check_each("lookahead", self.lookahead, expect_reach)
         expect_top_p(self.top_p)
         least = min((value for value in each(self.lookahead) if value is not None), default=None)
         if least is not None and least < self.tokens_per_step:

@@ -14,6 +14,7 @@ tokens. They choose the CUDA graph that is replayed, so here the host looks at e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Self
@@ -22,9 +23,8 @@ import torch
 from torch import Tensor
 
 from pydllm import ops
-from pydllm._checks import renamed
+from pydllm._checks import check_bool, check_choice, check_int, check_number, renamed
 from pydllm.decoding.call import Call
-from pydllm.decoding.checks import expect, expect_bool, expect_int, expect_number
 from pydllm.decoding.driver import Algorithm, Counts, Decoder, Plan
 from pydllm.decoding.state import Selection, State, Window
 from pydllm.decoding.step import forward, statistics
@@ -71,19 +71,19 @@ class MultiBlock(Algorithm):
     tail: str | int = "full"
 
     def __post_init__(self) -> None:
-        expect_number("threshold", self.threshold, -float("inf"), float("inf"))
-        expect_int("block_length", self.block_length, 1)
-        expect_number("add_at", self.add_at, 0.0, 1.0)
-        expect_number("full_at", self.full_at, 0.0, 1.0)
-        expect_int("delay", self.delay, 0)
+        check_number("threshold", self.threshold, -math.inf, infinite=True)
+        check_int("block_length", self.block_length, 1)
+        check_number("add_at", self.add_at, 0, 1)
+        check_number("full_at", self.full_at, 0, 1)
+        check_int("delay", self.delay, 0)
         if self.refresh is not None:
-            expect_int("refresh", self.refresh, 1)
-        expect_bool("early_stop", self.early_stop)
-        expect_bool("cache", self.cache)
+            check_int("refresh", self.refresh, 1)
+        check_bool("early_stop", self.early_stop)
+        check_bool("cache", self.cache)
         if isinstance(self.tail, str):
-            expect("tail", self.tail, ("full", "blocks"))
+            check_choice("tail", self.tail, ("full", "blocks"))
         else:
-            expect_int("tail", self.tail, 0)
+            check_int("tail", self.tail, 0)
 
     takes_guidance: ClassVar[bool] = True
     fills_prompts: ClassVar[bool] = True

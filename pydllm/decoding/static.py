@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from pydllm import ops
-from pydllm._checks import renamed
+from pydllm._checks import check_choice, check_int, check_number, renamed
 from pydllm.decoding.blockwise import BlockwiseAlgorithm
-from pydllm.decoding.checks import expect, expect_int, expect_number
 
 SCORES = ("confidence", "entropy", "margin", "left_to_right", "random")
 
@@ -39,9 +38,9 @@ class Static(BlockwiseAlgorithm):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        expect_int("tokens_per_step", self.tokens_per_step, 1, self.block_length)
-        expect("score", self.score, SCORES)
-        expect("compat", self.compat, (None, "llada", "fast_dllm", "dream", "dllm"))
+        check_int("tokens_per_step", self.tokens_per_step, 1, self.block_length)
+        check_choice("score", self.score, SCORES)
+        check_choice("compat", self.compat, (None, "llada", "fast_dllm", "dream", "dllm"))
 
     @property
     def is_random(self) -> bool:
@@ -82,9 +81,9 @@ class Threshold(BlockwiseAlgorithm):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        expect_number("threshold", self.threshold, 0.0, 1.0)
-        expect("compat", self.compat, (None, "fast_dllm", "dllm"))
-        expect_int("min_tokens", self.min_tokens, 1)
+        check_number("threshold", self.threshold, 0, 1)
+        check_choice("compat", self.compat, (None, "fast_dllm", "dllm"))
+        check_int("min_tokens", self.min_tokens, 1)
 
     def accept(self, stats: ops.VocabStats) -> tuple[Tensor, dict[str, Any]]:
         return stats.prob, {
@@ -111,7 +110,7 @@ class Factor(BlockwiseAlgorithm):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        expect_number("factor", self.factor, 0.0, float("inf"))
+        check_number("factor", self.factor, 0, infinite=True)
 
     def accept(self, stats: ops.VocabStats) -> tuple[Tensor, dict[str, Any]]:
         return stats.prob, {"rule": "factor", "factor": self.factor}
@@ -134,7 +133,7 @@ class EntropyBound(BlockwiseAlgorithm):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        expect_number("bound", self.bound, 0.0, float("inf"))
+        check_number("bound", self.bound, 0, infinite=True)
 
     def accept(self, stats: ops.VocabStats) -> tuple[Tensor, dict[str, Any]]:
         return stats.entropy, {

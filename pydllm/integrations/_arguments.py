@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pydllm._backend.errors import PydllmError
-from pydllm._checks import describe
-from pydllm.decoding.checks import expect_int
+from pydllm._checks import check_int, describe
 from pydllm.models import Model, load
 
 _KEPT = "_pydllm_model"
@@ -136,7 +135,7 @@ def check_blocks(gen_length: int, block_length: int, steps: int) -> tuple[int, i
     """Blocks, and steps a block, as LLaDA and Fast-dLLM count them."""
     lengths = {"gen_length": gen_length, "block_length": block_length, "steps": steps}
     for name, value in lengths.items():
-        expect_int(name, value, 1)
+        check_int(name, value, 1)
     if gen_length % block_length:
         raise ValueError(
             f"gen_length: expected a multiple of block_length {block_length}, got {gen_length}"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pydllm.decoding.checks import expect_int
+from pydllm._checks import check_int
 
 
 class Drawn(NamedTuple):
@@ -21,7 +21,7 @@ class Drawn(NamedTuple):
 
 def check_filters(top_k: int | None, top_p: float | None) -> None:
     if top_k is not None:
-        expect_int("top_k", top_k, 0)
+        check_int("top_k", top_k, 0)
     if top_p is not None and not (type(top_p) in (int, float) and top_p > 0):
         raise ValueError(f"top_p: expected a positive number or None, got {top_p!r}")
 

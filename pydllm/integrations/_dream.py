@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pydllm.decoding.checks import expect, expect_int
+from pydllm._checks import check_choice, check_int
 from pydllm.integrations._arguments import (
     check_prompt,
     check_temperature,
@@ -101,11 +101,11 @@ def read_call(
         raise TypeError(f"{name}: expected arguments among {accepted}, got {', '.join(unknown)}")
     settings = _from_configs(model, config)
     settings = replace(settings, **{k: v for k, v in arguments.items() if k in known})
-    expect("alg", settings.alg, algorithms)
+    check_choice("alg", settings.alg, algorithms)
     check_temperature(settings.temperature)
-    expect_int("steps", settings.steps, 1)
+    check_int("steps", settings.steps, 1)
     if settings.max_new_tokens is not None:
-        expect_int("max_new_tokens", settings.max_new_tokens, 1)
+        check_int("max_new_tokens", settings.max_new_tokens, 1)
     if settings.mask_token_id is None:
         spec = getattr(model, "spec", None)
         mask = None if spec is None else spec.mask_id

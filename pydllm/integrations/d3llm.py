@@ -6,6 +6,7 @@ model.generate_multi_block = types.MethodType(d3llm.dream_generate_multi_block, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pydllm._checks import check_bool
+from pydllm._checks import check_bool, check_choice, check_int, check_number
 from pydllm.decoding import MultiBlock
 from pydllm.decoding import generate as decode
-from pydllm.decoding.checks import expect, expect_int, expect_number
 from pydllm.integrations._arguments import (
     check_prompt,
     check_temperature,
@@ -161,17 +161,17 @@ def _settings(
     cache: tuple[int, int] | None = None,
 ) -> Settings:
     """The checked arguments under our names; ``cache`` is delay and refresh interval."""
-    expect_int("block_size", block_size, 1)
-    expect_number("block_add_threshold", block_add_threshold, 0.0, 1.0)
-    expect_number("decoded_token_threshold", decoded_token_threshold, 0.0, 1.0)
+    check_int("block_size", block_size, 1)
+    check_number("block_add_threshold", block_add_threshold, 0, 1)
+    check_number("decoded_token_threshold", decoded_token_threshold, 0, 1)
     check_bool("early_stop", early_stop)
     threshold = 999.0 if threshold is None else threshold
-    expect_number("threshold", threshold, -float("inf"), float("inf"))
+    check_number("threshold", threshold, -math.inf, infinite=True)
     check_temperature(temperature)
-    expect("remasking", remasking, ("low_confidence", "random"))
+    check_choice("remasking", remasking, ("low_confidence", "random"))
     if cache is not None:
-        expect_int("cache_delay_iter", cache[0], 0)
-        expect_int("refresh_interval", cache[1], 1)
+        check_int("cache_delay_iter", cache[0], 0)
+        check_int("refresh_interval", cache[1], 1)
     return Settings(
         block_size=block_size,
         threshold=float(threshold),
@@ -196,7 +196,7 @@ def _llada(
     own = full_attention(model, "d3LLM's decoder", mask_id, shifted=False)
     if settings.eos_id is not None:
         own = with_ids(own, mask_id, (settings.eos_id,))
-    expect_int("max_new_tokens", new, 1)
+    check_int("max_new_tokens", new, 1)
     prompt = check_prompt("prompt", prompt, own, new)
     return _run(own, prompt, settings, new, compat, backend)
 
@@ -345,7 +345,7 @@ def dream_diffusion_generate(
             f"steps: expected a multiple of the {call.new // size} blocks, "
             f"got {call.settings.steps}"
         )
-    expect_number("threshold", call.options["threshold"], 0.0, float("inf"))
+    check_number("threshold", call.options["threshold"], 0, infinite=True)
     loop = _EntropyLoop(
         block_length=size,
         threshold=float(call.options["threshold"]),

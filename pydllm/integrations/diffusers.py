@@ -10,12 +10,13 @@ the same distribution, with a seed from that generator.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from pydllm.decoding.checks import expect, expect_int, expect_number
+from pydllm._checks import check_choice, check_int, check_number
 from pydllm.integrations._arguments import check_temperature, follows
 from pydllm.integrations._drawing import Drawn, check_filters
 from pydllm.integrations._outputs import Output
@@ -96,8 +97,8 @@ class BlockRefinementScheduler(Scheduler):
     ) -> None:
         """Spread a block, the configuration's or ``block_length`` tokens, over so many steps."""
         block_length = self.config.block_length if block_length is None else block_length
-        expect_int("num_inference_steps", num_inference_steps, 1)
-        expect_int("block_length", block_length, 1)
+        check_int("num_inference_steps", num_inference_steps, 1)
+        check_int("block_length", block_length, 1)
         self.num_inference_steps = num_inference_steps
         self.timesteps = torch.arange(num_inference_steps - 1, -1, -1, device=device)
         self._schedule = spread(block_length, num_inference_steps)
@@ -152,13 +153,13 @@ class BlockRefinementScheduler(Scheduler):
         Raises:
             ValueError, TypeError: shapes that do not fit, a number out of range, an unknown method.
         """
-        expect("sampling_method", sampling_method, ("auto", "greedy", "multinomial"))
+        check_choice("sampling_method", sampling_method, ("auto", "greedy", "multinomial"))
         check_temperature(temperature)
         check_filters(top_k, top_p)
         check_step(model_output, sample)
         config = self.config
         threshold = config.threshold if threshold is None else threshold
-        expect_number("threshold", threshold, -float("inf"), float("inf"))
+        check_number("threshold", threshold, -math.inf, infinite=True)
         if editing_threshold is None:
             editing_threshold = config.editing_threshold
         method = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
@@ -311,7 +312,7 @@ class EntropyBoundScheduler(Scheduler):
     def set_timesteps(
         self, num_inference_steps: int, device: str | torch.device | None = None
     ) -> None:
-        expect_int("num_inference_steps", num_inference_steps, 1)
+        check_int("num_inference_steps", num_inference_steps, 1)
         self.num_inference_steps = num_inference_steps
         self.timesteps = torch.arange(num_inference_steps, device=device)
 
@@ -343,7 +344,7 @@ class EntropyBoundScheduler(Scheduler):
         check_step(model_output, sample)
         config = self.config
         bound = config.entropy_bound if entropy_bound is None else entropy_bound
-        expect_number("entropy_bound", bound, 0.0, float("inf"))
+        check_number("entropy_bound", bound, 0, infinite=True)
         left = (self.num_inference_steps - int(timestep)) / self.num_inference_steps
         logits = model_output / (config.t_min + (config.t_max - config.t_min) * left)
         drawn = propose(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pydllm.decoding.checks import expect, expect_number
+from pydllm._checks import check_choice, check_number
 from pydllm.integrations._arguments import (
     check_blocks,
     check_prompt,
@@ -162,11 +162,11 @@ def _decode(
     gen_length, block_length, _ = lengths
     _, steps = check_blocks(*lengths)
     check_temperature(temperature)
-    expect("version", version, ("a9b81e4", "24cc59e"))
-    expect("remasking", remasking, ("low_confidence", "random"))
+    check_choice("version", version, ("a9b81e4", "24cc59e"))
+    check_choice("remasking", remasking, ("low_confidence", "random"))
     for name, limit in (("threshold", threshold), ("factor", factor)):
         if limit is not None:
-            expect_number(name, limit, 0.0, float("inf"))
+            check_number(name, limit, 0, infinite=True)
     own = full_attention(model, "Fast-dLLM's generate", mask_id, shifted=False)
     prompt = check_prompt("prompt", prompt, own, gen_length)
     loop = _Loop(

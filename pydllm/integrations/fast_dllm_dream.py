@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pydllm.decoding.checks import expect_number
+from pydllm._checks import check_number
 from pydllm.integrations._arguments import follows, raise_stuck
 from pydllm.integrations._dream import DreamLoop, DreamModelOutput, read_call
 from pydllm.integrations._published import LoopState, Pass
@@ -78,7 +78,7 @@ def diffusion_generate(
         raise ValueError(
             f"steps: expected a multiple of the {blocks} blocks, got {call.settings.steps}"
         )
-    expect_number("threshold", call.options["threshold"], 0.0, float("inf"))
+    check_number("threshold", call.options["threshold"], 0, infinite=True)
     loop = _Loop(
         settings=call.settings,
         temperature=call.settings.temperature,

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from pydllm._backend.errors import PydllmError
 from pydllm._checks import check_bool, check_number
-from pydllm.decoding.checks import expect_number
 from pydllm.decoding.state import State
 from pydllm.integrations._arguments import as_model, check_prompt, check_temperature, with_ids
 from pydllm.integrations._published import LoopState, Pass, PublishedLoop
@@ -87,7 +86,7 @@ def generate(
             f"small_block_size: expected a divisor of block_size {block_size}, "
             f"got {small_block_size}"
         )
-    expect_number("threshold", threshold, 0.0, float("inf"))
+    check_number("threshold", threshold, 0, infinite=True)
     check_temperature(temperature)
     check_number("top_p", top_p, 0, 1, above=True)
     check_bool("use_block_cache", use_block_cache)

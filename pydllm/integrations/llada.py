@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pydllm._checks import check_bool, check_number
-from pydllm.decoding.checks import expect
+from pydllm._checks import check_bool, check_choice, check_number
 from pydllm.decoding.state import State
 from pydllm.integrations._arguments import (
     check_blocks,
@@ -86,7 +85,7 @@ def generate(
     """
     _, steps = check_blocks(gen_length, block_length, steps)
     check_temperature(temperature)
-    expect("remasking", remasking, ("low_confidence", "random"))
+    check_choice("remasking", remasking, ("low_confidence", "random"))
     check_number("cfg_scale", cfg_scale, 0)
     check_bool("logits_eos_inf", logits_eos_inf)
     check_bool("confidence_eos_eot_inf", confidence_eos_eot_inf)

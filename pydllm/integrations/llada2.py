@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from pydllm import ops
 from pydllm._backend.errors import CheckpointError
-from pydllm._checks import check_bool, check_int
-from pydllm.decoding.checks import expect_int, expect_number
+from pydllm._checks import check_bool, check_int, check_number
 from pydllm.integrations._arguments import (
     as_model,
     check_prompt,
@@ -86,8 +85,8 @@ def generate(
     check_filters(top_k, top_p)
     numbers = {"block_length": block_length, "gen_length": gen_length, "steps": steps}
     for name, number in (numbers | {"minimal_topk": minimal_topk}).items():
-        expect_int(name, number, 1)
-    expect_number("threshold", threshold, 0.0, float("inf"))
+        check_int(name, number, 1)
+    check_number("threshold", threshold, 0, infinite=True)
     if inputs is None:
         raise ValueError("inputs: expected token ids (1, P), got None")
     check_bool("eos_early_stop", eos_early_stop)

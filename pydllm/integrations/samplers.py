@@ -25,7 +25,6 @@ from torch.nn import functional as F
 
 from pydllm import ops
 from pydllm._checks import FLOATS, check_int, check_number, check_tensor, renamed
-from pydllm.decoding.checks import expect_number
 from pydllm.integrations._arguments import follows
 from pydllm.integrations._rules import by_factor, by_threshold, first, near_best
 
@@ -152,7 +151,7 @@ def get_transfer_index_dynamic(
     Arguments and results as ``get_transfer_index``; ``num_transfer_tokens`` is not read.
     """
     _check_step(logits, mask_index, x)
-    expect_number("factor", factor, 0.0, float("inf"))
+    check_number("factor", factor, 0, infinite=True)
     x0, confidence = propose(
         logits, temperature, remasking, mask_index, torch.float64, follows(compat, "fast_dllm")
     )

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from pydllm._backend.errors import PydllmError
-from pydllm._checks import describe
-from pydllm.decoding.checks import expect, expect_int, expect_number
+from pydllm._checks import check_choice, check_int, check_number, describe
 from pydllm.integrations._arguments import (
     as_model,
     check_prompt,
@@ -91,14 +90,14 @@ def block_diffusion_generate(
             original fails then.
     """
     for name, number in (("gen_length", gen_length), ("block_length", block_length)):
-        expect_int(name, number, 1)
-    expect_int("denoising_steps", denoising_steps, 1)
+        check_int(name, number, 1)
+    check_int("denoising_steps", denoising_steps, 1)
     check_temperature(temperature)
     check_filters(top_k, top_p)
-    expect("remasking_strategy", remasking_strategy, STRATEGIES)
-    expect_number("confidence_threshold", confidence_threshold, 0.0, float("inf"))
+    check_choice("remasking_strategy", remasking_strategy, STRATEGIES)
+    check_number("confidence_threshold", confidence_threshold, 0, infinite=True)
     if remasking_strategy == "entropy_bounded":
-        expect_number("eb_threshold", eb_threshold, 0.0, float("inf"))
+        check_number("eb_threshold", eb_threshold, 0, infinite=True)
     own = as_model(model)
     if own.spec.attention != "block_causal":
         raise ValueError(

@@ -201,7 +201,7 @@ def test_an_interrupted_call_returns_what_was_decoded():
         ({"stop": [["a"], ["b"]]}, ValueError, "stop: expected 1 lists, one per prompt, got 2"),
         ({"ignore_eos": 1}, TypeError, "ignore_eos: expected True or False, got 1"),
         ({"max_new_tokens": [4, 4]}, ValueError, "max_new_tokens: expected 1, one per prompt"),
-        ({"max_new_tokens": [True]}, ValueError, "max_new_tokens: expected an int of at least 1"),
+        ({"max_new_tokens": [True]}, TypeError, "max_new_tokens: expected an int of at least 1"),
     ],
 )
 def test_what_is_refused(tiny, options, error, message):

@@ -99,7 +99,7 @@ def test_a_model_that_predicts_masks_alone(models):
         ({"block_length": 5}, "divisor of the 12 new, got 5"),
         ({"steps": 7}, "multiple of the 2 blocks, got 7"),
         ({"alg": "p2"}, "alg: expected one of confidence_threshold, entropy,"),
-        ({"threshold": -1}, "threshold: expected a number in"),
+        ({"threshold": -1}, "threshold: expected a number of at least 0"),
         ({"attention_mask": torch.tensor([[0, 1, 1, 1, 1]])}, "no padding with a cache"),
     ],
 )

@@ -93,7 +93,7 @@ def test_sampling_draws_from_torchs_generator(models):
         ({"max_new_tokens": 0}, "max_new_tokens: expected an integer of at least 1, got 0"),
         ({"max_new_tokens": None}, "max_new_tokens: expected a number, or max_length, got neither"),
         ({"small_block_size": 3}, "small_block_size: expected a divisor of block_size 8, got 3"),
-        ({"threshold": -1}, "threshold: expected a number in"),
+        ({"threshold": -1}, "threshold: expected a number of at least 0"),
         ({"temperature": -1}, "temperature: expected 0 or at least 1e-6, got -1"),
         ({"top_p": 0}, r"top_p: expected a number in \(0, 1\], got 0"),
         ({"mask_id": 61}, r"mask_id: expected a token id in \[0, 61\), got 61"),

@@ -246,14 +246,14 @@ BAD = {
     "no file": ({"data": "nothing.jsonl"}, PydllmError, "--data: expected a file of prompts"),
     "empty": ({"data": "empty.jsonl"}, PydllmError, "got an empty file"),
     "engine": ({"engine": "slurm"}, ValueError, "engine: expected one of process, ray"),
-    "batch": ({"batch_size": 0}, ValueError, "batch_size: expected an int in .*, got 0"),
+    "batch": ({"batch_size": 0}, ValueError, "batch_size: expected an int of at least 1, got 0"),
     "workers": ({"workers": 2}, ValueError, "workers: expected None, or at least 1 with Ray"),
     "algorithm": ({"algorithm": "beam"}, ValueError, "expected one of static, threshold"),
     "its check": ({"settings": (("threshold", "7"),)}, ValueError, "threshold"),
     "parameter": ({"settings": (("treshold", "0.9"),)}, ValueError, "got 'treshold'"),
     "model": ({"model": "no/such/folder"}, PydllmError, "expected a directory or a hub id"),
     "temperature": ({"temperature": -1.0}, ValueError, "temperature: expected 0 or at least"),
-    "tokens": ({"max_new_tokens": 0}, ValueError, r"max_new_tokens: expected an int in"),
+    "tokens": ({"max_new_tokens": 0}, ValueError, "max_new_tokens: expected an int of at least 1"),
 }
 
 

@@ -162,7 +162,7 @@ BAD = {
     "temperature": ({"temperature": -1.0}, ValueError, "temperature: expected 0"),
     "cfg": ({"cfg_scale": -1.0}, ValueError, "cfg_scale: expected a finite number of at least 0"),
     "mask": ({"mask_id": 126336}, ValueError, r"mask_id: .* in \[0, 61\), got 126336"),
-    "compat": ({"compat": None}, TypeError, "compat: expected 'llada' or None, got False"),
+    "compat": ({"compat": False}, TypeError, "compat: expected 'llada' or None, got False"),
     "eos": ({"eos_id": 99, "logits_eos_inf": True}, ValueError, r"eos_id: .*\[0, 61\), got 99"),
 }
 

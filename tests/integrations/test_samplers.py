@@ -263,7 +263,7 @@ def test_bad_input_is_refused():
     logits, x, mask_index = make(0)
     with pytest.raises(NotImplementedError, match="expected one of low_confidence, random, got"):
         samplers.get_transfer_index(logits, 0.0, "best", mask_index, x, None, 0.5)
-    with pytest.raises(ValueError, match="factor: expected a number in"):
+    with pytest.raises(ValueError, match="factor: expected a number of at least 0"):
         samplers.get_transfer_index_dynamic(logits, 0.0, "random", mask_index, x, None, -1)
     with pytest.raises(ValueError, match="num_transfer_tokens: expected .B,. integers"):
         samplers.get_transfer_index(logits, 0.0, "random", mask_index, x, None)

@@ -160,7 +160,7 @@ def test_signature():
 )
 def test_bad_arguments(models, options, message):
     ids, _ = prompts(1, 6)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         block_diffusion_generate(models[1], {"input_ids": ids}, MASK, **LENGTHS | options)
 
 

@@ -106,7 +106,7 @@ def test_greedy_agreement_is_static_decoding(kind):
         ({"shift_logits": True}, [([3], [4]), ([], [4])], {}, r"pairs\[1\]: expected a context"),
         ({}, [([3], [VOCAB])], {}, r"expected token ids in \[0, 14\), got 14"),
         ({}, [([3], [MASK])], {}, "expected no mask, got the mask id 1"),
-        ({}, [([3], [4])], {"samples": 0}, "samples: expected an int in"),
+        ({}, [([3], [4])], {"samples": 0}, "samples: expected an int of at least 1"),
         ({}, [([3], [4])], {"seed": -1}, "seed: expected an int in"),
     ],
 )

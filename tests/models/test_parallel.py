@@ -193,7 +193,7 @@ def test_what_cannot_be_shared_is_refused(tmp_path, size, changes, message):
 def test_a_missing_launcher_is_named():
     with pytest.raises(pydllm.PydllmError, match="expected 2 processes, got 1: .*torchrun"):
         pydllm.load(MODELS["llada-tiny"], device="cpu", tp=2)
-    with pytest.raises(ValueError, match=r"tp: expected an int in \[1, 2\^31\), got 0"):
+    with pytest.raises(ValueError, match="tp: expected an int of at least 1, got 0"):
         pydllm.load(MODELS["llada-tiny"], device="cpu", tp=0)
     with pytest.raises(ValueError, match="tp: expected 1 for a loaded module"):
         pydllm.load(torch.nn.Linear(1, 1), tp=2)

@@ -100,7 +100,7 @@ def test_opcheck_and_compile(backend):
 BAD = [
     ({"branches": 0}, ValueError, r"branches: expected an int in \[1, 32\], got 0"),
     ({"branches": 33}, ValueError, r"branches: expected an int in \[1, 32\], got 33"),
-    ({"block_size": 0}, ValueError, "block_size: expected an int in \\[1, 2\\^31\\), got 0"),
+    ({"block_size": 0}, ValueError, "block_size: expected an int of at least 1, got 0"),
     ({"mask_id": 0.5}, TypeError, "mask_id: expected an int in .*, got 0.5"),
     ({"token": torch.zeros(4, 6)}, TypeError, "token: expected dtype torch.int64"),
     ({"score": torch.zeros(4, 5)}, ValueError, r"score: expected shape \(4, 6\), got \(4, 5\)"),

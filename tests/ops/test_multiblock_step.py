@@ -286,11 +286,11 @@ def test_no_sequence(backend):
 
 
 BAD = [
-    ({"block_length": 0}, ValueError, "block_length: expected an int in"),
+    ({"block_length": 0}, ValueError, "block_length: expected an int of at least"),
     ({"block_length": 2}, ValueError, r"state.blocks: expected shape \(4, 2, 3\), got \(4, 2, 2\)"),
-    ({"delay": -1}, ValueError, "delay: expected an int in"),
-    ({"refresh": 0}, ValueError, "refresh: expected an int in"),
-    ({"tail": -1}, ValueError, "tail: expected an int in"),
+    ({"delay": -1}, ValueError, "delay: expected an int of at least"),
+    ({"refresh": 0}, ValueError, "refresh: expected an int of at least"),
+    ({"tail": -1}, ValueError, "tail: expected an int of at least"),
     ({"add_at": 1.5}, ValueError, r"add_at: expected a number in \[0, 1\], got 1.5"),
     ({"full_at": "x"}, TypeError, r"full_at: expected a number in \[0, 1\], got 'x'"),
     ({"threshold": math.nan}, ValueError, "threshold: expected a number in .*, got nan"),
