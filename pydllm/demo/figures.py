@@ -203,6 +203,7 @@ def _place_names(axis: Axes, named: list[Score], found: list[Score], theme: Them
     """Write names beside points, each where it covers neither a point nor another name."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.patheffects import withStroke
+    from matplotlib.text import Text
 
     figure: Any = axis.figure
     renderer = FigureCanvasAgg(figure).get_renderer()
@@ -225,7 +226,8 @@ def _place_names(axis: Axes, named: list[Score], found: list[Score], theme: Them
                 if abs(dy) > 12
                 else None,
             )
-            box = text.get_window_extent(renderer)
+            text.update_positions(renderer)
+            box = Text.get_window_extent(text, renderer)  # without the line to the point
             inside = panel.x0 <= box.x0 and box.x1 <= panel.x1 and box.y1 <= panel.y1
             clear = not any(box.overlaps(other) for other in taken)
             if inside and clear and not any(box.contains(x, y) for x, y in at):
@@ -238,7 +240,7 @@ def _place_names(axis: Axes, named: list[Score], found: list[Score], theme: Them
 _OFFSETS = [(0, 6, "center"), (5, -2, "left"), (-5, -2, "right"), (0, -12, "center")] + [
     (dx, dy, side)
     for dy in (15, 24, 33, -21, -30, -39, -48, -57)
-    for dx, side in ((0, "center"), (6, "left"), (-6, "right"))
+    for dx, side in ((0, "center"), (6, "left"), (-6, "right"), (26, "left"), (-26, "right"))
 ]
 
 

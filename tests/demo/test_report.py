@@ -104,7 +104,9 @@ def test_names_cover_no_point_and_no_other_name():
     figure = figures.accuracy(scores, figures.THEMES[1])
     axis = figure.axes[0]
     assert {text.get_text() for text in axis.texts} == {score.algorithm for score in scores}
-    boxes = [text.get_window_extent() for text in axis.texts]
+    from matplotlib.text import Text
+
+    boxes = [Text.get_window_extent(text) for text in axis.texts]
     points = [axis.transData.transform((s.tokens_per_forward, s.exact_percent)) for s in scores]
     for place, box in enumerate(boxes):
         assert not any(box.overlaps(other) for other in boxes[:place])
