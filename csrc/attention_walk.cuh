@@ -54,13 +54,17 @@ struct Sequence {
 struct Place {
   int64_t page;  // or sequence
   int64_t row;
+  bool exists = true;
 };
 
 template <typename T>
 __device__ __forceinline__ Place place(const Sequence<T>& sequence, const WindowAttention& call,
                                        int slot) {
   if (sequence.table == nullptr) return {sequence.batch, slot};
-  return {sequence.table[slot / call.page], slot % call.page};
+  // An entry that is no page is taken for the nearest one, and not written to.
+  const int page = sequence.table[slot / call.page];
+  const int nearest = max(0, min(page, call.pages - 1));
+  return {nearest, slot % call.page, nearest == page};
 }
 
 // Query row m of the block's KV head.

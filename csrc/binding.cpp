@@ -110,7 +110,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("VOCAB_PIECE") = pydllm::kVocabPiece;
   define(m, "commit_branch", pydllm::commit_branch, "k_cache", "v_cache", "k", "v", "branch",
          "start", "commit", "pad", "cos", "sin", "k_norm", "block_table", "dtype", "batch",
-         "window", "branches", "kv_heads", "head_dim", "half", "slots", "page", "eps",
+         "window", "branches", "kv_heads", "head_dim", "half", "slots", "page", "pages", "eps",
          "stride_k_batch", "stride_k_row", "stride_k_head", "stride_v_batch", "stride_v_row",
          "stride_v_head", "stride_k_cache_batch", "stride_k_cache_row", "stride_k_cache_head",
          "stride_v_cache_batch", "stride_v_cache_row", "stride_v_cache_head", "stream");
@@ -214,7 +214,7 @@ PYBIND11_MODULE(_C, m) {
                 FIELD(stride_v_cache_batch), FIELD(stride_v_cache_row), FIELD(stride_v_cache_head),
                 FIELD(dtype), FIELD(batch), FIELD(rows), FIELD(heads), FIELD(kv_heads),
                 FIELD(head_dim), FIELD(half), FIELD(branches), FIELD(slots), FIELD(page),
-                FIELD(splits), FIELD(split_tiles), FIELD(stages), FIELD(block_size), FIELD(span),
-                FIELD(causal), FIELD(eps), FIELD(scale), FIELD(softcap));
+                FIELD(pages), FIELD(splits), FIELD(split_tiles), FIELD(stages), FIELD(block_size),
+                FIELD(span), FIELD(causal), FIELD(eps), FIELD(scale), FIELD(softcap));
   }
 }

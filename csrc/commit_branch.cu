@@ -19,7 +19,7 @@ struct Strides {
 };
 
 struct Sizes {
-  int batch, window, branches, kv_heads, head_dim, half, slots, page;
+  int batch, window, branches, kv_heads, head_dim, half, slots, page, pages;
 };
 
 template <typename T, int kSize>
@@ -66,6 +66,7 @@ __global__ void __launch_bounds__(kThreads)
   if (block_table != nullptr) {
     part = block_table[batch * (sizes.slots / sizes.page) + slot / sizes.page];
     place = slot % sizes.page;
+    if (part < 0 || part >= sizes.pages) return;
   }
   const int64_t fresh = int64_t{branch} * sizes.window + row;
   k += batch * stride_k.batch + fresh * stride_k.row + head * stride_k.head;
@@ -136,24 +137,25 @@ cudaError_t commit_branch(void* k_cache, void* v_cache, const void* k, const voi
                           const int32_t* pad, const float* cos, const float* sin,
                           const void* k_norm, const int32_t* block_table, Dtype dtype,
                           int64_t batch, int64_t window, int64_t branches, int64_t kv_heads,
-                          int64_t head_dim, int64_t half, int64_t slots, int64_t page, float eps,
-                          int64_t stride_k_batch, int64_t stride_k_row, int64_t stride_k_head,
-                          int64_t stride_v_batch, int64_t stride_v_row, int64_t stride_v_head,
-                          int64_t stride_k_cache_batch, int64_t stride_k_cache_row,
-                          int64_t stride_k_cache_head, int64_t stride_v_cache_batch,
-                          int64_t stride_v_cache_row, int64_t stride_v_cache_head,
-                          cudaStream_t stream) {
-  for (const int64_t size : {batch, window, branches, kv_heads, head_dim, half, slots, page}) {
+                          int64_t head_dim, int64_t half, int64_t slots, int64_t page,
+                          int64_t pages, float eps, int64_t stride_k_batch, int64_t stride_k_row,
+                          int64_t stride_k_head, int64_t stride_v_batch, int64_t stride_v_row,
+                          int64_t stride_v_head, int64_t stride_k_cache_batch,
+                          int64_t stride_k_cache_row, int64_t stride_k_cache_head,
+                          int64_t stride_v_cache_batch, int64_t stride_v_cache_row,
+                          int64_t stride_v_cache_head, cudaStream_t stream) {
+  for (const int64_t size :
+       {batch, window, branches, kv_heads, head_dim, half, slots, page, pages}) {
     if (size < 0 || size > INT_MAX) return cudaErrorInvalidValue;
   }
   const int64_t warps = batch * window * kv_heads, blocks = (warps + kWarps - 1) / kWarps;
   if (blocks > INT_MAX || 2 * half > head_dim) return cudaErrorInvalidValue;
   if (warps == 0 || head_dim == 0) return cudaSuccess;
 
-  const Sizes sizes = {static_cast<int>(batch),    static_cast<int>(window),
-                       static_cast<int>(branches), static_cast<int>(kv_heads),
-                       static_cast<int>(head_dim), static_cast<int>(half),
-                       static_cast<int>(slots),    static_cast<int>(page)};
+  const Sizes sizes = {
+      static_cast<int>(batch),    static_cast<int>(window),   static_cast<int>(branches),
+      static_cast<int>(kv_heads), static_cast<int>(head_dim), static_cast<int>(half),
+      static_cast<int>(slots),    static_cast<int>(page),     static_cast<int>(pages)};
   const Strides of_k = {stride_k_batch, stride_k_row, stride_k_head};
   const Strides of_v = {stride_v_batch, stride_v_row, stride_v_head};
   const Strides of_k_cache = {stride_k_cache_batch, stride_k_cache_row, stride_k_cache_head};

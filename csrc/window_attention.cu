@@ -100,6 +100,7 @@ __device__ __forceinline__ void commit_rows(const WindowAttention& call,
                              turn);
     if (!kept) continue;
     const Place to = place(sequence, call, slot);
+    if (!to.exists) continue;
     T* k =
         sequence.k_cache + to.page * call.stride_k_cache_batch + to.row * call.stride_k_cache_row;
     T* v =

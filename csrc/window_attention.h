@@ -44,6 +44,7 @@ struct WindowAttention {
   int branches;     // a divisor of rows
   int slots;        // of a sequence
   int page;         // slots of a page, where there is a table
+  int pages;        // of the cache, where there is a table
   int splits;       // blocks for each one's keys, or 1: a block walks over all of them. With part
                     // unless the slots are one split, with state unless 1
   int split_tiles;  // key tiles that are summed before they are joined to the others

@@ -86,6 +86,7 @@ def commit_branch(
         half=cos.shape[1],
         slots=page * (1 if block_table is None else block_table.shape[1]),
         page=page,
+        pages=0 if block_table is None else k_cache.shape[0],
         eps=eps,
         **strides,
     )

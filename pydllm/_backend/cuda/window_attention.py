@@ -173,6 +173,7 @@ def window_attention(
         branches=branches,
         slots=slots,
         page=0 if block_table is None else k_cache.shape[1],
+        pages=0 if block_table is None else k_cache.shape[0],
         stages=STAGES,
         splits=splits,
         split_tiles=SPLIT // KEYS,
