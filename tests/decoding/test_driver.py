@@ -49,9 +49,8 @@ def test_admitted_prompts_equal_lone_ones(kind, shift, name, algorithm, graph):
                 assert got.verifier_nfe[row] == expected.verifier_nfe[0], (batch, row)
 
 
-@pytest.mark.parametrize("graph", [False, True], ids=["runs", "replays"])
-def test_threads_share_a_model(graph):
-    """Four threads over one model: the one that finds the buffers in use runs without them."""
+def threads_over_a_model(graph, calls):
+    """Whether each of four threads' calls gives what it gives alone."""
     model, _ = models()
     algorithm = pydllm.Threshold(threshold=0.3, block_length=4, cache="dual")
     asked = [prompts((4 + row, 9, 2), 10 * row) for row in range(4)]
@@ -60,14 +59,20 @@ def test_threads_share_a_model(graph):
     def decode(row):
         got = [
             pydllm.generate(model, asked[row], algorithm, max_new_tokens=NEW, graph=graph)
-            for _ in range(5)
+            for _ in range(calls)
         ]
         return [
             torch.equal(torch.cat(g.sequences), torch.cat(expected[row].sequences)) for g in got
         ]
 
     with ThreadPoolExecutor(4) as pool:
-        same = [one for many in pool.map(decode, range(4)) for one in many]
+        return [one for many in pool.map(decode, range(4)) for one in many]
+
+
+@pytest.mark.parametrize("graph", [False, True], ids=["runs", "replays"])
+def test_threads_share_a_model(graph):
+    """Four threads over one model: the one that finds the buffers in use runs without them."""
+    same = threads_over_a_model(graph, calls=5)
     assert len(same) == 20 and all(same)
 
 
@@ -152,3 +157,8 @@ def test_deterministic_is_of_loaded_models():
         assert torch.equal(lone.sequences[0], got.sequences[row])
     with pytest.raises(TypeError, match="deterministic: expected True or False, got 1"):
         pydllm.generate(model, [[10]], algorithm, max_new_tokens=4, deterministic=1)
+
+
+if __name__ == "__main__":  # python -m tests.decoding.test_driver
+    same = threads_over_a_model(graph=True, calls=25)
+    print(f"four threads over recorded steps: {sum(same)} of {len(same)} right")
