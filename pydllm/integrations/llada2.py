@@ -188,7 +188,6 @@ class _Module:
             attention="block_causal",
             block_size=block_length,
             max_positions=2**31,
-            pad_id=None,
         )
 
     def new_cache(self, batch: int, max_len: int) -> StaticCache:

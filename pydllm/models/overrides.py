@@ -91,7 +91,6 @@ def make_spec(
     given = overrides.mask_id is not None or overrides.eos_ids is not None
     if given and mask is not None and mask in eos:
         raise ValueError(f"mask_id: expected another id than those of EOS {eos}, got {mask}")
-    pads = config.ids("pad_token_id", sizes.embeddings)
     long = "max_sequence_length" if config.get("d_model") is not None else "max_position_embeddings"
     return ModelSpec(
         vocab_size=config.integer("vocab_size"),
@@ -101,7 +100,6 @@ def make_spec(
         attention=attention,
         block_size=block_size,
         max_positions=config.integer(long),
-        pad_id=pads[0] if pads else None,
         causal=causal,
         block_origin=origin,
         context=family.context if blocks and own else "block",

@@ -23,7 +23,6 @@ class ModelSpec:
             ``"causal"``.
         block_size: positions of a block of a block-causal model, otherwise None.
         max_positions: longest sequence the model is made for, in tokens.
-        pad_id: id of the padding token, or None.
         causal: how the model decodes one token at a time. ``"shifted"``: row i of a causal forward
             predicts token i + 1; ``"masked"``: a mask at i that sees the tokens before it predicts
             token i; None: it was not trained to.
@@ -41,7 +40,6 @@ class ModelSpec:
     attention: str
     block_size: int | None
     max_positions: int
-    pad_id: int | None
     causal: str | None = None
     block_origin: str = "zero"
     context: str = "block"

@@ -39,7 +39,6 @@ class Table:
             attention="causal" if causal else "full",
             block_size=None,
             max_positions=64,
-            pad_id=None,
         )
         generator = torch.Generator().manual_seed(seed)
         self.table = torch.randn(

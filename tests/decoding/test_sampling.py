@@ -33,7 +33,6 @@ class Toy:
             attention=attention,
             block_size=None,
             max_positions=64,
-            pad_id=None,
         )
         generator = torch.Generator().manual_seed(3)
         shape = (V + 1, V + 1, V + 1, N + 1, V + 1)

@@ -124,7 +124,6 @@ def random_pair(seed, *, block=None, shift=False, rounded=False, eos=EOS):
         attention="full" if block is None else "block_causal",
         block_size=block,
         max_positions=256,
-        pad_id=None,
     )
     flags = ("qkv_bias", "out_bias", "mlp_bias", "head_bias", "qk_norm", "tied")
     sizes = Sizes(
