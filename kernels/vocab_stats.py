@@ -324,6 +324,7 @@ def _launch_cut(
         BITS=KEY_BITS[logits.dtype],
         BLOCK_V=tile.block_v,
         num_warps=tile.num_warps,
+        maxnreg=128,  # left to itself, ptxas spills for a sixth program on a multiprocessor
         enable_fp_fusion=True,
     )
     return cut
