@@ -296,7 +296,7 @@ def test_a_defect_is_found(monkeypatch, defect):
 
 
 @pytest.mark.parametrize(
-    "options", [{"rule": "reference"}, {"emit": "draft_then_target"}, {"emit": "target"}], ids=str
+    "options", [{"compat": "apd"}, {"emit": "draft_then_target"}, {"emit": "target"}], ids=str
 )
 def test_the_other_rules_have_other_laws(options):
     law, _ = _law("draft", 0.5, 0.7, 4)
