@@ -2,17 +2,17 @@
 
 import importlib
 import itertools
-from pathlib import Path
 
 import pytest
 import torch
 from triton.runtime.interpreter import InterpreterBuilder
 
+from bench.ops.cases import mixture_accept as accept_case
+from bench.ops.cases import mixture_draft as draft_case
 from pydllm import ops, reference
 from tests.ops import test_mixture_accept as acceptance
 from tests.ops.test_mixture_accept import accept, all_rows, assert_same, make
 
-BENCH = Path(__file__).parents[2] / "bench"
 INF = float("inf")
 
 
@@ -115,10 +115,6 @@ def _loaded(monkeypatch, call):
 
 def test_each_kernel_reads_its_logits_once(monkeypatch):
     """2 bytes an element for the draft; 4 for the dense acceptance; none for the sparse one."""
-    monkeypatch.syspath_prepend(BENCH)
-    draft_case, accept_case = (
-        importlib.import_module(f"cases.{name}") for name in ("mixture_draft", "mixture_accept")
-    )
     vocab = 5000
     inputs = draft_case.make(torch.float16, "cpu", rows=2, temperature=0.2, vocab=vocab)
     least = draft_case.bytes_moved(inputs)
