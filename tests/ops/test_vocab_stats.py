@@ -342,12 +342,14 @@ def test_the_entropy_knows_neither_a_constant_nor_the_order(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend):
     op, logits = torch.ops.pydllm.vocab_stats.default, random_logits(3, 16)
-    plain = (None, None, None, None, backend)
+    plain = (None, None, None, None, None, None, backend)
     torch.library.opcheck(op, (logits, 0.0, 0, None, None, False, None, *plain))
     torch.library.opcheck(op, (logits, 0.5, -3, counters(3), ids(1), True, 5.0, *plain))
-    options = (torch.tensor([0.0, 0.7]), ids(2, 0), 3, 0.9, backend)
+    options = (torch.tensor([0.0, 0.7]), ids(2, 0), 3, 0.9, None, None, backend)
     if backend in FILTERING:
         torch.library.opcheck(op, (logits, 0.0, 1, counters(2), ids(1), False, None, *options))
+        each = (None, None, None, None, ids(3, 1, 16), torch.tensor([0.5, 1.0, 0.9]), backend)
+        torch.library.opcheck(op, (logits, 0.5, 1, counters(3), None, False, None, *each))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
