@@ -133,7 +133,7 @@ DATASET = {
 
 
 @pytest.mark.parametrize("changed", [None, *RAY, *DATA, *DATASET])
-def test_ray(monkeypatch, tmp_path, changed):
+def test_ray(monkeypatch, changed):
     from pydllm.integrations.jobs.run import _on_ray
 
     def other(first, second, *, third): ...
@@ -145,10 +145,11 @@ def test_ray(monkeypatch, tmp_path, changed):
     install(monkeypatch, ray={**contents(RAY), "__version__": "9.9"}, ray__data=data)
     sys.modules["ray"].data = sys.modules["ray.data"]
     if changed is None:
-        assert list(_on_ray([], None, tmp_path, None, None)) == []
+        job = SimpleNamespace(batches=lambda size: [])
+        assert list(_on_ray(job, None, 1, None, None)) == []
     else:
         with pytest.raises(PydllmError, match=r"^ray 9\.9: .*expected \(.*\), found \("):
-            list(_on_ray([], None, tmp_path, None, None))
+            list(_on_ray(None, None, 1, None, None))
 
 
 LM = {
@@ -157,6 +158,9 @@ LM = {
     "generate_until": lambda self, requests: None,
     "apply_chat_template": lambda self, chat_history, add_generation_prompt: None,
     "chat_template": lambda self, chat_template=False: None,
+    "all_gather": lambda self, tensor: None,
+    "gather_object": lambda self, obj, dst=0: None,
+    "barrier": lambda self: None,
 }
 
 
