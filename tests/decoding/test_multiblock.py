@@ -29,7 +29,7 @@ class Scripted:
     device, dtype = torch.device("cpu"), torch.float32
 
     def __init__(self, certain, shifted=False, tokens=None):
-        self.spec = ModelSpec(16, MASK, (EOS,), shifted, "full", None, 4096, None)
+        self.spec = ModelSpec(16, MASK, (EOS,), shifted, "full", None, 4096)
         self.certain, self.tokens, self.forwards, self.masks = certain, tokens or {}, [], []
 
     def new_cache(self, batch, max_len):
@@ -310,6 +310,6 @@ def test_bad_parameters(options, message):
 
 def test_models_and_lengths_that_do_not_fit():
     model = Scripted(everything)
-    model.spec = ModelSpec(16, MASK, (EOS,), False, "block_causal", 4, 4096, None)
+    model.spec = ModelSpec(16, MASK, (EOS,), False, "block_causal", 4, 4096)
     with pytest.raises(ValueError, match="MultiBlock: expected a model with full attention"):
         run(model, pydllm.MultiBlock())

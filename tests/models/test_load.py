@@ -35,11 +35,11 @@ def test_round_trip(tmp_path, name, shards):
 
 
 SPECS = {
-    "llada": ModelSpec(61, 60, (59,), False, "full", None, 64, 58),
-    "llada-padded": ModelSpec(61, 60, (59,), False, "full", None, 64, 58),
-    "dream": ModelSpec(61, 60, (59, 57), True, "full", None, 64, None),
-    "a2d-qwen3": ModelSpec(61, 60, (59, 57), False, "full", None, 64, None),
-    "sdar": ModelSpec(61, 60, (59, 57), False, "block_causal", 4, 64, None, "masked"),
+    "llada": ModelSpec(61, 60, (59,), False, "full", None, 64),
+    "llada-padded": ModelSpec(61, 60, (59,), False, "full", None, 64),
+    "dream": ModelSpec(61, 60, (59, 57), True, "full", None, 64),
+    "a2d-qwen3": ModelSpec(61, 60, (59, 57), False, "full", None, 64),
+    "sdar": ModelSpec(61, 60, (59, 57), False, "block_causal", 4, 64, "masked"),
 }
 
 
