@@ -23,11 +23,11 @@ TENSOR_CORES = ["head_stats", "linear", "window_attention"]
 ALONE = ["experts", "unmask", "vocab_stats", "window_attention"]  # of many kernels
 REST = [op for op in OPS if op not in ALONE]
 CASES = [
-    *(([op], 90, 2) for op in ALONE),
-    (REST[::2], 90, 1),
-    (REST[1::2], 90, 1),
-    (TENSOR_CORES, 80, 4),
-    (TENSOR_CORES, 100, 4),
+    *(([op], 90, 3) for op in ALONE),
+    (REST[::2], 90, 2),
+    (REST[1::2], 90, 2),
+    (TENSOR_CORES, 80, 5),
+    (TENSOR_CORES, 100, 5),
 ]
 
 
