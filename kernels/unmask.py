@@ -201,7 +201,7 @@ def _unmask_kernel(
             behind = inside & (offs_t > place) & (start + offs_t < stop)
             token, step = tl.where(behind, fill, token), tl.where(behind, -1, step)
             written = written | behind
-            # What is behind the window, a tile at a time; nothing where there is no end.
+            # What follows the window, one tile at a time; nothing where there is no end.
             first = tl.where(place < BLOCK_T, start + end, slots)
             stop = tl.minimum(stop, slots)
             x_all = x_ptr + offs_b * stride_x_row

@@ -17,7 +17,7 @@ issue          attention: at most 118 warp instructions for 64 query rows and a 
                values (a multiprocessor gets 14.5 bytes a cycle on an H100, 20.7 on an H200; at 0.6
                instructions a cycle and scheduler that is 170 and 118)
 flight         attention: at least 32 KiB of keys and values on their way to a multiprocessor
-barrier        what threads pass through global memory is behind a barrier over all memory
+barrier        what threads pass through global memory is ordered by a barrier over all memory
 spill          no local memory
 shared         no more shared memory than a block of the chip can have
 =============  ====================================================================================

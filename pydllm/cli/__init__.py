@@ -54,7 +54,7 @@ def main() -> None:
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="For both functions.")
 @click.option("--set-original", "first", multiple=True, metavar="NAME=VALUE")
 @click.option("--set-patched", "second", multiple=True, metavar="NAME=VALUE")
-@click.option("--batch", default=1, show_default=True, help="Prompts of one length a call.")
+@click.option("--batch", default=1, show_default=True, help="Prompts of one length per call.")
 @click.option("--repeat", default=3, show_default=True, help="Timed rounds; the median counts.")
 @click.option("--strict", is_flag=True, help="Exit code 1 unless all tokens are equal.")
 @click.option("--problems", default=50, show_default=True, type=click.IntRange(1, 10000))

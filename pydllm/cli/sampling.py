@@ -13,7 +13,7 @@ _OPTIONS = (
     click.option("--top-p", type=float, help="Draw from the most probable tokens of this mass."),
     click.option("--guidance", default=0.0, show_default=True, help="Classifier-free guidance."),
     click.option("--stop", multiple=True, metavar="TEXT", help="Ends an answer; repeat for more."),
-    click.option("--ignore-eos", is_flag=True, help="Decode on after an end of sequence."),
+    click.option("--ignore-eos", is_flag=True, help="Decode past EOS."),
     click.option("--suppress-id", "suppress_ids", multiple=True, type=int, help="Never predicted."),
     click.option("--seed", default=0, show_default=True),
 )

@@ -299,7 +299,7 @@ def close(state: State, selection: Selection, ending: ops.Ending) -> None:
 
 
 def busy(state: State, count: Tensor) -> Tensor:
-    """Counts for the host ``(1, b)`` int32: ``count``, and -1 where a sequence is done."""
+    """Counts for the host ``(1, b)`` int32: ``count``, and -1 where a sequence is finished."""
     return torch.where(state.done, -1, count)[None]
 
 

@@ -38,7 +38,7 @@ class Tally:
 
     Attributes:
         requests: answers.
-        tokens: tokens up to and including the end of sequence or the stop string.
+        tokens: tokens up to and including EOS or the stop string.
         forwards, verifier_forwards: of the two models, a sequence counting its own.
         seconds: in ``generate``; a batch counts for its tasks in proportion to their requests.
         per_request: tokens per forward of each answer.

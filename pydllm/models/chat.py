@@ -150,7 +150,7 @@ def encode(
         options: of ``ChatTemplate.render``.
 
     Raises:
-        PydllmError: there is no tokenizer, or for messages no template.
+        PydllmError: no tokenizer; or messages, and no chat template.
         ValueError: the template refuses the messages, or the tokenizer has no token for a word.
     """
     if tokenizer is None:

@@ -114,7 +114,7 @@ def test_ends_and_rests(family, cache):
     """Models that predict the EOS much, early stop, lengths that are no multiple of the block.
 
     The published decoders decide the end on the masks in ``x``: some answers keep a mask, or a
-    token behind the EOS.
+    token after the EOS.
     """
     odd = 0
     for seed in range(16):
