@@ -23,6 +23,7 @@ VENV := .venv
 LOCK_VENV := .venv-lock
 LATEST_VENV := .venv-latest
 BUILD_VENV := .venv-build
+DOCS_VENV := .venv-docs
 
 ifeq ($(strip $(PYTHON)),)
 PY := $(VENV)/bin/python
@@ -33,7 +34,7 @@ READY := checked
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo figures test lint lock test-latest wheel wheels aot bars bench resources \
+.PHONY: help demo figures test lint docs lock test-latest wheel wheels aot bars bench resources \
   csrc-sanitize gpu gpu-report checked
 
 # Sets $$python to an interpreter that there is a lock file for.
@@ -51,6 +52,7 @@ help:
 	@echo 'make figures  draw the pictures of the README'
 	@echo 'make test   run the tests'
 	@echo 'make lint   ruff, mypy, clang-format'
+	@echo 'make docs   build the documentation: out/site'
 	@echo 'make lock   pin the newest versions of all dependencies: requirements/'
 	@echo 'make test-latest  run the tests of integrations and models with the newest versions'
 	@echo 'make wheel  build dist/*.tar.gz and dist/*.whl'
@@ -81,6 +83,11 @@ lint: $(READY)
 	$(PY) -m mypy
 	$(PY) -c 'import clang_format as c; c.clang_format()' --dry-run --Werror csrc/* tests/*.h
 
+# In an environment of its own: neither torch nor this package is imported. A broken link ends it.
+docs: $(DOCS_VENV)/.ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict
+	@echo 'out/site/index.html'
+
 # Exact versions for Linux. torch, its Triton and NVIDIA's packages are pinned by $(TORCH).
 lock:
 	@set -e; $(FIND_PYTHON); $$python -m venv $(LOCK_VENV); \
@@ -92,7 +99,10 @@ lock:
 	    --extra test --extra demo pyproject.toml -); \
 	  { echo "# Made by make lock, for Python $$version."; \
 	    echo "$$pins" | sed '/^nvidia-/d; /^cuda-/d'; } > requirements/$$version.txt; \
-	done
+	done; \
+	{ echo '# Made by make lock, for the documentation.'; \
+	  $(LOCK_VENV)/bin/uv pip compile --quiet --no-header --no-annotate --universal \
+	    --python-version 3.11 --group docs; } > requirements/docs.txt
 
 # What users get from pip, in an environment of its own. Prints one line: versions and counts.
 test-latest:
@@ -160,6 +170,12 @@ $(BUILD_VENV)/.ready: pyproject.toml $(wildcard requirements/*)
 	$$python -m venv --clear $(BUILD_VENV)
 	$(BUILD_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) \
 	  -c requirements/$(call version_of,$(BUILD_VENV)/bin/python).txt build ninja pybind11 setuptools
+	@touch $@
+
+$(DOCS_VENV)/.ready: requirements/docs.txt
+	@set -e; $(if $(PYTHON),python=$(PYTHON),$(FIND_PYTHON)); \
+	$$python -m venv --clear $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) -r requirements/docs.txt
 	@touch $@
 
 version_of = $$($(1) -c 'import sys; print("%d.%d" % sys.version_info[:2])')

@@ -43,10 +43,12 @@ def test_links_lead_somewhere(page):
             assert (page.parent / link).exists(), link
 
 
-def test_every_page_is_in_the_index():
-    linked = set(LINK.findall((ROOT / "docs/index.md").read_text()))
-    pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"index.md"}
-    assert pages <= linked
+def test_every_page_is_in_the_index_and_in_the_navigation():
+    docs = ROOT / "docs"
+    pages = {page.relative_to(docs).as_posix() for page in docs.rglob("*.md")}
+    assert pages - {"index.md"} <= set(LINK.findall((docs / "index.md").read_text()))
+    navigation = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2]
+    assert pages <= set(re.findall(r"- (?:.*: )?([\w./-]+\.md)$", navigation, re.MULTILINE))
 
 
 def test_the_sdist_takes_the_pages():

@@ -199,7 +199,7 @@ def test_an_op_is_exported_and_its_bench_case_listed():
 
 def test_pages_name_files_that_exist():
     """Paths of this repository in backticks; ``<op>`` stands for any name."""
-    pages = [ROOT / "AGENTS.md", ROOT / "ENVS.md", ROOT / "README.md", *ROOT.glob("docs/*.md")]
+    pages = [ROOT / "AGENTS.md", ROOT / "ENVS.md", ROOT / "README.md", *ROOT.glob("docs/**/*.md")]
     roots = ("pydllm/", "kernels/", "csrc/", "tests/", "bench/", "docs/", "_backend/", "training/")
     lost = []
     for page in pages:
