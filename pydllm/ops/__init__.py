@@ -3,6 +3,7 @@
 from pydllm.ops.certainty_loss import certainty_loss
 from pydllm.ops.commit_branch import commit_branch
 from pydllm.ops.draft import draft
+from pydllm.ops.edit_tokens import Edited, edit_tokens
 from pydllm.ops.experts import experts
 from pydllm.ops.head_stats import (
     StatsPartial,
@@ -27,6 +28,7 @@ from pydllm.ops.window_attention import SharedWindow, window_attention
 __all__ = [
     "Accepted",
     "Candidates",
+    "Edited",
     "Ending",
     "MixtureDraft",
     "MultiBlockState",
@@ -40,6 +42,7 @@ __all__ = [
     "certainty_loss",
     "commit_branch",
     "draft",
+    "edit_tokens",
     "experts",
     "fold_stats",
     "head_stats",

@@ -152,6 +152,22 @@ CASES = (
         (("vocab_size", 0), ("bound", -1.0)),
     ),
     Case(
+        ops.edit_tokens,
+        window(
+            post_steps=lambda: at(0, 0),
+            complete=lambda: torch.zeros(2, dtype=torch.bool),
+            editable_from=lambda: at(0, 0),
+            threshold=lambda: 0.5,
+            edit_threshold=lambda: 0.5,
+            min_tokens=lambda: 1,
+            max_post_steps=lambda: 2,
+            confirm=lambda: True,
+            **written(),
+        ),
+        "edit_threshold",
+        (("min_tokens", 0), ("max_post_steps", -1), ("threshold", 1.5)),
+    ),
+    Case(
         ops.unmask,
         window(rule=lambda: "quota", quota=lambda: at(1, 1), seed=lambda: 1, **written()),
         "",

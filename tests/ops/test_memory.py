@@ -264,6 +264,24 @@ def renoise(guard, backend, changed):
     )
 
 
+def edit_tokens(guard, backend, changed):
+    n = numbers(changed, start=1, length=3, editable_from=2)
+    ops.edit_tokens(
+        guard(torch.zeros(B, L, dtype=torch.int64)),
+        guard(torch.full((B, L), -1).int()),
+        *(guard(at(changed.get(name, 0), 0)) for name in ("nfe", "post_steps")),
+        guard(torch.zeros(B, dtype=torch.bool)),
+        torch.ones(B, T, dtype=torch.int64),
+        torch.rand(B, T),
+        mask_id=0,
+        threshold=0.5,
+        edit_threshold=0.0,
+        max_post_steps=1,
+        backend=backend,
+        **n,
+    )
+
+
 class Case(NamedTuple):
     call: Callable
     arguments: tuple[str, ...]
@@ -287,6 +305,11 @@ CASES = (
     Case(head_stats, ("rows", "banned", "counter"), ("torch", "triton")),
     Case(certainty_loss, ("target",), ("torch", "triton")),
     Case(renoise, ("request", "step"), ("torch", "triton")),
+    Case(
+        edit_tokens,
+        ("start", "length", "editable_from", "nfe", "post_steps"),
+        ("torch", "triton"),
+    ),
 )
 RUNS = [
     pytest.param(case, backend, id=f"{case.call.__name__}-{backend}")
