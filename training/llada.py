@@ -296,7 +296,12 @@ def run_training(
 
 def save_checkpoint(model: nn.Module, config: dict[str, Any], out: Path) -> None:
     """Write config.json, model.safetensors (fp16) and tokenizer.json to ``out``."""
-    weights = {name: value.half().contiguous() for name, value in model.state_dict().items()}
+    save_weights(model.state_dict(), config, out)
+
+
+def save_weights(state: dict[str, Tensor], config: dict[str, Any], out: Path) -> None:
+    """``save_checkpoint`` for a model whose ``state_dict`` has other names than the checkpoint."""
+    weights = {name: value.half().contiguous() for name, value in state.items()}
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     build_tokenizer().save(str(out / "tokenizer.json"))

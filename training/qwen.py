@@ -146,6 +146,30 @@ def shifted_diffusion_loss(model: nn.Module, size: int, seed: int) -> Callable[[
     return loss_of
 
 
+def two_streams(
+    ids: Tensor, masked: Tensor, block: Tensor, first: int = 0, *, causal: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A sequence twice in one input: noisy from position ``first`` on, then clean.
+
+    A noisy block sees itself and the clean blocks before it. ``block (B or 1, S)`` is the block of
+    each position. Clean rows see their own block and those before, or, ``causal``, what stands
+    before them.
+
+    Returns:
+        Inputs ``(B, 2 S - first)``, their positions ``(1, 2 S - first)``, and which rows see which
+        ``(B or 1, 1, 2 S - first, 2 S - first)`` bool.
+    """
+    place = torch.arange(ids.shape[1])
+    own = block[:, first:, None] == block[:, None, first:]
+    before = block[:, first:, None] > block[:, None]
+    nothing = torch.zeros_like(before).transpose(1, 2)
+    past = (place[:, None] >= place)[None] if causal else block[:, :, None] >= block[:, None]
+    # Rows ask, columns answer.
+    rows = (torch.cat((own, before), 2), torch.cat((nothing, past.expand(len(block), -1, -1)), 2))
+    inputs = torch.cat((ids.masked_fill(masked, MASK)[:, first:], ids), 1)
+    return inputs, torch.cat((place[first:], place))[None], torch.cat(rows, 1)[:, None]
+
+
 def block_diffusion_loss(model: nn.Module, size: int, seed: int) -> Callable[[int], Tensor]:
     """Cross-entropy of masked answer tokens, each block seeing itself and the clean ones before."""
 
@@ -159,15 +183,9 @@ def block_diffusion_loss(model: nn.Module, size: int, seed: int) -> Callable[[in
         masked = is_answer & (torch.rand(size, length, generator=noise) < ratio)
         masked = hide_names(ids, masked, noise)
         masked |= is_answer & ~masked.any(1, keepdim=True)
-        block = torch.arange(length) // BLOCK
-        own = block[:, None] == block
-        before = block[:, None] > block
-        nothing = torch.zeros_like(own)
-        # Rows ask, columns answer; noisy first, clean behind.
-        visible = torch.cat((torch.cat((own, before), 1), torch.cat((nothing, own | before), 1)))
-        bias = torch.where(visible, 0.0, -torch.inf)[None, None]
-        positions = torch.arange(length).repeat(2)[None]
-        inputs = torch.cat((ids.masked_fill(masked, MASK), ids), 1)
+        block = (torch.arange(length) // BLOCK)[None]
+        inputs, positions, visible = two_streams(ids, masked, block)
+        bias = torch.where(visible, 0.0, -torch.inf)
         logits = model(inputs, attention_mask=bias, position_ids=positions).logits[:, :length]
         return cross_entropy(logits[masked], ids[masked])
 
