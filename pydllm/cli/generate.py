@@ -137,9 +137,9 @@ def generate(
     first = is_first_process()
     if values["html"] is not None and "interrupted" not in result.finish_reason:
         plain = values | {"watch": False, "streams": False}
-        results = {",".join((algorithm, *settings)): result}
+        results = {",".join((algorithm, *settings)): (chosen, result)}
         for name, other in beside.items():
-            results[name], _ = _decode(model, texts, other, arguments, plain)
+            results[name] = other, _decode(model, texts, other, arguments, plain)[0]
         title = Path(source or WEIGHTS).name
         write_player(model, texts, results, title, values["html"], write=first, backend=backend)
     leave_processes()

@@ -50,15 +50,15 @@ def read_beside(beside: tuple[str, ...], verifier: Callable[[], Any]) -> dict[st
 def write_player(
     model: Any,
     texts: list[str],
-    results: dict[str, Any],
+    results: dict[str, tuple[Any, Any]],
     title: str,
     path: Path,
     *,
     write: bool,
     backend: str | None,
 ) -> None:
-    """Play ``results``, generations by name. Where a model is spread over processes, each of them
-    takes part in the forwards, and the one with ``write`` writes.
+    """Play ``results``, algorithm and generation by name. Where a model is spread over processes,
+    each of them takes part in the forwards, and the one with ``write`` writes.
     """
     from pydllm.demo.player import Scene, write_page
     from pydllm.demo.replay import replay
@@ -67,7 +67,10 @@ def write_player(
         Scene(
             title,
             text,
-            [replay(model, made, row, name, backend=backend) for name, made in results.items()],
+            [
+                replay(model, made, row, name, algorithm, backend=backend)
+                for name, (algorithm, made) in results.items()
+            ],
         )
         for row, text in enumerate(texts)
     ]

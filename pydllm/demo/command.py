@@ -108,7 +108,15 @@ def demo(
         first = [shown] if html is None else [shown, *(n for n in range(_SCENES) if n != shown)]
         for row in first[: min(_SCENES, problems)]:
             played = [
-                replay(model, generations[key], row, key, problem=tasks[row], backend=backend)
+                replay(
+                    model,
+                    generations[key],
+                    row,
+                    key,
+                    plan[key],
+                    problem=tasks[row],
+                    backend=backend,
+                )
                 for key in side_by_side(plan)
             ]
             runs.setdefault(name, played)

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pydllm.decoding import Generation
+from pydllm.decoding import Autoregressive, Generation, SelfSpeculative
+from pydllm.decoding.driver import Algorithm
 from pydllm.demo.task import Problem, mistakes
-from pydllm.metrics.likelihood import masked_rows
+from pydllm.metrics.reading import causal_rows, masked_rows
 from pydllm.models import Model
 
 _ROWS = 32  # canvases per forward
@@ -27,7 +28,8 @@ class Run:
         forwards: how many the answer took.
         wrong: places of words that are wrong; None where nobody knows what is right.
         probability: what the model gave each token before the forward's tokens were written.
-        entropy: of the model's distribution there, in nats. Both are None for causal models.
+        entropy: of the model's distribution there, in nats. Both are None where the prompt is too
+            short for the model to predict the first token.
     """
 
     name: str
@@ -45,20 +47,23 @@ class _Canvas:
     position: Tensor  # (m,) int64, what the next forward writes
 
 
+@torch.no_grad()
 def replay(
     model: Model,
     generation: Generation,
     row: int,
     name: str,
+    algorithm: Algorithm,
     *,
     problem: Problem | None = None,
     backend: str | None = None,
 ) -> Run:
-    """The run of row ``row`` of a generation without guidance.
+    """The run of row ``row`` of what ``algorithm`` generated without guidance.
 
     The probability and the entropy come from a forward of the whole canvas as it stood before the
     tokens were written. A decoder that works with a cache, or on a part of the canvas, has seen
-    numbers that differ from these.
+    numbers that differ from these. ``Autoregressive`` and ``SelfSpeculative`` write what a causal
+    forward predicts, so theirs come from one of the answer.
     """
     answer = generation.new_tokens[row].cpu()
     prompt = generation.sequences[row].cpu()[: -generation.step_map.shape[1]]
@@ -70,15 +75,28 @@ def replay(
         wrong = [place for place in mistakes(problem, text) if place < len(words)]
     probability, entropy = None, None
     mask, spec = model.spec.mask_id, model.spec
-    if mask is not None and spec.attention != "causal" and len(prompt) >= int(spec.shift_logits):
+    by_causal = isinstance(algorithm, Autoregressive | SelfSpeculative) and spec.causal == "shifted"
+    if by_causal or spec.attention == "causal":
+        rows = causal_rows(model, torch.cat((prompt, answer)), len(prompt), backend)
+        probability, entropy = map(Tensor.tolist, _certainty(model, rows, answer))
+    elif mask is not None and len(prompt) >= int(spec.shift_logits or spec.seeded):
         length = generation.step_map.shape[1]
-        probability, entropy = _certainty(model, mask, prompt, answer, steps, length, backend)
+        probability, entropy = _on_canvases(model, mask, prompt, answer, steps, length, backend)
     forwards = int(generation.nfe[row])
     return Run(name, words, steps.tolist(), forwards, wrong, probability, entropy)
 
 
-@torch.no_grad()
-def _certainty(
+def _certainty(model: Model, rows: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Probability of ``tokens (n,)`` and entropy, of hidden rows ``(n, hidden)``; on the CPU."""
+    logits = model.head(rows).float()
+    if model.spec.mask_id is not None:
+        logits[:, model.spec.mask_id] = -torch.inf
+    logs = F.log_softmax(logits, -1)
+    probability = logs.gather(1, tokens.to(logs.device)[:, None])[:, 0].exp()
+    return probability.cpu(), -(logs.exp() * logs.clamp(min=-1e4)).sum(1).cpu()
+
+
+def _on_canvases(
     model: Model,
     mask: int,
     prompt: Tensor,
@@ -101,14 +119,15 @@ def _certainty(
     probability, entropy = torch.empty(len(answer)), torch.empty(len(answer))
     for first in range(0, len(canvases), _ROWS):
         some = canvases[first : first + _ROWS]
-        hidden, _ = masked_rows(model, [canvas.ids for canvas in some], some, backend)
-        logits = model.head(hidden).float()
-        logits[:, mask] = -torch.inf
-        logs = F.log_softmax(logits, -1)
+        hidden, _ = masked_rows(
+            model,
+            [canvas.ids for canvas in some],
+            [canvas.position for canvas in some],
+            [len(prompt)] * len(some),
+            backend,
+        )
         place = torch.cat([canvas.position for canvas in some]) - len(prompt)
-        token = answer[place].to(logs.device)
-        probability[place] = logs.gather(1, token[:, None])[:, 0].exp().cpu()
-        entropy[place] = -(logs.exp() * logs.clamp(min=-1e4)).sum(1).cpu()
+        probability[place], entropy[place] = _certainty(model, hidden, answer[place])
     return probability.tolist(), entropy.tolist()
 
 

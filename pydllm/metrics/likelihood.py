@@ -13,8 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pydllm._checks import check_int, check_token_id, describe
+from pydllm.metrics.reading import masked_rows
 from pydllm.models import Model
 from pydllm.models.protocol import expect_model
+from pydllm.models.spec import ModelSpec
 
 Pair = tuple[Sequence[int], Sequence[int]]  # token ids: what is given, what is scored
 # Rows of logits that are stored at a time.
@@ -26,6 +28,7 @@ class _Noised:
     """A sequence with some of a target's tokens masked, and what its loss counts."""
 
     pair: int
+    origin: int  # tokens of the context
     ids: Tensor  # (length,) int64, masks included
     position: Tensor  # (m,) int64, the masks
     target: Tensor  # (m,) int64, what stood there
@@ -57,7 +60,7 @@ def log_likelihood(
     Args:
         model: a masked diffusion model with full or block-causal attention.
         pairs: (context, target) token ids, of any lengths. The context may be empty, but for
-            shifted models.
+            shifted and seeded models.
         samples: maskings a target (or a block of it), at least 1.
         batch_size: sequences per forward.
         seed: of the maskings, in [0, 2^63). They depend on the seed and the pair's tokens, and on
@@ -85,7 +88,13 @@ def log_likelihood(
     total = torch.zeros(len(pairs), dtype=torch.float64)
     rows = queue()
     while batch := list(islice(rows, batch_size)):
-        hidden, index = masked_rows(model, [row.ids for row in batch], batch, backend)
+        hidden, index = masked_rows(
+            model,
+            [row.ids for row in batch],
+            [row.position for row in batch],
+            [row.origin for row in batch],
+            backend,
+        )
         target = torch.cat([row.target for row in batch]).to(model.device)
         losses = []
         for part, tokens in zip(hidden.split(_HEAD_ROWS), target.split(_HEAD_ROWS), strict=True):
@@ -139,26 +148,33 @@ class _Guess:
         self.whole = torch.tensor([*tokens[0], *tokens[1]], dtype=torch.int64)
         self.ids = self.whole.clone()
         self.hidden = list(range(self.first, len(self.whole)))  # positions
-        self.size = model.spec.block_size
         self.ids[self.first :] = _mask(model)
+        self._spec = model.spec
+
+    @property
+    def end(self) -> int:
+        """Where the block of the first mask ends."""
+        return _block_end(self._spec, self.first, self.hidden[0], len(self.ids))
 
     @property
     def position(self) -> Tensor:
         """The masks that may be written next."""
-        hidden = self.hidden
-        if self.size is not None:
-            hidden = [p for p in hidden if p // self.size == self.hidden[0] // self.size]
+        hidden = [place for place in self.hidden if place < self.end]
+        if self._spec.context == "causal" and self._spec.seeded and hidden[0] > 0:
+            begins = _block_end(self._spec, self.first, hidden[0] - 1, len(self.ids))
+            hidden = hidden[:1] if begins == hidden[0] else hidden  # seeded before all others
         return torch.tensor(hidden, dtype=torch.int64)
 
 
 def _advance(model: Model, live: list[_Guess], agrees: Tensor, backend: str | None) -> list[_Guess]:
     """Write one token of each; those that go on."""
-    ends = [
-        len(guess.ids) if guess.size is None else (guess.hidden[0] // guess.size + 1) * guess.size
-        for guess in live
-    ]
-    ids = [guess.ids[:end] for guess, end in zip(live, ends, strict=True)]
-    hidden, index = masked_rows(model, ids, live, backend)
+    hidden, index = masked_rows(
+        model,
+        [guess.ids[: guess.end] for guess in live],
+        [guess.position for guess in live],
+        [guess.first for guess in live],
+        backend,
+    )
     banned = torch.tensor([_mask(model)], dtype=torch.int32, device=model.device)
     stats = model.head_stats(hidden, banned=banned, backend=backend)
     probability, token = stats.prob.cpu(), stats.token.cpu()
@@ -184,16 +200,16 @@ def _noised(model: Model, index: int, tokens: Pair, samples: int, seed: int) -> 
     whole = torch.cat((context, target))
     digest = zlib.crc32(whole.numpy().tobytes(), len(context))
     generator = torch.Generator().manual_seed(seed ^ (digest << 20))
-    size, first = model.spec.block_size, len(context)
+    first = len(context)
     while first < len(whole):
-        end = len(whole) if size is None else min(len(whole), (first // size + 1) * size)
+        end = _block_end(model.spec, len(context), first, len(whole))
         length = end - first
         for masked, repeats in zip(*_patterns(length, samples, generator), strict=True):
             position = first + masked.nonzero()[:, 0]
             ids = whole[:end].clone()
             ids[position] = _mask(model)
             weight = repeats.item() * length / (samples * len(position))
-            yield _Noised(index, ids, position, whole[position], weight)
+            yield _Noised(index, len(context), ids, position, whole[position], weight)
         first = end
 
 
@@ -207,34 +223,12 @@ def _patterns(length: int, samples: int, generator: torch.Generator) -> tuple[Te
     return torch.unique(rank < count[:, None], dim=0, return_counts=True)
 
 
-def masked_rows(
-    model: Model, sequences: Sequence[Tensor], rows: Sequence[Any], backend: str | None
-) -> tuple[Tensor, Tensor]:
-    """Hidden rows ``(N, hidden)`` that predict every ``row.position``, and whose each is, ``(N,)``.
-
-    One forward of all sequences, each by itself.
-    """
-    device, batch = model.device, len(sequences)
-    lengths = [len(sequence) for sequence in sequences]
-    ids = torch.full((batch, max(lengths)), _mask(model))
-    for row, sequence in enumerate(sequences):
-        ids[row, : lengths[row]] = sequence
-    zero = torch.zeros(batch, dtype=torch.int32, device=device)
-    length = torch.tensor(lengths, dtype=torch.int32, device=device)
-    hidden = model.forward(
-        ids.to(device),
-        zero,
-        model.new_cache(batch, 0),
-        length=length,
-        kv_len=length,
-        commit=zero,
-        backend=backend,
-    )
-    positions = [row.position for row in rows]
-    counts = torch.tensor([len(position) for position in positions])
-    index = torch.arange(batch).repeat_interleave(counts)
-    predicted_by = torch.cat(positions) - int(model.spec.shift_logits)
-    return hidden[index.to(device), predicted_by.to(device)], index
+def _block_end(spec: ModelSpec, context: int, place: int, length: int) -> int:
+    """The end of the block that position ``place`` is in, at most ``length``."""
+    if spec.block_size is None:
+        return length
+    origin = context if spec.block_origin == "prompt" else 0
+    return min(length, place + spec.block_size - (place - origin) % spec.block_size)
 
 
 def _mask(model: Model) -> int:
@@ -267,7 +261,7 @@ def check_pairs(model: Model, pairs: Any) -> None:
                 )
             if token == spec.mask_id:
                 raise ValueError(f"pairs[{row}]: expected no mask, got the mask id {token}")
-        if spec.shift_logits and not context:
+        if (spec.shift_logits or spec.seeded) and not context:
             raise ValueError(
                 f"pairs[{row}]: expected a context of at least one token (position i is predicted "
                 "from i - 1), got none"

@@ -14,6 +14,7 @@ from pydllm.demo import MODELS
 from pydllm.demo.player import Scene, write_page
 from pydllm.demo.replay import Run, replay
 from pydllm.demo.task import held_out_problems
+from tests.models.plain import RECENT, random_plain, write_checkpoint
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome"))), None
@@ -126,7 +127,7 @@ def test_a_replay_is_what_the_decoder_saw(name):
     problem = held_out_problems(1)[0]
     rule = pydllm.Threshold(threshold=0.9, block_length=8)
     got = pydllm.generate(model, ["sam", problem.prompt], rule, max_new_tokens=48)
-    run = replay(model, got, 1, "Threshold", problem=problem)
+    run = replay(model, got, 1, "Threshold", rule, problem=problem)
     assert run.forwards == got.nfe[1] and " ".join(run.words[:-1]) == got.text[1].strip()
     assert run.words[-1] == "<eos>" and run.steps == got.step_map[1][: len(run.words)].tolist()
     per_forward = {step: [] for step in run.steps}
@@ -151,8 +152,54 @@ def test_a_replay_is_what_the_decoder_saw(name):
         assert run.entropy[place] == pytest.approx(entropy, abs=1e-3)
 
 
-def test_a_causal_model_has_no_canvas():
+def _law(logits, mask):
+    logits = logits.clone()
+    logits[mask] = -torch.inf
+    return F.softmax(logits, 0)
+
+
+def test_a_causal_model_is_replayed_by_its_own_forward():
     model = pydllm.load("verifier-tiny", device="cpu")
-    got = pydllm.generate(model, ["sam has 7"], pydllm.Autoregressive(), max_new_tokens=3)
-    run = replay(model, got, 0, "Autoregressive")
-    assert run.probability is None and run.wrong is None and run.forwards == 3
+    got = pydllm.generate(
+        model, ["sam has 7"], pydllm.Autoregressive(), max_new_tokens=3, logprobs=True
+    )
+    run = replay(model, got, 0, "Autoregressive", pydllm.Autoregressive())
+    assert run.wrong is None and run.forwards == 3
+    torch.testing.assert_close(torch.tensor(run.probability).log(), got.logprobs[0])
+    assert len(run.entropy) == 3 and min(run.entropy) >= 0
+
+
+ALGORITHMS = {
+    "static": pydllm.Static(block_length=4),
+    "threshold": pydllm.Threshold(threshold=0.2, block_length=4),
+    "autoregressive": pydllm.Autoregressive(),
+    "self-speculative": pydllm.SelfSpeculative(drafts=3),
+}
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=ALGORITHMS)
+def test_a_causal_context_is_replayed_as_it_was_decoded(tmp_path, algorithm):
+    """A model trained both ways: blocks see a causal context, whose last row predicts the first
+    token of a block; what an autoregressive answer shows is what its causal forward gave.
+    """
+    plain = random_plain(RECENT["nemotron"], seed=3)
+    folder = write_checkpoint(tmp_path, plain)
+    model = pydllm.load(folder, device="cpu", dtype=torch.float64, eos_ids=())
+    prompt, mask, size = [4, 9, 21, 33, 5], model.spec.mask_id, model.spec.block_size
+    got = pydllm.generate(model, [prompt], algorithm, max_new_tokens=8)
+    run = replay(model, got, 0, "name", algorithm)
+    answer = got.new_tokens[0].tolist()
+    assert len(run.probability) == len(answer) > size
+    for place, token in enumerate(answer):
+        start = place // size * size
+        known = [t if run.steps[n] < run.steps[place] else mask for n, t in enumerate(answer)]
+        known += [mask] * (8 - len(known))
+        is_causal = isinstance(algorithm, pydllm.Autoregressive | pydllm.SelfSpeculative)
+        if is_causal or place == start:
+            law = _law(plain(torch.tensor(prompt + answer[:place]), causal=True)[1][-1], mask)
+        else:
+            kept = plain(torch.tensor(prompt + known[:start]), causal=True)[2]
+            block = torch.tensor(known[start : start + size])
+            law = _law(plain(block, len(prompt) + start, kept)[1][place - start], mask)
+        assert run.probability[place] == pytest.approx(law[token].item(), abs=1e-5)
+        assert run.entropy[place] == pytest.approx(torch.special.entr(law).sum().item(), abs=1e-5)
