@@ -1,4 +1,4 @@
-"""Train a mixture of experts in LLaDA2's layout: ``python -m training.llada2 --out out/llada2-tiny``.
+"""Train LLaDA2's mixture of experts: ``python -m training.llada2 --out out/llada2-tiny``.
 
 Plain PyTorch, block-causal, on the task and tokenizer of the LLaDA model. The experts of a layer
 are the rows of one matrix while they are trained: every row computes all of them and weighs those
@@ -31,7 +31,7 @@ from training.llada import (
     run_training,
     save_weights,
 )
-from training.qwen import BLOCK, draw_batch, two_streams
+from training.qwen import BLOCK, draw_batch, needed, two_streams
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LLaDA2MoeModelLM"],
@@ -234,17 +234,18 @@ def start_from(model: TinyLLaDA2, parent: Path) -> None:
         .replace("self_attn.k_norm.", "attention.key_layernorm."): value.float()
         for name, value in load_file(parent / "model.safetensors").items()
     }
-    for index, mixture in enumerate(model.model["layers"]):  # type: ignore[arg-type]
+    layers: Any = model.model["layers"]
+    for index, layer in enumerate(layers):
         at = f"model.layers.{index}."
-        parts = [names.pop(f"{at}self_attn.{part}_proj.weight", None) for part in "qkv"]
-        if None in parts:
-            raise click.UsageError(f"--init {parent}: expected a model in the layout of SDAR")
-        names[f"{at}attention.query_key_value.weight"] = torch.cat(parts)  # type: ignore[arg-type]
-        if isinstance(mixture.mlp, MixtureOfExperts):
+        qkv = [f"{at}self_attn.{part}_proj.weight" for part in "qkv"]
+        if names.keys().isdisjoint(qkv):
+            raise click.UsageError(f"--init {parent}: expected SDAR's layout, lacks {qkv[0]}")
+        names[f"{at}attention.query_key_value.weight"] = torch.cat([*map(names.pop, qkv)])
+        if isinstance(layer.mlp, MixtureOfExperts):
             for name in ("gate", "up", "down"):
                 slices = names.pop(f"{at}mlp.{name}_proj.weight")
                 names[f"{at}mlp.experts.{name}_proj.weight"] = slices
-            nn.init.zeros_(mixture.mlp.shared_experts.down_proj.weight)
+            nn.init.zeros_(layer.mlp.shared_experts.down_proj.weight)
     missing, unexpected = model.load_state_dict(names, strict=False)
     new = [name for name in missing if ".mlp.gate." not in name and "shared_experts" not in name]
     if new or unexpected:
@@ -252,19 +253,6 @@ def start_from(model: TinyLLaDA2, parent: Path) -> None:
             f"--init {parent}: expected a model in the layout of SDAR, lacks {new or 'nothing'}, "
             f"has {unexpected or 'nothing'} that does not belong"
         )
-
-
-def needed(ids: Tensor, is_answer: Tensor, reach: int) -> tuple[Tensor, Tensor, int]:
-    """A batch without what decoding never computes, and where its first answer begins.
-
-    ``reach`` positions after the first EOS of an answer count; blocks after those are not decoded.
-    """
-    place = torch.arange(ids.shape[1])
-    end = (is_answer & (ids == EOS)).int().argmax(1, keepdim=True)
-    is_answer = is_answer & (place < end + reach)
-    length = int(end.max()) + reach
-    length = min(ids.shape[1], length + -length % BLOCK)
-    return ids[:, :length], is_answer[:, :length], int(is_answer.int().argmax(1).min())
 
 
 def denoising_loss(model: TinyLLaDA2, size: int, seed: int) -> Callable[[int], Tensor]:

@@ -122,6 +122,19 @@ def draw_batch(size: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
     return ids, is_answer
 
 
+def needed(ids: Tensor, is_answer: Tensor, reach: int) -> tuple[Tensor, Tensor, int]:
+    """A batch without what decoding never computes, and where its first answer begins.
+
+    ``reach`` positions after the first EOS of an answer count; blocks after those are not decoded.
+    """
+    place = torch.arange(ids.shape[1])
+    end = (is_answer & (ids == EOS)).int().argmax(1, keepdim=True)
+    is_answer = is_answer & (place < end + reach)
+    length = int(end.max()) + reach
+    length = min(ids.shape[1], length + -length % BLOCK)
+    return ids[:, :length], is_answer[:, :length], int(is_answer.int().argmax(1).min())
+
+
 def shifted_diffusion_loss(model: nn.Module, size: int, seed: int) -> Callable[[int], Tensor]:
     """Cross-entropy of masked answer tokens, each from the row of the position before it.
 

@@ -7,8 +7,9 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 import pydllm
+from pydllm.demo import MODELS
 from pydllm.demo.task import ANSWER_LENGTH, FRIENDS, vocabulary
-from training import llada, qwen
+from training import dual, llada, llada2, qwen
 
 
 def _train(folder, steps, planned):
@@ -160,3 +161,111 @@ def test_the_command_writes_checkpoints_that_load(tmp_path, kind):
         "dream": ("full", True),
         "sdar": ("block_causal", False),
     }[kind]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_each_copy_of_a_sequence_sees_what_it_should(causal):
+    """Said once more, position by position."""
+    ids, first = torch.arange(20).view(2, 10) + 3, 3
+    masked = torch.rand(2, 10, generator=torch.Generator().manual_seed(0)) < 0.5
+    block = torch.tensor([[0, 0, 0, 1, 1, 1, 2, 2, 2, 3], [0, 0, 1, 1, 1, 1, 1, 2, 3, 3]])
+    inputs, positions, visible = qwen.two_streams(ids, masked, block, first, causal=causal)
+    assert positions.tolist() == [[*range(first, 10), *range(10)]]
+    for row in range(2):
+        noisy = [llada.MASK if m else t for t, m in zip(ids[row], masked[row], strict=True)]
+        assert inputs[row].tolist() == [*noisy[first:], *ids[row]]
+        for q, asks in enumerate(positions[0]):
+            for k, answers in enumerate(positions[0]):
+                mine, other = block[row, asks], block[row, answers]
+                if q < 10 - first:
+                    sees = mine == other if k < 10 - first else other < mine
+                else:
+                    sees = k >= 10 - first and (answers <= asks if causal else other <= mine)
+                assert visible[row, 0, q, k] == sees
+
+
+def test_batches_end_where_decoding_does():
+    ids, is_answer = qwen.draw_batch(8, seed=1, step=2)
+    kept, wanted, first = qwen.needed(ids, is_answer, 8)
+    assert first == is_answer.int().argmax(1).min() and kept.shape[1] % 8 == 0
+    assert torch.equal(kept, ids[:, : kept.shape[1]]) and kept.shape[1] < ids.shape[1]
+    for row, answer in zip(ids.tolist(), wanted, strict=True):
+        end = row.index(llada.EOS)
+        assert answer.nonzero()[-1] == end + 7
+
+
+def test_the_blocks_of_the_model_trained_both_ways():
+    """Of one length per sequence, shorter at the ends alone; most begin with a token that stands,
+    and many have no other.
+    """
+    ids, is_answer, _ = qwen.needed(*qwen.draw_batch(64, seed=1, step=2), 8)
+    block, masked = dual.noise(ids, is_answer, torch.Generator().manual_seed(0))
+    assert (masked <= is_answer).all() and masked.any(1).all()
+    known = hidden = blocks = 0
+    for row in range(64):
+        lengths = block[row].unique_consecutive(return_counts=True)[1]
+        assert (lengths[1:-1] == lengths[1]).all() and 4 <= lengths[1] <= 16
+        assert max(lengths[0], lengths[-1]) <= lengths[1]
+        begins = [n for n in range(1, ids.shape[1]) if block[row, n] != block[row, n - 1]]
+        for start in begins:
+            inside = slice(start, start + int(lengths[1]))
+            if is_answer[row, inside].all() and inside.stop <= ids.shape[1]:
+                blocks += 1
+                known += not masked[row, start]
+                hidden += bool(masked[row, inside][1:].all())
+    assert blocks > 100 and 0.7 < known / blocks < 0.9 and 0.5 < hidden / blocks < 0.7
+
+
+def test_the_mixture_is_what_decoding_computes(tmp_path):
+    """Trained as one matrix per layer, stored expert by expert; loads and forwards as trained."""
+    options = ["--init", str(MODELS["sdar-tiny"]), "--out", str(tmp_path)]
+    options += ["--steps", "2", "--batch-size", "2"]
+    result = CliRunner().invoke(llada2.main, options)
+    assert result.exit_code == 0, result.output
+    model, trained = pydllm.load(tmp_path, device="cpu"), llada2.TinyLLaDA2()
+    assert (model.spec.attention, model.spec.block_size) == ("block_causal", 8)
+    state = torch.load(tmp_path / "training.pt", weights_only=True)["model"]
+    assert max(v.abs().max() for k, v in state.items() if k.endswith("expert_bias")) > 0
+    trained.load_state_dict({name: value.half().float() for name, value in state.items()})
+    ids, block = torch.randint(3, 86, (1, 24)), torch.arange(24) // 8
+    zero, length = torch.zeros(1, dtype=torch.int32), torch.tensor([24], dtype=torch.int32)
+    with torch.no_grad():
+        want = trained(ids, torch.arange(24)[None], (block[:, None] >= block)[None, None])
+        hidden = model.forward(
+            ids, zero, model.new_cache(1, 0), length=length, kv_len=length, commit=zero
+        )
+    torch.testing.assert_close(model.head(hidden), want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_mixture_begins_with_the_weights_of_a_dense_model(tmp_path):
+    """Slices of the MLP's inner columns; with every expert at weight 1 it is the dense model."""
+    parent = load_file(MODELS["sdar-tiny"] / "model.safetensors")
+    model = llada2.TinyLLaDA2()
+    llada2.start_from(model, MODELS["sdar-tiny"])
+    weights = llada2.checkpoint_weights(model)
+    for layer in (1, 3):
+        at = f"model.layers.{layer}.mlp."
+        for name, axis in (("gate", 0), ("up", 0), ("down", 1)):
+            slices = [weights[f"{at}experts.{e}.{name}_proj.weight"] for e in range(16)]
+            assert torch.equal(torch.cat(slices, axis), parent[f"{at}{name}_proj.weight"].float())
+        assert not weights[f"{at}shared_experts.down_proj.weight"].any()
+    with pytest.raises(click.UsageError, match="expected SDAR's layout, lacks model.layers.0"):
+        llada2.start_from(model, MODELS["llada-tiny"])
+
+
+def test_the_model_trained_both_ways_loads(tmp_path):
+    options = ["--init", str(MODELS["sdar-tiny"]), "--out", str(tmp_path)]
+    options += ["--steps", "2", "--batch-size", "2", "--learning-rate", "0"]
+    result = CliRunner().invoke(dual.main, options)
+    assert result.exit_code == 0, result.output
+    spec = pydllm.load(tmp_path).spec
+    assert (spec.causal, spec.context, spec.seeded) == ("shifted", "causal", True)
+    assert (spec.block_size, spec.block_origin) == (8, "prompt")
+    stored = load_file(tmp_path / "model.safetensors")
+    parent = load_file(MODELS["sdar-tiny"] / "model.safetensors")
+    renamed = (("encoder.", "model."), ("diffusion_head.", "lm_head."))
+    for name, value in stored.items():
+        for ours, theirs in renamed:
+            name = name.replace(ours, theirs)
+        assert torch.equal(value, parent[name])
+    assert len(stored) == len(parent)
