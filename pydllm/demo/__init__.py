@@ -3,7 +3,7 @@
 from pathlib import Path
 
 _WEIGHTS = Path(__file__).parent / "weights"
-_DIFFUSION = ("llada-tiny", "dream-tiny", "sdar-tiny")
+_DIFFUSION = ("llada-tiny", "dream-tiny", "sdar-tiny", "llada2-tiny", "dual-tiny")
 
 # The diffusion models, by the name of their folder; the first is the default of the command line.
 # A wheel has the first alone, the repository all of them.

@@ -26,6 +26,7 @@ _SCENES = 10  # problems on the page of --html
 _SIDE_BY_SIDE = (
     *(", 1 per step", ", 4 per step", "Threshold 0.9", "FreeDave, 8 drafts"),
     *("mixture 0.7", "pipelined, 8", "MultiBlock, entropy 0.5"),
+    *("Autoregressive", "SelfSpeculative, 7 drafts"),
 )
 
 
@@ -198,24 +199,24 @@ def _decode_all(
     model: Any, name: str, plan: dict[str, Any], tasks: list, backend: str | None, console: Console
 ) -> tuple[list[Score], dict[str, Generation]]:
     """The score and the first batch's generation of every algorithm, with a progress bar each."""
-    from pydllm.demo.evaluate import evaluate
+    from pydllm.demo.evaluate import evaluate, reference_of
 
-    scores, generations, first = [], {}, None
+    scores, generations = [], {}
+    decoded: dict[str, list[Any]] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
         for key, algorithm in plan.items():
             bar = progress.add_task(f"{key:30}", total=len(tasks))
-            score, generations[key], sequences = evaluate(
+            score, generations[key], decoded[key] = evaluate(
                 model,
                 (name, key),
                 algorithm,
                 tasks,
-                reference=first,
+                reference=decoded.get(reference_of(plan, key)),
                 backend=backend,
                 on_batch=partial(progress.advance, bar),
             )
             scores.append(score)
-            first = first or sequences
     return scores, generations
 
 

@@ -11,12 +11,14 @@ from torch import Tensor
 
 from pydllm.decoding import (
     APD,
+    Autoregressive,
     EntropyBound,
     Factor,
     FreeDave,
     Generation,
     LeftToRight,
     MultiBlock,
+    SelfSpeculative,
     Static,
     Threshold,
     generate,
@@ -25,8 +27,8 @@ from pydllm.decoding.driver import Algorithm
 from pydllm.demo.task import ANSWER_LENGTH, Problem, is_correct
 from pydllm.models import Model
 
-# The block length that each bundled model is decoded with; sdar-tiny's is that of its attention.
-BLOCKS = {"llada-tiny": 24, "dream-tiny": 24, "sdar-tiny": 8}
+# The block length that each bundled model is decoded with; 8 is that of the model's attention.
+BLOCKS = {"llada-tiny": 24, "dream-tiny": 24, "sdar-tiny": 8, "llada2-tiny": 8, "dual-tiny": 8}
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,10 @@ class Score:
         forwards: mean forwards of the model a problem.
         tokens_per_forward: mean over problems, tokens up to and including the end of sequence.
         tokens_per_second: those tokens over the wall time of the whole batch.
-        equal_percent: problems whose tokens are those of the model's first line, all of them, in
-            percent.
+        equal_percent: problems whose tokens are those of the line that this one is compared with,
+            all of them, in percent: see ``reference_of``.
+        tokens_per_round: mean over problems, tokens after the first per draft and verification of
+            ``SelfSpeculative``, its acceptance length; None for the others.
     """
 
     model: str
@@ -51,14 +55,15 @@ class Score:
     tokens_per_forward: float
     tokens_per_second: float
     equal_percent: float
+    tokens_per_round: float | None = None
 
-    def as_row(self) -> dict[str, str | float]:
+    def as_row(self) -> dict[str, str | float | None]:
         return {k: round(v, 2) if isinstance(v, float) else v for k, v in asdict(self).items()}
 
 
 def algorithms(model: str, verifier: Model | None) -> dict[str, Algorithm]:
-    """The algorithms that the demo runs on a bundled model, by display name; the first is the one
-    that the others are compared with. Without a verifier, not APD.
+    """The algorithms that the demo runs on a bundled model, by display name. Without a verifier,
+    not APD.
     """
     block = BLOCKS[model]
     chosen: dict[str, Algorithm] = {
@@ -75,7 +80,12 @@ def algorithms(model: str, verifier: Model | None) -> dict[str, Algorithm]:
         "FreeDave, 4 drafts": FreeDave(draft_steps=4, block_length=block),
         "FreeDave, 8 drafts": FreeDave(draft_steps=8, block_length=block),
     }
-    if model == "sdar-tiny":
+    if model == "dual-tiny":
+        return chosen | {
+            "Autoregressive": Autoregressive(),
+            **{f"SelfSpeculative, {n} drafts": SelfSpeculative(drafts=n) for n in (3, 7, 15)},
+        }
+    if model in ("sdar-tiny", "llada2-tiny"):
         return chosen | {
             f"FreeDave pipelined, {n}": FreeDave(
                 draft_steps=n, block_length=block, mode="pipelined"
@@ -94,6 +104,16 @@ def algorithms(model: str, verifier: Model | None) -> dict[str, Algorithm]:
         "MultiBlock, entropy 0.1": MultiBlock(threshold=0.1, block_length=block),
         "MultiBlock, entropy 0.5": MultiBlock(threshold=0.5, block_length=block),
     }
+
+
+def reference_of(plan: dict[str, Algorithm], name: str) -> str:
+    """The algorithm of a plan whose tokens those of another are compared with: ``Autoregressive``
+    for ``SelfSpeculative``, if the plan has it, else the first.
+    """
+    first = next(iter(plan))
+    if not isinstance(plan[name], SelfSpeculative):
+        return first
+    return next((key for key, other in plan.items() if isinstance(other, Autoregressive)), first)
 
 
 def evaluate(
@@ -138,5 +158,15 @@ def evaluate(
         equal_percent=100
         * sum(map(torch.equal, sequences, reference or sequences))
         / len(problems),
+        tokens_per_round=_tokens_per_round(generations),
     )
     return score, generations[0], sequences
+
+
+def _tokens_per_round(generations: list[Generation]) -> float | None:
+    rounds = [generation.rounds for generation in generations if generation.rounds is not None]
+    if not rounds:
+        return None
+    tokens = [len(new) - 1 for generation in generations for new in generation.new_tokens]
+    # An answer that the prompt's forward ended has no round.
+    return (torch.tensor(tokens) / torch.cat(rounds).cpu().clamp(min=1)).mean().item()

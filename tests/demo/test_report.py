@@ -1,6 +1,7 @@
 """What the demo prints fits a terminal of 80 columns; its pictures draw what they are given."""
 
 import io
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -8,7 +9,7 @@ from rich.console import Console
 import pydllm
 from pydllm.demo import MODELS, VERIFIER, figures, report
 from pydllm.demo.command import side_by_side
-from pydllm.demo.evaluate import Score, algorithms
+from pydllm.demo.evaluate import Score, algorithms, reference_of
 from pydllm.demo.replay import Run
 
 
@@ -29,11 +30,18 @@ def _score(model, name, right=100.0, forwards=99.9, rate=99.99):
     return Score(model, name, right, forwards, rate, 99999.0, 100.0)
 
 
+def _rounds(name):
+    """As a score has them: those of SelfSpeculative alone."""
+    return 16.0 if name.startswith("SelfSpeculative") else None
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_tables_fit(model, verifier):
     names = list(algorithms(model, verifier))
     title = f"{model}: 10000 held-out problems, cuda:0, bfloat16"
-    lines = _printed(report.score_table([_score(model, name) for name in names], title))
+    scores = [replace(_score(model, name), tokens_per_round=_rounds(name)) for name in names]
+    lines = _printed(report.score_table(scores, title))
+    assert sum("16.00" in line for line in lines) == sum("SelfSpec" in name for name in names)
     assert not any("\u2026" in line for line in lines) and max(map(len, lines)) <= 80
     assert all(any(line.strip().startswith(name + " ") for line in lines) for name in names)
     assert {"algorithm", "forwards", "right", "same"} <= set(" ".join(lines).split())
@@ -126,3 +134,13 @@ def test_the_order_is_on_its_own_scale_and_frames_what_is_wrong():
     assert [patch.get_linewidth() for patch in figure.axes[1].patches] == [0, 2]
     titles = [axis.get_title(loc="left") for axis in figure.axes]
     assert titles == ["slow: 21 forwards, right", "fast: 2 forwards, wrong"]
+
+
+def test_speculation_is_compared_with_the_autoregressive_answer():
+    plan = algorithms("dual-tiny", None)
+    kinds = {name: reference_of(plan, name) for name in plan}
+    first = "Static, 1 per step"
+    assert kinds["Threshold 0.9"] == kinds["Autoregressive"] == kinds[first] == first
+    assert kinds["SelfSpeculative, 15 drafts"] == "Autoregressive"
+    alone = {name: each for name, each in plan.items() if name.startswith("SelfSpeculative")}
+    assert {reference_of(alone, name) for name in alone} == {"SelfSpeculative, 3 drafts"}
