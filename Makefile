@@ -11,6 +11,7 @@ BENCH_ARGS ?=
 RESOURCES_ARGS ?=
 BARS_ARGS ?=
 SANITIZE_ARGS ?= tests/ops
+OP ?=
 ARCHS ?= 80 90a 100
 
 TORCH := torch==2.13.0
@@ -58,6 +59,7 @@ help:
 	@echo 'make wheel  build dist/*.tar.gz and dist/*.whl'
 	@echo 'make wheels ARCHS="80 90a 100"  a wheel with CUDA kernels for each architecture'
 	@echo 'make aot    compile every Triton kernel ahead of time and print its resources'
+	@echo '            (OP="unmask verify": of these ops)'
 	@echo 'make bars   machine code of every Triton kernel against the bars it is held to'
 	@echo 'make resources      registers, spills, shared memory, occupancy of every CUDA kernel'
 	@echo 'make csrc-sanitize  run the CUDA kernels on the CPU under the address and undefined-'
@@ -128,7 +130,7 @@ wheels: $(BUILD_VENV)/.ready
 	done; ls -l dist/*.whl
 
 aot: $(READY)
-	$(PY) -m bench.gpu.resources
+	$(PY) -m bench.gpu.resources $(OP)
 
 bars: $(READY)
 	$(PY) -m bench.gpu.bars $(BARS_ARGS)

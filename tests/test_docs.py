@@ -79,7 +79,8 @@ def test_blocks_run(page, tmp_path, monkeypatch):
     namespace = {"__name__": "docs"}
     for block in BLOCKS[page]:
         if block.language == "python":
-            compiled = compile("\n" * (block.line - 1) + block.code, block.place, "exec")
+            # The page as the file, at its lines: where Triton looks for a kernel's source.
+            compiled = compile("\n" * (block.line - 1) + block.code, str(page), "exec")
             if block.reason is None:
                 exec(compiled, namespace)
             else:
@@ -157,7 +158,7 @@ def run(words, block):
 
 def test_enough_blocks_run():
     code = [block for block in ALL if block.language in ("python", "sh")]
-    assert sum(block.reason is None for block in code) >= len(code) // 5
+    assert sum(block.reason is None for block in code) >= len(code) // 3
 
 
 @pytest.mark.parametrize(
@@ -185,7 +186,7 @@ def test_a_stale_block_is_found(code, message):
 
 @pytest.mark.parametrize("page", PAGES, ids=NAME.get)
 def test_links_lead_somewhere(page):
-    for link in LINK.findall(page.read_text()):
+    for link in LINK.findall(FENCE.sub("", page.read_text())):
         if "://" not in link:
             assert (page.parent / link).exists(), link
 
