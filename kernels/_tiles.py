@@ -450,20 +450,25 @@ def route_tile(device: torch.device) -> RouteTile:
 
 
 class ExpertsTile(NamedTuple):
-    """One program of ``experts``: pairs, columns, a step of the sum, and how it is compiled."""
+    """One program of ``experts``: pairs, columns, a step of the sum, and how it is compiled.
+
+    Rows that begin anywhere are loaded by element, which takes more registers: ``unaligned_warps``.
+    """
 
     block_m: int
     block_n: int
     block_k: int
     num_warps: int
+    unaligned_warps: int
     num_stages: int
 
 
 # experts: bytes an element -> tile, the same for any number of rows: at 64 rows Hopper would have
 # another matrix instruction than at 16, and with it other bits. A window of 256 rows has 8 rows for
-# each of 256 experts: 16 rows fill no more of a tile than they need.
-EXPERTS = {2: ExpertsTile(16, 64, 64, 4, 4), 4: ExpertsTile(16, 64, 32, 4, 3)}
-EXPERTS_INTERPRETER = ExpertsTile(16, 64, 64, 4, 1)
+# each of 256 experts: 16 rows fill no more of a tile than they need. fp32 has no tensor cores: with
+# 64 columns it spills under Triton 3.7 on sm_80 and sm_90.
+EXPERTS = {2: ExpertsTile(16, 64, 64, 4, 8, 4), 4: ExpertsTile(16, 32, 32, 4, 4, 3)}
+EXPERTS_INTERPRETER = ExpertsTile(16, 64, 64, 4, 4, 1)
 
 # experts: pairs that are counted at a time.
 EXPERTS_ORDER = 256

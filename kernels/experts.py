@@ -339,8 +339,7 @@ def _mlp(
     count, width, inner = down.shape
     tile = _tiles.experts_tile(hidden.device, hidden.element_size())
     programs = count + (0 if shared_down is None else triton.cdiv(routes["rows"], tile.block_m))
-    # Rows that begin anywhere are loaded by element, which takes more registers.
-    warps = tile.num_warps if width % 16 == inner % 16 == 0 else 2 * tile.num_warps
+    warps = tile.num_warps if width % 16 == inner % 16 == 0 else tile.unaligned_warps
     act = torch.empty(pairs, inner, dtype=hidden.dtype, device=hidden.device)
     y = torch.empty(pairs, width, dtype=hidden.dtype, device=hidden.device)
     shared = routes | {"experts": count, "width": width, "inner": inner, "BLOCK_M": tile.block_m}
