@@ -10,6 +10,7 @@ import pydllm
 from pydllm.demo import MODELS
 from pydllm.demo.task import ANSWER_LENGTH, FRIENDS, vocabulary
 from training import dual, llada, llada2, qwen
+from training.experts import distinct_experts
 
 
 def _train(folder, steps, planned):
@@ -269,3 +270,11 @@ def test_the_model_trained_both_ways_loads(tmp_path):
             name = name.replace(ours, theirs)
         assert torch.equal(value, parent[name])
     assert len(stored) == len(parent)
+
+
+def test_distinct_experts_are_of_whole_windows():
+    """Windows with two rows in use of three; 5 stands for a row that is routed nowhere."""
+    one = torch.tensor([[[0, 1], [1, 2], [5, 5]], [[3, 4], [3, 4], [5, 5]]])
+    two = torch.tensor([[[0, 1], [5, 5], [5, 5]], [[0, 1], [2, 3], [4, 0]]])
+    assert distinct_experts([one, two], 5, 2).tolist() == [3, 2]
+    assert distinct_experts([one, two], 5, 3).tolist() == [5]
