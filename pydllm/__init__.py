@@ -9,6 +9,7 @@ from pydllm._backend.errors import BackendError, CheckpointError, PydllmError
 from pydllm.decoding import (
     APD,
     Autoregressive,
+    Editing,
     EntropyBound,
     Factor,
     FreeDave,
@@ -35,6 +36,7 @@ __all__ = [
     "Autoregressive",
     "BackendError",
     "CheckpointError",
+    "Editing",
     "EntropyBound",
     "Factor",
     "FreeDave",

@@ -3,6 +3,7 @@
 from pydllm.decoding.apd import APD
 from pydllm.decoding.autoregressive import Autoregressive
 from pydllm.decoding.call import Step
+from pydllm.decoding.editing import Editing
 from pydllm.decoding.freedave import FreeDave
 from pydllm.decoding.generate import generate, warmup
 from pydllm.decoding.generation import Generation
@@ -16,6 +17,7 @@ from pydllm.decoding.streaming import Stream, stream
 __all__ = [
     "APD",
     "Autoregressive",
+    "Editing",
     "EntropyBound",
     "Factor",
     "FreeDave",

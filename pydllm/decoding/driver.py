@@ -133,6 +133,12 @@ class Decoder(ABC):
         state.x[rows] = x.masked_fill(x == state.call.mask_id, state.call.fill_id)
         state.done[rows] = True
 
+    def settled(self, state: Any) -> Tensor | None:
+        """``(b,)`` int32, the position before which no token changes any more, masks aside. None:
+        no token that is written does.
+        """
+        return None
+
     def finish(self, call: Call, results: Decoded) -> Decoded:
         """Complete the results of all prompts."""
         return results
@@ -239,12 +245,15 @@ class Drive:
         return replace(results, interrupted=interrupted)
 
     def answers(self) -> Iterator[tuple[int, list[int]]]:
-        """(prompt, new ids before the first that is not decoded) of the prompts in the batch."""
+        """(prompt, new ids before the first that is not final) of the prompts in the batch."""
         call, live = self.call, self.state.live
         rows = self.state.x[torch.tensor(live, device=call.device)].tolist() if live else []
+        settled = self.decoder.settled(self.state)
+        limits = self.results.x.shape[1] if settled is None else settled.tolist()
         for slot, row in zip(live, rows, strict=True):
             prompt = self.state.prompts[slot]
-            answer = row[call.prompt_lengths[prompt] : call.ends[prompt]]
+            limit = limits if isinstance(limits, int) else limits[slot]
+            answer = row[call.prompt_lengths[prompt] : min(call.ends[prompt], limit)]
             if call.mask_id in answer:
                 answer = answer[: answer.index(call.mask_id)]
             yield prompt, answer

@@ -10,6 +10,7 @@ from typing import Any
 from pydllm.decoding.apd import APD
 from pydllm.decoding.autoregressive import Autoregressive
 from pydllm.decoding.driver import Algorithm
+from pydllm.decoding.editing import Editing
 from pydllm.decoding.freedave import FreeDave
 from pydllm.decoding.left_to_right import LeftToRight
 from pydllm.decoding.multiblock import MultiBlock
@@ -28,6 +29,7 @@ _KINDS = (
     MultiBlock,
     Autoregressive,
     SelfSpeculative,
+    Editing,
 )
 ALGORITHMS: dict[str, type] = {kind.__name__.lower(): kind for kind in _KINDS}
 _PLAIN = ("None", "bool", "int", "float", "str")

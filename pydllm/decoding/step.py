@@ -198,7 +198,7 @@ def statistics(
         drawn = stats
         if options["counter"] is not None:  # its probability at the temperature it was drawn at
             drawn = in_place(_row_stats(call, hidden, rows, options | {"tempered": True}))
-        _note_logprobs(state, selection, drawn.prob.log())
+        note_logprobs(state, selection, drawn.prob.log(), state.x == call.mask_id)
     return stats
 
 
@@ -227,16 +227,15 @@ def _row_stats(
     return ops.VocabStats(*map(torch.cat, zip(*tiles, strict=True)))
 
 
-def _note_logprobs(state: State, selection: Selection, logprob: Tensor) -> None:
-    """Write ``logprob (b, S)`` where the selected positions are masked."""
+def note_logprobs(state: State, selection: Selection, logprob: Tensor, noted: Tensor) -> None:
+    """Write ``logprob (b, S)`` at those of the selected positions that ``noted (b, L)`` says."""
     if state.logprobs is None:
         return
     slots = state.x.shape[1]
     offset = torch.arange(slots, device=state.x.device) - selection.start[:, None]
     inside = (offset >= 0) & (offset < selection.length[:, None]) & (offset < selection.width)
     new = logprob.float().gather(1, offset.clamp(0, selection.width - 1).long())
-    noted = inside & (state.x == state.call.mask_id)
-    state.logprobs.copy_(torch.where(noted, new, state.logprobs))
+    state.logprobs.copy_(torch.where(inside & noted, new, state.logprobs))
 
 
 def write(

@@ -63,6 +63,8 @@ class Row:
         if self.attention == "full":
             return (*_BLOCKWISE, "FreeDave", "LeftToRight", "MultiBlock", "APD")
         names: tuple[str, ...] = (*_BLOCKWISE, "FreeDave")
+        if self.family == "LLaDA2MoeModelLM":
+            names = (*names, "Editing")
         if family.causal is not None:
             names = (*names, "Autoregressive")
         return (*names, "SelfSpeculative") if family.causal == "shifted" else names

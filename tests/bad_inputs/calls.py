@@ -213,6 +213,15 @@ CASES = (
         tail=4,
     ),
     algorithm(pydllm.SelfSpeculative, drafts=4, adapter=True),
+    algorithm(
+        pydllm.Editing,
+        "edit_threshold",
+        threshold=0.5,
+        edit_threshold=0.5,
+        max_post_steps=2,
+        min_tokens=1,
+        block_length=4,
+    ),
     Case(
         pydllm.LeftToRight,
         lambda: {"tokens_per_step": 1, "window": 4, "lookahead": 4, "top_p": 0.5},
