@@ -152,7 +152,7 @@ class PublishedLoop(Decoder):
             state.left, state.block_left = counts[1], counts[2]
         return next(state.schedule, None)
 
-    def step(self, state: LoopState, plan: Pass) -> tuple[Tensor, None]:
+    def step(self, state: LoopState, plan: Pass) -> tuple[Tensor, Any]:
         hidden = self.forward(state, plan)
         token, chosen = self.choose(state, plan, hidden)
         window = state.x[:, plan.first : plan.last]
@@ -166,15 +166,18 @@ class PublishedLoop(Decoder):
         # Above 0: sequences do not leave one by one.
         return torch.stack((torch.ones_like(left), left, in_block)), None
 
-    def forward(self, state: State, plan: Pass, **options: Any) -> Tensor:
-        """Hidden rows ``(b, stop - start, hidden)``; options of ``decoding.step.forward``."""
+    def window(self, state: State, plan: Pass) -> Window:
+        """The plan's positions, of every sequence."""
         width = plan.stop - plan.start
         ends = (plan.start, width, plan.stop if plan.seen is None else plan.seen, plan.commit)
         start, length, kv_len, commit = (
             torch.full_like(state.x[:, 0], n, dtype=torch.int32) for n in ends
         )
-        window = Window.make(start, length, kv_len, width=width, commit=commit)
-        return forward(state, window, **{"pad": self.pad, **options})
+        return Window.make(start, length, kv_len, width=width, commit=commit)
+
+    def forward(self, state: State, plan: Pass, **options: Any) -> Tensor:
+        """Hidden rows ``(b, stop - start, hidden)``; options of ``decoding.step.forward``."""
+        return forward(state, self.window(state, plan), **{"pad": self.pad, **options})
 
     def logits(
         self,

@@ -51,9 +51,8 @@ class Plainly:
         for b, hidden in enumerate(pad):
             frozen = None
             if cache is not None:
-                frozen = [
-                    tuple(self._seen(t, start, stop, cache) for t in kv) for kv in self.keys[b]
-                ]
+                span = (start - hidden, stop - hidden)  # a row's keys begin after its padding
+                frozen = [tuple(self._seen(t, *span, cache) for t in kv) for kv in self.keys[b]]
             first = max(start, hidden)
             _, logits, keys = self.plain(x[b, first:stop], first - hidden, frozen, self.block)
             rows.append(torch.cat((logits.new_zeros(first - start, logits.shape[1]), logits)))

@@ -16,7 +16,14 @@ import time
 from pathlib import Path
 
 from pydllm._backend.env import UPSTREAM_DIR
-from tests.upstream import block_loops, d3llm_loops, dream_loops, family_loops, llada_loops
+from tests.upstream import (
+    block_loops,
+    d3llm_loops,
+    dream_loops,
+    family_loops,
+    freedave_loops,
+    llada_loops,
+)
 from tests.upstream.compare import Loader, compare
 from tests.upstream.sources import Absent, Checkouts
 
@@ -35,6 +42,7 @@ UPSTREAMS: dict[str, Loader] = {
     "bd3lm": family_loops.load_bd3lm,
     "stable-diffcoder": family_loops.load_stable_diffcoder,
     "nemotron": family_loops.load_nemotron,
+    "freedave": freedave_loops.load_freedave,
 }
 SHOWN = 8  # differences of a loop
 

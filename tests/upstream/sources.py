@@ -11,6 +11,8 @@ The repositories lie side by side, each under its name on GitHub::
     dllm               github.com/ZHZisZZ/dllm (modeling code of LLaDA and LLaDA2.0)
     diffusers          github.com/huggingface/diffusers
     S2D2               github.com/phymhan/S2D2 (Fast-dLLM v2's modeling code)
+    FreeDave           github.com/cychomatica/FreeDave
+    apd                github.com/danielmisrael/apd
 
 and, with the .py files of these repositories on the hub::
 
