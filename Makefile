@@ -177,7 +177,8 @@ $(BUILD_VENV)/.ready: pyproject.toml $(wildcard requirements/*)
 $(DOCS_VENV)/.ready: requirements/docs.txt
 	@set -e; $(if $(PYTHON),python=$(PYTHON),$(FIND_PYTHON)); \
 	$$python -m venv --clear $(DOCS_VENV)
-	$(DOCS_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) -r requirements/docs.txt
+	$(DOCS_VENV)/bin/python -m pip install --quiet --no-compile $(PIP_ARGS) \
+	  -r requirements/docs.txt
 	@touch $@
 
 version_of = $$($(1) -c 'import sys; print("%d.%d" % sys.version_info[:2])')

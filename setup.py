@@ -14,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -262,11 +263,41 @@ def version(extensions: list[Extension]) -> str:
     return f"{VERSION}+{tag(extensions[0].cuda, extensions[0].archs)}"
 
 
+def readme_of_an_index(text: str, repository: str | None) -> str:
+    """README.md where its neighbours are not: on the page of a package index.
+
+    Links to files and pictures lead to the repository, or, where pyproject.toml names none, become
+    their text.
+    """
+
+    def link(found: re.Match) -> str:
+        shown, target = found.groups()
+        if "://" in target or target.startswith("#"):
+            return found.group()
+        return f"[{shown}]({repository}/blob/main/{target})" if repository else shown
+
+    def picture(found: re.Match) -> str:
+        if not repository:
+            return re.search(r'alt="([^"]*)"', found.group())[1]
+        return re.sub(r'(src|srcset)="(?!https:)', rf'\1="{repository}/raw/main/', found.group())
+
+    text = re.sub(r"\[([^\]]*)\]\(([^)\s]+)\)", link, text)
+    return re.sub(r"<picture>.*?</picture>|<img [^>]*>", picture, text, flags=re.DOTALL)
+
+
+def readme() -> str:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return readme_of_an_index(text, project.get("urls", {}).get("Repository"))
+
+
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "pydllm/__init__.py").read_text(), re.M)[1]
 EXTENSIONS = cuda_extension()
 
 setup(
     version=version(EXTENSIONS),
+    long_description=readme(),
+    long_description_content_type="text/markdown",
     # kernels/ has no __init__.py (a package called "kernels" would hide Hugging Face's), so it has
     # to be named; pydllm/kernels is a link to it and becomes plain files in a wheel.
     packages=[*find_packages(include=["pydllm", "pydllm.*"]), "pydllm.kernels"],

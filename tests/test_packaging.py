@@ -112,6 +112,31 @@ def test_sdist_holds_what_a_build_needs(built):
     assert not any(name.startswith(("tests/", "kernels/")) or ".so" in name for name in names)
 
 
+LINKS = re.compile(r"\]\(([^)\s]+)\)|(?:src|srcset)=\"([^\"]+)\"")
+
+
+def test_an_index_can_follow_the_links_of_the_readme(built):
+    """What pip shows of a wheel: links elsewhere, and no picture that is not there."""
+    with zipfile.ZipFile(built[1]) as archive:
+        name = next(name for name in archive.namelist() if name.endswith("/METADATA"))
+        head, _, text = archive.read(name).decode().partition("\n\n")
+    assert "Description-Content-Type: text/markdown" in head.splitlines()
+    assert text.startswith("# pydllm") and "make demo" in text
+    assert [link for pair in LINKS.findall(text) for link in pair if link and ":" not in link] == []
+
+
+def test_links_of_the_readme_lead_to_a_repository(setup_module):
+    text = '[a](docs/a.md) [b](https://b) [c](#c) <picture>\n<source srcset="x.png">\n'
+    text += '<img src="y.png" alt="Y"></picture>'
+    to = setup_module.readme_of_an_index(text, "https://r/p")
+    assert to == (
+        "[a](https://r/p/blob/main/docs/a.md) [b](https://b) [c](#c) <picture>\n"
+        '<source srcset="https://r/p/raw/main/x.png">\n'
+        '<img src="https://r/p/raw/main/y.png" alt="Y"></picture>'
+    )
+    assert setup_module.readme_of_an_index(text, None) == "a [b](https://b) [c](#c) Y"
+
+
 def imported(folder, statement, **settings):
     """What ``statement`` prints as JSON, run away from the checkout with ``folder`` on the path."""
     done = run(sys.executable, "-c", statement, cwd=folder, PYTHONPATH=str(folder), **settings)
