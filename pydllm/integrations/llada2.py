@@ -79,7 +79,7 @@ def generate(
 
     Raises:
         ValueError, TypeError: an argument out of range, or another kind of model: LLaDA2.1, which
-            edits tokens, is one.
+            edits tokens (``llada21.generate``), is one.
     """
     check_temperature(temperature)
     check_filters(top_k, top_p)
@@ -90,7 +90,8 @@ def generate(
     if inputs is None:
         raise ValueError("inputs: expected token ids (1, P), got None")
     check_bool("eos_early_stop", eos_early_stop)
-    own = _model(model, block_length, mask_id)
+    _expect_no_edits(model)
+    own = as_block_causal(model, block_length, mask_id)
     check_int("eos_id", eos_id, 0)
     prompt = check_prompt("inputs", inputs, own, gen_length)
     if len(prompt) != 1:
@@ -107,7 +108,7 @@ def generate(
         threshold=threshold,
         eos_id=eos_id,
         early_stop=eos_early_stop,
-        cached=not isinstance(own, _Module),
+        cached=not runs_as_module(own),
         published=follows(compat, "llada2"),
     )
     x = loop.run(own, prompt, total - length, backend).x
@@ -146,16 +147,32 @@ class _Loop(BlockCausalLoop):
         return drawn.token, above(drawn.prob, masked, self.threshold, plan.quota) & masked
 
 
-def _model(model: Any, block_length: int, mask_id: int) -> Any:
-    if isinstance(model, nn.Module) and any(
-        kind.__name__.startswith("LLaDA2") for kind in type(model).__mro__
-    ):
-        original = getattr(type(model), "generate", None)
-        if original and "editing_threshold" in inspect.signature(original).parameters:
-            raise ValueError(
-                "generate: expected LLaDA2.0, got a model whose own generate edits tokens "
-                "(editing_threshold: LLaDA2.1), which this loop does not"
-            )
+def _expect_no_edits(model: Any) -> None:
+    original = getattr(type(model), "generate", None) if _is_original(model) else None
+    if original and "editing_threshold" in inspect.signature(original).parameters:
+        raise ValueError(
+            "generate: expected LLaDA2.0, got a model whose own generate edits tokens "
+            "(editing_threshold: LLaDA2.1), as integrations.llada21.generate does"
+        )
+
+
+def _is_original(model: Any) -> bool:
+    names = [kind.__name__ for kind in type(model).__mro__]
+    return isinstance(model, nn.Module) and any(name.startswith("LLaDA2") for name in names)
+
+
+def runs_as_module(model: Any) -> bool:
+    """Whether a module computes its own logits, without a cache."""
+    return isinstance(model, _Module)
+
+
+def as_block_causal(model: Any, block_length: int, mask_id: int) -> Any:
+    """What LLaDA2's loops decode: a pydllm model, or a module that computes its own logits.
+
+    Raises:
+        ValueError: a model without block-causal attention.
+    """
+    if _is_original(model):
         try:
             own = as_model(model)
         except CheckpointError:  # of a kind that the native transformer is not

@@ -186,7 +186,7 @@ ROWS = (
         "inclusionAI/LLaDA2.0-mini",
         "LLaDA2MoeModelLM",
         _MOE,
-        drop_in=("llada2",),
+        drop_in=("llada2", "llada21"),
     ),
     Row("SDAR 30B-A3B", "JetLM/SDAR-30B-A3B-Chat", "SDARMoeForCausalLM", _SOFTMAX),
     Row("RND1 30B-A3B", "radicalnumerics/RND1-Base-0910", "RND1LM", _SOFTMAX, patch=False),

@@ -183,3 +183,57 @@ def fast_dllm_v2(plain, prompt, new, mask_id, stop, small, threshold, keep, bloc
             x.append(int(logits(x)[-1].argmax()))
     fresh = x[first_new:]
     return x[: first_new + fresh.index(stop) + 1] if stop in fresh else x
+
+
+def llada21(
+    plain,
+    prompt,
+    *,
+    temperature=0.0,
+    block_length=32,
+    steps=32,
+    gen_length=2048,
+    top_p=None,
+    top_k=None,
+    eos_early_stop=False,
+    minimal_topk=1,
+    threshold=0.95,
+    editing_threshold=0.9,
+    max_post_steps=16,
+    eos_id,
+    mask_id,
+    num_to_transfer=1,
+    forwards=None,
+):
+    """One list of tokens; ``forwards`` receives the first position of each forward's block."""
+    length = prompt.shape[1]
+    total = -(-(length + gen_length) // block_length) * block_length
+    x = prompt[0].tolist() + [mask_id] * (total - length)
+    for first in range(length // block_length * block_length, total, block_length):
+        last, post = first + block_length, 0
+        while True:
+            masks = [j for j in range(first, last) if x[j] == mask_id]
+            post += not masks
+            if post > max_post_steps:
+                break
+            logits = plain(torch.tensor(x[:last]), block=block_length)[1][first:]
+            if forwards is not None:
+                forwards.append(first)
+            token, p = (t.tolist() for t in sample(logits, temperature, top_k, top_p))
+            sure = [j for j in masks if p[j - first] > threshold]
+            if len(sure) < num_to_transfer:
+                sure = sorted(masks, key=lambda j: -p[j - first])[:num_to_transfer]
+            edits = []
+            for j in range(max(first, length), last):
+                other = j not in masks and token[j - first] != x[j]
+                if other and p[j - first] > editing_threshold:
+                    edits.append(j)
+            for j in sure + edits:
+                x[j] = token[j - first]
+            if not masks and not edits:
+                break
+        new = x[length:last]
+        if eos_early_stop and mask_id not in new and eos_id in new:
+            break
+    new = x[length : length + gen_length]
+    return torch.tensor([new[: new.index(eos_id) + 1] if eos_id in new else new])

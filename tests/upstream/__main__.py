@@ -37,6 +37,7 @@ UPSTREAMS: dict[str, Loader] = {
     "d3llm-dream": d3llm_loops.load_dream,
     "sdar": block_loops.load_sdar,
     "llada2": block_loops.load_llada2,
+    "llada2.1": block_loops.load_llada21,
     "diffusers": block_loops.load_diffusers,
     "fast-dllm-v2": family_loops.load_fast_dllm_v2,
     "bd3lm": family_loops.load_bd3lm,

@@ -1,4 +1,4 @@
-"""The block-causal loops, SDAR's and LLaDA2.0's, and the schedulers of diffusers.
+"""The block-causal loops, SDAR's, LLaDA2.0's and LLaDA2.1's, and the schedulers of diffusers.
 
 The two loops run on a plain forward in the place of their modeling code: it takes their arguments.
 """
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pydllm.integrations import llada2
+from pydllm.integrations import llada2, llada21
 from pydllm.integrations.diffusers import BlockRefinementScheduler, EntropyBoundScheduler
 from pydllm.integrations.sdar import block_diffusion_generate
 from tests.integrations import published_blocks as published
@@ -153,6 +153,58 @@ def load_llada2(checkouts: Checkouts) -> dict[str, Loop]:
 
     def run_restated(case: Case) -> Result:
         return Result(published.llada2(case.trio.plain, case.prompt, **case.options, **ids))
+
+    return {
+        "generate": Loop(draw, run_original, run_dropin, run_restated),
+        "generate, logits of the module": Loop(draw, run_original, run_module),
+    }
+
+
+def load_llada21(checkouts: Checkouts) -> dict[str, Loop]:
+    root = checkouts.root("dllm", "dllm", "pipelines", "llada21")
+    (modeling,) = checkouts.package(root, "models.modeling_llada21_moe")
+    theirs = vars(modeling.LLaDA2MoeModelLM)
+    make = trios("sdar", None, num_hidden_layers=2, block_size=4, silent=(MASK,))
+
+    def draw(rng: random.Random) -> Case:
+        trio, told = draw_model(rng, make)
+        ids, _ = prompts(1, rng.randrange(1, 12), rng.randrange(10**6))
+        options: dict[str, Any] = {
+            "gen_length": rng.randrange(1, 25),
+            "block_length": rng.choice([3, 4, 6, 8]),
+            "temperature": rng.choice([0.0, 0.0, 0.5, 1.0]),
+            "threshold": rng.choice([0.0, 0.2, 0.5, 0.95]),
+            "editing_threshold": rng.choice([-1.0, 0.0, 0.2, 0.5, 0.9]),
+            "max_post_steps": rng.choice([0, 1, 3, 16]),
+            "num_to_transfer": rng.choice([1, 1, 2, 5]),
+            "eos_early_stop": rng.random() < 0.5,
+        }
+        if rng.random() < 0.3:
+            options["top_k"] = rng.choice([1, 5, 20])
+        if rng.random() < 0.3:
+            options["top_p"] = rng.choice([0.5, 0.9, 1.0])
+        return Case(trio, ids, None, options, told)
+
+    ids = {"eos_id": EOS, "mask_id": MASK}
+
+    def run_original(case: Case) -> Result:
+        module = LLaDA2MoeModelLM(case.trio.plain)
+        for name in ("_top_k_logits", "_top_p_logits"):
+            module.__dict__[name] = theirs[name].__func__
+        name = "_sample_with_temperature_topk_topp"
+        module.__dict__[name] = types.MethodType(theirs[name], module)
+        generate = types.MethodType(theirs["generate"], module)
+        return Result(generate(case.prompt, **case.options, **ids))
+
+    def run_dropin(case: Case) -> Result:
+        return Result(llada21.generate(case.trio.own, case.prompt, **case.options, **ids))
+
+    def run_module(case: Case) -> Result:
+        module = LLaDA2MoeModelLM(case.trio.plain)
+        return Result(llada21.generate(module, case.prompt, **case.options, **ids))
+
+    def run_restated(case: Case) -> Result:
+        return Result(published.llada21(case.trio.plain, case.prompt, **case.options, **ids))
 
     return {
         "generate": Loop(draw, run_original, run_dropin, run_restated),

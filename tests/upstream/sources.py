@@ -8,7 +8,7 @@ The repositories lie side by side, each under its name on GitHub::
     d3LLM              github.com/hao-ai-lab/d3LLM
     SDAR               github.com/JetAstra/SDAR
     dLLM-RL            github.com/Gen-Verse/dLLM-RL (modeling code of Dream and SDAR)
-    dllm               github.com/ZHZisZZ/dllm (modeling code of LLaDA and LLaDA2.0)
+    dllm               github.com/ZHZisZZ/dllm (modeling code of LLaDA and LLaDA2.x)
     diffusers          github.com/huggingface/diffusers
     S2D2               github.com/phymhan/S2D2 (Fast-dLLM v2's modeling code)
     FreeDave           github.com/cychomatica/FreeDave
