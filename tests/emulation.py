@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -66,12 +67,11 @@ def _written(texts, folder):
     return made
 
 
-def build(folder, changes=None, texts=None):
+def build(folder, texts=None):
     """Path of the module for the CPU, built in ``folder``.
 
     Args:
         folder: where objects and modules are kept; several processes may share it.
-        changes: name of a source in csrc/ -> (old, new), a piece of it that is replaced.
         texts: name of a source or header in csrc/ -> its text. Sources that include such a header
             themselves get it.
     """
@@ -83,16 +83,14 @@ def build(folder, changes=None, texts=None):
     flags = _flags()
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        objects = []
+        jobs = []
         for source in sorted((*CSRC.glob("*.cu"), CSRC / "binding.cpp")):
             text = texts.get(source.name) or source.read_text()
             replaced = {name: t for name, t in texts.items() if f'"{name}"' in text}
-            old, new = (changes or {}).get(source.name, ("", ""))
-            if old not in text:
-                raise ValueError(f"{source.name} has no {old!r}")
-            text = text.replace(old, new) if old else text
             include = [f"-I{_written(replaced, folder)}"] if replaced else []
-            objects.append(_compile(source, text, headers, folder, include + flags))
+            jobs.append((source, text, headers, folder, include + flags))
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # other processes wait for the lock
+            objects = list(pool.map(lambda job: _compile(*job), jobs))
         key = hashlib.sha256("".join(path.name for path in objects).encode()).hexdigest()[:20]
         module = folder / key / "_C.so"
         if not module.exists():

@@ -42,32 +42,6 @@ for argument in sys.argv[2:]:
 """
 
 
-def assert_caught(check, source, mutants, folder):
-    """``check`` passes for the kernels as they are, and fails for each mutant of them.
-
-    Args:
-        check: ``"tests.ops.test_x:function"``, called without arguments in both orders of threads;
-            it calls ops with ``backend="cuda"``.
-        source: the file in csrc/ that is changed.
-        mutants: name -> (old, new).
-        folder: that of the ``cuda_folder`` fixture.
-    """
-    assert_all_caught({source: (check, mutants)}, folder)
-
-
-def assert_all_caught(cases, folder):
-    """``assert_caught`` for several files, source -> (check, mutants), in one process."""
-    runs, expected = {}, {}
-    plain = emulation.build(folder)
-    for source, (check, mutants) in cases.items():
-        runs[source, "unchanged"] = f"{check}:{plain}"
-        expected[source, "unchanged"] = SURVIVED
-        for name, change in mutants.items():
-            runs[source, name] = f"{check}:{emulation.build(folder, {source: change})}"
-            expected[source, name] = CAUGHT
-    _assert_codes(runs, expected)
-
-
 # The mutant that runs, 0 for none.
 SWITCH = """
 #ifndef PYDLLM_MUTANT
@@ -81,31 +55,39 @@ static int pydllm_mutant() {
 """
 
 
-def assert_switched_caught(check, mutants, folder):
-    """``assert_caught`` for a source that takes long to compile: all mutants in one module.
+def assert_caught(cases, folder):
+    """Each check passes for the kernels as they are, and fails for each of its mutants.
+
+    One module holds all mutants and a switch, so that a source is compiled once.
 
     Args:
-        check, folder: as of ``assert_caught``.
-        mutants: name -> (file in csrc/, old, new), both expressions or both statements, which end
-            in a semicolon; or a new piece that asks for MUTANT itself.
+        cases: check -> its mutants. A check is ``"tests.ops.test_x:function"``, called without
+            arguments in both orders of threads; it calls ops with ``backend="cuda"``. Mutants are
+            name -> (file in csrc/, old, new): both are expressions, or both are statements, which
+            end in a semicolon; or new asks for MUTANT itself.
+        folder: that of the ``cuda_folder`` fixture.
     """
-    texts = {}
-    for number, (file, old, new) in enumerate(mutants.values(), 1):
-        text = texts.get(file) or SWITCH + (emulation.CSRC / file).read_text()
-        if text.count(old) != 1:
-            raise ValueError(f"{file}: expected {old!r} once, found it {text.count(old)} times")
-        here = f"pydllm_mutant() == {number}"
-        if "MUTANT" in new:
-            switched = new.replace("MUTANT", f"({here})")
-        elif old.endswith(";"):
-            switched = f"if ({here}) {{ {new} }} else {{ {old} }}"
-        else:
-            switched = f"({here} ? ({new}) : ({old}))"
-        texts[file] = text.replace(old, switched)
-    built = f"{check}:{emulation.build(folder, texts=texts)}"
-    runs = {"unchanged": built}
-    runs |= {name: f"{built}@{number}" for number, name in enumerate(mutants, 1)}
-    _assert_codes(runs, {"unchanged": SURVIVED} | dict.fromkeys(mutants, CAUGHT))
+    texts, runs, expected = {}, {}, {}
+    for check, mutants in cases.items():
+        runs[check, "unchanged"] = 0
+        expected[check, "unchanged"] = SURVIVED
+        for name, (file, old, new) in mutants.items():
+            number = len(runs)
+            text = texts.get(file) or SWITCH + (emulation.CSRC / file).read_text()
+            if old not in text:
+                raise ValueError(f"{file} has no {old!r}")
+            here = f"pydllm_mutant() == {number}"
+            if "MUTANT" in new:
+                switched = new.replace("MUTANT", f"({here})")
+            elif old.endswith(";"):
+                switched = f"if ({here}) {{ {new} }} else {{ {old} }}"
+            else:
+                switched = f"({here} ? ({new}) : ({old}))"
+            texts[file] = text.replace(old, switched)
+            runs[check, name] = number
+            expected[check, name] = CAUGHT
+    module = emulation.build(folder, texts)
+    _assert_codes({case: f"{case[0]}:{module}@{n}" for case, n in runs.items()}, expected)
 
 
 def _assert_codes(runs, expected):

@@ -18,7 +18,7 @@ from pydllm.ops.mixture_draft import MAX_CAPACITY
 from pydllm.reference import philox
 from pydllm.testing import random_normal
 from tests.emulation import CSRC, CXX, ROOT
-from tests.mutants import assert_all_caught
+from tests.mutants import assert_caught
 from tests.ops.test_mixture_draft import _assert_near
 from tests.ops.test_multiblock_step import ENDS, MASK, clone, start, statistics
 from tests.ops.test_philox import KNOWN, WORDS
@@ -294,14 +294,14 @@ MUTANTS = {
         {
             "keep is read before it is written": (
                 "  __syncthreads();\n\n  int part",
-                "\n  int part",
+                "  if (!MUTANT) __syncthreads();\n\n  int part",
             ),
             "other word of the order": ("words_of(j).word[0]", "words_of(j).word[1]"),
             "rank off by one": ("static_cast<float>(j + 2)", "static_cast<float>(j + 1)"),
             "limit is not rounded": ("rounded<Score>(call.limit)", "call.limit"),
             "ends before the region count": ("if (start + j < ends_from) continue;", ""),
             "filled from the end on": ("place + 1 + thread", "place + thread"),
-            "ties to a neighbour": ("static_cast<uint32_t>(j);", "static_cast<uint32_t>(j ^ 1);"),
+            "ties to a neighbour": ("static_cast<uint32_t>(j)", "static_cast<uint32_t>(j ^ 1)"),
         },
     ),
     "multiblock_step.cu": (
@@ -309,9 +309,9 @@ MUTANTS = {
         {
             "masks are counted before they are wiped": (
                 "masks[k] = 0;\n  __syncthreads();",
-                "masks[k] = 0;",
+                "masks[k] = 0;\n  if (!MUTANT) __syncthreads();",
             ),
-            "limit is strict": ("cost < bound : cost <= bound", "cost < bound : cost < bound"),
+            "limit is strict": ("cost <= bound", "cost < bound"),
             "young blocks are not waited for": (
                 "nfe - done[k] >= call.delay && !kept[k]",
                 "!kept[k]",
@@ -322,8 +322,8 @@ MUTANTS = {
     "mixture_draft.cu": (
         "check_mixture_draft",
         {
-            "noise of the next id": ("draft.key.of(id));", "draft.key.of(id + 1));"),
-            "cut is one key too low": ("key >= cut + unit ?", "key > cut + unit ?"),
+            "noise of the next id": ("draft.key.of(id));", "draft.key.of(id + MUTANT));"),
+            "cut is one key too low": ("key >= cut + unit", "key > cut + unit"),
             "list in any order": ("sort_block(list, room);", ""),
             "notes are read before they are there": (
                 "  filtered = filtered && usable;\n  __syncthreads();",
@@ -335,22 +335,34 @@ MUTANTS = {
         "check_mixture_accept",
         {
             "words of the first quad": ("key.words((first + quad) / 4)", "key.words(first / 4)"),
-            "the cut itself is outside": ("lane[i]) < threshold", "lane[i]) <= threshold"),
-            "nucleus at mixture 0": ("if (weight != 0.f) inside", "inside"),
+            "the cut itself is outside": (
+                "to_float(x[u].lane[i]) < threshold",
+                "to_float(x[u].lane[i]) <= threshold",
+            ),
+            "nucleus at mixture 0": (
+                "if (weight != 0.f) inside[u] = nucleus[u];",
+                "inside[u] = nucleus[u];",
+            ),
         },
     ),
     "_mixture_accept_join.cu": (
         "check_mixture_accept",
         {
             "every row is free": ("round.first_free && index == 0", "round.first_free"),
-            "last tile is not looked at": ("tile < round.tiles;", "tile + 1 < round.tiles;"),
+            "last tile is not looked at": ("tile < round.tiles", "tile + 1 < round.tiles"),
         },
     ),
     "_mixture_accept_sparse.cu": (
         "check_mixture_accept_sparse",
         {
-            "rest of a row of the head": ("i < width; i += kWarpSize", "i < 0; i += kWarpSize"),
-            "every second candidate": ("i < end; i += kWarps", "i < end; i += 2 * kWarps"),
+            "rest of a row of the head": (
+                "i < width; i += kWarpSize",
+                "i < (MUTANT ? 0 : width); i += kWarpSize",
+            ),
+            "every second candidate": (
+                "i < end; i += kWarps",
+                "i < end; i += (1 + MUTANT) * kWarps",
+            ),
         },
     ),
 }
@@ -359,8 +371,8 @@ MUTANTS = {
 @pytest.mark.slow
 @pytest.mark.skipif(CXX is None, reason="needs a C++ compiler")
 def test_planted_bugs_are_caught(cuda_folder):
-    cases = {
-        source: (f"tests.test_csrc_decoding:{check}", mutants)
-        for source, (check, mutants) in MUTANTS.items()
-    }
-    assert_all_caught(cases, cuda_folder)
+    cases = {}
+    for source, (check, mutants) in MUTANTS.items():
+        planted = cases.setdefault(f"tests.test_csrc_decoding:{check}", {})
+        planted |= {name: (source, *change) for name, change in mutants.items()}
+    assert_caught(cases, cuda_folder)

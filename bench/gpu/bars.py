@@ -224,7 +224,7 @@ def tile_bytes(launch: Launch) -> int:
 def fits(code: MachineCode, arch: int) -> dict[str, str]:
     """The bars of every chip."""
     bad = {}
-    if spilled := resources.spills(code.sass):
+    if spilled := code.spills:
         bad["spill"] = f"{spilled} instructions"
     if code.shared > SHARED_LIMIT[arch]:
         bad["shared"] = f"{code.shared} bytes"
@@ -243,7 +243,7 @@ def grid() -> Iterator[dict[str, object]]:
                 for size in main.grid:
                     programs *= size
                 if main.key() not in held:
-                    held[main.key()] = resident(resources.disassemble(main, 90))
+                    held[main.key()] = resident(resources.compile_kernel(main, 90))
                 a_wave = MULTIPROCESSORS * held[main.key()]
                 waves = -(-programs // a_wave)
                 last = programs - (waves - 1) * a_wave
@@ -277,7 +277,7 @@ def measure(
 
     def run(job: tuple[str, int, Launch]) -> dict[str, object]:
         label, arch, recorded = job
-        code = resources.disassemble(recorded, arch)
+        code = resources.compile_kernel(recorded, arch)
         bad = missed(recorded, code) if arch == 90 else fits(code, arch)
         found = [loop for loop in sass.loops(code.sass) if loop.mma or loop.instructions > 40]
         return {

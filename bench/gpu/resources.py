@@ -19,7 +19,9 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import click
@@ -88,12 +90,32 @@ class Launch:
 class MachineCode:
     """What one launch compiles to."""
 
-    asm: dict[str, str]
-    sass: str
+    asm: dict[str, Any]
     warps: int
     shared: int  # bytes of dynamic shared memory
     registers: int
     stack: int  # bytes
+
+    @cached_property
+    def sass(self) -> str:
+        """The disassembly: a second or two, far longer than the resources take."""
+        return _read(self.asm["cubin"], "nvdisasm", "-c")
+
+    @property
+    def spills(self) -> int:
+        """Loads from and stores to local memory; without a stack there is none."""
+        return len(re.findall(r"\b(?:LDL|STL)\b", self.sass)) if self.stack else 0
+
+
+def _read(cubin: bytes, tool: str, flag: str) -> str:
+    """What one of Triton's CUDA tools prints of a kernel."""
+    if not (TOOLS / tool).exists():
+        raise click.ClickException(f"Triton's wheel has {tool}, this one lacks {TOOLS / tool}")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [TOOLS / tool, flag, file.name]
+        return subprocess.run(command, capture_output=True, text=True).stdout
 
 
 def _describe(value: object, specialize: bool) -> tuple[str, bool]:
@@ -136,53 +158,35 @@ def record(launch, arch: int) -> list[Launch]:
     return recorded
 
 
-def disassemble(launch: Launch, arch: int) -> MachineCode:
+def compile_kernel(launch: Launch, arch: int) -> MachineCode:
     """Compile one launch for ``arch`` with the options that the library launches it with."""
-    missing = [
-        str(TOOLS / tool) for tool in ("cuobjdump", "nvdisasm") if not (TOOLS / tool).exists()
-    ]
-    if missing:
-        raise click.ClickException(f"Triton's wheel has a disassembler, this one lacks {missing}")
     source = ASTSource(
         launch.kernel, launch.signature, constexprs=launch.constexprs, attrs=launch.attributes
     )
     target = GPUTarget("cuda", arch, 32)
     compiled = triton.compile(source, target=target, options=dict(launch.options))
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage, code = (
-            subprocess.run([TOOLS / tool, flag, file.name], capture_output=True, text=True).stdout
-            for tool, flag in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
-        )
+    usage = _read(compiled.asm["cubin"], "cuobjdump", "-res-usage")
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"cuobjdump printed no resource line for {launch.kernel.__name__}")
     registers, stack, _, local = map(int, found.groups())
     metadata = compiled.metadata
-    return MachineCode(
-        compiled.asm, code, metadata.num_warps, metadata.shared, registers, stack + local
-    )
+    return MachineCode(compiled.asm, metadata.num_warps, metadata.shared, registers, stack + local)
 
 
 def compile_launch(launch: Launch, arch: int) -> dict[str, object]:
     """The resources of one launch, read from its machine code."""
-    code = disassemble(launch, arch)
+    code = compile_kernel(launch, arch)
     units = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma.sync": "mma.sync"}
     return {
         "kernel": launch.kernel.__name__,
         "warps": code.warps,
         "registers": code.registers,
-        "spills": spills(code.sass),
+        "spills": code.spills,
         "stack": code.stack,
         "shared": code.shared,
         "tensor_cores": next((n for n, mark in units.items() if mark in code.asm["ptx"]), "-"),
     }
-
-
-def spills(sass: str) -> int:
-    """Loads from and stores to local memory."""
-    return len(re.findall(r"\b(?:LDL|STL)\b", sass))
 
 
 def rows(

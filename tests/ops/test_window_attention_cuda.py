@@ -7,7 +7,7 @@ from pydllm import ops
 from pydllm._backend.cuda import window_attention as launcher
 from pydllm.testing import error_budget, max_error, random_normal
 from tests import emulation
-from tests.mutants import assert_switched_caught
+from tests.mutants import assert_caught
 from tests.ops.test_window_attention import copy, make
 from tests.ops.test_window_attention_forms import run
 from tests.ops.test_window_attention_masks import SEQUENCES, branched, of_branch
@@ -313,4 +313,4 @@ MUTANTS = {
 
 @pytest.mark.skipif(emulation.CXX is None, reason="needs a C++ compiler")
 def test_planted_bugs_are_found(cuda_folder):
-    assert_switched_caught("tests.ops.test_window_attention_cuda:check", MUTANTS, cuda_folder)
+    assert_caught({"tests.ops.test_window_attention_cuda:check": MUTANTS}, cuda_folder)

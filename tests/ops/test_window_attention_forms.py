@@ -17,6 +17,8 @@ SEQUENCES = [
     (8, 0, 9, 0, 0),
 ]
 SLOTS, PAGE = 96, 16
+# Triton's bf16 is its fp16 with other conversions; in CUDA it is other instructions.
+RUNS = [run for run in KERNELS_DTYPES if run != ("triton", torch.bfloat16)]
 
 
 def paged(inputs):
@@ -42,7 +44,7 @@ def run(inputs, backend, **options):
 @pytest.mark.parametrize("is_paged", [False, True], ids=["whole", "paged"])
 @pytest.mark.parametrize("has_norms", [False, True], ids=["plain", "norms"])
 @pytest.mark.parametrize("branches", [1, 3])
-@pytest.mark.parametrize(("backend", "dtype"), KERNELS_DTYPES, ids=str)
+@pytest.mark.parametrize(("backend", "dtype"), RUNS, ids=str)
 def test_masks_with_every_other_form(backend, dtype, branches, has_norms, is_paged):
     """Every mask with every pair of values of the three forms."""
     head_dim = 64 if backend == "cuda" else 16
