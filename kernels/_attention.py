@@ -1,4 +1,4 @@
-"""Device code shared by ``window_attention`` and ``commit_branch``.
+"""Device code shared by the kernels of ``window_attention`` and ``commit_branch``.
 
 A head is held in two halves, the first of which RoPE rotates with the second, so that a rotation
 needs no shuffle. Rows of the cache are addressed by slot, through a block table where the cache has
@@ -42,6 +42,41 @@ class RopeParams(NamedTuple):
     sin_ptr: tl.tensor
     norm_ptr: tl.tensor  # (HEAD_DIM,) or None
     eps: tl.tensor
+
+
+@triton.jit
+def padding(pad_ptr, batch, start):
+    """Padding at the beginning of a sequence, not negative."""
+    pad = start * 0
+    if pad_ptr is not None:
+        pad = tl.maximum(tl.load(pad_ptr + batch), 0)
+    return pad
+
+
+@triton.jit
+def sequence_cache(
+    k_ptr,
+    v_ptr,
+    table_ptr,  # (B, slots / PAGE) int32 or None
+    slots,
+    pages,
+    strides_k,  # of a sequence or page, of a row, of a head
+    strides_v,
+    batch,
+    head,
+    PAGE: tl.constexpr,
+):
+    """The Cache of one KV head of a sequence."""
+    k_ptr += head * strides_k[2]
+    v_ptr += head * strides_v[2]
+    if PAGE == 0:
+        k_ptr += batch * strides_k[0]
+        v_ptr += batch * strides_v[0]
+    else:
+        table_ptr += batch * (slots // PAGE)
+    return Cache(
+        k_ptr, v_ptr, table_ptr, pages, strides_k[0], strides_k[1], strides_v[0], strides_v[1]
+    )
 
 
 @triton.jit

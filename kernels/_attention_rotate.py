@@ -1,4 +1,5 @@
-"""The first pass of ``window_attention`` for long windows: keys rotated once, and the commit.
+"""Keys of a window rotated once, and the commit: a pass of ``window_attention``, and all of
+``commit_branch``.
 
 A short window is read by few programs, which rotate its keys as they need them. A long one is read
 once for each tile of queries: its keys are rotated here, and read back like cached ones.
@@ -11,20 +12,28 @@ import triton
 import triton.language as tl
 
 from . import _tiles
-from ._attention import Cache, RopeParams, load_rotated, rotary_offsets, write_rows
-from ._heads import strides
+from ._attention import (
+    RopeParams,
+    load_rotated,
+    padding,
+    rotary_offsets,
+    sequence_cache,
+    write_rows,
+)
+from ._heads import cache_arguments, strides
 
 
 @triton.jit
 def _window_attention_rotate_kernel(
     # pointers
-    out_ptr,  # (B, T, Hkv, D) contiguous: keys after RoPE
+    out_ptr,  # (B, window, Hkv, D) contiguous: keys after RoPE, or None
     k_cache_ptr,  # (B, L, Hkv, D) or (pages, PAGE, Hkv, D); rows below `commit` are written
     v_cache_ptr,
     k_ptr,  # (B, T, Hkv, D)
     v_ptr,
+    branch_ptr,  # (B,) int32, or None: the first
     start_ptr,  # (B,) int32, as the next three
-    length_ptr,
+    length_ptr,  # or None
     commit_ptr,
     pad_ptr,  # or None
     cos_ptr,  # (positions, HALF) fp32
@@ -32,7 +41,8 @@ def _window_attention_rotate_kernel(
     k_norm_ptr,  # (D,) or None
     table_ptr,  # (B, slots / PAGE) int32 or None
     # sizes
-    rows,  # T
+    window,  # rows of a branch
+    branches,
     slots,
     pages,  # of the cache, where there is a table
     eps,
@@ -59,72 +69,72 @@ def _window_attention_rotate_kernel(
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
     start = tl.load(start_ptr + batch)
-    length = tl.minimum(tl.minimum(tl.load(length_ptr + batch), rows), slots - start)
+    length = tl.minimum(slots - start, window)
+    if length_ptr is not None:
+        length = tl.minimum(length, tl.load(length_ptr + batch))
     commit = tl.minimum(tl.load(commit_ptr + batch), length)
-    pad = start * 0
-    if pad_ptr is not None:
-        pad = tl.maximum(tl.load(pad_ptr + batch), 0)
-    k_cache_ptr += head * stride_k_cache_head
-    v_cache_ptr += head * stride_v_cache_head
-    if PAGE == 0:
-        k_cache_ptr += batch * stride_k_cache_batch
-        v_cache_ptr += batch * stride_v_cache_batch
-    else:
-        table_ptr += batch * (slots // PAGE)
-    cache = Cache(
-        k_cache_ptr,
-        v_cache_ptr,
-        table_ptr,
-        pages,
-        stride_k_cache_batch,
-        stride_k_cache_row,
-        stride_v_cache_batch,
-        stride_v_cache_row,
+    branch = start * 0
+    if branch_ptr is not None:
+        branch = tl.load(branch_ptr + batch)
+        commit = tl.where((branch >= 0) & (branch < branches), commit, 0)
+    pad = padding(pad_ptr, batch, start)
+    strides_k = stride_k_cache_batch, stride_k_cache_row, stride_k_cache_head
+    strides_v = stride_v_cache_batch, stride_v_cache_row, stride_v_cache_head
+    cache = sequence_cache(
+        k_cache_ptr, v_cache_ptr, table_ptr, slots, pages, strides_k, strides_v, batch, head, PAGE
     )
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     slot = start + offs_n.to(tl.int32)
-    mask = (offs_n < length) & (slot >= pad)
-    k_rows = k_ptr + batch * stride_k_batch + head * stride_k_head + offs_n * stride_k_row
-    v_rows = v_ptr + batch * stride_v_batch + head * stride_v_head + offs_n * stride_v_row
+    kept = (offs_n < commit) & (slot >= pad)
+    mask = kept
+    if out_ptr is not None:
+        mask = (offs_n < length) & (slot >= pad)
+    row = branch.to(tl.int64) * window + offs_n
+    k_rows = k_ptr + batch * stride_k_batch + head * stride_k_head + row * stride_k_row
+    v_rows = v_ptr + batch * stride_v_batch + head * stride_v_head + row * stride_v_row
     rope = RopeParams(cos_ptr, sin_ptr, k_norm_ptr, eps)
     k_a, k_b = load_rotated(k_rows, mask, mask, slot - pad, rope, HEAD_DIM, HALF, BLOCK_D)
-    first, second, mask_h = rotary_offsets(HEAD_DIM, HALF, BLOCK_D)
-    out_rows = (batch * rows + offs_n) * tl.num_programs(1) + head
-    out_ptrs = out_ptr + out_rows[:, None] * HEAD_DIM
-    tl.store(out_ptrs + first, k_a, mask=mask[:, None] & mask_h)
-    tl.store(out_ptrs + second, k_b, mask=mask[:, None] & mask_h)
-    kept = mask & (offs_n < commit)
+    if out_ptr is not None:
+        first, second, mask_h = rotary_offsets(HEAD_DIM, HALF, BLOCK_D)
+        out_rows = (batch * window + offs_n) * tl.num_programs(1) + head
+        out_ptrs = out_ptr + out_rows[:, None] * HEAD_DIM
+        tl.store(out_ptrs + first, k_a, mask=mask[:, None] & mask_h)
+        tl.store(out_ptrs + second, k_b, mask=mask[:, None] & mask_h)
     write_rows(cache, k_a, k_b, v_rows, kept, slot, PAGE, HEAD_DIM, HALF, BLOCK_D)
 
 
 def rotate_and_commit(
+    out: torch.Tensor | None,
     k: torch.Tensor,
     v: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
+    branch: torch.Tensor | None,
     start: torch.Tensor,
-    length: torch.Tensor,
+    length: torch.Tensor | None,
     commit: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
     pad: torch.Tensor | None,
     k_norm: torch.Tensor | None,
     block_table: torch.Tensor | None,
+    branches: int,
     eps: float,
-) -> torch.Tensor:
-    """The keys of a window after RoPE, (B, T, Hkv, D); rows that are not in use are not written."""
+) -> None:
+    """Commit rows of a branch; write to ``out`` the window's keys after RoPE, if it is there.
+
+    Rows of ``out (B, T, Hkv, D)`` that are not in use are not written.
+    """
     batch, rows, kv_heads, head_dim = k.shape
-    page = k_cache.shape[1]
-    out = torch.empty(k.shape, dtype=k.dtype, device=k.device)
-    size, num_warps = _tiles.ATTENTION_ROTATE
+    window = rows // branches
+    size, num_warps = _tiles.ATTENTION_ROTATE if out is not None else _tiles.COMMIT_BRANCH
     block_d = max(triton.next_power_of_2(head_dim), 32)
-    block_rows = size // (block_d * k.itemsize)
-    _window_attention_rotate_kernel[(triton.cdiv(rows, block_rows), kv_heads, batch)](
+    block_rows = max(size // (block_d * k.itemsize), 1)
+    _window_attention_rotate_kernel[(triton.cdiv(window, block_rows), kv_heads, batch)](
         out_ptr=out,
-        k_cache_ptr=k_cache,
-        v_cache_ptr=v_cache,
         k_ptr=k,
         v_ptr=v,
+        branch_ptr=branch,
         start_ptr=start,
         length_ptr=length,
         commit_ptr=commit,
@@ -132,17 +142,14 @@ def rotate_and_commit(
         cos_ptr=cos,
         sin_ptr=sin,
         k_norm_ptr=k_norm,
-        table_ptr=block_table,
-        rows=rows,
-        slots=page * (1 if block_table is None else block_table.shape[1]),
-        pages=0 if block_table is None else k_cache.shape[0],
+        window=window,
+        branches=branches,
         eps=eps,
-        **strides(k=k, v=v, k_cache=k_cache, v_cache=v_cache),
-        PAGE=0 if block_table is None else page,
+        **cache_arguments(k_cache, v_cache, block_table),
+        **strides(k=k, v=v),
         HEAD_DIM=head_dim,
         HALF=cos.shape[1],
         BLOCK_D=block_d,
         BLOCK_ROWS=block_rows,
         num_warps=num_warps,
     )
-    return out

@@ -178,9 +178,11 @@ ATTENTION_SPLIT_ROWS = 128
 ATTENTION_SPLIT = 256
 ATTENTION_SPLIT_BYTES = 512
 
-# Joining of the splits: rows of a program, num_warps. Rotation of a long window: bytes, num_warps.
+# Joining of the splits: rows of a program, num_warps. Rotation of a long window, and of what
+# commit_branch writes: bytes of keys, num_warps.
 ATTENTION_MERGE = (4, 4)
 ATTENTION_ROTATE = (8192, 4)
+COMMIT_BRANCH = (2048, 4)
 
 
 class AttentionPlan(NamedTuple):
@@ -257,10 +259,6 @@ def attention_plan(
     walk = "all" if groups == 1 else "one" if each == 1 else "each"
     split_tiles = ATTENTION_SPLIT // tile.block_n
     return AttentionPlan(tile, splits, split_tiles, -(-splits // each), walk, False)
-
-
-# commit_branch: window rows of a program, num_warps.
-COMMIT_BRANCH = (8, 4)
 
 
 class DraftTile(NamedTuple):

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from . import _tiles
-from ._attention import Cache, Fresh, RopeParams, commit_rows, load_rotated
+from ._attention import Fresh, RopeParams, commit_rows, load_rotated, padding, sequence_cache
 from ._attention_merge import merge, scratch
 from ._attention_rotate import rotate_and_commit
 from ._attention_tiles import (
@@ -37,7 +37,7 @@ from ._attention_tiles import (
     no_keys,
     store_split,
 )
-from ._heads import alignment, strides
+from ._heads import alignment, cache_arguments, strides
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_HEAD_DIM = 512
@@ -115,25 +115,11 @@ def _window_attention_kernel(
     start = tl.load(start_ptr + batch)
     length = tl.minimum(tl.minimum(tl.load(length_ptr + batch), window), slots - start)
     kv_len = tl.minimum(tl.load(kv_len_ptr + batch), slots)
-    pad = start * 0
-    if pad_ptr is not None:
-        pad = tl.maximum(tl.load(pad_ptr + batch), 0)
-    k_cache_ptr += head * stride_k_cache_head
-    v_cache_ptr += head * stride_v_cache_head
-    if PAGE == 0:
-        k_cache_ptr += batch * stride_k_cache_batch
-        v_cache_ptr += batch * stride_v_cache_batch
-    else:
-        table_ptr += batch * (slots // PAGE)
-    cache = Cache(
-        k_cache_ptr,
-        v_cache_ptr,
-        table_ptr,
-        pages,
-        stride_k_cache_batch,
-        stride_k_cache_row,
-        stride_v_cache_batch,
-        stride_v_cache_row,
+    pad = padding(pad_ptr, batch, start)
+    strides_k = stride_k_cache_batch, stride_k_cache_row, stride_k_cache_head
+    strides_v = stride_v_cache_batch, stride_v_cache_row, stride_v_cache_head
+    cache = sequence_cache(
+        k_cache_ptr, v_cache_ptr, table_ptr, slots, pages, strides_k, strides_v, batch, head, PAGE
     )
     fresh = Fresh(
         k_ptr + batch * stride_k_batch + head * stride_k_head,
@@ -333,29 +319,34 @@ def window_attention(
 ) -> torch.Tensor:
     """Launch the kernel; arguments as in ``pydllm.ops.window_attention``."""
     batch, rows, heads, head_dim = q.shape
-    page, kv_heads = k_cache.shape[1:3]
-    slots = page * (1 if block_table is None else block_table.shape[1])
+    kv_heads = k.shape[2]
+    cache = cache_arguments(k_cache, v_cache, block_table)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if out.numel() == 0:
         return out
     group = heads // kv_heads
     plan = _tiles.attention_plan(
-        q.device, q.element_size(), head_dim, batch * kv_heads, rows, group, branches, slots
+        q.device,
+        q.element_size(),
+        head_dim,
+        batch * kv_heads,
+        rows,
+        group,
+        branches,
+        cache["slots"],
     )
     tile = plan.tile
     fresh_k = k
     if plan.is_rotated:
-        fresh_k = rotate_and_commit(
-            k, v, k_cache, v_cache, start, length, commit, cos, sin, pad, k_norm, block_table, eps
-        )
+        fresh_k = torch.empty(k.shape, dtype=k.dtype, device=k.device)
+        caches, rope = (k_cache, v_cache), (cos, sin, pad, k_norm, block_table)
+        rotate_and_commit(fresh_k, k, v, *caches, None, start, length, commit, *rope, 1, eps)
     is_stored = plan.split_tiles > 0 and plan.walk != "all"
     part, state = scratch(q, plan.splits) if is_stored else (out, out)
     grid = (triton.cdiv(rows * group, tile.block_m) * plan.groups, kv_heads, batch)
     _window_attention_kernel[grid](
         out_ptr=part,
         state_ptr=state,
-        k_cache_ptr=k_cache,
-        v_cache_ptr=v_cache,
         q_ptr=q,
         k_ptr=fresh_k,
         v_ptr=v,
@@ -368,12 +359,9 @@ def window_attention(
         sin_ptr=sin,
         q_norm_ptr=q_norm,
         k_norm_ptr=k_norm,
-        table_ptr=block_table,
         block_offset_ptr=block_offset,
         window=rows // branches,
         branches=branches,
-        slots=slots,
-        pages=0 if block_table is None else k_cache.shape[0],
         block_size=block_size,
         sliding_window=window,
         eps=eps,
@@ -381,13 +369,13 @@ def window_attention(
         softcap=None if softcap is None else softcap * LOG2_E,
         splits=plan.splits,
         groups=plan.groups,
-        **strides(q=q, k=fresh_k, v=v, k_cache=k_cache, v_cache=v_cache),
+        **cache,
+        **strides(q=q, k=fresh_k, v=v),
         HAS_BRANCHES=branches > 1,
         IS_CAUSAL=causal,
         IS_ROTATED=plan.is_rotated,
         WALK=plan.walk,
         ALIGN=alignment(fresh_k, v, k_cache, v_cache),
-        PAGE=0 if block_table is None else page,
         GROUP=group,
         HEAD_DIM=head_dim,
         HALF=cos.shape[1],
