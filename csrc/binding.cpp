@@ -94,6 +94,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("version", [] { return PYDLLM_VERSION; }, "Version of pydllm these kernels belong to.");
   m.def("archs", [] { return PYDLLM_ARCHS; }, "Architectures compiled for, as PYDLLM_CUDA_ARCHS.");
   // Limits that pydllm/_backend/cuda has to know; a test compares both sides.
+  m.attr("CUT_DIGITS") = pydllm::kCutDigits;
   m.attr("DRAFT_ROWS") = pydllm::kDraftRows;
   m.attr("MAX_BANNED") = pydllm::kMaxBanned;
   m.attr("MAX_CAPACITY") = pydllm::kMaxCapacity;
@@ -196,8 +197,17 @@ PYBIND11_MODULE(_C, m) {
          "x", "step_map", "nfe", "candidates", "token", "score", "start", "length", "dtype",
          "batch", "slots", "rows", "branches", "drafts", "mask_id", "block_size", "stride_x_row",
          "stride_step_map_row", "stream");
+  {
+    using Call = pydllm::VocabCut;
+    define_call(m, "vocab_cut", pydllm::vocab_cut, FIELD(cut), FIELD(keys), FIELD(counts),
+                FIELD(masses), FIELD(best), FIELD(logits), FIELD(row_list), FIELD(temperatures),
+                FIELD(banned), FIELD(top_ks), FIELD(top_ps), FIELD(dtype), FIELD(rows),
+                FIELD(sources), FIELD(vocab), FIELD(banned_count), FIELD(long_row_list),
+                FIELD(has_top_k), FIELD(has_top_p), FIELD(top_k), FIELD(top_p),
+                FIELD(inverse_temperature), FIELD(softcap), FIELD(stride_logits_row));
+  }
   define(m, "vocab_stats", pydllm::vocab_stats, "token", "prob", "entropy", "margin", "logsumexp",
-         "values", "ids", "logits", "row_list", "counter", "temperatures", "banned", "dtype",
+         "values", "ids", "logits", "row_list", "counter", "temperatures", "banned", "cut", "dtype",
          "rows", "sources", "vocab", "banned_count", "long_row_list", "tempered", "seed",
          "inverse_temperature", "softcap", "stride_logits_row", "stride_counter_row",
          "stride_counter_word", "stream");

@@ -1,13 +1,13 @@
 #include "vocab_stats.h"
 
-#include "common.cuh"
 #include "head_stats.h"
 #include "philox.cuh"
+#include "vocab_piece.cuh"
 
 namespace pydllm {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = kPieceThreads;
 constexpr int kWarps = kThreads / kWarpSize;
 // e to this power is 0, and times 0 it is not NaN, as -inf would be.
 constexpr float kNegligible = -1e4f;
@@ -86,13 +86,6 @@ __device__ __forceinline__ float add_warp(float x) {
   return x;
 }
 
-// c tanh(x / c); infinities and NaN stay.
-__device__ __forceinline__ float cap(float x, float softcap) {
-  const float decay = expf(fabsf(x) * (-2.f / softcap));  // at most 1: no overflow
-  const float size = softcap - softcap * (2.f * decay / (1.f + decay));
-  return fabsf(x) == INFINITY ? x : x < 0.f ? -size : size;
-}
-
 // Take the logits of ids first .. first + kCount - 1, which lie after all ids taken before, for
 // what the rule makes of them; the first is a multiple of 4.
 template <bool kSampled, int kCount>
@@ -102,13 +95,7 @@ __device__ __forceinline__ void take(Best& best, Sample& sample, float (&x)[kCou
 #pragma unroll
     for (int i = 0; i < kCount; ++i) x[i] = cap(x[i], rule.softcap);
   }
-  for (int b = 0; b < banned_count; ++b) {
-    const unsigned hit = static_cast<unsigned>(banned[b]) - static_cast<unsigned>(first);
-#pragma unroll
-    for (unsigned i = 0; i < kCount; ++i) {
-      if (hit == i) x[i] = -INFINITY;
-    }
-  }
+  ban(x, first, banned, banned_count);
   if constexpr (kSampled) {
 #pragma unroll
     for (int quad = 0; quad < kCount / 4; ++quad) {
@@ -136,12 +123,10 @@ __device__ __forceinline__ void take(Best& best, Sample& sample, float (&x)[kCou
   }
 }
 
-// One block a piece of a row. Thread t has the vectors t, t + kThreads, ... of the piece, wherever
-// the row begins in memory: alignment decides how a vector is read, not who sums it. The logits
-// stay in registers until the piece's largest is known: relative to it no sum overflows, and the
-// entropy does not cancel for large logits.
+// One block a piece of a row. The logits stay in registers until the piece's largest is known:
+// relative to it no sum overflows, and the entropy does not cancel for large logits.
 template <typename T, bool kSampled>
-__global__ void __launch_bounds__(kThreads, kSampled ? 3 : 4)
+__global__ void __launch_bounds__(kThreads, kSampled || sizeof(T) == 4 ? 3 : 4)
     vocab_stats_kernel(float* __restrict__ values,              // (6 or 4, rows, pieces)
                        int32_t* __restrict__ ids,               // (2 or 1, rows, pieces)
                        const T* __restrict__ logits,            // (sources, vocab)
@@ -149,11 +134,11 @@ __global__ void __launch_bounds__(kThreads, kSampled ? 3 : 4)
                        const int32_t* __restrict__ counter,     // (rows, 3)
                        const float* __restrict__ temperatures,  // (rows,) or null
                        const int32_t* __restrict__ banned,      // (banned_count,)
+                       const float* __restrict__ cut,           // (rows,) or null
                        int64_t rows, int64_t sources, int vocab, int pieces, int banned_count,
                        bool long_row_list, bool aligned, Rule rule, int64_t stride_logits_row,
                        int64_t stride_counter_row, int64_t stride_counter_word) {
-  constexpr int kVector = Vector<T>::kSize;
-  constexpr int kVectors = kVocabPiece / kThreads / kVector;
+  constexpr int kVector = Piece<T>::kVector, kVectors = Piece<T>::kVectors;
   __shared__ int32_t shared_banned[kMaxBanned];
   __shared__ int shared_count;
   __shared__ Best shared_best[kWarps];
@@ -161,15 +146,15 @@ __global__ void __launch_bounds__(kThreads, kSampled ? 3 : 4)
   __shared__ Sample shared_sample[kSampled ? kWarps : 1];
 
   const int64_t row = blockIdx.x / static_cast<unsigned>(pieces);
-  const int piece = static_cast<int>(blockIdx.x % static_cast<unsigned>(pieces));
+  const int number = static_cast<int>(blockIdx.x % static_cast<unsigned>(pieces));
   const int thread = static_cast<int>(threadIdx.x);
-  const int begin = piece * static_cast<int>(kVocabPiece);
-  const int end = min(begin + static_cast<int>(kVocabPiece), vocab);
+  Piece<T> piece(number, vocab);
+  auto& x = piece.x;
 
   // Those that lie in the piece; mostly none do.
   if (thread == 0) shared_count = 0;
   __syncthreads();
-  if (thread < banned_count && banned[thread] >= begin && banned[thread] < end) {
+  if (thread < banned_count && banned[thread] >= piece.begin && banned[thread] < piece.end) {
     shared_banned[atomicAdd(&shared_count, 1)] = banned[thread];
   }
   __syncthreads();
@@ -183,36 +168,20 @@ __global__ void __launch_bounds__(kThreads, kSampled ? 3 : 4)
     if (temperatures != nullptr) rule.inverse = inverse_of(temperatures[row]);
   }
 
-  int64_t source = row;
-  if (row_list != nullptr) {
-    source = long_row_list ? static_cast<const int64_t*>(row_list)[row]
-                           : static_cast<const int32_t*>(row_list)[row];
-  }
   Best best{-INFINITY, -INFINITY, INT_MAX};
   Sample sample{-INFINITY, -INFINITY, INT_MAX};
-  float x[kVectors][kVector];
+  const int64_t source = source_of(row_list, row, long_row_list);
   const bool exists = source >= 0 && source < sources;
-  const T* const row_logits = logits + (exists ? source * stride_logits_row : 0);
+  piece.load(logits + (exists ? source * stride_logits_row : 0), exists, aligned);
+  const float least = cut == nullptr ? -INFINITY : cut[row];
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
-    const int first = begin + (v * kThreads + thread) * kVector;
-    Vector<T> loaded;
-    if (exists && aligned && first + kVector <= end) {
-      loaded = load_vector(row_logits + first);
-    } else {
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) {
-        const bool inside = exists && first + i < end;
-        loaded.lane[i] = inside ? row_logits[first + i] : from_float<T>(-INFINITY);
-      }
+    for (int i = 0; i < kVector; ++i) {
+      if (x[v][i] < least) x[v][i] = -INFINITY;
     }
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) x[v][i] = to_float(loaded.lane[i]);
-  }
-#pragma unroll
-  for (int v = 0; v < kVectors; ++v) {
-    const int first = begin + (v * kThreads + thread) * kVector;
-    if (first < end) {
+    const int first = piece.first(v);
+    if (first < piece.end) {
       take<kSampled>(best, sample, x[v], first, rule, shared_banned, banned_count);
     }
   }
@@ -247,7 +216,7 @@ __global__ void __launch_bounds__(kThreads, kSampled ? 3 : 4)
     weighted += shared_sums[warp][1];
   }
 
-  const int64_t stride_field = rows * pieces, at = row * pieces + piece;
+  const int64_t stride_field = rows * pieces, at = row * pieces + number;
   values[at] = best.best;
   values[at + stride_field] = best.second;
   values[at + 2 * stride_field] = sum;
@@ -265,9 +234,9 @@ __global__ void __launch_bounds__(kThreads, kSampled ? 3 : 4)
 cudaError_t vocab_stats(int64_t* token, float* prob, float* entropy, float* margin,
                         float* logsumexp, float* values, int32_t* ids, const void* logits,
                         const void* row_list, const int32_t* counter, const float* temperatures,
-                        const int32_t* banned, Dtype dtype, int64_t rows, int64_t sources,
-                        int64_t vocab, int64_t banned_count, bool long_row_list, bool tempered,
-                        int64_t seed, float inverse_temperature, float softcap,
+                        const int32_t* banned, const float* cut, Dtype dtype, int64_t rows,
+                        int64_t sources, int64_t vocab, int64_t banned_count, bool long_row_list,
+                        bool tempered, int64_t seed, float inverse_temperature, float softcap,
                         int64_t stride_logits_row, int64_t stride_counter_row,
                         int64_t stride_counter_word, cudaStream_t stream) {
   const int64_t pieces = (vocab + kVocabPiece - 1) / kVocabPiece;
@@ -288,7 +257,7 @@ cudaError_t vocab_stats(int64_t* token, float* prob, float* entropy, float* marg
     const bool aligned = rows_are_aligned(typed, stride_logits_row);
     const auto launch = [&](auto* kernel) {
       PYDLLM_LAUNCH(kernel, grid, block, 0, stream, values, ids, typed, row_list, counter,
-                    temperatures, banned, rows, sources, static_cast<int>(vocab),
+                    temperatures, banned, cut, rows, sources, static_cast<int>(vocab),
                     static_cast<int>(pieces), static_cast<int>(banned_count), long_row_list,
                     aligned, rule, stride_logits_row, stride_counter_row, stride_counter_word);
       return cudaGetLastError();

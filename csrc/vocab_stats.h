@@ -32,6 +32,7 @@ cudaError_t vocab_stats(
     const int32_t* counter,     // (rows, 3): position, request, draw; null: no noise
     const float* temperatures,  // (rows,): noise only where in [1e-6, inf); null: one for all
     const int32_t* banned,      // (banned_count,); ids outside the row ban nothing
+    const float* cut,           // (rows,): smaller logits count as -inf; null: none
     Dtype dtype, int64_t rows, int64_t sources, int64_t vocab, int64_t banned_count,
     bool long_row_list,  // int64 rather than int32
     bool tempered,       // statistics of x / temperature
@@ -39,5 +40,37 @@ cudaError_t vocab_stats(
     float softcap,              // 0: none
     int64_t stride_logits_row,  // in elements, as the next two
     int64_t stride_counter_row, int64_t stride_counter_word, cudaStream_t stream);
+
+// Keys that a launch of vocab_cut compares with.
+constexpr int64_t kCutDigits = 16;
+
+struct VocabCut {
+  // Pointers; null for what is not there.
+  float* cut;                 // (rows,), written where the row exists
+  uint32_t* keys;             // (2, rows, 2), written, as the next three
+  int32_t* counts;            // (2, rows, pieces, kCutDigits)
+  float* masses;              // (2, rows, pieces, kCutDigits)
+  float* best;                // (rows, pieces)
+  const void* logits;         // (sources, vocab) of dtype, unit column stride
+  const void* row_list;       // (rows,) or null, as of vocab_stats
+  const float* temperatures;  // (rows,) or null
+  const int32_t* banned;      // (banned_count,)
+  const int32_t* top_ks;      // (rows,), or null: `top_k` for all
+  const float* top_ps;        // (rows,), or null: `top_p` for all
+  // Sizes.
+  Dtype dtype;
+  int64_t rows, sources, vocab, banned_count;
+  bool long_row_list;  // int64 rather than int32
+  bool has_top_k, has_top_p;
+  int32_t top_k;
+  float top_p;
+  float inverse_temperature, softcap;  // softcap 0: none
+  int64_t stride_logits_row;           // in elements
+};
+
+// The smallest logit of each row that both filters keep: without a sort, by a search of four bits
+// of its sort key per launch. A block counts a piece's ids and their mass at sixteen keys; the next
+// launch adds up the pieces in their order.
+cudaError_t vocab_cut(const VocabCut& call, cudaStream_t stream);
 
 }  // namespace pydllm

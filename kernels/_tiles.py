@@ -75,14 +75,20 @@ def vocab_stats_tile(device: torch.device, vocab: int) -> StatsTile:
     return next(tile for limit, tile in table if limit is None or vocab <= limit)
 
 
-# vocab_stats with top-k or top-p: a program is a row, read in pieces.
-VOCAB_STATS_CUT = StatsTile(1, 2048, 8)
-VOCAB_STATS_CUT_INTERPRETER = StatsTile(1, 16384, 4)
+# vocab_stats with top-k or top-p: a program has a piece of a row in registers.
+VOCAB_STATS_CUT = ((1024, StatsTile(1, 1024, 4)), (None, StatsTile(1, 4096, 4)))
+VOCAB_STATS_CUT_INTERPRETER = (
+    (512, StatsTile(1, 256, 4)),
+    (8192, StatsTile(1, 1024, 4)),
+    (None, StatsTile(1, 16384, 4)),
+)
 
 
-def vocab_stats_cut_tile(device: torch.device) -> StatsTile:
+def vocab_stats_cut_tile(device: torch.device, vocab: int) -> StatsTile:
     """The tile that finds the smallest logit kept."""
-    return VOCAB_STATS_CUT_INTERPRETER if arch(device) == INTERPRETER else VOCAB_STATS_CUT
+    interpreted = arch(device) == INTERPRETER
+    table = VOCAB_STATS_CUT_INTERPRETER if interpreted else VOCAB_STATS_CUT
+    return next(tile for limit, tile in table if limit is None or vocab <= limit)
 
 
 class HeadTile(NamedTuple):

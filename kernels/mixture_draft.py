@@ -15,7 +15,7 @@ import triton.language as tl
 from . import _tiles
 from ._primitives import id_gumbel, quad_gumbel, sort_value
 from ._row_stats import contiguous, inverse_of, signed_word, source_rows
-from .vocab_stats import KEY_BITS, load_keys
+from ._vocab_cut import KEY_BITS, load_keys
 
 _NO_ID = tl.constexpr(2**31 - 1)
 # The bound on what may be in the nucleus is loosened by this many nats: no rounding can matter.

@@ -209,6 +209,7 @@ def test_the_constants_of_both_sides_agree(cuda_module):
     assert module.ROUTE_EXPERTS == route.MAX_EXPERTS
     assert module.VERIFY_BRANCHES == verify.MAX_BRANCHES
     assert module.VOCAB_PIECE == vocab_stats.PIECE
+    assert module.CUT_DIGITS == vocab_stats.CUT_DIGITS
     header = (CSRC / "dtype.h").read_text()
     names = {torch.float32: "kFloat32", torch.float16: "kFloat16", torch.bfloat16: "kBFloat16"}
     for dtype, number in cuda.DTYPES.items():

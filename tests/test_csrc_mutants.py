@@ -63,6 +63,12 @@ def check_vocab_stats():
             assert torch.equal(got.token, wanted.token)
             for one, other in zip(got[1:], wanted[1:], strict=True):
                 torch.testing.assert_close(one, other, rtol=2e-6, atol=2e-6)
+    filters = {"top_k": 40}, {"top_p": 0.7}, {"top_k": 3000, "top_p": 0.9, "softcap": 4.0}
+    for changed in filters:
+        for x in (logits, plain[2:].half()):
+            changed |= {"banned": ids(17, 8196)}
+            got, wanted = (ops.vocab_stats(x, **changed, backend=b) for b in ("cuda", "torch"))
+            torch.testing.assert_close(got.entropy, wanted.entropy, rtol=1e-5, atol=1e-6)
     for row in (0, 2):
         alone = ops.vocab_stats(memory[row : row + 1, 3:8203], backend="cuda")
         together = ops.vocab_stats(logits, backend="cuda")
@@ -165,10 +171,10 @@ CASES = {
             "fmaxf(fminf(a.best, b.best), fmaxf(a.second, b.second))",
             "fmaxf(a.second, b.second)",
         ),
-        "banned": ("if (hit == i) x[i] = -INFINITY;", ""),
-        "banned id behind the piece": (
-            "banned[thread] < end)",
-            "banned[thread] < end - 8 * MUTANT)",
+        "banned": ("ban(x, first, banned, banned_count);", ""),
+        "banned id after the piece": (
+            "banned[thread] < piece.end)",
+            "banned[thread] < piece.end - 8 * MUTANT)",
         ),
         "-inf": (
             "best.best == -INFINITY ? 0.f : best.best",
@@ -179,6 +185,26 @@ CASES = {
         "a row of padding": ("source >= 0 && source < sources", "source < sources"),
         "alignment": ("rows_are_aligned(typed, stride_logits_row)", "true"),
         "tempered": ("if (rule.tempered) x[i] = scaled;", ""),
+    },
+    "_vocab_cut": {
+        "a digit too many": ("digit > 0", "digit >= 0"),
+        "the first piece alone": (
+            "piece < pieces; ++piece) {",
+            "piece < (MUTANT ? 1 : pieces); ++piece) {",
+        ),
+        "masses of pieces are not scaled": (
+            "call.masses[at] * expf((best_of[piece] - best) * inverse)",
+            "call.masses[at]",
+        ),
+        "digits of the launch before": ("(turn - 1) % 2 * call.rows", "turn % 2 * call.rows"),
+        "mass at the limit": ("mass > limit", "mass >= limit * 0.98f"),
+        "one id less": ("count >= least", "count > least"),
+        "one warp is left out": ("w < kWarps; ++w) {", "w < kWarps - MUTANT; ++w) {"),
+        "banned": (
+            "ban(piece.x[v], piece.first(v), call.banned, static_cast<int>(call.banned_count));",
+            "",
+        ),
+        "softcap": ("call.softcap != 0.f ? cap(x, call.softcap) : x", "x"),
     },
     "head_stats": {
         "last of a tie": ("values[i] == best && ids[i] < id", "values[i] == best && ids[i] > id"),
@@ -255,6 +281,7 @@ def test_planted_bugs_are_found(cuda_folder):
     assert sum(len(mutants) for mutants in CASES.values()) >= 30
     cases = {}
     for op, mutants in CASES.items():
-        check = f"tests.test_csrc_mutants:check_{'merge_stats' if op == 'head_stats' else op}"
-        cases[check] = {name: (f"{op}.cu", *change) for name, change in mutants.items()}
+        check = {"head_stats": "merge_stats", "_vocab_cut": "vocab_stats"}.get(op, op)
+        planted = cases.setdefault(f"tests.test_csrc_mutants:check_{check}", {})
+        planted |= {f"{op}: {name}": (f"{op}.cu", *mutants[name]) for name in mutants}
     assert_caught(cases, cuda_folder)

@@ -73,8 +73,7 @@ def vocab_stats(
             at the row's temperature, first exceeds ``top_p``. Or ``(R,)`` fp32, one for each row;
             a number outside (0, 1) keeps all. Both filters look at the whole row, and what both
             keep is kept; logits that tie with the last one kept are kept too.
-        backend: None (``PYDLLM_BACKEND``), ``"auto"``, ``"cuda"`` (no top_k or top_p),
-            ``"triton"`` or ``"torch"``.
+        backend: None (``PYDLLM_BACKEND``), ``"auto"``, ``"cuda"``, ``"triton"`` or ``"torch"``.
 
     Returns:
         ``VocabStats``, each field ``(R,)``. A row whose ids are all -inf or banned has token 0,
@@ -92,8 +91,8 @@ def vocab_stats(
     a softcap: except where its rounding makes or breaks a tie); the statistics agree to rounding.
     ``top_p`` sums in another order on each backend: an id whose mass decides within rounding of
     ``top_p`` may be kept by one and not by another.
-    Cost: one read of the logits. ``top_k`` or ``top_p`` cost, in Triton, 9 reads more of bf16, 11
-    of fp16 and 17 of fp32, each row by one program; in torch a sort.
+    Cost: one read of the logits. ``top_k`` or ``top_p`` cost, in Triton and CUDA, 4 reads more of
+    bf16, 5 of fp16 and 8 of fp32, in a launch each and one more; in torch a sort.
     CUDA graphs: safe; the seed is captured, the counter is read. ``torch.compile``: one op.
 
     Kernels: ``kernels/vocab_stats.py``, ``csrc/vocab_stats.cu``.

@@ -10,7 +10,6 @@ from pydllm.testing import random_normal
 from tests.ops.test_vocab_stats import (
     BACKENDS,
     DTYPES,
-    FILTERING,
     INF,
     STATISTICS,
     assert_same,
@@ -143,7 +142,7 @@ def _nucleus(row, banned, temperature, top_k, top_p, softcap):
     ids=str,
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", FILTERING)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_filtered_ids_count_as_banned(backend, dtype, options):
     logits = random_logits(6, 1100, dtype)
     logits[:2] = (logits[:2] / 2).round()  # full of ties, zeros of both signs
@@ -162,7 +161,7 @@ def test_filtered_ids_count_as_banned(backend, dtype, options):
     assert_same(got, ops.vocab_stats(removed, **rest))
 
 
-@pytest.mark.parametrize("backend", FILTERING)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_filters_leave_rows_without_a_distribution_alone(backend):
     logits = random_logits(5, 1100)
     clean = logits.clone()

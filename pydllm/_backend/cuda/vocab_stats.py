@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ from pydllm._backend.cuda import DTYPES, call
 from pydllm._backend.cuda.head_stats import MAX_PIECES, empty_stats
 
 PIECE = 8192  # kVocabPiece in csrc/vocab_stats.h
+CUT_DIGITS = 16  # kCutDigits there
 
 
 def supports(
@@ -34,11 +37,10 @@ def supports(
     if logits.shape[1] > MAX_PIECES * PIECE:
         return f"the kernel takes up to {MAX_PIECES * PIECE} ids, got {logits.shape[1]}"
     lists = {"banned": banned, "temperature": temperatures, "rows": rows}
+    lists |= {"top_k": top_ks, "top_p": top_ps}
     for name, tensor in lists.items():
         if tensor is not None and not tensor.is_contiguous():
             return f"{name} must be contiguous, got strides {tensor.stride()}"
-    if any(value is not None for value in (top_k, top_p, top_ks, top_ps)):
-        return "the kernel takes no top_k or top_p (the Triton kernels and torch do)"
     return None
 
 
@@ -59,7 +61,7 @@ def vocab_stats(
 ) -> tuple[Tensor, ...]:
     """Launch the kernels; arguments as in ``pydllm.ops.vocab_stats``, ``seed`` a signed 64 bits.
 
-    ``temperatures`` is the tensor that may stand for ``temperature``; there is no top-k or top-p.
+    ``temperatures``, ``top_ks`` and ``top_ps`` are tensors that may stand for the numbers.
     """
     sources, vocab = logits.shape
     count = sources if rows is None else rows.shape[0]
@@ -70,29 +72,69 @@ def vocab_stats(
     statistics = empty_stats(count, device)
     values = torch.empty(6 if sampled else 4, count, pieces, dtype=torch.float32, device=device)
     ids = torch.empty(2 if sampled else 1, count, pieces, dtype=torch.int32, device=device)
+    shared = {
+        "logits": logits,
+        "row_list": rows,
+        "temperatures": temperatures,
+        "banned": banned,
+        "dtype": logits.dtype,
+        "rows": count,
+        "sources": sources,
+        "vocab": vocab,
+        "banned_count": 0 if banned is None else banned.shape[0],
+        "long_row_list": rows is not None and rows.dtype == torch.int64,
+        "inverse_temperature": 1 / temperature if temperature else 1.0,
+        "softcap": softcap,
+        "stride_logits_row": logits.stride(0),
+    }
+    filters = (top_k, top_p, top_ks, top_ps)
+    is_filtered = any(value is not None for value in filters)
     call(
         "vocab_stats",
         device,
         **statistics,
+        **shared,
         values=values,
         ids=ids,
-        logits=logits,
-        row_list=rows,
+        cut=_smallest_kept(shared, pieces, *filters) if is_filtered else None,
         counter=noise,
-        temperatures=temperatures,
-        banned=banned,
-        dtype=logits.dtype,
-        rows=count,
-        sources=sources,
-        vocab=vocab,
-        banned_count=0 if banned is None else banned.shape[0],
-        long_row_list=rows is not None and rows.dtype == torch.int64,
         tempered=tempered,
         seed=seed,
-        inverse_temperature=1 / temperature if temperature else 1.0,
-        softcap=softcap,
-        stride_logits_row=logits.stride(0),
         stride_counter_row=0 if noise is None else noise.stride(0),
         stride_counter_word=0 if noise is None else noise.stride(1),
     )
     return tuple(statistics.values())
+
+
+def _smallest_kept(
+    shared: dict[str, Any],
+    pieces: int,
+    top_k: int | None,
+    top_p: float | None,
+    top_ks: Tensor | None,
+    top_ps: Tensor | None,
+) -> Tensor:
+    """The smallest logit that both filters keep in each row: ``(rows,)`` fp32."""
+    rows, vocab, device = shared["rows"], shared["vocab"], shared["logits"].device
+
+    def room(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    cut = room(rows, dtype=torch.float32)
+    call(
+        "vocab_cut",
+        device,
+        **shared,
+        cut=cut,
+        keys=room(2, rows, 2, dtype=torch.int32),
+        counts=room(2, rows, pieces, CUT_DIGITS, dtype=torch.int32),
+        masses=room(2, rows, pieces, CUT_DIGITS, dtype=torch.float32),
+        best=room(rows, pieces, dtype=torch.float32),
+        top_ks=top_ks,
+        top_ps=top_ps,
+        has_top_k=top_k is not None or top_ks is not None,
+        has_top_p=top_p is not None or top_ps is not None,
+        top_k=1 if top_k is None else min(top_k, vocab),
+        top_p=1.0 if top_p is None else top_p,
+    )
+    return cut
