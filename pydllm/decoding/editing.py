@@ -10,7 +10,7 @@ stores it, with the keys of its final tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -46,6 +46,8 @@ class Editing(Algorithm):
             ``"diffusers"``: by one forward more, which may write. Both codes have other thresholds:
             0.5 and 0, and 0.7 and 0.5.
     """
+
+    takes_guidance: ClassVar[bool] = True
 
     threshold: float = 0.95
     edit_threshold: float | None = 0.9
@@ -136,71 +138,105 @@ class EditingDecoder(Decoder):
         key = (first, last, width, block.positions.width)
         return BlockPlan(key, block=block, is_first=first, is_last=last)
 
-    def step(self, state: EditingState, plan: BlockPlan) -> tuple[Tensor, None]:
-        block, call = plan.block, state.call
-        if plan.is_first:
-            state.post_steps.zero_()
-            state.complete.copy_(state.done)
-        window = block.refresh if plan.is_first else block.window
-        if not plan.is_first:
-            window = replace(window, length=window.length.masked_fill(state.complete, 0))
-        length = block.positions.length.masked_fill(state.complete, 0)
-        selection = replace(block.positions, length=length)
-        token, prob = self._predict(state, window, selection)
-        edited = ops.edit_tokens(
-            state.x,
-            state.step_map,
-            state.nfe,
-            state.post_steps,
-            state.complete,
-            token,
-            prob,
-            mask_id=call.mask_id,
-            start=selection.start,
-            length=selection.length,
-            editable_from=block.ends_from,
-            threshold=self.algorithm.threshold,
-            edit_threshold=self.algorithm.edit_threshold,
-            min_tokens=self.algorithm.min_tokens,
-            backend=call.backend,
-            **self.algorithm.ending,
-        )
-        state.noise_offset += edited.filled + edited.edited
-        if plan.is_last:  # NaN logits can leave a mask a mask
-            state.complete.fill_(True)
+    def step(self, state: EditingState, plan: BlockPlan) -> tuple[Tensor, Any]:
+        window, selection = open_rows(state, plan)
+        stats = predict(self.algorithm, state, window, selection)
+        edit(self.algorithm, state, selection, plan.block.ends_from, stats)
         if state.logprobs is not None:
             written = state.step_map == state.nfe[:, None] - 1
-            note_logprobs(state, selection, prob.log(), written)
-        finished = replace(selection, length=length.masked_fill(~state.complete, 0))
-        close(state, finished, block_ending(state, block, last=True))
+            note_logprobs(state, selection, stats.prob.log(), written)
+        finish_blocks(state, plan)
         return busy(state, (~state.complete).int()), None
-
-    def _predict(
-        self, state: EditingState, window: Window, selection: Selection
-    ) -> tuple[Tensor, Tensor]:
-        """Token and probability of the selected positions, masks and tokens alike."""
-        call, eligible = state.call, None
-        if self.algorithm.edit_threshold is not None:
-            position = torch.arange(state.x.shape[1], device=state.x.device)
-            eligible = position >= state.prompt_length[:, None]
-        places: dict[str, Any] = {"eligible": eligible}
-        picked = pick(state, window.width, window.start, selection, **places)
-        # Nothing depends on the last layer's other rows.
-        rows = picked.rows if picked.live is not None else None
-        stats = statistics(
-            state,
-            forward(state, window, rows=rows),
-            window.start,
-            selection,
-            suppress_ids=call.suppress_ids,
-            tempered=isinstance(state.temperature, Tensor) or state.temperature > 0,
-            picked=picked,
-            **places,
-        )
-        return stats.token, stats.prob
 
     def settled(self, state: EditingState) -> Tensor:
         """A block's tokens may change until it is complete."""
         opened = state.next_start - self.algorithm.block_length
         settled = torch.where(state.complete, state.next_start, opened)
         return torch.where(state.done, state.end, settled)
+
+
+def open_rows(state: EditingState, plan: BlockPlan) -> tuple[Window, Selection]:
+    """What a step forwards and decides: nothing of blocks that are complete."""
+    block, window = plan.block, plan.block.refresh
+    if plan.is_first:
+        state.post_steps.zero_()
+        state.complete.copy_(state.done)
+    else:
+        window = block.window
+        window = replace(window, length=window.length.masked_fill(state.complete, 0))
+    length = block.positions.length.masked_fill(state.complete, 0)
+    return window, replace(block.positions, length=length)
+
+
+def predict(
+    algorithm: Editing,
+    state: EditingState,
+    window: Window,
+    selection: Selection,
+    *,
+    branches: int = 1,
+    noise_offset: Tensor | None = None,
+) -> ops.VocabStats:
+    """One forward, and the statistics of the selected positions, masks and tokens alike.
+
+    With ``branches``, the state and the selection hold that number of copies of each sequence, side
+    by side, all at the sequence's window and over its cache.
+    """
+    call, eligible = state.call, None
+    if algorithm.edit_threshold is not None:
+        position = torch.arange(state.x.shape[1], device=state.x.device)
+        eligible = position >= state.prompt_length[:, None]
+    start = window.start if branches == 1 else window.start.repeat_interleave(branches)
+    places: dict[str, Any] = {"eligible": eligible, "noise_offset": noise_offset}
+    picked = pick(state, window.width, start, selection, **places)
+    # Nothing depends on the last layer's other rows.
+    rows = picked.rows if picked.live is not None and call.guidance == 0 else None
+    return statistics(
+        state,
+        forward(state, window, branches=branches, rows=rows),
+        start,
+        selection,
+        suppress_ids=call.suppress_ids,
+        tempered=isinstance(state.temperature, Tensor) or state.temperature > 0,
+        picked=picked,
+        **places,
+    )
+
+
+def edit(
+    algorithm: Editing,
+    state: EditingState,
+    selection: Selection,
+    editable_from: Tensor,
+    stats: ops.VocabStats,
+) -> None:
+    """A step of the algorithm on statistics of the selected positions."""
+    edited = ops.edit_tokens(
+        state.x,
+        state.step_map,
+        state.nfe,
+        state.post_steps,
+        state.complete,
+        stats.token,
+        stats.prob,
+        mask_id=state.call.mask_id,
+        start=selection.start,
+        length=selection.length,
+        editable_from=editable_from,
+        threshold=algorithm.threshold,
+        edit_threshold=algorithm.edit_threshold,
+        min_tokens=algorithm.min_tokens,
+        backend=state.call.backend,
+        **algorithm.ending,
+    )
+    state.noise_offset += edited.filled + edited.edited
+
+
+def finish_blocks(state: EditingState, plan: BlockPlan) -> None:
+    """Look for an EOS in blocks that are complete; after the last step, all are."""
+    positions = plan.block.positions
+    if plan.is_last:  # NaN logits can leave a mask a mask
+        state.complete.fill_(True)
+    length = positions.length.masked_fill(~state.complete, 0)
+    ending = block_ending(state, plan.block, last=True)
+    close(state, replace(positions, length=length), ending)

@@ -46,6 +46,8 @@ from pydllm.decoding.drafts import (
     is_fused,
 )
 from pydllm.decoding.driver import Algorithm, Counts, Decoder, Plan
+from pydllm.decoding.edited_drafts import DraftedEditingDecoder
+from pydllm.decoding.editing import Editing
 from pydllm.decoding.pipelined import PipelinedDecoder
 from pydllm.decoding.static import Static
 from pydllm.decoding.step import close, write
@@ -66,8 +68,9 @@ class FreeDave(Algorithm):
             alone: drafts run on into the next blocks, every forward verifies, none is spent on
             opening a block, and each sequence goes at its own pace.
         baseline: whose tokens are produced, with its own block length and cache: ``Static``,
-            ``Threshold``, ``Factor`` or ``EntropyBound``. None: ``Static`` with one token per step
-            and the values above, which have to stay at their defaults otherwise.
+            ``Threshold``, ``Factor`` or ``EntropyBound``; or ``Editing``, in strict mode. None:
+            ``Static`` with one token per step and the values above, which have to stay at their
+            defaults otherwise.
         lossless: at a temperature above 0, ``"tokens"``: each candidate draws under the noise of
             the baseline in that state, so the tokens are the baseline's for the same seed.
             ``"distribution"``: each draws under noise of its own; the tokens follow the baseline's
@@ -86,7 +89,7 @@ class FreeDave(Algorithm):
     mode: str = "strict"
     cache: str = "none"
     first_token: str = "window"
-    baseline: BlockwiseAlgorithm | None = None
+    baseline: BlockwiseAlgorithm | Editing | None = None
     lossless: str = "tokens"
 
     def __post_init__(self) -> None:
@@ -104,7 +107,13 @@ class FreeDave(Algorithm):
         self._baseline()
 
     def check(self, model: Model, max_new_tokens: int) -> None:
-        self._baseline().check(model, max_new_tokens)
+        baseline = self._baseline()
+        baseline.check(model, max_new_tokens)
+        if self.mode == "pipelined" and isinstance(baseline, Editing):
+            raise ValueError(
+                "mode: expected 'strict' for Editing, whose tokens are not final before their "
+                f"block is, got {self.mode!r}"
+            )
         if self.mode == "pipelined" and model.spec.seeded:
             raise ValueError(
                 "mode: expected 'strict' for a model whose blocks' first tokens come from the "
@@ -130,19 +139,21 @@ class FreeDave(Algorithm):
         most = MOST if isinstance(self.draft_steps, str) else self.draft_steps
         budget = DraftBudget(most, auto, self.lossless == "distribution")
         baseline = self._baseline()
+        if isinstance(baseline, Editing):
+            return DraftedEditingDecoder(baseline, budget)
         kind = FusedDrafter if is_fused(baseline) else RuleDrafter
         if self.mode == "pipelined":
             return PipelinedDecoder.of(call, baseline, budget, kind)
         return StrictDecoder(baseline, budget, kind(baseline.accept, budget))
 
-    def _baseline(self) -> BlockwiseAlgorithm:
+    def _baseline(self) -> BlockwiseAlgorithm | Editing:
         if self.baseline is None:
             return Static(
                 block_length=self.block_length, cache=self.cache, first_token=self.first_token
             )
-        if not isinstance(self.baseline, BlockwiseAlgorithm):
+        if not isinstance(self.baseline, BlockwiseAlgorithm | Editing):
             raise TypeError(f"baseline: expected a block-wise algorithm, got {self.baseline!r}")
-        if self.baseline.compat is not None:
+        if isinstance(self.baseline, BlockwiseAlgorithm) and self.baseline.compat is not None:
             raise ValueError(
                 "baseline: expected compat None (a mask that is predicted is never drafted), "
                 f"got {self.baseline!r}"

@@ -69,7 +69,7 @@ def generate(
             LeftToRight take ``top_p`` alone.
         guidance: s of classifier-free guidance: logits are ``(1 + s) with - s without``, those of a
             second forward whose prompt is masked. Each forward computes twice the rows. For
-            block-wise algorithms, FreeDave and MultiBlock.
+            block-wise algorithms, Editing, FreeDave and MultiBlock.
         suppress_ids: up to 15 token ids that are never predicted.
         logprobs: keep the log-probabilities of the new tokens; at temperatures above 0 the LM head
             is evaluated twice. Not with APD and LeftToRight.

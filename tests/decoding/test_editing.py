@@ -17,7 +17,7 @@ def decode(model, prompts, algorithm=ALGORITHM, new=NEW, **options):
     return pydllm.generate(model, prompts, algorithm, max_new_tokens=new, **options)
 
 
-def published(plain, prompt, *, threshold, edit, budget, least=1, compat=None):
+def published(plain, prompt, *, threshold, edit, budget, least=1, compat=None, eos=EOS):
     """The answer, the forwards and the last forward that wrote each position, without a cache.
 
     The loops of the hub (and dllm), SGLang and diffusers, told apart where they differ; blocks
@@ -55,7 +55,7 @@ def published(plain, prompt, *, threshold, edit, budget, least=1, compat=None):
                 break
             if compat == "diffusers" and post > budget:
                 break
-        ends = [j for j in block if length <= j < length + NEW and x[j] in EOS]
+        ends = [j for j in block if length <= j < length + NEW and x[j] in eos]
         if ends:
             fill = length + NEW - ends[0] - 1
             x = torch.cat((x[: ends[0] + 1], torch.full((fill,), EOS[0])))
@@ -81,7 +81,7 @@ def test_a_ragged_batch_equals_the_published_loop(setting):
     names = {"edit": "edit_threshold", "budget": "max_post_steps", "least": "min_tokens"}
     given = {names.get(name, name): value for name, value in setting.items()}
     algorithm, edited, ended = pydllm.Editing(block_length=BLOCK, **given), 0, 0
-    for seed in range(6):
+    for seed in range(3):
         model, plain = random_pair(seed, block=BLOCK)
         got = decode(model, prompts, algorithm)
         filled = decode(
@@ -96,6 +96,142 @@ def test_a_ragged_batch_equals_the_published_loop(setting):
             ended += -1 in steps
     assert ended > 5
     assert edited > 5 or setting["edit"] in (None, 0.9)
+
+
+@pytest.mark.parametrize("drafts", [1, 3, 16, "auto"])
+@pytest.mark.parametrize("temperature", [0.0, [0.0, 0.5, 1.2, 0.9, 2.0]], ids=["greedy", "each"])
+def test_freedave_has_its_tokens(drafts, temperature):
+    """And its log-probabilities, in as many forwards or fewer."""
+    prompts = [random_prompt(seed, length) for seed, length in enumerate(LENGTHS[:5])]
+    names = {"edit": "edit_threshold", "budget": "max_post_steps", "least": "min_tokens"}
+    fewer = 0
+    for index, setting in enumerate(SETTINGS[::2]):
+        given = {names.get(name, name): value for name, value in setting.items()}
+        baseline = pydllm.Editing(block_length=BLOCK, **given)
+        model, _ = random_pair(index, block=BLOCK, rounded=index % 3 == 2)
+        options = {"temperature": temperature, "seed": index, "logprobs": True}
+        expected = decode(model, prompts, baseline, **options)
+        algorithm = pydllm.FreeDave(draft_steps=drafts, baseline=baseline)
+        for more in ({}, {"max_batch": 3})[: 1 + index % 2]:
+            got = decode(model, prompts, algorithm, **options, **more)
+            assert torch.equal(torch.cat(got.sequences), torch.cat(expected.sequences))
+            assert (got.nfe <= expected.nfe).all()
+            for one, other in zip(got.logprobs, expected.logprobs, strict=True):
+                assert torch.allclose(one, other, atol=1e-6)
+            if drafts == 1:
+                assert torch.equal(got.nfe, expected.nfe)
+                assert torch.equal(got.step_map, expected.step_map)
+            fewer += int((got.nfe < expected.nfe).sum())
+    assert fewer > 4 or drafts == 1
+
+
+def replayed(plain, prompt, drafts, *, threshold, edit, budget, least=1):
+    """Forwards of FreeDave over the hub's loop, from what each state of it predicts."""
+    x = prompt + [MASK] * (NEW + -(len(prompt) + NEW) % BLOCK)
+    forwards = 0
+
+    def predict(ids, low):
+        p, token = plain.logits(torch.tensor(ids[: low + BLOCK]))[0].softmax(-1).max(-1)
+        return p.tolist(), token.tolist()
+
+    def step(state, stats, low):
+        ids, post, done = state
+        if done:
+            return state
+        ids, (p, token) = list(ids), stats
+        masked = [j for j in range(low, low + BLOCK) if ids[j] == MASK]
+        post += not masked
+        fill = [j for j in masked if p[j] > threshold]
+        if len(fill) < least:
+            fill = sorted(masked, key=lambda j: (-p[j], j))[:least]
+        edits = [
+            j
+            for j in range(max(low, len(prompt)), low + BLOCK)
+            if j not in masked and token[j] != ids[j] and p[j] > edit
+        ]
+        for j in fill + edits:
+            ids[j] = token[j]
+        left = MASK in ids[low : low + BLOCK]
+        return ids, post, (not masked and not edits) or (not left and post >= budget)
+
+    for low in range(len(prompt) // BLOCK * BLOCK, len(x), BLOCK):
+        stats = predict(x, low)
+        state = step((x, 0, False), stats, low)
+        forwards += 1
+        while not state[2]:
+            forwards += 1
+            stale = stats
+            for _ in range(drafts):
+                draft = step(state, stale, low)
+                stats = predict(state[0], low)
+                state = step(state, stats, low)
+                if state[2] or state != draft:
+                    break
+        x = state[0]
+        if any(token in EOS for token in x[max(low, len(prompt)) : low + BLOCK]):
+            break
+    return forwards
+
+
+@pytest.mark.parametrize("drafts", [2, 16])
+def test_freedave_takes_the_forwards_that_the_replay_says(drafts):
+    prompts = [random_prompt(seed, length) for seed, length in enumerate(LENGTHS)]
+    names = {"edit": "edit_threshold", "budget": "max_post_steps", "least": "min_tokens"}
+    for index, setting in enumerate(SETTINGS[:3]):
+        given = {names.get(name, name): value for name, value in setting.items()}
+        model, plain = random_pair(10 + index, block=BLOCK)
+        baseline = pydllm.Editing(block_length=BLOCK, **given)
+        for prompt in prompts:  # alone: in a batch the most that one wants is verified for all
+            algorithm = pydllm.FreeDave(draft_steps=drafts, baseline=baseline)
+            got = decode(model, [prompt], algorithm)
+            assert got.nfe.item() == replayed(plain, prompt, drafts, **setting)
+
+
+def test_a_draft_that_is_accepted_unseen_is_noticed(monkeypatch):
+    """Negative control: without the comparison the answer is another."""
+    from pydllm.decoding import edited_drafts
+
+    prompts = [random_prompt(seed, length) for seed, length in enumerate(LENGTHS)]
+    model, _ = random_pair(1, block=BLOCK)
+    baseline = pydllm.Editing(threshold=0.6, edit_threshold=0.2, block_length=BLOCK)
+    expected = decode(model, prompts, baseline)
+
+    def all_of_them(packed, stepped, branches):
+        return torch.full((len(packed.x) // branches,), branches - 1)
+
+    monkeypatch.setattr(edited_drafts, "_accepted_prefix", all_of_them)
+    got = decode(model, prompts, pydllm.FreeDave(draft_steps=4, baseline=baseline))
+    assert not torch.equal(torch.cat(got.sequences), torch.cat(expected.sequences))
+
+
+def test_guidance_masks_the_prompt():
+    prompts = [random_prompt(seed, length) for seed, length in enumerate(LENGTHS[:4])]
+    model, plain = random_pair(2, block=BLOCK, eos=())
+    scale = 1.5
+
+    class Guided:
+        def __init__(self, length):
+            self.length = length
+
+        def logits(self, ids):
+            without = ids.clone()
+            without[: self.length] = MASK
+            logits = (1 + scale) * plain.logits(ids)[0] - scale * plain.logits(without)[0]
+            logits[:, MASK] = -torch.inf
+            return (logits,)
+
+    setting = {"threshold": 0.6, "edit": 0.4, "budget": 3}
+    algorithm = pydllm.Editing(
+        threshold=0.6, edit_threshold=0.4, max_post_steps=3, block_length=BLOCK
+    )
+    got = decode(model, prompts, algorithm, guidance=scale, ignore_eos=True)
+    drafted = decode(
+        model, prompts, pydllm.FreeDave(baseline=algorithm), guidance=scale, ignore_eos=True
+    )
+    for row, prompt in enumerate(prompts):
+        tokens, forwards, _ = published(Guided(len(prompt)), prompt, **setting, eos=())
+        assert got.sequences[row].tolist() == drafted.sequences[row].tolist() == tokens
+        assert got.nfe[row] == forwards
 
 
 def test_without_edits_it_is_thresholding():
@@ -206,6 +342,21 @@ def test_models_that_are_refused(algorithm, block, message):
     model, _ = random_pair(0, block=block)
     with pytest.raises(ValueError, match=message):
         decode(model, [[2]], algorithm)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "message"),
+    [
+        (ALGORITHM, r"prompts\[0\]: expected no mask in a prompt with Editing"),
+        (pydllm.FreeDave(baseline=ALGORITHM), "prompts: expected no mask in a prompt with Editing"),
+        (pydllm.FreeDave(baseline=ALGORITHM, mode="pipelined"), "mode: expected 'strict' for Edi"),
+    ],
+    ids=str,
+)
+def test_masks_in_a_prompt_and_pipelined_drafts_are_refused(algorithm, message):
+    model, _ = random_pair(0, block=BLOCK)
+    with pytest.raises(ValueError, match=message):
+        decode(model, [[2, MASK, 3]], algorithm)
 
 
 def test_nan_ends():

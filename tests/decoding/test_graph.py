@@ -85,6 +85,12 @@ BLOCKS = {
     "freedave": pydllm.FreeDave(draft_steps=4, block_length=4),
     "pipelined": pydllm.FreeDave(draft_steps=4, block_length=4, mode="pipelined"),
     "editing": pydllm.Editing(threshold=0.4, edit_threshold=0.2, max_post_steps=3, block_length=4),
+    "freedave-editing": pydllm.FreeDave(
+        draft_steps=3,
+        baseline=pydllm.Editing(
+            threshold=0.6, edit_threshold=0.3, max_post_steps=3, block_length=4
+        ),
+    ),
     "pipelined-auto": pydllm.FreeDave(draft_steps="auto", block_length=4, mode="pipelined"),
     "pipelined-factor": pydllm.FreeDave(
         draft_steps=3, mode="pipelined", baseline=pydllm.Factor(factor=1.0, block_length=4)
