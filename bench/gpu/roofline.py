@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.ops.timing import copy_rate, time_calls
+from bench.ops.timing import copy_rate, matmul_rate
 from pydllm.decoding.graph import Graphs
 from pydllm.models import NativeModel
 
@@ -25,10 +25,7 @@ class Rates:
 
     @classmethod
     def measure(cls, device: str, dtype: torch.dtype) -> Rates:
-        size = 8192 if device.startswith("cuda") else 512
-        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        timing = time_calls(lambda _: a @ b, dict, device, seconds=0.3)
-        return cls(copy_rate(device), 2 * size**3 / (timing.p50 * 1e-3))
+        return cls(copy_rate(device), matmul_rate(device, dtype))
 
 
 @dataclass

@@ -3,6 +3,7 @@
     python -m bench.ops --list
     python -m bench.ops vocab_stats --backend triton --backend torch --dtype bf16 --device cuda
     python -m bench.ops rms_norm --csv bench/results/h100.csv
+    python -m bench.ops linear --plot out/linear.png --json > linear.jsonl
     python -m bench.ops unmask --base main~3        # the same on an older commit, and the ratio
 
 Every case is checked against fp64 before it is timed; one that is wrong prints ✗ and no time.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import csv
 import datetime
 import importlib.metadata
+import json
 import platform
 import subprocess
 import sys
@@ -28,7 +30,8 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.ops.cases import CASES
-from bench.ops.timing import copy_rate, time_calls
+from bench.ops.plot import draw
+from bench.ops.timing import copy_rate, matmul_rate, time_calls
 from pydllm._backend.errors import BackendError
 from pydllm.testing import error_budget, max_error
 
@@ -88,8 +91,9 @@ def measure(
     seconds: float,
     grid: bool = False,
 ) -> Iterator[dict[str, object]]:
-    """One row a shape and backend or baseline."""
+    """One row per shape and backend or baseline."""
     case = CASES[op]
+    count = getattr(case, "operations", lambda inputs: None)
     peak = copy_rate(device)
     for name, sizes in shapes(case, grid).items():
         if shape is not None and shape not in name:
@@ -103,6 +107,7 @@ def measure(
         for label, function in contenders.items():
             row = {"op": op, "shape": name, "dtype": dtype, "backend": label}
             row["resolved_backend"] = label if label in backends else ""
+            row |= {"bytes": case.bytes_moved(inputs), "operations": count(inputs)}
             try:
                 right = is_right(case, inputs, function, strict=label in backends)
             except BackendError as error:
@@ -112,7 +117,7 @@ def measure(
                 yield row | {"note": "✗ too far from fp64"}
                 continue
             timing = time_calls(function, partial(copied, inputs), device, seconds=seconds)
-            rate = case.bytes_moved(inputs) / (timing.p50 * 1e-3)
+            rate = row["bytes"] / (timing.p50 * 1e-3)
             row |= {"ms_p20": timing.p20, "ms_p50": timing.p50, "ms_p80": timing.p80}
             yield row | {"gbps": rate / 1e9, "peak_frac": rate / peak}
 
@@ -198,6 +203,8 @@ def _run_base(reference: str, arguments: list[str]) -> dict[tuple, float]:
 @click.option(
     "--csv", "csv_file", type=click.Path(path_type=Path), help="Append rows to this file."
 )
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per row, and no table.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw a roofline to this file.")
 @click.option("--base", help="A commit to compare with.")
 def main(
     op: str | None,
@@ -209,6 +216,8 @@ def main(
     grid: bool,
     seconds: float,
     csv_file: Path | None,
+    as_json: bool,
+    plot: Path | None,
     base: str | None,
 ) -> None:
     """Time one op."""
@@ -231,7 +240,16 @@ def main(
         arguments += [] if shape is None else ["--shape", shape]
         arguments += ["--grid"] if grid else []
         before = _run_base(base, arguments)
-    _print(rows, before)
+    if as_json:
+        origin = provenance(device)
+        for row in rows:
+            key = (row["op"], row["shape"], row["dtype"], row["backend"])
+            older = {} if before is None else {"base_ms_p50": before.get(key)}
+            click.echo(json.dumps(row | older | origin))
+    else:
+        _print(rows, before)
+    if plot is not None:
+        draw(rows, copy_rate(device), matmul_rate(device, DTYPES[dtype]), plot)
     if csv_file is not None:
         csv_file.parent.mkdir(parents=True, exist_ok=True)
         new = not csv_file.exists()

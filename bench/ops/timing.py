@@ -1,4 +1,4 @@
-"""How things are timed: medians of many runs, cold caches on a GPU, and the measured copy rate."""
+"""How things are timed: medians of many runs, cold caches on a GPU, and the machine's rates."""
 
 from __future__ import annotations
 
@@ -58,6 +58,14 @@ def _time_gpu(function: Callable[[dict], object], inputs: dict) -> float:
     end.record()
     end.synchronize()
     return begin.elapsed_time(end)
+
+
+def matmul_rate(device: str, dtype: torch.dtype) -> float:
+    """Measured operations a second of a large matrix product."""
+    size = 8192 if device.startswith("cuda") else 512
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    timing = time_calls(lambda _: a @ b, dict, device, seconds=0.3)
+    return 2 * size**3 / (timing.p50 * 1e-3)
 
 
 def copy_rate(device: str) -> float:

@@ -7,6 +7,8 @@ Each case module has
 * ``call(inputs, backend)``: the op on them;
 * ``BASELINES``: what else somebody could run on the same inputs, by name;
 * ``bytes_moved(inputs)``: the bytes that any implementation has to move;
+* ``operations(inputs)``, where the op does more than compare: floating-point operations, two for
+  each multiply-add of a product, elsewhere about as many as the formula has;
 * ``launches()``: (label, function) pairs that launch on meta tensors, for ahead-of-time
   compilation.
 """

@@ -56,6 +56,11 @@ def bytes_moved(inputs: dict[str, Tensor]) -> int:
     return 3 * inputs["logits"].numel() * inputs["logits"].element_size()
 
 
+def operations(inputs: dict[str, Tensor]) -> int:
+    """Forward: maximum, difference, exp, two sums; backward: exp, scale, difference, sum."""
+    return 10 * inputs["logits"].numel()
+
+
 def launches() -> Iterator[tuple[str, Callable[[], object]]]:
     from pydllm.kernels import certainty_loss as kernel
 

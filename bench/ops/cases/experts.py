@@ -114,6 +114,12 @@ def bytes_moved(inputs: dict[str, Tensor | None]) -> int:
     return (distinct(inputs) * expert + shared + 2 * inputs["hidden"].numel()) * size
 
 
+def operations(inputs: dict[str, Tensor | None]) -> int:
+    expert = inputs["gate_up"][0].numel() + inputs["down"][0].numel()
+    shared = sum(t.numel() for n, t in inputs.items() if n.startswith("shared") and t is not None)
+    return 2 * (inputs["ids"].numel() * expert + len(inputs["hidden"]) * shared)
+
+
 def launches() -> Iterator[tuple[str, Callable[[], object]]]:
     from pydllm.kernels import experts as kernel
 

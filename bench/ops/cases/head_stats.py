@@ -77,6 +77,10 @@ def bytes_moved(inputs: dict[str, object]) -> int:
     return sum(each.numel() * each.element_size() for each in operands)
 
 
+def operations(inputs: dict[str, object]) -> int:
+    return 2 * len(inputs["hidden"]) * inputs["weight"].numel()
+
+
 def launches() -> Iterator[tuple[str, Callable[[], object]]]:
     from pydllm.kernels import head_stats as kernel
 

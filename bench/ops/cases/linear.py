@@ -53,20 +53,31 @@ def call(inputs: dict[str, object], backend: str) -> Tensor:
     return ops.linear(inputs["x"], inputs["weight"], backend=backend)
 
 
-def _dense(inputs: dict[str, object]) -> Tensor:
+def _dense() -> Callable[[dict[str, object]], Tensor]:
     """The product of cuBLAS or MKL; with 8-bit weights, of weights dequantised beforehand."""
-    weight = inputs["weight"]
-    if isinstance(weight, ops.QuantizedWeight):
-        weight = inputs.setdefault("dense", weight.dequantize(inputs["x"].dtype))
-    return F.linear(inputs["x"], weight)
+    wide: list[tuple[ops.QuantizedWeight, Tensor]] = []
+
+    def run(inputs: dict[str, object]) -> Tensor:
+        x, weight = inputs["x"], inputs["weight"]
+        if isinstance(weight, ops.QuantizedWeight):
+            if not wide or wide[0][0] is not weight or wide[0][1].dtype != x.dtype:
+                wide[:] = [(weight, weight.dequantize(x.dtype))]
+            weight = wide[0][1]
+        return F.linear(x, weight)
+
+    return run
 
 
-BASELINES = {"F.linear": lambda: _dense}
+BASELINES = {"F.linear": _dense}
 
 
 def bytes_moved(inputs: dict[str, object]) -> int:
     x, weight = inputs["x"], inputs["weight"]
     return weight.nbytes + x.nbytes + x.shape[0] * weight.shape[0] * x.element_size()
+
+
+def operations(inputs: dict[str, object]) -> int:
+    return 2 * inputs["x"].numel() * inputs["weight"].shape[0]
 
 
 def launches() -> Iterator[tuple[str, Callable[[], object]]]:

@@ -104,6 +104,13 @@ def bytes_moved(inputs: dict[str, object]) -> int:
     return logits + inputs["weight"].numel() * size
 
 
+def operations(inputs: dict[str, object]) -> int:
+    """Of the verifier's head: all of it, or at the candidates."""
+    if inputs["form"] == "sparse":
+        return 2 * int(inputs["list size"].sum()) * inputs["weight"].shape[1]
+    return 2 * len(inputs["token"]) * inputs["weight"].numel()
+
+
 def launches() -> Iterator[tuple[str, Callable[[], object]]]:
     from pydllm.kernels import mixture_accept as kernel
 

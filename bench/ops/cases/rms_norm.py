@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from bench.ops import peers
 from pydllm import ops, reference
 from pydllm.testing import random_normal
 
@@ -43,12 +44,28 @@ def _compiled() -> Callable[[dict[str, Tensor]], Tensor]:
     return lambda inputs: compiled(inputs["x"], inputs["weight"], EPS, inputs["residual"])
 
 
-BASELINES = {"torch F.rms_norm": lambda: _torch_fused, "torch.compile": _compiled}
+def _peer(
+    norm: Callable[[Tensor, Tensor, Tensor, float], Tensor],
+) -> Callable[[dict[str, Tensor]], Tensor]:
+    return lambda inputs: norm(inputs["x"], inputs["residual"], inputs["weight"], EPS)
+
+
+BASELINES = {
+    "torch F.rms_norm": lambda: _torch_fused,
+    "torch.compile": _compiled,
+    "FlashInfer": lambda: _peer(peers.flashinfer_rms_norm),
+    "Liger": lambda: _peer(peers.liger_rms_norm),
+}
 
 
 def bytes_moved(inputs: dict[str, Tensor]) -> int:
     x = inputs["x"]
     return (4 * x.numel() + x.shape[-1]) * x.element_size()
+
+
+def operations(inputs: dict[str, Tensor]) -> int:
+    """Residual, square, sum, scale, weight."""
+    return 5 * inputs["x"].numel()
 
 
 def launches() -> Iterator[tuple[str, Callable[[], object]]]:

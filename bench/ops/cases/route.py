@@ -88,6 +88,10 @@ def bytes_moved(inputs: dict[str, object]) -> int:
     return sum(each.numel() * each.element_size() for each in (hidden, router)) + written
 
 
+def operations(inputs: dict[str, object]) -> int:
+    return 2 * inputs["hidden"].numel() * len(inputs["router"])
+
+
 def launches() -> Iterator[tuple[str, Callable[[], object]]]:
     from pydllm.kernels import route as kernel
 

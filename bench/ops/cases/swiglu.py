@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.ops import peers
 from pydllm import ops, reference
 from pydllm.testing import random_normal
 
@@ -36,12 +37,38 @@ def _compiled() -> Callable[[dict[str, Tensor]], Tensor]:
     return lambda inputs: compiled(inputs["gate_up"])
 
 
-BASELINES = {"torch silu, then mul": lambda: _separate, "torch.compile": _compiled}
+def _liger() -> Callable[[dict[str, Tensor]], Tensor]:
+    """On two contiguous halves, which are not timed: its layer has two products."""
+    ready: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
+
+    def run(inputs: dict[str, Tensor]) -> Tensor:
+        gate_up = inputs["gate_up"]
+        key = (gate_up.shape, gate_up.dtype)
+        if key not in ready:
+            ready.clear()
+            gate, up = gate_up.chunk(2, -1)
+            ready[key] = gate.contiguous(), up.contiguous()
+        return peers.liger_swiglu(*ready[key])
+
+    return run
+
+
+BASELINES = {
+    "torch silu, then mul": lambda: _separate,
+    "torch.compile": _compiled,
+    "FlashInfer": lambda: lambda inputs: peers.flashinfer_swiglu(inputs["gate_up"]),
+    "Liger": _liger,
+}
 
 
 def bytes_moved(inputs: dict[str, Tensor]) -> int:
     gate_up = inputs["gate_up"]
     return gate_up.numel() * gate_up.element_size() * 3 // 2
+
+
+def operations(inputs: dict[str, Tensor]) -> int:
+    """Sign, exp, sum, quotient, product."""
+    return 5 * inputs["gate_up"].numel() // 2
 
 
 def launches() -> Iterator[tuple[str, Callable[[], object]]]:

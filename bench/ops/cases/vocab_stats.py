@@ -72,6 +72,11 @@ def bytes_moved(inputs: dict[str, object]) -> int:
     return logits.numel() * logits.element_size()
 
 
+def operations(inputs: dict[str, object]) -> int:
+    """Two maxima, difference, exp, sum, and a multiply-add for the entropy."""
+    return 7 * inputs["logits"].numel()
+
+
 def launches() -> Iterator[tuple[str, Callable[[], object]]]:
     from pydllm.kernels import vocab_stats as kernel
 

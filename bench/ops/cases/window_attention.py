@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
+from bench.ops import peers
 from pydllm import ops, reference
 from pydllm._backend.errors import BackendError
 from pydllm.testing import random_normal
@@ -176,9 +177,12 @@ def _rows_first(y: Tensor, inputs: dict[str, Tensor]) -> Tensor:
 
 
 def _attention_alone(
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor], *, rows_first: bool = False
 ) -> Callable[[], Callable[[dict[str, Tensor]], Tensor]]:
-    """A baseline that is given rotated, concatenated keys: the attention is all that is timed."""
+    """A baseline that is given rotated, concatenated keys: the attention is all that is timed.
+
+    It takes and returns ``(B, H, T, D)``, or with ``rows_first`` ``(B, T, H, D)``.
+    """
 
     def make() -> Callable[[dict[str, Tensor]], Tensor]:
         ready: dict[tuple, tuple[Tensor, Tensor, Tensor]] = {}
@@ -188,8 +192,11 @@ def _attention_alone(
             if key not in ready:
                 ready.clear()
                 prepared = _prepared(inputs, int(inputs["start"][0]))
-                ready[key] = tuple(x.contiguous() for x in prepared)
-            return _rows_first(attend(*ready[key]), inputs)
+                ready[key] = tuple(
+                    (x.transpose(1, 2) if rows_first else x).contiguous() for x in prepared
+                )
+            y = attend(*ready[key])
+            return _rows_first(y.transpose(1, 2) if rows_first else y, inputs)
 
         return run
 
@@ -237,6 +244,8 @@ BASELINES = {
     "SDPA cuDNN alone": _attention_alone(_sdpa(SDPBackend.CUDNN_ATTENTION)),
     "SDPA efficient alone": _attention_alone(_sdpa(SDPBackend.EFFICIENT_ATTENTION)),
     "FlexAttention alone": _attention_alone(_flex()),
+    "flash-attn alone": _attention_alone(peers.flash_attn, rows_first=True),
+    "FlashInfer alone": _attention_alone(peers.flashinfer_attention(), rows_first=True),
 }
 
 
@@ -248,6 +257,11 @@ def bytes_moved(inputs: dict[str, Tensor]) -> int:
     cached = 2 * cache.numel() * (slots - rows) // slots
     fresh, committed = 2 * k.numel(), 2 * k.numel() // branches
     return (2 * q.numel() + cached + fresh + committed) * q.element_size()
+
+
+def operations(inputs: dict[str, Tensor]) -> int:
+    """Two products per visible key; a branch sees its own rows and the cache around them."""
+    return 4 * inputs["q"].numel() * inputs["k_cache"].shape[1]
 
 
 def launches() -> Iterator[tuple[str, Callable[[], object]]]:
