@@ -116,7 +116,7 @@ def test_nothing_to_play(tmp_path):
         write_page([Scene("m", "p", [])], "t", tmp_path / "p.html")
 
 
-@pytest.mark.parametrize("name", ["llada-tiny", "dream-tiny", "sdar-tiny"])
+@pytest.mark.parametrize("name", ["llada-tiny", "dream-tiny", "sdar-tiny", "llada2-tiny"])
 def test_a_replay_is_what_the_decoder_saw(name):
     """Without a cache, the probability of a token is the threshold rule's confidence in it; the
     canvases are built anew here, one at a time, and go through the model's own logits.

@@ -1,0 +1,44 @@
+"""The bundled mixture of experts, on ten problems."""
+
+import pytest
+import torch
+
+import pydllm
+from pydllm.demo import MODELS, task
+from training.experts import distinct_experts
+
+
+def _decode(model, problems, algorithm):
+    prompts = [problem.prompt for problem in problems]
+    return pydllm.generate(model, prompts, algorithm, max_new_tokens=task.ANSWER_LENGTH)
+
+
+def _right(problems, generation):
+    return sum(map(task.is_correct, problems, generation.text))
+
+
+@pytest.mark.parametrize("mode", ["strict", "pipelined"])
+def test_the_mixture_solves_problems_and_drafts_change_nothing(mode):
+    model, problems = pydllm.load(MODELS["llada2-tiny"], device="cpu"), task.held_out_problems(10)
+    one = _decode(model, problems, pydllm.Static(block_length=8))
+    assert _right(problems, one) >= 9
+    drafted = _decode(model, problems, pydllm.FreeDave(draft_steps=8, block_length=8, mode=mode))
+    assert all(map(torch.equal, drafted.sequences, one.sequences))
+    assert drafted.nfe.sum() * 2 < one.nfe.sum()
+
+
+def test_the_mixture_has_learnt_to_route():
+    """Rows of a block share experts, more than rows that chose at random would, and no expert is
+    dead: the loads of training were balanced.
+    """
+    model, problems = pydllm.load(MODELS["llada2-tiny"], device="cpu"), task.held_out_problems(10)
+    moe, model.routed = model.sizes.moe, []
+    _decode(model, problems, pydllm.Threshold(threshold=0.9, block_length=8))
+    assert moe.sparse == (False, True, True, True)
+    # Of 16 experts, 8 rows with 4 each at random leave (3/4)^8 of them out.
+    at_random = 16 * (1 - 0.75**8)
+    for place in range(3):
+        layer = model.routed[place::3]
+        assert 8 < distinct_experts(layer, 16, 8).mean() < at_random - 0.5
+        loads = torch.cat([ids.flatten() for ids in layer]).bincount(minlength=17)[:16].double()
+        assert (loads / loads.sum()).min() > 0.1 / 16
