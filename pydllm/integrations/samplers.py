@@ -244,16 +244,7 @@ def sample_tokens(
         return confidence.to(logits.dtype), stats.token
     if temperature > 0:
         logits = logits / temperature
-    lowest = torch.finfo(logits.dtype).min
-    if top_p is not None and nucleus:
-        ordered, order = logits.sort(dim=-1, descending=True)
-        beyond = ordered.softmax(-1).cumsum(-1) > top_p
-        # The first id beyond the limit is kept, and the best in any case.
-        drop = F.pad(beyond[..., :-1], (1, 0))
-        logits = logits.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), lowest)
-    if top_k is not None:
-        last = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
-        logits = logits.masked_fill(logits < last, lowest)
+    logits = keep_likely(logits, top_p, top_k)
     probs = logits.softmax(-1)
     if temperature > 0:
         x0 = torch.distributions.Categorical(probs=probs).sample()
@@ -266,6 +257,21 @@ def sample_tokens(
     if neg_entropy:
         confidence = (probs * (probs + 1e-10).log()).sum(-1)
     return confidence, x0
+
+
+def keep_likely(logits: Tensor, top_p: float | None, top_k: int | None) -> Tensor:
+    """Dream's filters, the nucleus first; the other ids get the lowest number of the dtype."""
+    lowest = torch.finfo(logits.dtype).min
+    if top_p is not None and top_p < 1:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        beyond = ordered.softmax(-1).cumsum(-1) > top_p
+        # The first id beyond the limit is kept, and the best in any case.
+        drop = F.pad(beyond[..., :-1], (1, 0))
+        logits = logits.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), lowest)
+    if top_k is not None:
+        last = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
+        logits = logits.masked_fill(logits < last, lowest)
+    return logits
 
 
 def _check_step(logits: Tensor, mask_index: Tensor, x: Tensor) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from pydllm._backend.env import UPSTREAM_DIR
 from tests.upstream import (
+    apd_loops,
     block_loops,
     d3llm_loops,
     dream_loops,
@@ -44,6 +45,7 @@ UPSTREAMS: dict[str, Loader] = {
     "stable-diffcoder": family_loops.load_stable_diffcoder,
     "nemotron": family_loops.load_nemotron,
     "freedave": freedave_loops.load_freedave,
+    "apd": apd_loops.load_apd,
 }
 SHOWN = 8  # differences of a loop
 
