@@ -16,78 +16,9 @@ import triton.language as tl
 
 from . import _tiles
 from ._primitives import are_rows
+from ._weights import SCALE_BLOCK, decoding, load_weight, stored
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_SCALE_BLOCK = tl.constexpr(128)
-
-
-@triton.jit
-def _e4m3_bytes_to_bf16(w):
-    """Bytes of e4m3fn as bf16, exactly, where no instruction does it; NaN becomes 480."""
-    # Sign and seven bits, moved to where bf16 has its own, are the number times 2**-120.
-    return tl.inline_asm_elementwise(
-        """
-        {
-        .reg .b32 a, b, m, z;
-        mov.b32 m, 0x7B807B80;
-        mov.b32 z, 0x80008000;
-        prmt.b32 a, $2, $2, 0x9180;
-        prmt.b32 b, $2, $2, 0xB3A2;
-        shl.b32 a, a, 4;
-        shl.b32 b, b, 4;
-        and.b32 a, a, 0x87F087F0;
-        and.b32 b, b, 0x87F087F0;
-        fma.rn.bf16x2 $0, a, m, z;
-        fma.rn.bf16x2 $1, b, m, z;
-        }""",
-        "=r,=r,r",
-        [w],
-        dtype=tl.bfloat16,
-        is_pure=True,
-        pack=4,
-    )
-
-
-@triton.jit
-def _int8_to_bf16(w):
-    """INT8 as bf16, exactly, where the instruction that does it is slow."""
-    # 128 plus the low seven bits, less 128 or 256: bf16 numbers of one exponent.
-    return tl.inline_asm_elementwise(
-        """
-        {
-        .reg .b32 a, b, c, d, m;
-        mov.b32 m, 0xBF80BF80;
-        prmt.b32 a, $2, 0x43434343, 0x4140;
-        prmt.b32 b, $2, 0x43434343, 0x4342;
-        and.b32 c, a, 0xFF80FF80;
-        and.b32 d, b, 0xFF80FF80;
-        and.b32 a, a, 0xFF7FFF7F;
-        and.b32 b, b, 0xFF7FFF7F;
-        fma.rn.bf16x2 $0, c, m, a;
-        fma.rn.bf16x2 $1, d, m, b;
-        }""",
-        "=r,=r,r",
-        [w],
-        dtype=tl.bfloat16,
-        is_pure=True,
-        pack=4,
-    )
-
-
-@triton.jit
-def _widen(w, dtype: tl.constexpr, DECODE: tl.constexpr):
-    """A tile of weights in the dtype of ``x``, exactly."""
-    if DECODE == "e4m3":
-        wide = _e4m3_bytes_to_bf16(w)
-        return wide if dtype == tl.bfloat16 else wide.to(tl.float32).to(dtype)
-    if DECODE == "int8":
-        return _int8_to_bf16(w)
-    if w.dtype == dtype:
-        return w
-    if dtype == tl.bfloat16:
-        # e4m3 straight to bf16 is F2F.BF16.F16 on sm_90, at a quarter of the rate of this.
-        return w.to(tl.float32).to(dtype)
-    return w.to(dtype)
 
 
 # A new batch size must not compile the kernel again.
@@ -133,8 +64,8 @@ def _linear_tile_kernel(
     first = split * span
     last = tl.minimum(first + span, depth)
     if BLOCK_SCALED:
-        scale_ptrs = scale_ptr + (tile * BLOCK_N // _SCALE_BLOCK).to(tl.int64) * stride_scale_row
-        scale = tl.load(scale_ptrs + first // _SCALE_BLOCK, mask=first < last, other=0.0)
+        scale_ptrs = scale_ptr + (tile * BLOCK_N // SCALE_BLOCK).to(tl.int64) * stride_scale_row
+        scale = tl.load(scale_ptrs + first // SCALE_BLOCK, mask=first < last, other=0.0)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(first, last, BLOCK_K):
         mask_x = mask_m[:, None]
@@ -145,15 +76,11 @@ def _linear_tile_kernel(
         # [BLOCK_M, BLOCK_K]
         x = tl.load(x_ptrs + start, mask=mask_x, other=0.0)
         # [BLOCK_K, BLOCK_N]
-        if weight_ptr.dtype.element_ty.is_floating():
-            w = tl.load(weight_ptrs + start, mask=mask_w, other=0.0)
-        else:
-            w = tl.load(weight_ptrs + start, mask=mask_w, other=0)
-        w = _widen(w, x.dtype, DECODE)
+        w = load_weight(weight_ptrs + start, mask_w, x.dtype, DECODE)
         if BLOCK_SCALED:
             following = start + BLOCK_K  # its scale is loaded a step ahead
             upcoming = tl.load(
-                scale_ptrs + following // _SCALE_BLOCK, mask=following < last, other=0.0
+                scale_ptrs + following // SCALE_BLOCK, mask=following < last, other=0.0
             )
             acc += scale * tl.dot(x, w, input_precision="ieee")
             scale = upcoming
@@ -213,14 +140,6 @@ def supports(
     return _tiles.exceeds_grid("outputs", weight.shape[0], _tiles.LINEAR_JOIN[0])
 
 
-def _decode(x: torch.Tensor, weight: torch.Tensor) -> str:
-    """How a weight becomes the dtype of ``x``: below sm_89 no instruction converts e4m3."""
-    old = 0 < _tiles.arch(x.device) < 89
-    if old and weight.dtype == torch.float8_e4m3fn:
-        return "e4m3"
-    return "int8" if old and (weight.dtype, x.dtype) == (torch.int8, torch.bfloat16) else "plain"
-
-
 def linear(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -241,12 +160,12 @@ def linear(
     tile = _tiles.linear_tile(x.device, width, depth, *sizes) if tile is None else tile
     height = _tiles.linear_height(x.device, rows, *sizes) if height is None else height
     sums = y if tile.splits == 1 else y.new_empty(tile.splits, rows, width, dtype=torch.float32)
-    decode, per_block = _decode(x, weight), scale is not None and scale.ndim == 2
+    decode, per_block = decoding(x, weight), scale is not None and scale.ndim == 2
     row_blocks = triton.cdiv(rows, height)
     _linear_tile_kernel[(triton.cdiv(width, tile.block_n) * tile.splits * row_blocks,)](
         y_ptr=sums,
         x_ptr=x,
-        weight_ptr=weight.view(torch.uint8) if decode == "e4m3" else weight,
+        weight_ptr=stored(weight, decode),
         scale_ptr=scale,
         bias_ptr=bias,
         rows=rows,

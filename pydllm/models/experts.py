@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pydllm import ops
 from pydllm.models.moe import MoeSizes
+from pydllm.ops import QuantizedWeight
 
 TENSORS = ("router", "router_bias", "shared_gate_up", "shared_down")
 
@@ -20,29 +21,31 @@ class Experts:
 
     Attributes:
         router: ``(E, hidden)``, fp32 for sigmoid scores, otherwise in the model's dtype.
-        gate_up, down: ``(E, 2I, hidden)`` and ``(E, hidden, I)``.
+        gate_up, down: ``(E, 2I, hidden)`` and ``(E, hidden, I)``; quantised both or none.
         router_bias: ``(E,)`` fp32.
         shared_gate_up, shared_down: ``(2S, hidden)`` and ``(hidden, S)``.
     """
 
     sizes: MoeSizes
     router: Tensor
-    gate_up: Tensor
-    down: Tensor
+    gate_up: Tensor | QuantizedWeight
+    down: Tensor | QuantizedWeight
     router_bias: Tensor | None = None
     shared_gate_up: Tensor | None = None
     shared_down: Tensor | None = None
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Tensor], sizes: MoeSizes) -> Experts | None:
+    def of(cls, tensors: Mapping[str, Any], sizes: MoeSizes) -> Experts | None:
         """From a layer's slots, where experts are stacked in two dimensions; None if dense."""
         if "router" not in tensors:
             return None
         own = {name: tensors[name] for name in TENSORS if name in tensors}
         gate_up, down = tensors["gate_up"], tensors["down"]
-        count, hidden = sizes.experts, gate_up.shape[1]
-        own |= {"gate_up": gate_up.view(count, -1, hidden), "down": down.view(count, hidden, -1)}
-        return cls(sizes, **own)
+        if not isinstance(gate_up, QuantizedWeight):  # which has three
+            hidden = gate_up.shape[1]
+            gate_up = gate_up.view(sizes.experts, -1, hidden)
+            down = down.view(sizes.experts, hidden, -1)
+        return cls(sizes, gate_up=gate_up, down=down, **own)
 
     def __call__(
         self, hidden: Tensor, window: Mapping[str, Any], routed: list[Tensor] | None

@@ -81,9 +81,10 @@ def load(
             it.
         revision: branch, tag or commit of a hub id.
         weights: ``"fp8"`` (e4m3, one scale per block of 128 x 128) or ``"int8"`` (one per output
-            channel) rounds the projections of attention and MLP to one byte per weight while they
-            are read; ``dtype`` is that of everything else. None: as they are stored. FP8 in
-            blocks of 128 x 128 and compressed-tensors with 8-bit weights stay as they are stored;
+            channel) rounds the projections of attention, MLP and experts (not the router, nor the
+            shared expert) to one byte per weight while they are read; ``dtype`` is that of
+            everything else. None: as they are stored. FP8 in blocks of 128 x 128 and
+            compressed-tensors with 8-bit weights stay as they are stored;
             activations are quantised in no case. For checkpoints only.
         tp: over how many processes the model is spread (tensor parallel); None: over all of the
             default process group, or that ``torchrun`` started, one where there are none. Each
@@ -222,14 +223,8 @@ def _load_folder(
     shards = Shards(folder)
     if sizes.moe is not None:
         shards.read_layout(family.names, sizes, str(folder))
-        if kind is not None:
-            raise ValueError(f"weights: expected None for a mixture of experts, got {kind!r}")
     wanted = list(slots(family.names, sizes))
     found, scales = split_scales(shards.found)
-    if sizes.moe is not None and scales:
-        raise CheckpointError(
-            f"{folder}: expected 16-bit weights in a mixture of experts, found {min(scales)}"
-        )
     check_tensors(wanted, found, family.names, str(folder))
     embedding, head = f"{family.names.embedding}.weight", f"{family.names.head}.weight"
     if dtype is None:
@@ -251,7 +246,8 @@ def _load_folder(
     beside = {}
     if draft is not None and draft.is_dir():
         beside = kept_beside(read_adapter(draft, shapes), wanted, device, dtype, partition)
-    small = load_quantized(shards, wanted, scales, kind, device, partition, updates)
+    experts = None if sizes.moe is None else sizes.moe.experts
+    small = load_quantized(shards, wanted, scales, kind, device, partition, updates, experts)
     wanted = [slot for slot in wanted if slot.name not in small]
     tensors = shards.load(wanted, device, dtype, partition, updates)
     weights: dict[str, Any] = tensors | beside | small

@@ -82,19 +82,24 @@ def load_quantized(
     device: torch.device,
     partition: Partition | None,
     updates: Updates | None,
+    experts: int | None = None,
 ) -> dict[str, QuantizedWeight]:
     """The linear layers with 8-bit weights: those that are stored so, and with ``kind`` all.
 
-    One layer at a time: nothing else of the model is in memory twice.
+    One layer at a time: nothing else of the model is in memory twice. Of ``experts``, which a slot
+    has one after the other, each is a matrix of its own: ``(experts, N, K)``.
     """
     loaded = {}
     for slot in wanted:
         stored = [name for name, _ in slot.sources if name in scales]
         if stored:
             _check_stored(slot, stored, updates)
-            loaded[slot.name] = _read(shards, slot, scales, device, partition)
+            small = _read(shards, slot, scales, device, partition)
+            loaded[slot.name] = _each_expert(small, experts) if _has_experts(slot) else small
         elif kind is not None and slot.name.rpartition(".")[2] in _LINEAR:
             whole = shards.load([slot], device, torch.float32, partition, updates)[slot.name]
+            if _has_experts(slot) and experts is not None:
+                whole = whole.view(experts, -1, whole.shape[1])
             try:
                 loaded[slot.name] = quantize(whole, kind)
             except ValueError as error:
@@ -102,11 +107,22 @@ def load_quantized(
     return loaded
 
 
+def _has_experts(slot: Slot) -> bool:
+    return ".mlp.experts." in slot.sources[0][0]
+
+
+def _each_expert(stacked: QuantizedWeight, experts: int | None) -> QuantizedWeight:
+    """One matrix for each expert from those that were read one below the other."""
+    values, scale = stacked.values.view(torch.uint8), stacked.scale
+    values = values.view(experts or 1, -1, values.shape[1]).view(stacked.values.dtype)
+    return QuantizedWeight(values, scale.view(experts or 1, -1, *scale.shape[1:]))
+
+
 def _check_stored(slot: Slot, stored: Sequence[str], updates: Updates | None) -> None:
     if slot.name.rpartition(".")[2] not in _LINEAR:
         raise CheckpointError(
             f"{stored[0]}: expected fp32, fp16, bf16 or fp64, found 8 bits: of quantised weights, "
-            "those of attention and MLP are supported"
+            "those of attention, MLP and experts are supported"
         )
     for name, _ in slot.sources:
         if name not in stored:

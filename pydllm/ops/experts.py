@@ -8,14 +8,15 @@ from torch import Tensor
 from pydllm import reference
 from pydllm._backend.library import Op
 from pydllm._checks import FLOATS, check_choice, check_is_tensor, check_no_grad, check_tensor
+from pydllm.ops.linear import QuantizedWeight
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 
 
 def experts(
     hidden: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
+    gate_up: Tensor | QuantizedWeight,
+    down: Tensor | QuantizedWeight,
     ids: Tensor,
     weights: Tensor,
     *,
@@ -33,8 +34,10 @@ def experts(
     Args:
         hidden: ``(..., H)`` fp32, fp16, bf16 or (torch backend) fp64.
         gate_up: ``(E, 2I, H)``, dtype of ``hidden``: the rows of each expert's gate, then of its
-            up-projection.
-        down: ``(E, H, I)``, dtype of ``hidden``.
+            up-projection. Or a ``QuantizedWeight`` of that shape, which is multiplied as it is:
+            ``hidden`` stays in its dtype, and nothing dequantised is stored.
+        down: ``(E, H, I)``, dtype of ``hidden``; a ``QuantizedWeight`` if ``gate_up`` is one, with
+            scales of the same kind.
         ids: ``(..., K)`` int32 in [0, E); any other is no expert. As ``route`` returns them.
         weights: ``(..., K)`` fp32 (fp64 with fp64).
         shared_gate_up: ``(2S, H)`` or None: an expert of every row that has at least one expert.
@@ -70,9 +73,16 @@ def experts(
         raise ValueError(f"hidden: expected shape (..., H), got {tuple(hidden.shape)}")
     dtype, width = hidden.dtype, hidden.shape[-1]
     wide = torch.promote_types(dtype, torch.float32)
-    check_tensor("down", down, ("E", width, "I"), dtype, hidden, "hidden")
+    gate_up, gate_up_scale, stored = _parts(gate_up, dtype)
+    down, down_scale, stored_down = _parts(down, dtype)
+    if stored != stored_down:
+        raise TypeError(
+            "down: expected a weight stored as gate_up, "
+            f"{_stored_as(*stored)}, got {_stored_as(*stored_down)}"
+        )
+    check_tensor("down", down, ("E", width, "I"), stored[0], hidden, "hidden")
     count, _, inner = down.shape
-    check_tensor("gate_up", gate_up, (count, 2 * inner, width), dtype, hidden, "hidden")
+    check_tensor("gate_up", gate_up, (count, 2 * inner, width), stored[0], hidden, "hidden")
     check_tensor("ids", ids, (*hidden.shape[:-1], "K"), torch.int32, hidden, "hidden")
     check_tensor("weights", weights, tuple(ids.shape), wide, hidden, "hidden")
     if count == 0 or ids.shape[-1] == 0:
@@ -97,7 +107,21 @@ def experts(
         shared_down=shared_down,
     )
     arguments = (hidden, gate_up, down, ids, weights, shared_gate_up, shared_down, activation)
-    return _OP(*arguments, backend=backend)
+    return _OP(*arguments, gate_up_scale, down_scale, backend=backend)
+
+
+def _parts(
+    weight: Tensor | QuantizedWeight, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None, tuple[torch.dtype, int]]:
+    """A weight's numbers and scales, and how it is stored: dtype, dimensions of the scales."""
+    if isinstance(weight, QuantizedWeight):
+        return weight.values, weight.scale, (weight.values.dtype, weight.scale.ndim)
+    return weight, None, (dtype, 0)
+
+
+def _stored_as(dtype: torch.dtype, dimensions: int) -> str:
+    per = {2: " with a scale per channel", 3: " with a scale per block"}
+    return f"{dtype}{per.get(dimensions, '')}"
 
 
 def _fake(hidden: Tensor, *rest: object) -> Tensor:
@@ -106,7 +130,8 @@ def _fake(hidden: Tensor, *rest: object) -> Tensor:
 
 _OP = Op(
     "experts(Tensor hidden, Tensor gate_up, Tensor down, Tensor ids, Tensor weights, "
-    "Tensor? shared_gate_up, Tensor? shared_down, str activation, str backend) -> Tensor",
+    "Tensor? shared_gate_up, Tensor? shared_down, str activation, Tensor? gate_up_scale, "
+    "Tensor? down_scale, str backend) -> Tensor",
     _fake,
     reference.experts,
     # On a CPU the definition reads how many rows each expert has.

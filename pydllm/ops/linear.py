@@ -31,9 +31,10 @@ class QuantizedWeight:
     """A weight of one byte per element and its scales; the weight is ``scale * values``.
 
     Attributes:
-        values: ``(N, K)`` e4m3fn or int8, rows of contiguous elements, without NaN.
+        values: ``(N, K)`` e4m3fn or int8, rows of contiguous elements, without NaN; or
+            ``(E, N, K)``, the matrices of E experts.
         scale: fp32 on the device of ``values``; ``(N,)``, one per output channel, or, for e4m3fn,
-            ``(ceil(N / 128), ceil(K / 128))``, one per block of 128 x 128.
+            ``(ceil(N / 128), ceil(K / 128))``, one per block of 128 x 128; E of them for experts.
 
     Raises:
         ValueError: shapes or devices do not fit.
@@ -45,13 +46,14 @@ class QuantizedWeight:
 
     def __post_init__(self) -> None:
         check_dtype("values", self.values, *_LARGEST)
-        check_shape("values", self.values, "N", "K")
+        if self.values.ndim != 3:
+            check_shape("values", self.values, "N", "K")
         check_dtype("scale", self.scale, torch.float32)
         check_device("scale", self.scale, "values", self.values)
-        rows, columns = self.values.shape
-        allowed: list[tuple[int, ...]] = [(rows,)]
+        *lead, rows, columns = self.values.shape
+        allowed: list[tuple[int, ...]] = [(*lead, rows)]
         if self.values.dtype == torch.float8_e4m3fn:
-            allowed.append((-(-rows // SCALE_BLOCK), -(-columns // SCALE_BLOCK)))
+            allowed.append((*lead, -(-rows // SCALE_BLOCK), -(-columns // SCALE_BLOCK)))
         if tuple(self.scale.shape) not in allowed:
             wanted = " or ".join(map(str, allowed))
             raise ValueError(f"scale: expected shape {wanted}, got {tuple(self.scale.shape)}")
@@ -70,7 +72,7 @@ class QuantizedWeight:
         return self.values.nbytes + self.scale.nbytes
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight ``(N, K)`` in a floating-point dtype."""
+        """The weight, ``(N, K)`` or ``(E, N, K)``, in a floating-point dtype."""
         return dequantize(self.values, self.scale, dtype)
 
 
@@ -81,17 +83,24 @@ def quantize(weight: Tensor, kind: str) -> QuantizedWeight:
     1 where all weights are 0; values are ``weight / scale``, rounded to nearest even.
 
     Args:
-        weight: ``(N, K)`` fp32, fp16, bf16 or fp64.
+        weight: ``(N, K)`` or ``(E, N, K)`` fp32, fp16, bf16 or fp64.
         kind: ``"fp8"`` (e4m3fn, one scale per block of 128 x 128), ``"fp8_channel"`` (e4m3fn, one
             per output channel) or ``"int8"`` (one per output channel).
 
     Raises:
-        ValueError: an unknown kind, a shape other than (N, K), or a weight that is not finite.
+        ValueError: an unknown kind, another shape, or a weight that is not finite.
         TypeError: a dtype that is not supported.
 
     Reads a value on the host: for loading, not for decoding.
     """
     check_choice("kind", kind, QUANTIZATIONS)
+    check_is_tensor("weight", weight)
+    if weight.ndim == 3 and len(weight):
+        parts = [quantize(part, kind) for part in weight]
+        # As bytes: not every device stacks e4m3.
+        values = torch.stack([part.values.view(torch.uint8) for part in parts])
+        scales = torch.stack([part.scale for part in parts])
+        return QuantizedWeight(values.view(parts[0].values.dtype), scales)
     check_tensor("weight", weight, ("N", "K"), FLOATS)
     rows, columns = weight.shape
     dtype = torch.int8 if kind == "int8" else torch.float8_e4m3fn

@@ -6,6 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pydllm.reference.linear import dequantize
+
+Weights = tuple[Tensor, Tensor | None]  # of all experts, and their scales
+
 
 def experts(
     hidden: Tensor,
@@ -16,23 +20,27 @@ def experts(
     shared_gate_up: Tensor | None,
     shared_down: Tensor | None,
     activation: str,
+    gate_up_scale: Tensor | None = None,
+    down_scale: Tensor | None = None,
 ) -> Tensor:
     """Weighted sum of the chosen experts of each row, in slot order, plus the shared expert.
 
     Each matrix product and the activation are rounded to the dtype of ``hidden``; weighting and sum
-    are fp32 (fp64), rounded once; the shared expert is added to what is rounded.
+    are fp32 (fp64), rounded once; the shared expert is added to what is rounded. With scales, the
+    product is that of fp32 operands (fp64 for fp64), as in ``linear``.
     """
     rows, pairs = hidden.flatten(0, -2), ids.flatten(0, -2)
     scale, wide = weights.flatten(0, -2), weights.dtype
     count = gate_up.shape[0]
     routed = (pairs >= 0) & (pairs < count)
     pairs = torch.where(routed, pairs, count)
+    first, second = (gate_up, gate_up_scale), (down, down_scale)
     if not hidden.is_cuda:
-        each = _touched(rows, gate_up, down, pairs, activation)
-    elif hidden.dtype == torch.bfloat16:
+        each = _touched(rows, first, second, pairs, activation)
+    elif hidden.dtype == torch.bfloat16 and gate_up_scale is None:
         each = experts_grouped(rows, gate_up, down, pairs, activation)
     else:
-        each = _all(rows, gate_up, down, pairs, activation)
+        each = _all(rows, first, second, pairs, activation)
     total = torch.zeros(rows.shape, dtype=wide, device=rows.device)
     for slot in range(pairs.shape[1]):
         term = each[:, slot].to(wide) * scale[:, slot, None]
@@ -50,16 +58,27 @@ def activate(gate_up: Tensor, activation: str) -> Tensor:
     return (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up
 
 
-def _touched(rows: Tensor, gate_up: Tensor, down: Tensor, pairs: Tensor, activation: str) -> Tensor:
+def _product(x: Tensor, weights: Weights, expert: int) -> Tensor:
+    """``x`` times one expert's matrix."""
+    weight, scale = weights
+    if scale is None:
+        return F.linear(x, weight[expert])
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return F.linear(x.to(wide), dequantize(weight[expert], scale[expert], wide)).to(x.dtype)
+
+
+def _touched(
+    rows: Tensor, gate_up: Weights, down: Weights, pairs: Tensor, activation: str
+) -> Tensor:
     """``(R, K, H)``: each expert on its rows; an expert that no row chose is not read."""
     order = pairs.flatten().argsort(stable=True)
-    counts = pairs.flatten().bincount(minlength=gate_up.shape[0] + 1).tolist()[:-1]
+    counts = pairs.flatten().bincount(minlength=len(down[0]) + 1).tolist()[:-1]
     each, first = rows.new_zeros(pairs.numel(), rows.shape[1]), 0
     for expert, count in enumerate(counts):
         if count:
             own = order[first : first + count]
-            inner = F.linear(rows[own // pairs.shape[1]], gate_up[expert])
-            each[own] = F.linear(activate(inner, activation), down[expert])
+            inner = _product(rows[own // pairs.shape[1]], gate_up, expert)
+            each[own] = _product(activate(inner, activation), down, expert)
             first += count
     return each.unflatten(0, pairs.shape)
 
@@ -77,10 +96,10 @@ def experts_grouped(
     return torch.zeros_like(y).index_copy(0, order, y).unflatten(0, pairs.shape)
 
 
-def _all(rows: Tensor, gate_up: Tensor, down: Tensor, pairs: Tensor, activation: str) -> Tensor:
+def _all(rows: Tensor, gate_up: Weights, down: Weights, pairs: Tensor, activation: str) -> Tensor:
     """``(R, K, H)`` by every expert on every row, where no grouped product takes the dtype."""
     each = rows.new_zeros(*pairs.shape, rows.shape[1])
-    for expert, (first, second) in enumerate(zip(gate_up, down, strict=True)):
-        y = F.linear(activate(F.linear(rows, first), activation), second)
+    for expert in range(len(down[0])):
+        y = _product(activate(_product(rows, gate_up, expert), activation), down, expert)
         each = torch.where((pairs == expert)[..., None], y[:, None], each)
     return each

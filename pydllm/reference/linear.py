@@ -36,12 +36,15 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None)
 
 
 def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """``scale * weight``: one scale per row of the weight, or per block of 128 x 128."""
+    """``scale * weight``: one scale per row of the weight, or per block of 128 x 128.
+
+    Of matrices ``(..., N, K)``, of which each has scales of its own.
+    """
     values = weight.to(dtype)
-    if scale.ndim == 1:
-        return values * scale.to(dtype)[:, None]
-    blocks = scale.to(dtype).repeat_interleave(SCALE_BLOCK, 1)[:, : weight.shape[1]]
-    return values * blocks.repeat_interleave(SCALE_BLOCK, 0)[: weight.shape[0]]
+    if scale.ndim < weight.ndim:
+        return values * scale.to(dtype)[..., None]
+    blocks = scale.to(dtype).repeat_interleave(SCALE_BLOCK, -1)[..., : weight.shape[-1]]
+    return values * blocks.repeat_interleave(SCALE_BLOCK, -2)[..., : weight.shape[-2], :]
 
 
 def _dequantized_pieces(

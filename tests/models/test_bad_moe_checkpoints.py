@@ -189,11 +189,3 @@ def test_message(tmp_path, monkeypatch, family, case):
 
 def test_there_are_thirty():
     assert len(CASES) >= 30
-
-
-def test_eight_bit_weights_are_refused(tmp_path):
-    write_moe(tmp_path, CONFIGS["llada2"], random_weights(CONFIGS["llada2"]))
-    with pytest.raises(
-        ValueError, match="weights: expected None for a mixture of experts, got 'fp8'"
-    ):
-        load(tmp_path, device="cpu", weights="fp8")

@@ -16,6 +16,7 @@ from pydllm.models.partition import Partition
 from pydllm.models.quantized import load_quantized, split_scales
 from pydllm.models.weights import slots
 from pydllm.ops import QuantizedWeight
+from tests.models import moe_plain
 from tests.models.plain import CONFIGS, LLADA, random_plain, write_checkpoint
 
 LINEAR = ("qkv", "out", "gate_up", "down")
@@ -261,3 +262,67 @@ def test_refusals_of_load(tmp_path):
     write_checkpoint(folder, bad)
     with pytest.raises(CheckpointError, match="expected finite numbers, got infinity or NaN"):
         load(folder, weights="int8")
+
+
+FUSED = {"q_proj": ("q_proj", "k_proj", "v_proj"), "gate_proj": ("gate_proj", "up_proj")}
+ALONE = ("query_key_value", "dense", "o_proj", "down_proj")
+
+
+def rounded_moe(weights, kind):
+    """Weights of a mixture as they are loaded, in fp64, and what of them is quantised by name."""
+    weights, small = dict(weights), {}
+    for name in sorted(weights):
+        prefix, _, word = name.removesuffix(".weight").rpartition(".")
+        if "shared_experts" in name or word not in (*FUSED, *ALONE):
+            continue
+        names = [f"{prefix}.{part}.weight" for part in FUSED.get(word, (word,))]
+        parts = [weights[part] for part in names]
+        quantized = ops.quantize(torch.cat(parts), kind)
+        pieces = quantized.dequantize(torch.float64).split([len(part) for part in parts])
+        weights |= dict(zip(names, pieces, strict=True))
+        small[name] = quantized
+    return weights, small
+
+
+def same_moe_forward(model, config, weights):
+    ids = torch.randint(0, 57, (11,), generator=torch.Generator().manual_seed(0))
+    whole = torch.tensor([11], dtype=torch.int32)
+    zero = torch.zeros_like(whole)
+    numbers = {"length": whole, "kv_len": whole, "commit": zero}
+    hidden = model.forward(ids[None], zero, model.new_cache(1, 11), **numbers)
+    _, expected = moe_plain.forward(config, {n: t.double() for n, t in weights.items()}, ids)
+    torch.testing.assert_close(model.head(hidden)[0], expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+@pytest.mark.parametrize("name", ["llada2", "rnd1", "llada-moe-mixed"])
+def test_experts_are_quantised_while_loading(tmp_path, name, kind):
+    """Each expert for itself; router and shared expert keep their dtype."""
+    config = moe_plain.CONFIGS[name]
+    weights = moe_plain.random_weights(config)
+    moe_plain.write_moe(tmp_path, config, weights)
+    model = load(tmp_path, device="cpu", dtype=torch.float64, weights=kind)
+    layer = model._layers[-1].experts
+    assert layer.gate_up.values.dtype == (torch.int8 if kind == "int8" else torch.float8_e4m3fn)
+    assert layer.gate_up.shape == (16, 48, 48) and layer.router.is_floating_point()
+    same_moe_forward(model, config, rounded_moe(weights, kind)[0])
+
+
+def test_experts_that_are_stored_in_fp8(tmp_path):
+    sizes = {"hidden_size": 128, "moe_intermediate_size": 128, "num_experts": 4}
+    sizes |= {"intermediate_size": 128, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2}
+    config = moe_plain.CONFIGS["llada2"] | sizes | {"num_hidden_layers": 2}
+    weights = moe_plain.random_weights(config)
+    exact, stored = {}, dict(weights)
+    for name, weight in weights.items():
+        if "proj" not in name or "shared" in name:
+            continue
+        small = ops.quantize(weight, "fp8")
+        exact[name] = small.dequantize(torch.float64)
+        stored[name], stored[f"{name}_scale_inv"] = small.values, small.scale
+    assert sum(".mlp.experts." in name for name in exact) == 12
+    config |= {"quantization_config": BLOCK_FP8}
+    moe_plain.write_moe(tmp_path, config, stored)
+    model = load(tmp_path, device="cpu", dtype=torch.float64)
+    assert model._layers[-1].experts.gate_up.scale.shape == (4, 2, 1)
+    same_moe_forward(model, config, weights | exact)

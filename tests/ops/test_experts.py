@@ -63,6 +63,17 @@ def widened(case):
     return {name: t.double() if t.is_floating_point() else t for name, t in case.items()}
 
 
+QUANTIZED = {"fp8": "fp8", "fp8 per channel": "fp8_channel", "int8": "int8"}
+
+
+def quantized(kind, rows=21, dtype=torch.bfloat16, **sizes):
+    """A case with quantised experts, and the same with what they stand for in fp64."""
+    case = make(rows, dtype=dtype, **sizes)
+    small = {name: ops.quantize(case[name].float(), kind) for name in ("gate_up", "down")}
+    exact = {name: weight.dequantize(torch.float64) for name, weight in small.items()}
+    return case | small, widened({n: t for n, t in case.items() if n not in small}) | exact
+
+
 def assert_right(got, case, activation="silu"):
     exact = plain(widened(case), activation)
     budget = error_budget(exact, plain(case, activation))
@@ -86,6 +97,40 @@ SIZES = {
 def test_against_one_pair_at_a_time(backend, sizes, dtype):
     case = make(21, **SIZES[sizes], dtype=dtype)
     assert_right(ops.experts(**case, backend=backend), case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", QUANTIZED.values(), ids=QUANTIZED)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_quantised_experts(backend, kind, dtype):
+    """Blocks of gate and up in one, several blocks of columns, and a shared expert beside them."""
+    case, exact = quantized(kind, dtype=dtype, experts=3, width=136, inner=72, shared=72)
+    got, wanted = ops.experts(**case, backend=backend), plain(exact)
+    rounded = {n: t.to(dtype) for n, t in exact.items() if t.is_floating_point()}
+    same = plain(exact | rounded | {"weights": case["weights"]})
+    assert got.dtype == dtype
+    assert max_error(got, wanted) <= error_budget(wanted, same)
+    if dtype == torch.float32:  # a scale that is wrong by a thousandth is found
+        wrong = plain(exact | {"down": exact["down"] * 1.001})
+        assert max_error(got, wrong) > error_budget(wanted, same)
+
+
+@pytest.mark.parametrize("kind", QUANTIZED.values(), ids=QUANTIZED)
+def test_quantised_experts_in_fp64(kind):
+    case, exact = quantized(kind, dtype=torch.float64, experts=3, width=136, inner=72, shared=40)
+    case["weights"] = case["weights"].double()
+    assert (ops.experts(**case) - plain(exact)).abs().max() < 1e-13
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+@pytest.mark.parametrize("backend", KERNELS)
+def test_a_row_has_the_same_bits_among_others_with_quantised_experts(backend, kind):
+    case, _ = quantized(kind, 37, shared=24)
+    whole = ops.experts(**case, backend=backend)
+    order = torch.randperm(37, generator=torch.Generator().manual_seed(1))
+    for index in ([5], order, torch.cat((order, order))):
+        some = {name: case[name][index] for name in ("hidden", "ids", "weights")}
+        assert torch.equal(ops.experts(**case | some, backend=backend), whole[index])
 
 
 @pytest.mark.parametrize("rows", [0, 1, 15, 16, 17, 257])
@@ -239,7 +284,7 @@ def test_the_grouped_product_is_the_loop(dtype):
 def test_opcheck(backend, shared):
     case = make(6, shared=shared)
     names = ("hidden", "gate_up", "down", "ids", "weights", "shared_gate_up", "shared_down")
-    arguments = (*(case.get(name) for name in names), "silu", backend)
+    arguments = (*(case.get(name) for name in names), "silu", None, None, backend)
     torch.library.opcheck(torch.ops.pydllm.experts.default, arguments)
 
 
@@ -273,6 +318,11 @@ def test_compiles_without_a_graph_break(backend):
             r"shared_gate_up: expected shape \(8, 8\)",
         ),
         ({"activation": "relu"}, ValueError, "expected one of silu, gelu_tanh, got 'relu'"),
+        (
+            {"down": ops.quantize(torch.ones(3, 8, 4), "int8")},
+            TypeError,
+            "stored as gate_up, torch.float32, got torch.int8 with a scale per channel",
+        ),
         ({"hidden": torch.ones(6, 8, requires_grad=True)}, ValueError, "got hidden with requires_"),
         ({"backend": "cuda"}, RuntimeError, "backend 'cuda' cannot run this call"),
         (

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from pydllm import ops, reference
 from pydllm.testing import random_normal
 
+F32 = torch.float32
 # Width, inner width, experts, experts of a row, width of the shared expert.
 LAYERS = {
     "llada2-mini": (2048, 512, 256, 8, 512),
@@ -128,19 +129,38 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
 
     layers = LAYERS | {"shared of another width": (2048, 512, 64, 8, 1024)}
     layers["unaligned"] = (36, 20, 6, 2, 20)
-    for name, (width, inner, experts, top_k, shared) in layers.items():
+
+    def arguments_of(name: str, dtype: torch.dtype, stored: torch.dtype) -> tuple:
+        width, inner, experts, top_k, shared = layers[name]
+        return (
+            meta(32, width, dtype=dtype),
+            meta(experts, 2 * inner, width, dtype=stored),
+            meta(experts, width, inner, dtype=stored),
+            meta(32, top_k, dtype=torch.int32),
+            meta(32, top_k, dtype=torch.float32),
+            meta(2 * shared, width, dtype=dtype) if shared else None,
+            meta(width, shared, dtype=dtype) if shared else None,
+            "gelu_tanh" if name == "llada-moe" else "silu",
+        )
+
+    for name in layers:
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            arguments = (
-                meta(32, width, dtype=dtype),
-                meta(experts, 2 * inner, width, dtype=dtype),
-                meta(experts, width, inner, dtype=dtype),
-                meta(32, top_k, dtype=torch.int32),
-                meta(32, top_k, dtype=torch.float32),
-                meta(2 * shared, width, dtype=dtype) if shared else None,
-                meta(width, shared, dtype=dtype) if shared else None,
-            )
-            activation = "gelu_tanh" if name == "llada-moe" else "silu"
-            yield (
-                f"{name} {dtype}",
-                lambda arguments=arguments, kind=activation: kernel.experts(*arguments, kind),
-            )
+            arguments = arguments_of(name, dtype, dtype)
+            yield f"{name} {dtype}", lambda arguments=arguments: kernel.experts(*arguments)
+    for dtype, stored, per_block in (
+        (torch.bfloat16, torch.float8_e4m3fn, True),
+        (torch.bfloat16, torch.float8_e4m3fn, False),
+        (torch.bfloat16, torch.int8, False),
+        (torch.float16, torch.float8_e4m3fn, True),
+        (torch.float32, torch.float8_e4m3fn, True),
+    ):
+        arguments = arguments_of("llada2-mini", dtype, stored)
+        block = 128 if per_block else 1
+        scales = tuple(
+            meta(len(half), half.shape[1] // block, *[half.shape[2] // 128] * per_block, dtype=F32)
+            for half in arguments[1:3]
+        )
+        arguments = (*arguments, *scales)
+        per = "block" if per_block else "channel"
+        label = f"llada2-mini {dtype} {stored} per {per}"
+        yield label, lambda arguments=arguments: kernel.experts(*arguments)
