@@ -1,7 +1,12 @@
-"""Tasks for lm-evaluation-harness made of the demo's problems: YAML and JSON lines in a folder."""
+"""Tasks for lm-evaluation-harness made of the demo's problems: YAML and JSON lines in a folder.
+
+python -m tests.integrations.harness_tasks FOLDER 40
+"""
 
 import json
 import random
+import sys
+from pathlib import Path
 
 from pydllm.demo.task import held_out_problems
 
@@ -75,3 +80,9 @@ def write(folder, count):
     for suffix, template in {"": GENERATE, "_choice": CHOOSE, "_text": ROLL}.items():
         name = f"word_problems{suffix}"
         (folder / f"{name}.yaml").write_text(template.format(name=name, data=data))
+
+
+if __name__ == "__main__":
+    place = Path(sys.argv[1]).resolve()
+    place.mkdir(parents=True, exist_ok=True)
+    write(place, int(sys.argv[2]))
