@@ -13,7 +13,7 @@ from pydllm._checks import check_choice, check_each, check_int, check_number, ea
 from pydllm.decoding.call import Call
 from pydllm.decoding.driver import Algorithm
 from pydllm.decoding.rounds import DraftVerifyDecoder
-from pydllm.models import Model
+from pydllm.models import Model, NativeModel
 from pydllm.models.protocol import expect_model
 
 EMITS = ("draft", "draft_then_target", "target")
@@ -36,10 +36,15 @@ class APD(Algorithm):
 
     Attributes:
         verifier: a causal model with the same tokenizer, for instance ``pydllm.load`` of a Qwen2;
-            dtype and device as the diffusion model's. None where every mixture is 1.
+            dtype and device as the diffusion model's. Or a diffusion model whose causal forward
+            predicts the next token (``ModelSpec.causal == "shifted"``), the one that is decoded
+            included. None where every mixture is 1.
         mixture: R, the weight of the diffusion model in the target, in [0, 1]: 1 accepts all.
         window: W, at least 1: tokens before the last round's that are computed anew along with
             them, less one; what lies before keeps its keys and values. None computes everything.
+            0, where the verifier is the model itself: nothing, the masks see the keys and values of
+            the causal forwards. Then each round stores what it writes, at mixture 1 as well, and
+            the model may have any attention but a causal one.
         lookahead: M, at least 1: masks that the diffusion model sees, and drafts. None: all that
             are left. Fewer masks are another input, and change what the model says.
         top_p: probability in (0, 1] of the nucleus that drafts and targets are drawn from, at
@@ -76,7 +81,7 @@ class APD(Algorithm):
 
     def __post_init__(self) -> None:
         check_each("mixture", self.mixture, lambda name, r: check_number(name, r, 0, 1))
-        check_each("window", self.window, expect_reach)
+        check_each("window", self.window, _expect_window)
         check_each("lookahead", self.lookahead, expect_reach)
         expect_top_p(self.top_p)
         check_choice("emit", self.emit, EMITS)
@@ -90,11 +95,16 @@ class APD(Algorithm):
                 )
             return
         expect_model(self.verifier, "verifier")
-        if self.verifier.spec.attention != "causal":
+        spec = self.verifier.spec
+        if spec.attention != "causal" and spec.causal != "shifted":
             raise ValueError(
-                "verifier: expected a model with causal attention, "
-                f"got {self.verifier.spec.attention!r}"
+                "verifier: expected a model with causal attention, or one whose causal forward "
+                "predicts the next token (pydllm.load(..., causal='shifted')), "
+                f"got {spec.attention!r} attention with causal={spec.causal!r}"
             )
+        reaches = [0 if value == 0 else 1 for value in each(self.window)]
+        if len(set(reaches)) > 1:
+            raise ValueError(f"window: expected 0 for all prompts or for none, got {self.window!r}")
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what was found out about models: weak references cannot be copied."""
@@ -104,8 +114,14 @@ class APD(Algorithm):
         vars(self).update(state, _shared=WeakKeyDictionary())
 
     def check(self, model: Model, max_new_tokens: int) -> None:
-        expect_full(self, model)
         verifier = self.verifier
+        if not self._has_own_cache:
+            expect_full(self, model)
+        elif verifier is None or not _is_copy(model, verifier):
+            raise ValueError(
+                "window: expected at least 1 or None with a verifier that is not the model itself, "
+                f"got {self.window!r}"
+            )
         if verifier is None:
             return
         for name in ("device", "dtype"):
@@ -134,8 +150,10 @@ class APD(Algorithm):
                 f"temperature: expected 0 or at least {_LEAST_SQUARED} with compat 'apd', "
                 f"got {temperature.tolist()}"
             )
+        # A copy of the model may compute otherwise, as a deterministic one does.
+        verifier = call.model if self._has_own_cache else self.verifier
         return DraftVerifyDecoder(
-            self.verifier,
+            verifier,
             per_prompt("mixture", self.mixture, count),
             per_prompt("window", self.window, count),
             per_prompt("lookahead", self.lookahead, count),
@@ -143,7 +161,12 @@ class APD(Algorithm):
             emit=self.emit,
             rule="reference" if self.compat else "paper",
             shared_vocab=shared,
+            own_cache=self._has_own_cache,
         )
+
+    @property
+    def _has_own_cache(self) -> bool:
+        return 0 in each(self.window)
 
     def _shared_vocab(self, model: Model, verifier: Model) -> int:
         if model not in self._shared:
@@ -219,6 +242,18 @@ def expect_full(algorithm: object, model: Model) -> None:
 def expect_reach(name: str, value: object) -> None:
     if value is not None:
         check_int(name, value, 1)
+
+
+def _expect_window(name: str, value: object) -> None:
+    if value is not None:
+        check_int(name, value, 0)
+
+
+def _is_copy(model: Model, other: Model) -> bool:
+    """Whether two models are one, or one a copy of the other with the same weights."""
+    if isinstance(model, NativeModel) and isinstance(other, NativeModel):
+        return model.shares_weights(other)
+    return model is other
 
 
 def expect_one_nucleus(top_p: float | None, call: Call) -> None:

@@ -16,7 +16,6 @@ there. On a GPU a few rows cost what many do, and a chunk would be a wait.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
@@ -26,13 +25,11 @@ from torch import Tensor
 
 from pydllm import ops
 from pydllm.decoding.call import Call
+from pydllm.decoding.draft_chunks import FIRST_CHUNK, DraftChunk, correct, next_chunk
 from pydllm.decoding.driver import POLL, Counts, Decoder, Plan
 from pydllm.decoding.state import Selection, State, Window
 from pydllm.decoding.step import forward, select_rows
 from pydllm.models import Model, StaticCache
-
-_FIRST_CHUNK = 8  # drafts of the first chunk of a call
-_GROWTH = 4  # a chunk has this many times the drafts of the one before
 
 
 @dataclass
@@ -81,6 +78,7 @@ class RoundPlan(Plan):
     rows: int
     drafts: int
     verify: int
+    is_prefill: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,6 +94,9 @@ class DraftVerifyDecoder(Decoder):
         top_p, emit: see ``APD``.
         rule: see ``ops.mixture_accept``.
         shared_vocab: leading ids that may be drafted, or None for all.
+        own_cache: the verifier is the model, read causally, and its cache is what the diffusion
+            model sees: a window is the last token and the masks, and every round stores. The first
+            step stores the prompts.
     """
 
     verifier: Model | None
@@ -107,6 +108,7 @@ class DraftVerifyDecoder(Decoder):
     emit: str = "draft"
     rule: str = "paper"
     shared_vocab: int | None = None
+    own_cache: bool = False
     opens_alone: ClassVar[bool] = True
 
     def begin(self, call: Call, prompts: list[int]) -> tuple[RoundState, Tensor | None]:
@@ -137,12 +139,19 @@ class DraftVerifyDecoder(Decoder):
             kv_window=per_slot(self.kv_window),
             lookahead=per_slot(self.lookahead),
             mixture=torch.tensor(mixture, dtype=torch.float32, device=device),
-            chunk=_FIRST_CHUNK,
+            chunk=FIRST_CHUNK,
         )
         state.cursor = torch.where(state.done, state.end, state.prompt_length)
         return state, None if runner.fixed_shapes else self._counts(state)
 
     def plan(self, state: RoundState, counts: Counts | None) -> RoundPlan:
+        if self.own_cache and not any(state.forwards):
+            call = state.call
+            longest = max(call.prompt_lengths[prompt] for prompt in state.live_prompts)
+            width, poll = call.runner.width(longest, call.max_len), int(counts is not None)
+            return RoundPlan(
+                ("prefill", width), poll, rows=width, drafts=0, verify=width, is_prefill=True
+            )
         if not state.call.runner.fixed_shapes:
             if counts is None:
                 raise ValueError("counts: expected those of the last round, got None")
@@ -154,6 +163,8 @@ class DraftVerifyDecoder(Decoder):
         return RoundPlan(key, POLL, rows=rows, drafts=drafts, verify=verify)
 
     def step(self, state: RoundState, plan: RoundPlan) -> tuple[Tensor, None]:
+        if plan.is_prefill:
+            return self._prefill(state, plan.rows), None
         call, cursor, spans = state.call, state.cursor, self._spans(state)
         # A sequence that is done may stay, and has no window any more.
         first_mask = torch.where(spans.masks > 0, cursor, spans.left)
@@ -161,7 +172,10 @@ class DraftVerifyDecoder(Decoder):
         # Keys of masks are never seen again.
         kept = first_mask - spans.left if state.cache.max_len else None
         window = Window.make(spans.left, right - spans.left, right, width=plan.rows, commit=kept)
-        hidden = forward(state, window)
+        if self.own_cache and state.verifier_cache is not None:
+            hidden = forward(replace(state, cache=state.verifier_cache), window, attention="full")
+        else:
+            hidden = forward(state, window)
         selection = Selection(cursor, spans.drafts, plan.drafts)
         hidden = select_rows(call.model, hidden, spans.left, selection)
         token, length = self._decide(state, spans, hidden, plan.verify)
@@ -185,6 +199,23 @@ class DraftVerifyDecoder(Decoder):
         # The slot of the last token is computed anew: that row predicts the next round's first.
         state.verified.copy_(torch.where(spans.verify > 0, state.cursor - 1, state.verified))
         return self._counts(state), None
+
+    def _prefill(self, state: RoundState, width: int) -> Tensor:
+        """Store all of the prompts but the last tokens, which the first windows begin with."""
+        length = (state.cursor - 1).clamp(min=0).masked_fill(state.done, 0)
+        zero = torch.zeros_like(length)
+        window = Window.make(zero, length, length, width=width, commit=length)
+        forward(self._as_verifier(state, state.x), window, attention="causal")
+        state.verifier_nfe += length > 0
+        state.verified.copy_(length)
+        return self._counts(state)
+
+    def _as_verifier(self, state: RoundState, x: Tensor) -> RoundState:
+        """The state with the verifier in the model's place."""
+        model, cache = self.verifier, state.verifier_cache
+        if model is None or cache is None:
+            raise ValueError("verifier: expected a causal model, got None")
+        return replace(state, call=replace(state.call, model=model), cache=cache, x=x)
 
     def stop(self, state: RoundState, slots: list[int]) -> None:
         super().stop(state, slots)
@@ -211,6 +242,8 @@ class DraftVerifyDecoder(Decoder):
             for values in (self.lookahead, self.kv_window)
         )
         drafts = masks if self.limit is None else min(masks, self.limit)
+        if self.own_cache:
+            return min(1 + masks, whole), drafts, drafts
         if first:
             return whole, drafts, whole
         return min(window - 1 + drafts + masks, whole), drafts, min(2 * drafts, whole)
@@ -219,6 +252,8 @@ class DraftVerifyDecoder(Decoder):
         # The window counts back from the first token of the last run, so that the run, whose keys
         # are those of masks and wrong drafts until now, is always computed anew.
         left = (state.previous - state.kv_window + 1).clamp(min=0)
+        if self.own_cache:
+            left = (state.cursor - 1).clamp(min=0)
         masks = torch.minimum(state.lookahead, state.end - state.cursor)
         drafts = masks if self.limit is None else masks.clamp(max=self.limit)
         verify = torch.zeros_like(masks)
@@ -227,6 +262,8 @@ class DraftVerifyDecoder(Decoder):
             needed = drafts > int(self.emit != "target")
             if self.rule == "paper":
                 needed &= state.mixture < 1
+            if self.own_cache:  # it stores what is written
+                needed = drafts > 0
             verify = torch.where(needed, state.cursor + drafts - 1 - state.verified, verify)
         return RoundSpans(left, masks, drafts, verify)
 
@@ -276,7 +313,7 @@ class DraftVerifyDecoder(Decoder):
             )
             written = verdict.accepted
             if self.emit != "draft":
-                drafts, written = _correct(drafts, verdict, number)
+                drafts, written = correct(drafts, verdict, number)
                 token[chunk.rows, chunk.first : chunk.stop] = drafts
             length[chunk.rows] += written
             if in_chunks:
@@ -285,7 +322,7 @@ class DraftVerifyDecoder(Decoder):
             if not in_chunks or chunk.empty:
                 break
         if in_chunks:
-            state.chunk = _next_chunk(length)
+            state.chunk = next_chunk(length)
         return token, length
 
     def _draft(
@@ -316,12 +353,8 @@ class DraftVerifyDecoder(Decoder):
         offset = torch.arange(state.x.shape[1], device=token.device) - state.cursor[:, None]
         drafts = token.gather(1, offset.clamp(0, width - 1))
         drafted = (offset >= 0) & (offset < spans.drafts[:, None])
-        model, cache = self.verifier, state.verifier_cache
-        if model is None or cache is None:
-            raise ValueError("verifier: expected a causal model, got None")
-        call = replace(state.call, model=model)
-        x = torch.where(drafted, drafts, state.x)
-        sequence = replace(state, call=call, cache=cache, x=x)
+        sequence = self._as_verifier(state, torch.where(drafted, drafts, state.x))
+        model = sequence.call.model
         # What the chunks before have not seen yet.
         start, length = state.verified, spans.verify
         if chunk.first:
@@ -334,56 +367,11 @@ class DraftVerifyDecoder(Decoder):
             start = start.where(length > 0, state.verified)
             rows = max(1, int(length.max()))
         window = Window.make(start, length, start + length, width=rows, commit=length)
-        hidden = forward(sequence, window)
+        reading = None if model.spec.attention == "causal" else "causal"
+        hidden = forward(sequence, window, attention=reading)
         if chunk.first == 0:
             state.verifier_nfe += spans.verify > 0
         # Causal: position p is predicted by row p - 1.
         first = state.cursor + chunk.first - int(not model.spec.shift_logits)
         selection = Selection(first, spans.drafts, chunk.stop - chunk.first)
         return model.head(select_rows(model, hidden, start, selection)[chunk.rows])
-
-
-@dataclass
-class DraftChunk:
-    """Drafts ``first`` to ``stop`` of some sequences."""
-
-    rows: Tensor | slice  # which sequences of the batch, int64
-    first: int
-    stop: int
-
-    @property
-    def empty(self) -> bool:
-        return isinstance(self.rows, Tensor) and not len(self.rows)
-
-    def take(self, grid: Tensor) -> Tensor:
-        """The part of a tensor ``(b, width, ...)``."""
-        return grid[self.rows, self.first : self.stop]
-
-    def of(self, numbers: float | Tensor, width: int) -> float | Tensor:
-        """The part of what is one number, or one for each of ``b * width`` rows."""
-        if not isinstance(numbers, Tensor):
-            return numbers
-        return self.take(numbers.view(-1, width)).flatten()
-
-    def following(self, going: Tensor, width: int) -> DraftChunk:
-        """The next drafts, more of them, of the sequences that ``going`` says. Waits for it."""
-        chosen = going.nonzero().squeeze(1)
-        rows = chosen if isinstance(self.rows, slice) else self.rows[chosen]
-        return DraftChunk(
-            rows, self.stop, min(self.stop + _GROWTH * (self.stop - self.first), width)
-        )
-
-
-def _next_chunk(length: Tensor) -> int:
-    """Drafts of the next round's first chunk: what this round wrote, and the end of such a run."""
-    return 1 + math.ceil(length.float().mean().item())
-
-
-def _correct(token: Tensor, verdict: ops.Accepted, drafts: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens and their number where the target replaces the first draft that differs from it."""
-    wrong = verdict.accepted < drafts
-    place = verdict.accepted.clamp(max=token.shape[1] - 1).long()[:, None]
-    # A row of NaN has no target: its draft goes through, or the round would never end.
-    found = (wrong & (verdict.correction >= 0))[:, None]
-    right = torch.where(found, verdict.correction[:, None], token.gather(1, place))
-    return token.scatter(1, place, right), verdict.accepted + wrong

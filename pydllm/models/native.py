@@ -97,6 +97,10 @@ class NativeModel:
         model.batch_invariant, model.graphs = True, self._invariant_graphs
         return model
 
+    def shares_weights(self, other: NativeModel) -> bool:
+        """Whether one is the other, or a copy of it."""
+        return self._layers is other._layers
+
     @property
     def device(self) -> torch.device:
         return self._embedding.device

@@ -67,7 +67,7 @@ class Row:
             names = (*names, "Editing")
         if family.causal is not None:
             names = (*names, "Autoregressive")
-        return (*names, "SelfSpeculative") if family.causal == "shifted" else names
+        return (*names, "SelfSpeculative", "APD") if family.causal == "shifted" else names
 
     def cells(self) -> tuple[str, ...]:
         options = "".join(f", {name}={value!r}" for name, value in self.overrides)

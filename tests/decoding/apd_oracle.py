@@ -57,6 +57,9 @@ def decode(
         left = 0 if window is None else max(previous - window + 1, 0)
         right = end if lookahead is None else min(c + lookahead, end)
         seen = frozen and [(k[:left], v[:left]) for k, v in frozen]
+        if window == 0:  # the last token and the masks, over the keys of a causal forward
+            left = c - 1
+            seen = dllm(torch.tensor(x[:left]), block=CAUSAL)[2] if left else None
         ids = torch.tensor(x[left:] + [mask] * (right - c))
         _, logits, kept = dllm(ids, first=left, frozen=seen)
         old = seen or [(k[:0], v[:0]) for k, v in kept]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import pydllm
-from pydllm.decoding import rounds
+from pydllm.decoding import draft_chunks, rounds
 from pydllm.models import StaticCache
 from tests.decoding.apd_oracle import CAUSAL, decode, gumbel
 from tests.models.plain import LLADA, QWEN, random_plain, write_checkpoint
@@ -466,9 +466,9 @@ def test_what_lies_far_behind_a_mismatch_is_not_computed(trio, monkeypatch, emit
     options = {"mixture": 0.4, "window": 3, "lookahead": None, "emit": emit}
     results, rows = [], []
     for first, growth in ((8, 4), (1, 1), (2, 3), (NEW, 1)):
-        monkeypatch.setattr(rounds, "_FIRST_CHUNK", first)
-        monkeypatch.setattr(rounds, "_GROWTH", growth)
-        monkeypatch.setattr(rounds, "_next_chunk", lambda length, n=first: n)
+        monkeypatch.setattr(rounds, "FIRST_CHUNK", first)
+        monkeypatch.setattr(draft_chunks, "_GROWTH", growth)
+        monkeypatch.setattr(rounds, "next_chunk", lambda length, n=first: n)
         heads.update(drafts=0, targets=0)
         algorithm = pydllm.APD(verifier, **options)
         results.append(_decode(model, PROMPTS, algorithm, temperature=1.0, seed=4))

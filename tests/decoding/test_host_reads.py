@@ -21,8 +21,8 @@ from tests.decoding.test_graph import BLOCKS, FULL, LENGTHS, VERIFIED, models, p
 OUTSIDE = {"generate", "apd.py:_check_prompts", "finite.py:check_finite"}
 OUTSIDE |= {"finite.py:_is_finite"}
 # What a CPU does and a GPU does not: leave out rows, and draft in chunks.
-CPU_ONLY = {"step.py:pick", "state.py:_values", "rounds.py:_decide", "rounds.py:following"}
-CPU_ONLY |= {"rounds.py:_verifier_logits", "rounds.py:_next_chunk"}
+CPU_ONLY = {"step.py:pick", "state.py:_values", "rounds.py:_decide", "draft_chunks.py:following"}
+CPU_ONLY |= {"rounds.py:_verifier_logits", "draft_chunks.py:next_chunk"}
 LEAVING = {"cache.py:take"}
 READ = "driver.py:read"
 

@@ -76,6 +76,8 @@ def helpers(tmp_path_factory):
 
 def algorithm(name, model, helpers):
     if name == "APD":
+        if model.spec.attention != "full":
+            return model, pydllm.APD(model, window=0)
         return model, pydllm.APD(helpers[1])
     if name == "APD.verifier":
         return helpers[0], pydllm.APD(model)
