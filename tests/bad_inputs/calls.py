@@ -244,7 +244,8 @@ CASES = (
             "verifier": (3, "x", {}, pydllm.Static),
             "top_p": ("1", [0.5], {}, True, 0.0, 1.5),
             "mixture": (None, "0.5", {}, True, float("nan"), 1.5, [2.0], ["x"]),
-            **{name: ("1", 1.5, {}, True, 0, [0]) for name in ("window", "lookahead")},
+            "window": ("1", 1.5, {}, True, -1, [-1], [0, 1]),
+            "lookahead": ("1", 1.5, {}, True, 0, [0]),
         },
     ),
     Case(
