@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,8 +21,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from pydllm._backend.env import UPSTREAM_DIR
 from pydllm._backend.errors import PydllmError
+
+# None: restatements are compared with.
+UPSTREAM_DIR = os.environ.get("PYDLLM_UPSTREAM_DIR") or None
 
 
 def find(*candidates: str) -> Path | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 BACKENDS = ("auto", "cuda", "triton", "torch")
@@ -38,7 +37,3 @@ def __getattr__(name: str) -> Any:
 
 
 TRITON_INTERPRET = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
-# Checkouts of published code, for bench/ to compare with; None: restatements are compared with.
-UPSTREAM_DIR = os.environ.get("PYDLLM_UPSTREAM_DIR") or None
-# For tests alone: published modeling files to run them on.
-MODELING_DIR = Path(d) if (d := os.environ.get("PYDLLM_MODELING_DIR")) else None

@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from pydllm._checks import check_choice, check_each, check_int, check_number, each, renamed
+from pydllm.decoding.arguments import expect_nucleus
 from pydllm.decoding.call import Call
 from pydllm.decoding.driver import Algorithm
 from pydllm.decoding.rounds import DraftVerifyDecoder
@@ -83,7 +84,7 @@ class APD(Algorithm):
         check_each("mixture", self.mixture, lambda name, r: check_number(name, r, 0, 1))
         check_each("window", self.window, _expect_window)
         check_each("lookahead", self.lookahead, expect_reach)
-        expect_top_p(self.top_p)
+        expect_nucleus("top_p", self.top_p)
         check_choice("emit", self.emit, EMITS)
         check_choice("compat", self.compat, (None, "apd"))
         if self.verifier is None:
@@ -261,11 +262,6 @@ def expect_one_nucleus(top_p: float | None, call: Call) -> None:
         raise ValueError(
             f"top_p: expected it of generate or of the algorithm, got both ({top_p} of the latter)"
         )
-
-
-def expect_top_p(value: float | None) -> None:
-    if value is not None and not (type(value) in (int, float) and 0 < value <= 1):
-        raise ValueError(f"top_p: expected a number in (0, 1] or None, got {value!r}")
 
 
 def per_prompt(name: str, value: Any, count: int) -> Sequence[Any]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pydllm._backend.env import BACKENDS
-from pydllm._checks import check_bool, check_choice, check_int, check_number, describe
+from pydllm._checks import check_bool, check_choice, check_each, check_int, check_number, describe
 from pydllm.decoding.call import Call, Step, extents, lay_out, padded_length
 from pydllm.decoding.driver import Algorithm
 from pydllm.decoding.guidance import GuidedModel
@@ -24,7 +24,7 @@ _HOTTEST = 1e6  # beyond it logits / temperature says nothing any more
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Arguments of ``generate`` beside the prompts, the algorithm and how steps are run.
+    """Arguments of ``generate`` beside the prompts, the algorithm and the length.
 
     ``warm``: no token ends a sequence, and every kind of step is taken.
     """
@@ -40,18 +40,26 @@ class Options:
     stop: Any = None
     ignore_eos: bool = False
     backend: str | None = None
+    graph: bool | str = "auto"
+    max_batch: int | None = None
+    deterministic: bool = False
     on_step: Callable[[Step], None] | None = None
     warm: bool = False
 
 
-def read_options(function: str, options: Mapping[str, Any]) -> Options:
+HOW = ("graph", "max_batch", "deterministic")  # how steps are run
+
+
+def read_options(
+    function: str, options: Mapping[str, Any], without: tuple[str, ...] = ()
+) -> Options:
     """Keywords of ``generate`` that another function takes as well.
 
     Raises:
-        TypeError: a keyword that ``generate`` does not have.
+        TypeError: a keyword that ``generate`` does not have, or one of ``without``.
     """
     for name in options:
-        if name not in Options.__dataclass_fields__ or name == "warm":
+        if name not in Options.__dataclass_fields__ or name in ("warm", *without):
             raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
     return Options(**options)
 
@@ -216,9 +224,7 @@ def _filters(
     for k in top_k:
         if k is not None:
             check_int("top_k", k, 1)
-    for p in top_p:
-        if p is not None and not (type(p) in (int, float) and 0 < p <= 1):
-            raise ValueError(f"top_p: expected a number in (0, 1] or None, got {p!r}")
+    check_each("top_p", top_p, expect_nucleus)
     if any(k is not None for k in top_k) and not algorithm.takes_top_k:
         raise ValueError(
             f"top_k: expected None with {type(algorithm).__name__}, whose nucleus is top_p's, "
@@ -230,6 +236,11 @@ def _filters(
         [2**31 - 1 if k is None else k for k in top_k] if some_k else None,
         [1.0 if p is None else float(p) for p in top_p] if some_p else None,
     )
+
+
+def expect_nucleus(name: str, value: Any) -> None:
+    if value is not None and not (type(value) in (int, float) and 0 < value <= 1):
+        raise ValueError(f"{name}: expected a number in (0, 1] or None, got {value!r}")
 
 
 def _suppress_ids(ids: Sequence[int] | None, mask_id: int | None, vocab_size: int) -> list[int]:

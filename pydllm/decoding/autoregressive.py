@@ -9,14 +9,13 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from pydllm import ops
 from pydllm.decoding.blocks import BlockState
 from pydllm.decoding.blockwise import BlockwiseDecoder
 from pydllm.decoding.call import Call
 from pydllm.decoding.driver import POLL, Algorithm, Counts, Decoder, Plan
 from pydllm.decoding.state import Selection, State, Window
 from pydllm.decoding.static import Static
-from pydllm.decoding.step import busy, forward, statistics
+from pydllm.decoding.step import busy, forward, statistics, write_run
 from pydllm.models import Model
 from pydllm.models.spec import ModelSpec
 
@@ -128,20 +127,5 @@ def write_next(state: CursorState, *, first: bool, width: int) -> None:
 
 def commit_tokens(state: CursorState, token: Tensor, length: Tensor) -> None:
     """Write the first ``length (b,)`` of ``token (b, S)`` at the cursor, as far as an EOS."""
-    call = state.call
-    unmasked = ops.unmask(
-        state.x,
-        state.step_map,
-        state.nfe,
-        token,
-        torch.zeros_like(token, dtype=torch.float32),
-        mask_id=call.mask_id,
-        start=state.cursor,
-        length=length,
-        rule="left_to_right",
-        quota=length,
-        ending=ops.Ending(state.done, state.end, call.eos),
-        backend=call.backend,
-    )
-    state.noise_offset += unmasked.accepted
+    state.noise_offset += write_run(state, token, state.cursor, length).accepted
     state.cursor.copy_(torch.where(state.done, state.end, state.cursor + length))

@@ -124,6 +124,11 @@ class Call:
         """Whether a prompt has masks."""
         return self.region_starts is not None
 
+    def decoded_front(self, prompt: int, row: list[int]) -> list[int]:
+        """The new ids of a prompt before the first that is not decoded."""
+        answer = row[self.prompt_lengths[prompt] : self.ends[prompt]]
+        return answer[: answer.index(self.mask_id)] if self.mask_id in answer else answer
+
     def with_runner(self, runner: Runner) -> Call:
         """The call with its small tensors in the runner's buffers."""
         eos, suppress_ids = runner.static_buffer("call", (self.eos, self.suppress_ids))

@@ -253,10 +253,7 @@ class Drive:
         for slot, row in zip(live, rows, strict=True):
             prompt = self.state.prompts[slot]
             limit = limits if isinstance(limits, int) else limits[slot]
-            answer = row[call.prompt_lengths[prompt] : min(call.ends[prompt], limit)]
-            if call.mask_id in answer:
-                answer = answer[: answer.index(call.mask_id)]
-            yield prompt, answer
+            yield prompt, call.decoded_front(prompt, row[:limit])
 
     def steps(self) -> Iterator[None]:
         """Run the steps, one a turn."""
@@ -319,10 +316,7 @@ class Drive:
             prompt = state.prompts[slot]
             if call.mask_id in row[: call.prompt_lengths[prompt]]:
                 continue
-            answer = row[call.prompt_lengths[prompt] : call.ends[prompt]]
-            if call.mask_id in answer:
-                answer = answer[: answer.index(call.mask_id)]
-            if call.stops.reached(prompt, answer):
+            if call.stops.reached(prompt, call.decoded_front(prompt, row)):
                 stopped.append(slot)
                 counts[0][slot] = -1
         if stopped:

@@ -21,6 +21,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from pydllm import ops
 from pydllm._checks import check_choice, check_int
 from pydllm.decoding.blocks import Block, BlockState, open_block
 from pydllm.decoding.blockwise import (
@@ -49,6 +50,7 @@ from pydllm.decoding.driver import Algorithm, Counts, Decoder, Plan
 from pydllm.decoding.edited_drafts import DraftedEditingDecoder
 from pydllm.decoding.editing import Editing
 from pydllm.decoding.pipelined import PipelinedDecoder
+from pydllm.decoding.state import Selection, State, Window
 from pydllm.decoding.static import Static
 from pydllm.decoding.step import close, write
 from pydllm.models import Model
@@ -247,16 +249,8 @@ class StrictDecoder(Decoder):
 
     def _seed(self, state: StrictState, block: Block) -> None:
         """Store the block before, and write the token that it predicts: the baseline's step."""
-        window, selection = block.refresh, block.first_selection
-        noise = self.budget.noise_offset(state, 1)
-        stats = window_stats(
-            self.baseline,
-            state,
-            window,
-            selection,
-            noise_offset=noise,
-            **reading(state, first=True),
-        )
+        selection = block.first_selection
+        stats = self._stats(state, state, block.refresh, selection, first=True)
         count_blocks_without_masks(state, block)
         only_stored = count_only_stored(state, block)
         unmasked = write(state, stats, selection, force_first)
@@ -264,14 +258,8 @@ class StrictDecoder(Decoder):
 
     def _begin(self, state: StrictState, block: Block) -> Carried:
         seeded = state.call.model.spec.seeded
-        stats = window_stats(
-            self.baseline,
-            state,
-            block.window if seeded else block.refresh,
-            block.positions,
-            noise_offset=self.budget.noise_offset(state, 1),
-            **reading(state, first=not seeded),
-        )
+        window = block.window if seeded else block.refresh
+        stats = self._stats(state, state, window, block.positions, first=not seeded)
         if not seeded:
             count_blocks_without_masks(state, block)
         forced = block.is_forced and not seeded
@@ -281,13 +269,21 @@ class StrictDecoder(Decoder):
 
     def _verify(self, state: StrictState, block: Block, branches: int) -> Carried:
         packed = self.drafter.pack(state, branches)
-        stats = window_stats(
-            self.baseline,
-            packed,
-            block.window,
-            block.positions.repeat(branches),
-            branches=branches,
-            noise_offset=self.budget.noise_offset(state, branches),
-            **reading(state, first=False),
-        )
+        positions = block.positions.repeat(branches)
+        stats = self._stats(state, packed, block.window, positions, first=False, branches=branches)
         return self.drafter.follow(state, packed, stats, block.positions, branches)[1]
+
+    def _stats(
+        self,
+        state: StrictState,
+        packed: State,
+        window: Window,
+        selection: Selection,
+        *,
+        first: bool,
+        branches: int = 1,
+    ) -> ops.VocabStats:
+        """One forward of the candidates that are packed, ``branches`` of each sequence."""
+        noise = self.budget.noise_offset(state, branches)
+        options = reading(state, first=first) | {"branches": branches, "noise_offset": noise}
+        return window_stats(self.baseline, packed, window, selection, **options)

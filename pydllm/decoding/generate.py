@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pydllm._backend.context import compute_context
 from pydllm._checks import check_bool, check_int
-from pydllm.decoding.arguments import Options, make_call, read_options
+from pydllm.decoding.arguments import HOW, Options, make_call, read_options
 from pydllm.decoding.call import Call, Step, extents, padded_length
 from pydllm.decoding.driver import Algorithm, Drive
 from pydllm.decoding.generation import Generation, collect
@@ -120,18 +120,12 @@ def generate(
         stop=stop,
         ignore_eos=ignore_eos,
         backend=backend,
-        on_step=on_step,
-    )
-    prepared = prepare(
-        model,
-        prompts,
-        algorithm,
-        max_new_tokens,
-        options,
         graph=graph,
         max_batch=max_batch,
         deterministic=deterministic,
+        on_step=on_step,
     )
+    prepared = prepare(model, prompts, algorithm, max_new_tokens, options)
     with compute_context(model.device):
         return prepared.run()
 
@@ -175,15 +169,11 @@ def prepare(
     algorithm: Algorithm,
     max_new_tokens: int | Sequence[int],
     options: Options,
-    *,
-    graph: bool | str,
-    max_batch: int | None,
-    deterministic: bool,
 ) -> Prepared:
     """Check the arguments of ``generate``, which are these."""
-    ids = encode_prompts(model, prompts)
-    check_bool("deterministic", deterministic)
-    if deterministic:
+    ids, graph, max_batch = encode_prompts(model, prompts), options.graph, options.max_batch
+    check_bool("deterministic", options.deterministic)
+    if options.deterministic:
         if not isinstance(model, NativeModel):
             raise ValueError(
                 "deterministic: expected a model of pydllm.load for True, "
@@ -241,7 +231,7 @@ def warmup(
     _check_batch(None, True, model)
     token = next(t for t in range(model.spec.vocab_size) if t != model.spec.mask_id)
     prompts = [[token] * (max_len - new)] * batch
-    read = replace(read_options("warmup", options), warm=True)
+    read = replace(read_options("warmup", options, without=HOW), warm=True)
     with compute_context(model.device):
         for _ in range(_WARM):
             call = make_call(model, prompts, algorithm, new, read)

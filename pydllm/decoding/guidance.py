@@ -69,50 +69,24 @@ class GuidedModel:
         *,
         prompt_length: Tensor,
         branches: int = 1,
-        fresh: Fresh | None = None,
-        attention: str | None = None,
-        adapter: bool = False,
-        backend: str | None = None,
-        **places: Tensor | None,
+        **options: Any,
     ) -> Tensor:
-        """As ``Model.forward``; ``places`` have one number per sequence."""
+        """As ``Model.forward``; tensors have one number per sequence."""
         offset = torch.arange(ids.shape[1] // branches, device=ids.device).repeat(branches)
         given = start[:, None] + offset < prompt_length[:, None]
         without = ids.masked_fill(given, self.spec.mask_id or 0)
-        options: dict[str, Any] = {n: _twice(t) for n, t in places.items() if t is not None}
-        if attention is not None:
-            options |= {"attention": attention, "adapter": adapter}
         hidden = self.unguided.forward(
             torch.stack((ids, without), 1).flatten(0, 1),
             _twice(start),
             cache.rows,
             branches=branches,
-            fresh=fresh,
-            backend=backend,
-            **options,
+            **_all_twice(options),
         )
         return hidden.unflatten(0, (-1, 2)).transpose(1, 2).flatten(2)
 
-    def commit_branch(
-        self,
-        fresh: Fresh,
-        cache: GuidedCache,
-        *,
-        branch: Tensor,
-        start: Tensor,
-        commit: Tensor,
-        branches: int,
-        backend: str | None = None,
-    ) -> None:
-        self.unguided.commit_branch(
-            fresh,
-            cache.rows,
-            branch=_twice(branch),
-            start=_twice(start),
-            commit=_twice(commit),
-            branches=branches,
-            backend=backend,
-        )
+    def commit_branch(self, fresh: Fresh, cache: GuidedCache, **options: Any) -> None:
+        """As ``Model.commit_branch``."""
+        self.unguided.commit_branch(fresh, cache.rows, **_all_twice(options))
 
     def head(self, hidden: Tensor) -> Tensor:
         """Guided logits, fp32 or fp64."""
@@ -132,6 +106,10 @@ class GuidedModel:
 
 def _both(rows: Sequence[int]) -> list[int]:
     return [2 * row + part for row in rows for part in (0, 1)]
+
+
+def _all_twice(options: dict[str, Any]) -> dict[str, Any]:
+    return {n: _twice(v) if isinstance(v, Tensor) else v for n, v in options.items()}
 
 
 def _twice(numbers: Tensor) -> Tensor:

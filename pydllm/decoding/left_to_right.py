@@ -11,9 +11,9 @@ from pydllm.decoding.apd import (
     expect_full,
     expect_one_nucleus,
     expect_reach,
-    expect_top_p,
     per_prompt,
 )
+from pydllm.decoding.arguments import expect_nucleus
 from pydllm.decoding.call import Call
 from pydllm.decoding.driver import Algorithm
 from pydllm.decoding.rounds import DraftVerifyDecoder
@@ -46,7 +46,7 @@ class LeftToRight(Algorithm):
         check_int("tokens_per_step", self.tokens_per_step, 1)
         check_each("window", self.window, expect_reach)
         check_each("lookahead", self.lookahead, expect_reach)
-        expect_top_p(self.top_p)
+        expect_nucleus("top_p", self.top_p)
         least = min((value for value in each(self.lookahead) if value is not None), default=None)
         if least is not None and least < self.tokens_per_step:
             raise ValueError(

@@ -28,7 +28,7 @@ from pydllm.decoding.call import Call
 from pydllm.decoding.draft_chunks import FIRST_CHUNK, DraftChunk, correct, next_chunk
 from pydllm.decoding.driver import POLL, Counts, Decoder, Plan
 from pydllm.decoding.state import Selection, State, Window
-from pydllm.decoding.step import forward, select_rows
+from pydllm.decoding.step import forward, select_rows, write_run
 from pydllm.models import Model, StaticCache
 
 
@@ -179,20 +179,7 @@ class DraftVerifyDecoder(Decoder):
         selection = Selection(cursor, spans.drafts, plan.drafts)
         hidden = select_rows(call.model, hidden, spans.left, selection)
         token, length = self._decide(state, spans, hidden, plan.verify)
-        ops.unmask(
-            state.x,
-            state.step_map,
-            state.nfe,
-            token,
-            torch.zeros_like(token, dtype=torch.float32),
-            mask_id=call.mask_id,
-            start=cursor,
-            length=length,  # all masks of this window are filled: a complete one ends a sequence
-            rule="left_to_right",
-            quota=length,
-            ending=ops.Ending(state.done, state.end, call.eos),
-            backend=call.backend,
-        )
+        write_run(state, token, cursor, length)
         # A sequence without masks stays as it is.
         state.previous.copy_(torch.where(spans.masks > 0, cursor, state.previous))
         state.cursor.copy_(torch.where(state.done, state.end, cursor + length))

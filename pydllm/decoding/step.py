@@ -277,6 +277,27 @@ def write(
     return unmasked
 
 
+def write_run(state: State, token: Tensor, start: Tensor, length: Tensor) -> ops.Unmasked:
+    """Write the first ``length (b,)`` of ``token (b, S)`` at ``start``, as far as an EOS.
+
+    A run that is complete ends a sequence where it reaches its end.
+    """
+    return ops.unmask(
+        state.x,
+        state.step_map,
+        state.nfe,
+        token,
+        torch.zeros_like(token, dtype=torch.float32),
+        mask_id=state.call.mask_id,
+        start=start,
+        length=length,
+        rule="left_to_right",
+        quota=length,
+        ending=ops.Ending(state.done, state.end, state.call.eos),
+        backend=state.call.backend,
+    )
+
+
 def close(state: State, selection: Selection, ending: ops.Ending) -> None:
     """Say which sequences are done, and fill after their ends: a step that writes no tokens."""
     nothing = torch.zeros_like(state.nfe)

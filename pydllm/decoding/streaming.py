@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor
 from pydllm._backend.context import compute_context
 from pydllm.decoding.arguments import read_options
 from pydllm.decoding.call import Call
-from pydllm.decoding.driver import Algorithm, Drive
+from pydllm.decoding.driver import Algorithm
 from pydllm.decoding.generate import Prepared, prepare
 from pydllm.decoding.generation import Generation, collect
 from pydllm.decoding.prompts import Prompt
@@ -55,9 +54,6 @@ def stream(
     algorithm: Algorithm,
     *,
     max_new_tokens: int | Sequence[int],
-    graph: bool | str = "auto",
-    max_batch: int | None = None,
-    deterministic: bool = False,
     **options: Any,
 ) -> Stream:
     """Decode as ``generate`` does, and yield each answer's text as soon as nothing can change it.
@@ -67,8 +63,7 @@ def stream(
 
     Args:
         model: one that has a tokenizer.
-        prompts, algorithm, max_new_tokens, graph, max_batch, deterministic, options: as in
-            ``generate``.
+        prompts, algorithm, max_new_tokens, options: as in ``generate``.
 
     Returns:
         A ``Stream``: an iterator of (index of the prompt, text), with the attribute ``generation``.
@@ -85,17 +80,7 @@ def stream(
     expect_model(model)
     if model.tokenizer is None:
         raise ValueError("model: expected one with a tokenizer to stream text, got one without")
-    prepared = prepare(
-        model,
-        prompts,
-        algorithm,
-        max_new_tokens,
-        read,
-        graph=graph,
-        max_batch=max_batch,
-        deterministic=deterministic,
-    )
-    return Stream(prepared)
+    return Stream(prepare(model, prompts, algorithm, max_new_tokens, read))
 
 
 def _pieces(prepared: Prepared) -> Generator[Piece, None, Generation]:
@@ -104,12 +89,13 @@ def _pieces(prepared: Prepared) -> Generator[Piece, None, Generation]:
         interrupted = False
         try:
             for _ in run.steps():
-                yield from text.grown(run)
+                # All at once: what is yielded must not be interrupted.
+                yield from [p for each in run.answers() for p in text.grown(*each)]
         except KeyboardInterrupt:
             interrupted = True
         generation = collect(run.finish(interrupted=interrupted), run.call)
         for prompt, whole in enumerate(generation.text or ()):
-            yield from text.rest(prompt, whole)
+            yield from text.say(prompt, whole)
         return generation
 
 
@@ -125,17 +111,11 @@ class _Text:
             pairs = zip(stops.texts, stops.raw_texts, strict=True)
             self.stops = [texts + raw for texts, raw in pairs]
 
-    def grown(self, run: Drive) -> Iterator[Piece]:
-        """What is new and final after a step."""
-        found: deque[Piece] = deque()
-        for prompt, ids in run.answers():
-            found.extend(self._say(prompt, self._final(prompt, ids)))
-        return iter(found)
+    def grown(self, prompt: int, ids: list[int]) -> list[Piece]:
+        """What is new and final of an answer after a step."""
+        return self.say(prompt, self._final(prompt, ids))
 
-    def rest(self, prompt: int, whole: str) -> Iterator[Piece]:
-        return iter(self._say(prompt, whole))
-
-    def _say(self, prompt: int, text: str) -> list[Piece]:
+    def say(self, prompt: int, text: str) -> list[Piece]:
         said = self.said[prompt]
         if len(text) <= len(said) or not text.startswith(said):
             return []

@@ -88,6 +88,21 @@ def check_token(name: str, token: object, model: Model) -> None:
         raise ValueError(f"{name}: expected a token id in [0, {vocab}), got {describe(token)}")
 
 
+def block_causal(source: Any, name: str, mask_id: int, block_length: int) -> Model:
+    """``as_model`` for a published loop over blocks, of this length whatever the model's own is."""
+    model = as_model(source)
+    if model.spec.attention != "block_causal":
+        raise ValueError(
+            f"{name}: expected a model with block-causal attention, got {model.spec.attention}"
+        )
+    return with_ids(model, mask_id, block_size=block_length)
+
+
+def expect_one(name: str, prompt: Tensor) -> None:
+    if len(prompt) != 1:
+        raise ValueError(f"{name}: expected one sequence, (1, P), got {tuple(prompt.shape)}")
+
+
 def check_prompt(name: str, prompt: object, model: Model, new: int) -> Tensor:
     """The prompt ``(B, P)`` as int64 on the model's device."""
     if not isinstance(prompt, Tensor) or prompt.is_floating_point() or prompt.is_complex():

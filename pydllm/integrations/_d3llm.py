@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from pydllm._backend.errors import PydllmError
+from pydllm._checks import check_choice, check_int, check_number
 from pydllm.decoding.call import Call
 from pydllm.decoding.driver import Counts
+from pydllm.integrations._arguments import check_temperature
 from pydllm.integrations._published import LoopState, Pass, PublishedLoop
 from pydllm.integrations.samplers import add_gumbel_noise
 
@@ -28,23 +30,34 @@ _NAN = math.nan
 
 @dataclass(frozen=True)
 class Settings:
-    """The arguments of a published decoder.
+    """The arguments of a published decoder, under its names.
 
     Attributes:
         threshold: nats.
         cache: (delay, refresh interval) in forwards, or None for the decoder without a cache.
         eos_id: what ends a sequence, or None where nothing does.
-        random_order: LLaDA's ``remasking="random"``: uniform numbers in place of entropies.
+        remasking: of LLaDA's; ``"random"``: uniform numbers in place of entropies.
     """
 
-    block_size: int
     threshold: float
-    add_at: float
-    full_at: float
-    eos_id: int | None = None
+    block_size: int
+    block_add_threshold: float
+    decoded_token_threshold: float
+    eos_id: int | None
+    temperature: float
+    remasking: str = "low_confidence"
     cache: tuple[int, int] | None = None
-    temperature: float = 0.0
-    random_order: bool = False
+
+    def __post_init__(self) -> None:
+        check_int("block_size", self.block_size, 1)
+        check_number("block_add_threshold", self.block_add_threshold, 0, 1)
+        check_number("decoded_token_threshold", self.decoded_token_threshold, 0, 1)
+        check_number("threshold", self.threshold, -math.inf, infinite=True)
+        check_temperature(self.temperature)
+        check_choice("remasking", self.remasking, ("low_confidence", "random"))
+        if self.cache is not None:
+            check_int("cache_delay_iter", self.cache[0], 0)
+            check_int("refresh_interval", self.cache[1], 1)
 
 
 @dataclass
@@ -133,9 +146,9 @@ class PublishedMultiBlock(PublishedLoop):
             if self._stop_early(state.x):
                 break
             for before, block in self._pairs():
-                block.full |= before.progress >= self.settings.full_at
+                block.full |= before.progress >= self.settings.decoded_token_threshold
             last = self.blocks[-1]
-            ready = last.progress >= self.settings.add_at or last.masks == 0
+            ready = last.progress >= self.settings.block_add_threshold or last.masks == 0
             if ready and not self.has_eos and len(self.blocks) <= self.most:
                 self._create()
             end = next(b.end for b in reversed(self.blocks) if b.full or b.masks > 0)
@@ -161,7 +174,7 @@ class PublishedMultiBlock(PublishedLoop):
         if known:
             block = _Block(start, end, 0, True, done=self.nfe, cached=True)
         else:
-            full = self.blocks[-1].progress >= self.settings.full_at
+            full = self.blocks[-1].progress >= self.settings.decoded_token_threshold
             block = _Block(start, end, self._masks(start, end), full)
         self.blocks.append(block)
 
@@ -276,7 +289,7 @@ class PublishedMultiBlock(PublishedLoop):
         stats = state.call.model.head_stats(hidden[0], source, backend=state.call.backend)
         token = self._draw(state, plan, hidden)[index] if self.temperature > 0 else stats.token
         numbers = [token, stats.token, stats.entropy]
-        if self.settings.random_order:
+        if self.settings.remasking == "random":
             numbers.append(torch.rand(state.x.shape, device=hidden.device)[0])
         flat = torch.cat([n.double() for n in numbers]).view(torch.int32)[:, None]
         return torch.cat((torch.ones_like(flat[:1]), flat)), None
@@ -294,7 +307,7 @@ class PublishedMultiBlock(PublishedLoop):
             rows[position] = _Row(*values)
         for position, row in rows.items():
             row.order = row.entropy
-            if self.settings.random_order:
+            if self.settings.remasking == "random":
                 row.order = order[position].item()
         return rows
 

@@ -69,6 +69,19 @@ class Call:
     def new(self) -> int:
         return (self.settings.max_length or 0) - self.prompt.shape[1]
 
+    def blocks(self) -> tuple[int, int]:
+        """Tokens of a block, the option ``block_length`` (None: all new ones), and its steps."""
+        size, steps = self.options["block_length"], self.settings.steps
+        size = self.new if size is None else size
+        if type(size) is not int or size < 1 or self.new % size:
+            raise ValueError(
+                f"block_length: expected a divisor of the {self.new} new, got {size!r}"
+            )
+        blocks = self.new // size
+        if steps % blocks:
+            raise ValueError(f"steps: expected a multiple of the {blocks} blocks, got {steps}")
+        return size, steps // blocks
+
     def result(self, x: Tensor, history: list[Tensor] | None = None) -> Tensor | DreamModelOutput:
         if self.settings.return_dict_in_generate:
             return DreamModelOutput(x, history)

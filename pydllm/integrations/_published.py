@@ -180,16 +180,10 @@ class PublishedLoop(Decoder):
         return forward(state, self.window(state, plan), **{"pad": self.pad, **options})
 
     def logits(
-        self,
-        state: State,
-        plan: Pass,
-        hidden: Tensor,
-        first: int | None = None,
-        last: int | None = None,
+        self, state: State, plan: Pass, hidden: Tensor, span: tuple[int, int] | None = None
     ) -> Tensor:
-        """Logits ``(b, S, V)`` of [first, last), by default the plan's."""
-        first, last = (plan.first if first is None else first, last or plan.last)
-        start, selection = _span(hidden, plan.start, first, last)
+        """Logits ``(b, S, V)`` of the positions [first, last) of ``span``, or the plan's."""
+        start, selection = _span(hidden, plan.start, *(span or (plan.first, plan.last)))
         model = state.call.model
         logits = model.head(select_rows(model, hidden, start, selection))
         if self.suppress:

@@ -6,7 +6,6 @@ model.generate_multi_block = types.MethodType(d3llm.dream_generate_multi_block, 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pydllm._checks import check_bool, check_choice, check_int, check_number
+from pydllm._checks import check_bool, check_int, check_number
 from pydllm.decoding import MultiBlock
 from pydllm.decoding import generate as decode
 from pydllm.integrations._arguments import (
     check_prompt,
-    check_temperature,
     draw_seed,
+    expect_one,
     follows,
     full_attention,
     raise_stuck,
@@ -92,15 +91,14 @@ def generate_multi_block(
     Raises:
         ValueError, TypeError: an argument that cannot be decoded.
     """
-    settings = _settings(
-        threshold,
+    settings = Settings(
+        _nats(threshold),
         block_size,
         block_add_threshold,
         decoded_token_threshold,
-        early_stop=early_stop,
-        eos_id=eos_token_id,
-        temperature=temperature,
-        remasking=remasking,
+        _stop(eos_token_id, early_stop),
+        temperature,
+        remasking,
     )
     return _llada(model, prompt, settings, max_new_tokens, mask_id, compat, backend)
 
@@ -134,54 +132,26 @@ def generate_multi_block_kv_cache(
         refresh_interval: one forward in so many is full and renews them.
         lazy_cache_refresh_num: not read, as in the original.
     """
-    settings = _settings(
-        threshold,
+    settings = Settings(
+        _nats(threshold),
         block_size,
         block_add_threshold,
         decoded_token_threshold,
-        early_stop=early_stop,
-        eos_id=eos_token_id,
-        temperature=temperature,
-        remasking=remasking,
-        cache=(cache_delay_iter, refresh_interval),
+        _stop(eos_token_id, early_stop),
+        temperature,
+        remasking,
+        (cache_delay_iter, refresh_interval),
     )
     return _llada(model, prompt, settings, max_new_tokens, mask_id, compat, backend)
 
 
-def _settings(
-    threshold: float | None,
-    block_size: int,
-    block_add_threshold: float,
-    decoded_token_threshold: float,
-    *,
-    eos_id: int | None,
-    temperature: float,
-    early_stop: bool = True,
-    remasking: str = "low_confidence",
-    cache: tuple[int, int] | None = None,
-) -> Settings:
-    """The checked arguments under our names; ``cache`` is delay and refresh interval."""
-    check_int("block_size", block_size, 1)
-    check_number("block_add_threshold", block_add_threshold, 0, 1)
-    check_number("decoded_token_threshold", decoded_token_threshold, 0, 1)
+def _nats(threshold: float | None) -> float:
+    return 999.0 if threshold is None else threshold
+
+
+def _stop(eos_id: int | None, early_stop: bool) -> int | None:
     check_bool("early_stop", early_stop)
-    threshold = 999.0 if threshold is None else threshold
-    check_number("threshold", threshold, -math.inf, infinite=True)
-    check_temperature(temperature)
-    check_choice("remasking", remasking, ("low_confidence", "random"))
-    if cache is not None:
-        check_int("cache_delay_iter", cache[0], 0)
-        check_int("refresh_interval", cache[1], 1)
-    return Settings(
-        block_size=block_size,
-        threshold=float(threshold),
-        add_at=block_add_threshold,
-        full_at=decoded_token_threshold,
-        eos_id=eos_id if early_stop else None,
-        cache=cache,
-        temperature=float(temperature),
-        random_order=remasking == "random",
-    )
+    return eos_id if early_stop else None
 
 
 def _llada(
@@ -211,19 +181,18 @@ def _run(
     pad: Tensor | None = None,
 ) -> tuple[Tensor, int]:
     """The sequence ``(1, L)`` and the forwards."""
-    if len(prompt) != 1:
-        raise ValueError(f"prompt: expected one sequence, (1, P), got {tuple(prompt.shape)}")
+    expect_one("prompt", prompt)
     if follows(compat, "d3llm"):
         loop = PublishedMultiBlock(settings=settings, temperature=settings.temperature, pad=pad)
         return loop.run(model, prompt, new, backend).x, loop.nfe
-    if settings.random_order:
+    if settings.remasking == "random":
         raise ValueError("remasking: expected 'low_confidence' without compat, got 'random'")
     delay, refresh = settings.cache or (0, _NEVER)
     algorithm = MultiBlock(
-        threshold=settings.threshold,
+        threshold=float(settings.threshold),
         block_length=settings.block_size,
-        add_at=settings.add_at,
-        full_at=settings.full_at,
+        add_at=settings.block_add_threshold,
+        full_at=settings.decoded_token_threshold,
         delay=delay,
         refresh=refresh,
         early_stop=settings.eos_id is not None,
@@ -290,19 +259,18 @@ def dream_generate_multi_block(
     call = _dream_call("generate_multi_block", model, inputs, generation_config, kwargs, options)
     given, settings = call.options, call.settings
     delay = given["cache_delay_iter"]
-    check_bool("early_stop", given["early_stop"])
-    eos = settings.eos_token_id if given["early_stop"] else None
+    eos = _stop(settings.eos_token_id, given["early_stop"])
     eos_id = eos if eos is None or isinstance(eos, int) else eos[0]
     own = call.model
     if eos_id is not None:
         own = with_ids(own, own.spec.mask_id or 0, (eos_id,))
-    said = _settings(
-        given["threshold"],
+    said = Settings(
+        _nats(given["threshold"]),
         given["block_size"],
         given["block_add_threshold"],
         given["decoded_token_threshold"],
-        eos_id=eos_id,
-        temperature=settings.temperature,
+        eos_id,
+        settings.temperature,
         cache=(delay, given["refresh_interval"]) if delay < _NEVER else None,
     )
     # The published decoder with a cache reads no attention mask.
@@ -337,14 +305,7 @@ def dream_diffusion_generate(
     """
     options = {"threshold": 0.5, "block_length": 32}
     call = _dream_call("diffusion_generate", model, inputs, generation_config, kwargs, options)
-    size = call.new if call.options["block_length"] is None else call.options["block_length"]
-    if not isinstance(size, int) or size < 1 or call.new % size:
-        raise ValueError(f"block_length: expected a divisor of the {call.new} new, got {size!r}")
-    if call.settings.steps % (call.new // size):
-        raise ValueError(
-            f"steps: expected a multiple of the {call.new // size} blocks, "
-            f"got {call.settings.steps}"
-        )
+    size, _ = call.blocks()
     check_number("threshold", call.options["threshold"], 0, infinite=True)
     loop = _EntropyLoop(
         block_length=size,
@@ -392,6 +353,5 @@ def _dream_call(
     name: str, model: Any, inputs: Tensor | None, config: Any, arguments: dict, options: dict
 ) -> Call:
     call = read_call(name, model, inputs, config, arguments, options, _DREAM_ALGORITHMS)
-    if len(call.prompt) != 1:
-        raise ValueError(f"inputs: expected one sequence, (1, P), got {tuple(call.prompt.shape)}")
+    expect_one("inputs", call.prompt)
     return call

@@ -246,7 +246,7 @@ class _Loop(PublishedLoop):
             # The original draws the noise of these steps twice and uses the second.
             shape = (*hidden.shape[:2], state.call.model.spec.vocab_size)
             torch.rand(shape, dtype=torch.float64, device=hidden.device)
-        logits = self.logits(state, plan, hidden, first=plan.start, last=plan.stop)
+        logits = self.logits(state, plan, hidden, (plan.start, plan.stop))
         masked = state.masked(plan.start, plan.stop)
         masked[:, plan.last - plan.start :] = False
         x = state.x[:, plan.start : plan.stop]

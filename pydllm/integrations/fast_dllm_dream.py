@@ -69,21 +69,13 @@ def diffusion_generate(
     )
     if call.pad is not None:
         raise ValueError("attention_mask: expected ones (no padding with a cache), got zeros")
-    size = call.options["block_length"]
-    size = call.new if size is None else size
-    if type(size) is not int or size < 1 or call.new % size:
-        raise ValueError(f"block_length: expected a divisor of the {call.new} new, got {size!r}")
-    blocks = call.new // size
-    if call.settings.steps % blocks:
-        raise ValueError(
-            f"steps: expected a multiple of the {blocks} blocks, got {call.settings.steps}"
-        )
+    size, steps = call.blocks()
     check_number("threshold", call.options["threshold"], 0, infinite=True)
     loop = _Loop(
         settings=call.settings,
         temperature=call.settings.temperature,
         block_length=size,
-        steps=call.settings.steps // blocks,
+        steps=steps,
         threshold=float(call.options["threshold"]),
         dual=call.options["dual_cache"],
         cached=True,
@@ -144,7 +136,7 @@ class _Loop(DreamLoop):
         if self.stored:
             # The original's sampler gets, by threshold, the masks of later blocks as well.
             end = plan.stop if self.by_threshold and self.published else plan.last
-            logits = self.logits(state, plan, hidden, last=end)
+            logits = self.logits(state, plan, hidden, (plan.first, end))
             wanted = state.masked(plan.first, end)
         name = "prob" if self.by_threshold else "entropy"
         token, score = self.propose(state, plan, hidden, logits, wanted, name)
@@ -161,7 +153,7 @@ class _Loop(DreamLoop):
         if not self.stored:
             return self.stats(state, plan, hidden).token
         span = (0, plan.stop) if self.temperature > 0 else (plan.first, plan.last)
-        logits = self.logits(state, plan, hidden, *span)
+        logits = self.logits(state, plan, hidden, span)
         everywhere = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device)
         token, _ = self.propose(state, plan, hidden, logits, everywhere, "entropy")
         return token[:, plan.first - span[0], None]

@@ -138,14 +138,9 @@ class _Loop(PublishedLoop):
         return super().forward(pair, plan, pad=pad)
 
     def logits(
-        self,
-        state: State,
-        plan: Pass,
-        hidden: Tensor,
-        first: int | None = None,
-        last: int | None = None,
+        self, state: State, plan: Pass, hidden: Tensor, span: tuple[int, int] | None = None
     ) -> Tensor:
-        logits = super().logits(state, plan, hidden, first, last)
+        logits = super().logits(state, plan, hidden, span)
         if self.cfg_scale == 0:
             return logits
         guided, unguided = logits.chunk(2)
@@ -177,7 +172,7 @@ class _Loop(PublishedLoop):
     def _from_logits(self, state: State, plan: Pass, hidden: Tensor) -> tuple[Tensor, Tensor]:
         # Noise is drawn for all positions.
         span = (0, state.call.max_len) if self.temperature > 0 else (plan.first, plan.last)
-        logits = self.logits(state, plan, hidden, first=span[0], last=span[1])
+        logits = self.logits(state, plan, hidden, span)
         token = add_gumbel_noise(logits, self.temperature).argmax(-1)
         decided = slice(plan.first - span[0], plan.last - span[0])
         token, logits = token[:, decided], logits[:, decided]

@@ -17,10 +17,11 @@ from pydllm._backend.errors import CheckpointError
 from pydllm._checks import check_bool, check_int, check_number
 from pydllm.integrations._arguments import (
     as_model,
+    block_causal,
     check_prompt,
     check_temperature,
+    expect_one,
     follows,
-    with_ids,
 )
 from pydllm.integrations._drawing import check_filters
 from pydllm.integrations._published import LoopState, Pass, spread
@@ -94,8 +95,7 @@ def generate(
     own = as_block_causal(model, block_length, mask_id)
     check_int("eos_id", eos_id, 0)
     prompt = check_prompt("inputs", inputs, own, gen_length)
-    if len(prompt) != 1:
-        raise ValueError(f"inputs: expected one sequence, (1, P), got {tuple(prompt.shape)}")
+    expect_one("inputs", prompt)
     length = prompt.shape[1]
     total = -(-(length + gen_length) // block_length) * block_length
     steps = min(steps, gen_length // minimal_topk)
@@ -174,16 +174,10 @@ def as_block_causal(model: Any, block_length: int, mask_id: int) -> Any:
     """
     if _is_original(model):
         try:
-            own = as_model(model)
+            as_model(model)
         except CheckpointError:  # of a kind that the native transformer is not
             return _Module(model, block_length, mask_id)
-    else:
-        own = as_model(model)
-    if own.spec.attention != "block_causal":
-        raise ValueError(
-            f"generate: expected a model with block-causal attention, got {own.spec.attention}"
-        )
-    return with_ids(own, mask_id, block_size=block_length)
+    return block_causal(model, "generate", mask_id, block_length)
 
 
 class _Module:

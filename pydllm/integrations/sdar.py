@@ -17,11 +17,11 @@ from torch import Tensor
 from pydllm._backend.errors import PydllmError
 from pydllm._checks import check_choice, check_int, check_number, describe
 from pydllm.integrations._arguments import (
-    as_model,
+    block_causal,
     check_prompt,
     check_temperature,
+    expect_one,
     follows,
-    with_ids,
 )
 from pydllm.integrations._drawing import Drawn, check_filters, draw
 from pydllm.integrations._published import LoopState, Pass, PublishedLoop, spread
@@ -98,18 +98,11 @@ def block_diffusion_generate(
     check_number("confidence_threshold", confidence_threshold, 0, infinite=True)
     if remasking_strategy == "entropy_bounded":
         check_number("eb_threshold", eb_threshold, 0, infinite=True)
-    own = as_model(model)
-    if own.spec.attention != "block_causal":
-        raise ValueError(
-            "block_diffusion_generate: expected a model with block-causal attention, "
-            f"got {own.spec.attention}"
-        )
-    own = with_ids(own, mask_id, block_size=block_length)
+    own = block_causal(model, "block_diffusion_generate", mask_id, block_length)
     if not isinstance(prompt, Mapping) or "input_ids" not in prompt:
         raise TypeError(f"prompt: expected a mapping with input_ids, got {describe(prompt)}")
     ids = check_prompt("prompt['input_ids']", prompt["input_ids"], own, gen_length)
-    if len(ids) != 1:
-        raise ValueError(f"prompt: expected one sequence, (1, P), got {tuple(ids.shape)}")
+    expect_one("prompt", ids)
     total = -(-(ids.shape[1] + gen_length) // block_length) * block_length
     check_prompt("prompt['input_ids']", ids, own, total - ids.shape[1])
     loop = _Loop(

@@ -251,7 +251,7 @@ def test_an_error_inside_restores():
 def test_an_error_while_patching_restores(monkeypatch):
     model = of(stand_ins.DreamSdpaAttention)()
     before = state(model)
-    monkeypatch.setattr(layers_file, "norm_reason", lambda *_: 1 / 0)
+    monkeypatch.setattr(layers_file, "_random", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         pydllm.patch(model, backend="torch")
     assert_state(model, before)

@@ -2,9 +2,11 @@
 
 import dataclasses
 import importlib
+import os
 import re
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,12 +14,13 @@ from torch import nn
 
 import pydllm
 from pydllm import PydllmError
-from pydllm._backend import env
 from pydllm.integrations.patch import interface
 from tests.integrations.test_patch import assert_state, close, state
 
 transformers = pytest.importorskip("transformers", reason="patches transformers' models")
 
+# Published modeling files to run on.
+MODELING_DIR = Path(d) if (d := os.environ.get("PYDLLM_MODELING_DIR")) else None
 IDS = torch.randint(3, 60, (2, 11), generator=torch.Generator().manual_seed(6))
 PADDED = torch.ones(2, 11, dtype=torch.long)
 PADDED[1, :4] = 0
@@ -318,13 +321,13 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.skipif(env.MODELING_DIR is None, reason="PYDLLM_MODELING_DIR names no directory")
+@pytest.mark.skipif(MODELING_DIR is None, reason="PYDLLM_MODELING_DIR names no directory")
 @pytest.mark.parametrize("family", PUBLISHED)
 def test_published_modeling_files(family):
     """PYDLLM_MODELING_DIR: directories anywhere below with modeling_ and configuration_ files."""
     config_name, class_name, options, kind = PUBLISHED[family]
-    files = sorted(env.MODELING_DIR.rglob(f"modeling_{family}.py"))
-    assert files, f"no modeling_{family}.py below {env.MODELING_DIR}"
+    files = sorted(MODELING_DIR.rglob(f"modeling_{family}.py"))
+    assert files, f"no modeling_{family}.py below {MODELING_DIR}"
     for number, file in enumerate(files):
         package = f"published_{family}_{number}"
         sys.modules[package] = types.ModuleType(package)

@@ -11,11 +11,11 @@ published.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
 
-from pydllm._backend.env import UPSTREAM_DIR
 from tests.upstream import (
     apd_loops,
     block_loops,
@@ -61,7 +61,8 @@ def main(arguments: list[str] | None = None) -> int:
     unknown = sorted(set(given.names) - set(UPSTREAMS))
     if unknown:
         parser.error(f"expected names among {', '.join(UPSTREAMS)}, got {', '.join(unknown)}")
-    folder = given.dir or (Path(UPSTREAM_DIR) if UPSTREAM_DIR else None)
+    named = os.environ.get("PYDLLM_UPSTREAM_DIR")
+    folder = given.dir or (Path(named) if named else None)
     differing = [name for name in given.names or UPSTREAMS if _run(name, folder, given)]
     return 1 if differing else 0
 

@@ -12,10 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pydllm import ops
-from pydllm.integrations.patch.checks import Check, wants_grad
+from pydllm.integrations.patch.checks import DTYPES, Check, wants_grad
 from pydllm.integrations.patch.masks import CAUSAL, DENSE, Form, Masks
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_HEAD_DIM = 512  # of the Triton kernel
 
 
@@ -47,6 +46,22 @@ class Options:
     def miss(self, name: str) -> None:
         """A forward of the module ``name`` called no SDPA."""
         self.count(f"as before: {name} called no scaled_dot_product_attention")
+
+    def takes(self, op: str, x: Tensor, *weights: Tensor) -> bool:
+        """Whether the op of a layer can take this call; counted."""
+        like, reason = weights[-1], None
+        if wants_grad(x, *weights):
+            reason = "a gradient is wanted"
+        elif torch.is_autocast_enabled(x.device.type):
+            reason = "autocast"
+        elif x.dtype != like.dtype or x.device != like.device or x.dtype not in DTYPES:
+            reason = "mixed devices or dtypes"
+        elif op == "experts" and x.ndim != 2:
+            reason = "tokens in more than one dimension"
+        elif x.device.type == "cpu" and self.backend == "auto":
+            reason = "patched elsewhere, called on a CPU"
+        self.count(op if reason is None else f"as before: {reason}")
+        return reason is None
 
     def number(self, value: int, like: Tensor) -> Tensor:
         """``value`` for each sequence of ``like`` (B, ...): ``(B,)`` int32, a view of a table.
@@ -152,7 +167,7 @@ class Attention:
         if not 0 < rows <= keys:
             return None, "no rows, or more rows than keys"
         if self._options.backend == "auto":  # a backend by name never falls back: the op raises
-            if q.dtype not in _DTYPES:
+            if q.dtype not in DTYPES:
                 return None, f"{q.dtype}"
             if q.shape[3] > _MAX_HEAD_DIM or q.shape[3] % 2:
                 return None, f"head size {q.shape[3]}"

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from pydllm._backend.errors import PydllmError
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # that the ops are tested in here
+
 
 def wants_grad(*tensors: Tensor) -> bool:
     """Whether autograd would record: the ops have no backward pass."""

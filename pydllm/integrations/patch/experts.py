@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from pydllm import ops, reference
 from pydllm.integrations.patch.attention import Options
-from pydllm.integrations.patch.checks import Check, difference, wants_grad
+from pydllm.integrations.patch.checks import DTYPES, Check, difference
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _PROBE = 64  # gates at which activations are told apart
 
 
@@ -60,24 +59,23 @@ def experts_reason(module: Any) -> str | None:
     count, hidden, inner = down.shape
     if tuple(gate_up.shape) != (count, 2 * inner, hidden):
         return f"parameters of shapes {tuple(gate_up.shape)} and {tuple(down.shape)}"
-    if gate_up.dtype not in _DTYPES or gate_up.device.type == "meta" or down.dtype != gate_up.dtype:
+    if gate_up.dtype not in DTYPES or gate_up.device.type == "meta" or down.dtype != gate_up.dtype:
         return f"weights in {gate_up.dtype} on {gate_up.device}"
     if activation(module) is None:
         return "its gate is neither SiLU nor tanh-approximated GELU"
     return None
 
 
-def experts_forward(
-    name: str, kind: str, options: Options, original: Callable[..., Any]
-) -> Callable[..., Any]:
+def experts_forward(name: str, module: nn.Module, options: Options) -> Callable[..., Any]:
     """The ``forward`` that replaces the experts'."""
+    original, kind = module.forward, activation(module) or "silu"
     check = Check(name) if options.self_check else None
 
     def forward(
         self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
     ) -> Any:
         weights = (self.gate_up_proj, self.down_proj)
-        if not _free(options, hidden_states, top_k_weights, *weights):
+        if not options.takes("experts", hidden_states, top_k_weights, *weights):
             return original(hidden_states, top_k_index, top_k_weights)
         ids, scale = top_k_index.to(torch.int32), top_k_weights.to(torch.float32)
         y = ops.experts(
@@ -90,18 +88,3 @@ def experts_forward(
         return y
 
     return forward
-
-
-def _free(options: Options, x: Tensor, *others: Tensor) -> bool:
-    """Whether the op can take this call; counted."""
-    reason = None
-    if any(wants_grad(x, other) for other in others):
-        reason = "a gradient is wanted"
-    elif torch.is_autocast_enabled(x.device.type):
-        reason = "autocast"
-    elif x.dtype != others[-1].dtype or x.device != others[-1].device or x.ndim != 2:
-        reason = "mixed devices or dtypes"
-    elif x.device.type == "cpu" and options.backend == "auto":
-        reason = "patched elsewhere, called on a CPU"
-    options.count("experts" if reason is None else f"as before: {reason}")
-    return reason is None

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -54,6 +54,29 @@ class Found:
     reason: str
 
 
+class _Layer(NamedTuple):
+    """A layer whose ``forward`` is replaced: how it is told, and why it may be left."""
+
+    part: str
+    op: str
+    looks: Callable[[nn.Module], bool]
+    reason: Callable[[nn.Module], str | None]
+    forward: Callable[[str, nn.Module, Options], Callable[..., Any]]
+
+
+_LAYERS = (
+    _Layer("RMS norm", "rms_norm", layers.is_norm, layers.norm_reason, layers.norm_forward),
+    _Layer("gated feed-forward", "swiglu", layers.is_mlp, layers.mlp_reason, layers.mlp_forward),
+    _Layer(
+        "experts",
+        "experts",
+        experts.is_experts,
+        experts.experts_reason,
+        experts.experts_forward,
+    ),
+)
+
+
 def changes(model: nn.Module, options: Options) -> Iterator[tuple[Found, list[Change]]]:
     """Everything that is recognised in a model, and the attributes to set for it."""
     views: dict[int, Any] = {}
@@ -67,12 +90,8 @@ def changes(model: nn.Module, options: Options) -> Iterator[tuple[Found, list[Ch
             pair = _forward(found, module, options)
             if pair is not None:
                 yield pair
-        elif (eps := layers.norm_eps(module)) is not None:
-            yield _norm(replace(found, part="RMS norm"), module, eps, options)
-        elif layers.is_mlp(module):
-            yield _mlp(replace(found, part="gated feed-forward"), module, options)
-        elif experts.is_experts(module):
-            yield _experts(replace(found, part="experts"), module, options)
+        elif (layer := next((each for each in _LAYERS if each.looks(module)), None)) is not None:
+            yield _layer(found, layer, module, options)
 
 
 def _block(found: Found, module: nn.Module, options: Options) -> tuple[Found, list[Change]]:
@@ -134,33 +153,14 @@ def _forward(
     return replace(found, op=_op(options), reason=how), [(module, "forward", ours)]
 
 
-def _norm(
-    found: Found, module: nn.Module, eps: float, options: Options
+def _layer(
+    found: Found, layer: _Layer, module: nn.Module, options: Options
 ) -> tuple[Found, list[Change]]:
-    reason = _NO_FASTER if options.backend is None else layers.norm_reason(module, eps)
+    reason = _NO_FASTER if options.backend is None else layer.reason(module)
     if reason is not None:
-        return replace(found, reason=reason), []
-    forward = layers.norm_forward(found.name, eps, options, module.forward)
-    done = replace(found, op="rms_norm", reason="its forward")
-    return done, [(module, "forward", types.MethodType(forward, module))]
-
-
-def _mlp(found: Found, module: nn.Module, options: Options) -> tuple[Found, list[Change]]:
-    reason = _NO_FASTER if options.backend is None else layers.mlp_reason(module)
-    if reason is not None:
-        return replace(found, reason=reason), []
-    forward = layers.mlp_forward(found.name, options, module.forward)
-    done = replace(found, op="swiglu", reason="its forward")
-    return done, [(module, "forward", types.MethodType(forward, module))]
-
-
-def _experts(found: Found, module: nn.Module, options: Options) -> tuple[Found, list[Change]]:
-    reason = _NO_FASTER if options.backend is None else experts.experts_reason(module)
-    if reason is not None:
-        return replace(found, reason=reason), []
-    kind = experts.activation(module) or "silu"
-    forward = experts.experts_forward(found.name, kind, options, module.forward)
-    done = replace(found, op="experts", reason="its forward")
+        return replace(found, part=layer.part, reason=reason), []
+    forward = layer.forward(found.name, module, options)
+    done = replace(found, part=layer.part, op=layer.op, reason="its forward")
     return done, [(module, "forward", types.MethodType(forward, module))]
 
 

@@ -11,32 +11,34 @@ from torch import Tensor, nn
 
 from pydllm import ops, reference
 from pydllm.integrations.patch.attention import Options
-from pydllm.integrations.patch.checks import Check, difference, wants_grad
+from pydllm.integrations.patch.checks import DTYPES, Check, difference
 
 _NORMS = ("RMSNorm", "RMSLayerNorm")
 _EPS = ("variance_epsilon", "eps", "epsilon")
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _PROBE = 3  # rows of the random input
 
 
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module looks like an RMS norm with a weight."""
+    return type(module).__name__.endswith(_NORMS) and norm_eps(module) is not None
+
+
 def norm_eps(module: nn.Module) -> float | None:
-    """The eps of a module that looks like an RMS norm with a weight; None: it does not."""
-    if not type(module).__name__.endswith(_NORMS):
-        return None
+    """What a norm adds to the mean square."""
     eps = next((e for e in (getattr(module, name, None) for name in _EPS) if e is not None), None)
     return float(eps) if isinstance(eps, float | int) else None
 
 
-def norm_reason(module: nn.Module, eps: float) -> str | None:
+def norm_reason(module: nn.Module) -> str | None:
     """Why ``rms_norm`` is not what the module computes; None if it is."""
-    weight = getattr(module, "weight", None)
+    weight, eps = getattr(module, "weight", None), norm_eps(module) or 0.0
     if not isinstance(weight, Tensor) or weight.ndim != 1:
         return "no weight"
     if getattr(module, "bias", None) is not None:
         return "has a bias"
     if "forward" in module.__dict__:
         return "its forward is replaced already"
-    if weight.dtype not in _DTYPES or weight.device.type == "meta":
+    if weight.dtype not in DTYPES or weight.device.type == "meta":
         return f"weight in {weight.dtype} on {weight.device}"
     x = _random(weight, _PROBE, len(weight))
     exact = reference.rms_norm(x.double(), weight.detach().double(), eps, None)
@@ -57,7 +59,7 @@ def mlp_reason(module: nn.Module) -> str | None:
         return "its forward is replaced already"
     if gate.weight.shape != up.weight.shape:
         return "gate and up differ in shape"
-    if gate.weight.dtype not in _DTYPES or gate.weight.device.type == "meta":
+    if gate.weight.dtype not in DTYPES or gate.weight.device.type == "meta":
         return f"weights in {gate.weight.dtype} on {gate.weight.device}"
     x = _random(gate.weight, _PROBE, gate.in_features)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
@@ -97,16 +99,15 @@ def _far(x: Tensor, values: Tensor) -> float:
     return 8 * _eps(x) * values.abs().max().item()
 
 
-def norm_forward(
-    name: str, eps: float, options: Options, original: Callable[..., Any]
-) -> Callable[..., Any]:
+def norm_forward(name: str, module: nn.Module, options: Options) -> Callable[..., Any]:
     """The ``forward`` that replaces a norm's."""
+    original, eps = module.forward, norm_eps(module) or 0.0
     check = Check(name) if options.self_check else None
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         weight = self.weight
         plain = not args and not kwargs and isinstance(weight, Tensor)
-        if not plain or not _free(options, x, weight, "rms_norm"):
+        if not plain or not options.takes("rms_norm", x, weight):
             return original(x, *args, **kwargs)
         y = ops.rms_norm(x, weight, eps, backend=options.backend)
         if check is not None and not check.done:
@@ -117,16 +118,16 @@ def norm_forward(
     return forward
 
 
-def mlp_forward(name: str, options: Options, original: Callable[..., Any]) -> Callable[..., Any]:
+def mlp_forward(name: str, module: nn.Module, options: Options) -> Callable[..., Any]:
     """The ``forward`` that replaces a gated feed-forward layer's."""
-    check = Check(name) if options.self_check else None
+    original, check = module.forward, Check(name) if options.self_check else None
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         # A compiler fuses the gate itself, and knows no product written into part of a tensor.
         plain = not args and not kwargs and not torch.compiler.is_compiling()
         parts = (self.gate_proj, self.up_proj)
         plain = plain and all(type(p) is nn.Linear and not _hooked(p) for p in parts)
-        if not plain or not _free(options, x, parts[0].weight, "swiglu"):
+        if not plain or not options.takes("swiglu", x, parts[0].weight):
             return original(x, *args, **kwargs)
         y = _mlp(self, x, options.backend)
         if check is not None and not check.done:
@@ -134,21 +135,6 @@ def mlp_forward(name: str, options: Options, original: Callable[..., Any]) -> Ca
         return y
 
     return forward
-
-
-def _free(options: Options, x: Tensor, weight: Tensor, op: str) -> bool:
-    """Whether the op can take this call; counted."""
-    reason = None
-    if wants_grad(x, weight):
-        reason = "a gradient is wanted"
-    elif torch.is_autocast_enabled(x.device.type):
-        reason = "autocast"
-    elif x.dtype != weight.dtype or x.device != weight.device or x.dtype not in _DTYPES:
-        reason = "mixed devices or dtypes"
-    elif x.device.type == "cpu" and options.backend == "auto":
-        reason = "patched elsewhere, called on a CPU"
-    options.count(op if reason is None else f"as before: {reason}")
-    return reason is None
 
 
 def _hooked(module: nn.Module) -> bool:
