@@ -83,6 +83,14 @@ class Op:
 
     def __call__(self, *arguments: Any, backend: str | None = None) -> Any:
         """Run a checked call on the backend that ``choose`` says."""
+        wanted = env.BACKEND if backend is None else backend
+        if (
+            arguments[0].device.type == "cpu"
+            and (wanted == "auto" or wanted == "torch")
+            and not torch.is_autocast_enabled("cpu")
+            and not (self._opaque and torch.compiler.is_compiling())
+        ):
+            return self._reference(*arguments)  # as run(choose()) does, in fewer calls
         return self.run(self.choose(*arguments, backend=backend), *arguments)
 
     def choose(self, *arguments: Any, backend: str | None) -> str:

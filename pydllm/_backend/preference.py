@@ -22,12 +22,12 @@ def prefers_cuda(op: str, device: torch.device) -> bool:
     return op in CUDA_FASTER and capability(device.index) in CUDA_FASTER[op]
 
 
-def prefers_linear(device: torch.device, rows: int, dtype: torch.dtype) -> bool:
-    """Whether a model multiplies with ``ops.linear`` where nothing but speed decides."""
-    if not LINEAR_FASTER or device.type != "cuda" or dtype.itemsize != 2:
+def prefers_linear(x: torch.Tensor) -> bool:
+    """Whether a model multiplies ``x (..., K)`` with ``ops.linear`` where only speed decides."""
+    if not LINEAR_FASTER or x.device.type != "cuda" or x.dtype.itemsize != 2:
         return False
-    limit, _ = LINEAR_FASTER.get(capability(device.index), (0, ""))
-    return rows <= limit
+    limit, _ = LINEAR_FASTER.get(capability(x.device.index), (0, ""))
+    return x.shape[:-1].numel() <= limit
 
 
 def why(op: str, architecture: int) -> str:

@@ -23,23 +23,11 @@ _TILE_ROWS = 256  # of logits that are stored at a time where they are filtered
 Accept = Callable[[ops.VocabStats], tuple[Tensor, dict[str, Any]]]
 
 
-def row_index(
-    model: Model, start: Tensor, selection: Selection, rows: int, shifted: bool | None = None
-) -> Tensor:
-    """``(b, S)`` int64: which row of windows at ``start``, of ``rows`` rows, predicts each selected
-    position.
-
-    Position p is predicted by row p of an unshifted forward and by row p - 1 of a shifted one; by
-    default ``shifted`` is the model's.
-    """
-    first = selection.start - start - int(model.spec.shift_logits if shifted is None else shifted)
-    offsets = torch.arange(selection.width, device=start.device)
-    return (first[:, None] + offsets).clamp_(0, rows - 1).long()
-
-
 def select_rows(model: Model, hidden: Tensor, start: Tensor, selection: Selection) -> Tensor:
     """Hidden rows ``(b, S, hidden)`` that predict the selected positions; windows at ``start``."""
-    index = row_index(model, start, selection, hidden.shape[1])
+    first = selection.start - start - int(model.spec.shift_logits)
+    index = first[:, None] + torch.arange(selection.width, device=start.device)
+    index = index.clamp_(0, hidden.shape[1] - 1)
     return hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
 
 
@@ -130,11 +118,16 @@ def pick(
     eligible: Tensor | None = None,
     shifted: bool | None = None,
 ) -> Picked:
-    """What ``statistics`` needs of windows of ``width`` rows at ``start``; arguments as there."""
+    """What ``statistics`` needs of windows of ``width`` rows at ``start``; arguments as there.
+
+    Position p is predicted by row p of an unshifted forward and by row p - 1 of a shifted one; by
+    default ``shifted`` is the model's.
+    """
     call, batch, size = state.call, start.shape[0], selection.width
     offsets = torch.arange(size, device=start.device)
     position = selection.start[:, None] + offsets
-    index = row_index(call.model, start, selection, width, shifted)
+    lead = int(call.model.spec.shift_logits if shifted is None else shifted)
+    index = (position - (start + lead)[:, None]).clamp_(0, width - 1)
     if batch > 1:
         index = index + torch.arange(0, batch * width, width, device=start.device)[:, None]
     rows, sampling = index.flatten(), {"counter": None, **state.sampling(size)}
@@ -144,7 +137,7 @@ def pick(
         sampling["counter"] = torch.stack((position.int(), *words), -1).reshape(-1, 3)
     if start.device.type != "cpu" or call.runner.fixed_shapes:
         return Picked(rows, None, sampling)
-    inside = position.clamp(max=state.x.shape[1] - 1).long()
+    inside = position.clamp_(max=state.x.shape[1] - 1)
     wanted = state.x == call.mask_id if eligible is None else eligible
     wanted = wanted.gather(1, inside) & (offsets < selection.length[:, None])
     live = wanted.flatten().nonzero().squeeze(1)
@@ -173,7 +166,7 @@ def statistics(
     scores 0): the LM head is most of a small step.
 
     ``noise_offset``, ``(b,)`` or ``(b, S)`` int32, is the last word of the noise key, by default
-    the state's. ``shifted`` as in ``row_index``, ``tempered`` as in ``ops.vocab_stats``.
+    the state's. ``shifted`` as in ``pick``, ``tempered`` as in ``ops.vocab_stats``.
     ``eligible (b, L)`` bool says which rows are needed where that is not the masks.
     """
     call, rows = state.call, None

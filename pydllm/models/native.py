@@ -366,11 +366,7 @@ class NativeModel:
         self, x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None, backend: str | None
     ) -> Tensor:
         """Every matrix product: the library's, or ``ops.linear`` where bits or speed ask for it."""
-        if (
-            self.batch_invariant
-            or not isinstance(weight, Tensor)
-            or prefers_linear(x.device, x.shape[:-1].numel(), x.dtype)
-        ):
+        if self.batch_invariant or not isinstance(weight, Tensor) or prefers_linear(x):
             return ops.linear(x, weight, bias, backend=backend)
         return F.linear(x, weight, bias)
 

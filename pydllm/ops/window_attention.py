@@ -46,12 +46,12 @@ class SharedWindow:
         self.layouts: dict = {}
 
     def has(self, tensors: tuple[Tensor | None, ...], values: tuple[Any, ...]) -> bool:
-        """Whether a call had these arguments before; otherwise it starts anew with them."""
-        same = self._values == values
-        if same and all(map(operator.is_, self._tensors, tensors)):
-            return True
+        """Whether a call had these arguments before."""
+        return self._values == values and all(map(operator.is_, self._tensors, tensors))
+
+    def hold(self, tensors: tuple[Tensor | None, ...], values: tuple[Any, ...]) -> None:
+        """Start anew with arguments that were checked."""
         self._tensors, self._values, self.layouts = tensors, values, {}
-        return False
 
 
 def window_attention(
@@ -186,21 +186,25 @@ def window_attention(
         >>> cache[1, 0, :, 0, 0]
         tensor([0., 1., 0.])
     """
-    check_heads(q, k, v, k_cache, v_cache, branches, block_table)
     numbers = (start, length, kv_len, commit, cos, sin, pad, block_offset, block_table)
-    sizes = (q.shape, q.dtype, q.device, k.shape[2], None if k_cache is None else k_cache.shape[1])
-    masks = (branches, causal, block_size, batch_invariant)
-    if shared is None or not shared.has(numbers, (*sizes, *masks)):
+    values: tuple[Any, ...] = ()
+    if shared is not None:
+        masks = (branches, causal, block_size, batch_invariant, softcap, scale, eps)
+        values = (*map(_kind, (q, k, v, k_cache, v_cache)), *masks)
+    if shared is None or not shared.has(numbers, values):
+        check_heads(q, k, v, k_cache, v_cache, branches, block_table)
         _check_numbers(q, start, length, kv_len, commit, pad, block_offset)
         check_tables(cos, sin, k, k_cache, branches, block_table)
         _check_masks(causal, block_size, block_offset)
+        if softcap is not None:
+            check_number("softcap", softcap, 0, above=True)
+        if scale is not None:
+            check_number("scale", scale, -FP32_MAX, FP32_MAX)
+        check_number("eps", eps, 0)
+        if shared is not None:
+            shared.hold(numbers, values)
     if window is not None:
         check_int("window", window, 1)
-    if softcap is not None:
-        check_number("softcap", softcap, 0, above=True)
-    if scale is not None:
-        check_number("scale", scale, -FP32_MAX, FP32_MAX)
-    check_number("eps", eps, 0)
     if q_norm is not None or k_norm is not None:
         _check_norms(q, q_norm, k_norm)
     check_no_grad("window_attention", q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache)
@@ -220,6 +224,13 @@ def window_attention(
         # No slot but the window's own is visible, and these are never read.
         rest = (start, length, length, *rest[3:])
     return _OP.run(chosen, q, k, v, *caches, *rest, *options)
+
+
+def _kind(tensor: Any) -> Any:
+    """What ``check_heads`` asks of an argument."""
+    if not isinstance(tensor, Tensor):
+        return type(tensor)
+    return tensor.shape, tensor.dtype, tensor.device, tensor.stride()
 
 
 def _scratch(fresh: Tensor, branches: int) -> Tensor:

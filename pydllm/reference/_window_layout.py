@@ -64,7 +64,13 @@ class Layout(NamedTuple):
         ``whole``: all rows are in use and all slots visible. ``read_only``: none is committed.
         """
         start = start[:, None]
+        masked = causal or block_size is not None or window is not None
         row = torch.arange(rows, device=like.device)
+        if whole and not masked and read_only and slots is None and branches == 1:
+            cos, sin = (t[None, :rows, None] for t in (cos, sin))  # without a cache start is 0
+            table = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+            return cls(None, None, None, None, *table, row[None], None, None, None)
+
         slot = start + row
         position = slot if pad is None else slot - pad[:, None]
         at_table = position.clamp(0, cos.shape[0] - 1)
@@ -72,7 +78,6 @@ class Layout(NamedTuple):
             at_table = at_table.repeat(1, branches)
         cos, sin = cos[at_table].unsqueeze(2), sin[at_table].unsqueeze(2)
         table = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
-        masked = causal or block_size is not None or window is not None
         batch = torch.arange(start.shape[0], device=like.device)[:, None]
         if whole and not masked and read_only:
             return cls(None, None, None, None, *table, slot, None, (batch, slot), None)

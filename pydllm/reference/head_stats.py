@@ -115,7 +115,8 @@ def _piece_stats(x: Tensor, scores: Tensor | None, first: int) -> tuple[Tensor, 
     weighted = shift.mul_(terms).sum(-1, keepdim=True)
     second = x.scatter_(1, index, -torch.inf).amax(-1, keepdim=True)
     values = torch.stack((best, second, total, weighted, *extra))
-    return values, (torch.stack(tokens) + first).int()
+    ids = torch.stack(tokens).int()
+    return values, ids + first if first else ids
 
 
 def fold_stats(values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -12,6 +11,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> 
     if residual is not None:
         x = residual.add_(x)
     wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
-    normed = F.rms_norm(wide, x.shape[-1:], None, eps)
+    normed = torch.rms_norm(wide, x.shape[-1:], None, eps)
     normed = normed if wide is x else normed.to(x.dtype)
     return normed.contiguous().mul_(weight)

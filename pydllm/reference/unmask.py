@@ -48,9 +48,7 @@ def unmask(
     slot = position % slots  # those of one sequence are distinct: rows <= slots
     before = x.gather(1, slot)
     masked = inside & (before == mask_id)
-    wide = torch.promote_types(score.dtype, torch.float32)
-    # Limits are rounded to the dtype of the scores.
-    bound = score.new_full((), limit, dtype=torch.float64).to(score.dtype).to(wide)
+    dtype, wide = score.dtype, torch.promote_types(score.dtype, torch.float32)
     score = score.to(wide)
 
     if rule == "left_to_right":
@@ -64,44 +62,44 @@ def unmask(
         value = value.masked_fill(value.isnan(), -torch.inf)
     # Ascending and stable: ties stay in order of position; NaN, here what is not masked, is last.
     cost, order = torch.where(masked, 0 - value, torch.nan).sort(dim=1, stable=True)
-    floor = torch.full_like(nfe, min_tokens)[:, None] if quota is None else quota[:, None]
-    passed = torch.zeros_like(floor) if rule in _COUNTED else _count(rule, cost, bound)
-    n = torch.maximum(passed, floor)
+    n = torch.full_like(nfe, min_tokens)[:, None] if quota is None else quota[:, None]
+    if rule not in _COUNTED:
+        # Limits are rounded to the dtype of the scores.
+        bound = score.new_full((), limit, dtype=torch.float64).to(dtype).to(wide)
+        n = torch.maximum(_count(rule, cost, bound), n)
     keep = masked & torch.zeros_like(masked).scatter(1, order, row < n)
 
     new = torch.where(keep, token, before)
-    x.scatter_(1, slot, torch.where(inside, new, before))
+    x.scatter_(1, slot, new)
     step_map.scatter_(1, slot, torch.where(keep, nfe[:, None], step_map.gather(1, slot)))
     nfe += masked.any(1)
-    if done is not None and end is not None:
-        _finish(
-            x, step_map, mask_id, start, length.clamp(max=rows), done, end, eos_ids, ends_from, last
-        )
-        new = x.gather(1, slot)
     left = inside & (new == mask_id)
+    if done is not None and end is not None:
+        # Of the positions that may hold an end.
+        open_ = left if ends_from is None else left & (position >= ends_from[:, None])
+        complete = (length > 0) if last else (length > 0) & ~open_.any(1)
+        stop = start + length.clamp(max=rows)
+        done |= complete & (stop >= end)
+        if eos_ids is not None:
+            first = start if ends_from is None else torch.maximum(start, ends_from)
+            _fill(x, step_map, first, stop, complete, done, end, eos_ids)
+            left = inside & (x.gather(1, slot) == mask_id)
     return left.sum(1, dtype=torch.int32), keep.sum(1, dtype=torch.int32)
 
 
-def _finish(
+def _fill(
     x: Tensor,
     step_map: Tensor,
-    mask_id: int,
-    start: Tensor,
-    length: Tensor,
+    first: Tensor,
+    stop: Tensor,
+    complete: Tensor,
     done: Tensor,
     end: Tensor,
-    eos_ids: Tensor | None,
-    ends_from: Tensor | None,
-    last: bool,
+    eos_ids: Tensor,
 ) -> None:
-    """Fill behind the first end of a window that is complete, and say which sequences are done."""
+    """Fill after the first end in ``[first, stop)`` of a complete window; it is done then."""
     position = torch.arange(x.shape[1], device=x.device)
-    first = start if ends_from is None else torch.maximum(start, ends_from)
-    inside = (position >= first[:, None]) & (position < (start + length)[:, None])
-    complete = (length > 0) & (last | ~(inside & (x == mask_id)).any(1))
-    done |= complete & (start + length >= end)
-    if eos_ids is None:
-        return
+    inside = (position >= first[:, None]) & (position < stop[:, None])
     before = position < end[:, None]
     ends = inside & before & complete[:, None] & torch.isin(x, eos_ids)
     behind = before & (ends.cumsum(1) - ends.int() > 0)

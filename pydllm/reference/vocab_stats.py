@@ -77,7 +77,8 @@ def ban(x: Tensor, banned: Tensor | None, first: int) -> Tensor:
         if first:
             columns = columns - first
         ids = columns.clamp(0, x.shape[1] - 1)
-        outside = (ids[:, None] != columns).all(1)  # those ban nothing
+        # Those outside of x ban nothing; a column that is not is banned all the same.
+        outside = ids != columns if len(ids) == 1 else (ids[:, None] != columns).all(1)
         x.index_copy_(1, ids, torch.where(outside, x[:, ids], -torch.inf))
     return x
 
