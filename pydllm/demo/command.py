@@ -26,7 +26,7 @@ _SCENES = 10  # problems on the page of --html
 _SIDE_BY_SIDE = (
     *(", 1 per step", ", 4 per step", "Threshold 0.9", "FreeDave, 8 drafts"),
     *("mixture 0.7", "pipelined, 8", "MultiBlock, entropy 0.5"),
-    *("Autoregressive", "SelfSpeculative, 7 drafts"),
+    *("Autoregressive", "SelfSpeculative, 7"),
 )
 
 

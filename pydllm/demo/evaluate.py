@@ -83,7 +83,7 @@ def algorithms(model: str, verifier: Model | None) -> dict[str, Algorithm]:
     if model == "dual-tiny":
         return chosen | {
             "Autoregressive": Autoregressive(),
-            **{f"SelfSpeculative, {n} drafts": SelfSpeculative(drafts=n) for n in (3, 7, 15)},
+            **{f"SelfSpeculative, {n}": SelfSpeculative(drafts=n) for n in (3, 7, 15)},
         }
     if model in ("sdar-tiny", "llada2-tiny"):
         return chosen | {

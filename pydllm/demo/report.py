@@ -58,7 +58,7 @@ def score_table(scores: list[Score], title: str) -> Table:
     """The scores in at most 80 columns. ``NOTES`` explains the columns."""
     table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("algorithm", no_wrap=True)
-    headings = ("right %", "forwards", "tokens /\nforward", "tokens /\nsecond", "same %")
+    headings = ("right\n%", "forwards", "tokens /\nforward", "tokens /\nsecond", "same\n%")
     has_rounds = any(score.tokens_per_round is not None for score in scores)
     for heading in (*headings, *(("tokens /\nround",) if has_rounds else ())):
         table.add_column(heading, justify="right", no_wrap=True)

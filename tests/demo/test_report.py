@@ -141,6 +141,6 @@ def test_speculation_is_compared_with_the_autoregressive_answer():
     kinds = {name: reference_of(plan, name) for name in plan}
     first = "Static, 1 per step"
     assert kinds["Threshold 0.9"] == kinds["Autoregressive"] == kinds[first] == first
-    assert kinds["SelfSpeculative, 15 drafts"] == "Autoregressive"
+    assert kinds["SelfSpeculative, 15"] == "Autoregressive"
     alone = {name: each for name, each in plan.items() if name.startswith("SelfSpeculative")}
-    assert {reference_of(alone, name) for name in alone} == {"SelfSpeculative, 3 drafts"}
+    assert {reference_of(alone, name) for name in alone} == {"SelfSpeculative, 3"}
