@@ -9,6 +9,7 @@ from pydllm.distill.masking import (
     make_noisy,
     window_length,
 )
+from pydllm.distill.published import Recorded, read_published
 from pydllm.distill.recipe import PRESETS, Recipe
 from pydllm.distill.trainer import add_lora, train
 from pydllm.distill.trajectories import (
@@ -24,6 +25,7 @@ __all__ = [
     "PRESETS",
     "Noisy",
     "Recipe",
+    "Recorded",
     "RowLosses",
     "Trajectories",
     "Transformer",
@@ -37,6 +39,7 @@ __all__ = [
     "load_trajectories",
     "load_transformer",
     "make_noisy",
+    "read_published",
     "save_trajectories",
     "train",
     "window_length",

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from pydllm._options import BACKEND
-from pydllm.distill.prompts import read_prompts
+from pydllm.distill.prompts import Prompt, read_prompts
 from pydllm.distill.recipe import PRESETS, Recipe
 
 
@@ -47,7 +47,14 @@ def make_recipe(preset: str, changes: dict[str, Any]) -> Recipe:
 
 @click.command()
 @click.option("--teacher", required=True, type=click.Path(path_type=Path), help="Its checkpoint.")
-@click.option("--data", required=True, type=click.Path(path_type=Path), help="Prompts, JSONL.")
+@click.option("--data", type=click.Path(path_type=Path), help="Prompts, JSONL.")
+@click.option(
+    "--trajectories",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Instead: d3LLM's trajectory data, files or a folder; repeat for more.",
+)
+@click.option("--keep-incorrect", is_flag=True, help="Also records whose is_correct is false.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write to.")
 @click.option("--preset", type=click.Choice(list(PRESETS)), default="llada", show_default=True)
 @click.option("--steps", type=click.IntRange(1), help="Default: an epoch for each window.")
@@ -63,7 +70,9 @@ def make_recipe(preset: str, changes: dict[str, Any]) -> Recipe:
 @_options
 def distill(
     teacher: Path,
-    data: Path,
+    data: Path | None,
+    trajectories: tuple[Path, ...],
+    keep_incorrect: bool,
     out: Path,
     preset: str,
     steps: int | None,
@@ -80,25 +89,40 @@ def distill(
 ) -> None:
     """Distil a model on its own trajectories, so that it decodes in fewer forwards (d3LLM).
 
-    Decodes every prompt with the teacher, one token per step; trains a copy of the teacher to
-    predict the same tokens early and with certainty; writes the copy's checkpoint to --out. Prompts
-    are taken as they stand: apply a chat template before. The same command goes on where it was
-    interrupted. Options below from --score on are the preset's unless given.
+    Decodes every prompt with the teacher, one token per step, or reads trajectories that exist;
+    trains a copy of the teacher to predict the same tokens early and with certainty; writes the
+    copy's checkpoint to --out. Prompts are taken as they stand: apply a chat template before. The
+    same command goes on where it was interrupted. Options below from --score on are the preset's
+    unless given.
     """
     import torch
 
+    from pydllm.distill.published import read_published
     from pydllm.distill.run import Job, run
 
     if threads is not None:
         torch.set_num_threads(threads)
     recipe = make_recipe(preset, changes)
-    prompts = read_prompts(data) if data.is_file() else _no_file(data)
+    prompts: list[Prompt] = []
+    recorded = None
+    if (data is None) == (not trajectories):
+        raise ValueError("--data: expected this or --trajectories, got both or neither")
+    if data is not None:
+        prompts = read_prompts(data) if data.is_file() else _no_file(data)
+    else:
+        if answer_pattern is not None:
+            raise ValueError(
+                "--answer-pattern: expected none with --trajectories (--keep-incorrect)"
+            )
+        recorded = read_published(
+            trajectories, max_new_tokens=recipe.max_new_tokens, keep_incorrect=keep_incorrect
+        )
     job = Job(
         teacher=teacher,
         prompts=prompts,
         recipe=recipe,
         out=out,
-        steps=steps or _default_steps(recipe, len(prompts)),
+        steps=steps or _default_steps(recipe, len(recorded.trajectories if recorded else prompts)),
         answer_pattern=answer_pattern,
         shard=shard,
         save_every=save_every,
@@ -107,6 +131,7 @@ def distill(
         dtype=None if dtype is None else getattr(torch, dtype),
         accelerate=accelerate,
         backend=backend,
+        recorded=recorded,
     )
     for line in run(job):
         click.echo(line)

@@ -23,6 +23,7 @@ from pydllm._checks import check_usable
 from pydllm.decoding import Static
 from pydllm.decoding.prompts import encode_prompts
 from pydllm.distill.prompts import Prompt, answer_checker
+from pydllm.distill.published import Recorded
 from pydllm.distill.recipe import Recipe
 from pydllm.distill.report import plot_training
 from pydllm.distill.trainer import METRICS, SingleDevice, train
@@ -45,7 +46,10 @@ RETRY_TEMPERATURES = (0.0, 0.1, 0.2, 0.3, 0.4)
 
 @dataclass(frozen=True)
 class Job:
-    """What ``pydllm distill`` was asked for; see its options."""
+    """What ``pydllm distill`` was asked for; see its options.
+
+    ``recorded``: trajectories that exist already; there are no prompts to decode then.
+    """
 
     teacher: Path
     prompts: list[Prompt]
@@ -60,6 +64,7 @@ class Job:
     dtype: torch.dtype | None = None
     accelerate: bool = False
     backend: str | None = None
+    recorded: Recorded | None = None
 
     def settings(self) -> dict[str, Any]:
         """What decides the result; a folder is gone on with under the same settings alone."""
@@ -68,6 +73,7 @@ class Job:
             "teacher": str(self.teacher.resolve()),
             "prompts": len(self.prompts),
             "prompts_sha256": hashlib.sha256(data.encode()).hexdigest(),
+            "recorded_sha256": None if self.recorded is None else _digest(self.recorded),
             "answer_pattern": self.answer_pattern,
             "shard": self.shard,
             "steps": self.steps,
@@ -98,7 +104,8 @@ def run(job: Job) -> Iterator[str]:
     trajectories = _trajectories(job, teacher, prompts, accelerator)
     del teacher
     if accelerator.is_main_process:
-        yield f"{len(trajectories)} of {len(job.prompts)} trajectories in {job.out / TRAJECTORIES}"
+        count = len(job.prompts) if job.recorded is None else job.recorded.records
+        yield f"{len(trajectories)} of {count} trajectories in {job.out / TRAJECTORIES}"
     # Adapters are trained in fp32 over frozen weights that need not be.
     frozen = job.dtype if job.recipe.lora_rank and job.dtype else torch.float32
     model = load_transformer(job.teacher, device=device, dtype=frozen)
@@ -178,8 +185,11 @@ def _check(job: Job, device: torch.device) -> tuple[NativeModel, list[list[int]]
         raise ValueError(
             f"--teacher: expected a model with full attention, got {teacher.spec.attention!r}"
         )
-    texts: Any = [prompt.prompt for prompt in job.prompts]
-    ids = encode_prompts(teacher, texts)
+    if job.recorded is None:
+        texts: Any = [prompt.prompt for prompt in job.prompts]
+        ids = encode_prompts(teacher, texts)
+    else:
+        ids = _recorded_prompts(job.recorded, teacher)
     for row, given in enumerate(ids):
         if teacher.spec.mask_id in given:
             raise ValueError(f"--data: expected no mask in a prompt, got one in prompts[{row}]")
@@ -216,6 +226,36 @@ def _check(job: Job, device: torch.device) -> tuple[NativeModel, list[list[int]]
     return teacher, ids
 
 
+def _recorded_prompts(recorded: Recorded, teacher: NativeModel) -> list[list[int]]:
+    """The prompts of trajectories that fit the teacher."""
+    found, vocab = recorded.trajectories, teacher.spec.vocab_size
+    if len(found) == 0:
+        raise ValueError(
+            f"--trajectories: expected a record to train on, got {recorded.records} of which "
+            f"{recorded.incorrect} are incorrect and {recorded.empty} have no trajectory"
+        )
+    if recorded.mask_id != teacher.spec.mask_id:
+        raise ValueError(
+            f"--trajectories: expected the teacher's mask {teacher.spec.mask_id}, "
+            f"got {recorded.mask_id}"
+        )
+    if not (found.ids.min() >= 0 and found.ids.max() < vocab):
+        raise ValueError(
+            f"--trajectories: expected token ids in [0, {vocab}), got {int(found.ids.min())} to "
+            f"{int(found.ids.max())}"
+        )
+    lengths = found.prompt_length.tolist()
+    return [row[:length].tolist() for row, length in zip(found.ids, lengths, strict=True)]
+
+
+def _digest(recorded: Recorded) -> str:
+    found = recorded.trajectories
+    digest = hashlib.sha256()
+    for tensor in (found.ids, found.prompt_length, found.step_map):
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def _read_settings(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -229,7 +269,16 @@ def _read_settings(path: Path) -> dict[str, Any]:
 def _trajectories(
     job: Job, teacher: NativeModel, prompts: list[list[int]], accelerator: Any
 ) -> Trajectories:
-    """Decode the shards that are missing, each process its own; then read all of them."""
+    """Decode the shards that are missing, each process its own; then read all of them.
+
+    Recorded trajectories are one shard, and nothing is decoded.
+    """
+    if job.recorded is not None:
+        path = job.out / TRAJECTORIES / "00000.safetensors"
+        if accelerator.is_main_process and not path.exists():
+            save_trajectories(job.recorded.trajectories, path)
+        accelerator.wait_for_everyone()
+        return load_trajectories(path, teacher.spec.vocab_size)
     recipe, accept = job.recipe, answer_checker(job.prompts, job.answer_pattern)
     starts = range(0, len(prompts), job.shard)
     files = [job.out / TRAJECTORIES / f"{n:05d}.safetensors" for n in range(len(starts))]

@@ -110,10 +110,11 @@ def extract(
         open_rows = [row for row in open_rows if row not in kept]
         if not open_rows:
             break
-    return _pack([kept[row] for row in sorted(kept)], max_new_tokens)
+    return pack([kept[row] for row in sorted(kept)], max_new_tokens)
 
 
-def _pack(pairs: list[tuple[Tensor, Tensor]], count: int) -> Trajectories:
+def pack(pairs: Sequence[tuple[Tensor, Tensor]], count: int) -> Trajectories:
+    """Sequences with ``count`` answer tokens, and the step that wrote each of these; -1: none."""
     longest = max((len(ids) for ids, _ in pairs), default=count)
     ids = torch.zeros(len(pairs), longest, dtype=torch.int32)
     step_map = torch.empty(len(pairs), count, dtype=torch.int16)
