@@ -9,6 +9,7 @@
 
 #include "commit_branch.h"
 #include "draft.h"
+#include "experts.h"
 #include "head_stats.h"
 #include "linear.h"
 #include "mixture_accept.h"
@@ -118,6 +119,15 @@ PYBIND11_MODULE(_C, m) {
   define(m, "draft", pydllm::draft, "candidates", "x", "token", "score", "start", "length", "dtype",
          "batch", "slots", "rows", "branches", "mask_id", "block_size", "stride_x_row",
          "stride_token_row", "stride_score_row", "stream");
+  {
+    using Call = pydllm::Experts;
+    define_call(m, "experts", pydllm::experts, FIELD(out), FIELD(act), FIELD(y), FIELD(shared_act),
+                FIELD(order), FIELD(starts), FIELD(hidden), FIELD(gate_up), FIELD(down),
+                FIELD(gate_up_scale), FIELD(down_scale), FIELD(ids), FIELD(weights),
+                FIELD(shared_gate_up), FIELD(shared_down), FIELD(dtype), FIELD(stored),
+                FIELD(per_block), FIELD(gelu), FIELD(rows), FIELD(width), FIELD(inner),
+                FIELD(experts), FIELD(top_k), FIELD(shared_inner));
+  }
   define(m, "merge_stats", pydllm::merge_stats, "token", "prob", "entropy", "margin", "logsumexp",
          "values", "ids", "rows", "pieces", "sampled", "stream");
   {

@@ -8,7 +8,7 @@ from torch import Tensor
 from pydllm._backend.cuda import call
 
 _DTYPES = (torch.float16, torch.bfloat16)
-_STORED = {torch.float8_e4m3fn: 1, torch.int8: 2}  # Stored in csrc/linear.h; 0: as x
+STORED = {torch.float8_e4m3fn: 1, torch.int8: 2}  # Stored in csrc/linear.h; 0: as x
 _COLUMNS, _STEP = 64, 64  # kColumns and kStep in csrc/linear.cu
 # Splits are doubled up to this number of blocks while each keeps this number of steps.
 _BLOCKS, _LEAST_STEPS = 256, 8
@@ -64,7 +64,7 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None)
         scale=scale,
         bias=bias,
         dtype=x.dtype,
-        stored=_STORED.get(weight.dtype, 0),
+        stored=STORED.get(weight.dtype, 0),
         per_block=per_block,
         rows=rows,
         width=width,
