@@ -26,6 +26,7 @@ from pydllm import ops
 from pydllm._checks import check_bool, check_choice, check_int, check_number, renamed
 from pydllm.decoding.call import Call
 from pydllm.decoding.driver import Algorithm, Counts, Decoder, Plan
+from pydllm.decoding.multiblock_exact import OpenBlocksDecoder
 from pydllm.decoding.state import Selection, State, Window
 from pydllm.decoding.step import forward, statistics
 from pydllm.models import Model
@@ -35,12 +36,14 @@ from pydllm.ops.multiblock_step import MultiBlockState
 @renamed(profile="pydllm.integrations.d3llm")
 @dataclass(frozen=True, kw_only=True)
 class MultiBlock(Algorithm):
-    """d3LLM: tokens below an entropy, in several blocks at a time (arXiv 2601.07568).
+    """d3LLM: tokens below an entropy, in several blocks at a time (arXiv 2601.07568); D2F, the same
+    with exact keys on block-causal models (arXiv 2508.09192).
 
     Attributes:
         threshold: a token is accepted up to this entropy of its distribution (at temperature 1), in
-            nats. A forward accepts at least one: models with unshifted logits take the most certain
-            token of all, and each forward takes one of the first block that is fully activated.
+            nats; with ``score="confidence"`` above this probability. A forward accepts at least
+            one: models with unshifted logits take the most certain token of all, and each forward
+            takes one of the first block that is fully activated.
         block_length: tokens in a block; the last may be shorter.
         add_at: part of the newest block that is decoded before the next opens, in [0, 1].
         full_at: part of a block that is decoded before the next must advance every forward.
@@ -51,6 +54,20 @@ class MultiBlock(Algorithm):
         cache: keep keys and values of the prompt and of finished blocks. An approximation.
         tail: how many masks after the newest block are forwarded: ``"full"``, all, as in training;
             ``"blocks"``, none; or a number.
+        score: ``"entropy"``, or for block-causal models ``"confidence"``.
+        forced: of block-causal models, which blocks write a token in each forward: ``"first"``, the
+            first that is not complete; ``"ready"``, all whose predecessor is decoded to
+            ``full_at``.
+        buffer: of block-causal models, open blocks at most, one that is complete and not stored yet
+            included. None: no limit.
+        compat: None; ``"d2f"``: a prompt is one block, whatever its length, and after an EOS the
+            open blocks are completed (its values: confidence, threshold 0.9, ``full_at`` 0.5,
+            ready); ``"diffulex"``: likewise completed, and the newest block is the newest that is
+            not complete (confidence, 0.95, ``full_at`` 0.9, ready, buffer 4).
+
+    On a block-causal model keys and values of finished blocks are exact, and ``delay``,
+    ``refresh``, ``cache`` and ``tail`` stay at their defaults; the tokens are not those of
+    block-wise decoding. ``full_at`` is looked at by ``forced="ready"`` alone.
 
     With a shifted model and a cache, the window starts one position early. The first
     position is thus predicted from a row computed with the present tokens: exactly what a full
@@ -69,6 +86,10 @@ class MultiBlock(Algorithm):
     early_stop: bool = True
     cache: bool = True
     tail: str | int = "full"
+    score: str = "entropy"
+    forced: str = "first"
+    buffer: int | None = None
+    compat: str | None = None
 
     def __post_init__(self) -> None:
         check_number("threshold", self.threshold, -math.inf, infinite=True)
@@ -84,6 +105,13 @@ class MultiBlock(Algorithm):
             check_choice("tail", self.tail, ("full", "blocks"))
         else:
             check_int("tail", self.tail, 0)
+        check_choice("score", self.score, ("entropy", "confidence"))
+        check_choice("forced", self.forced, ("first", "ready"))
+        check_choice("compat", self.compat, (None, "d2f", "diffulex"))
+        if self.buffer is not None:
+            check_int("buffer", self.buffer, 1)
+        if self.score == "confidence":
+            check_number("threshold", self.threshold, 0, 1)
 
     takes_guidance: ClassVar[bool] = True
     fills_prompts: ClassVar[bool] = True
@@ -91,12 +119,37 @@ class MultiBlock(Algorithm):
     ends_early: ClassVar[bool] = True
 
     def check(self, model: Model, max_new_tokens: int) -> None:
-        if model.spec.attention != "full":
+        spec = model.spec
+        if spec.attention == "causal" or spec.seeded or spec.context != "block":
             raise ValueError(
-                f"MultiBlock: expected a model with full attention, got {model.spec.attention!r}"
+                "MultiBlock: expected a model with full or block-causal attention whose blocks "
+                f"store themselves, got {spec.attention!r} with context {spec.context!r}"
+            )
+        others = ("score", "forced", "buffer", "compat")
+        if spec.attention == "block_causal":
+            others = ("delay", "refresh", "cache", "tail")
+            if self.block_length != spec.block_size:
+                raise ValueError(
+                    f"block_length: expected {spec.block_size}, the block of the block-causal "
+                    f"model, got {self.block_length}"
+                )
+        for name in others:
+            default = type(self).__dataclass_fields__[name].default
+            if getattr(self, name) != default:
+                raise ValueError(
+                    f"{name}: expected the default {default!r} with {spec.attention!r} attention, "
+                    f"got {getattr(self, name)!r}"
+                )
+        origin = {"d2f": "prompt", "diffulex": "zero"}.get(self.compat or "", spec.block_origin)
+        if origin != spec.block_origin:
+            raise ValueError(
+                f"compat: expected a model with block_origin {origin!r} for {self.compat!r}, "
+                f"got {spec.block_origin!r}"
             )
 
-    def decoder(self, call: Call) -> MultiBlockDecoder:
+    def decoder(self, call: Call) -> MultiBlockDecoder | OpenBlocksDecoder:
+        if call.model.spec.attention == "block_causal":
+            return OpenBlocksDecoder.of(self, call)
         return MultiBlockDecoder(self)
 
 

@@ -42,9 +42,10 @@ class Plain:
     block: int | None
     rounded: bool
 
-    def logits(self, ids, first=0, frozen=None):
+    def logits(self, ids, first=0, frozen=None, blocks=None):
         """Logits of ``ids (T,)`` at ``first``, and the keys and values; ``frozen``: keys, values
-        and positions of what is seen besides."""
+        and positions of what is seen besides; ``blocks (T,)``: the block of each, which sees none
+        after it, instead of those of the model."""
         w, n = self.weights, len(ids)
         x = w["embedding"][ids]
         at = torch.arange(first, first + n)
@@ -54,7 +55,8 @@ class Plain:
         keys, values = k, v
         bias = torch.zeros(n, n, dtype=x.dtype)
         if self.block is not None:
-            bias[at[None] // self.block > at[:, None] // self.block] = -torch.inf
+            number = at // self.block if blocks is None else blocks
+            bias[number[None] > number[:, None]] = -torch.inf
         if frozen is not None:
             k, v = torch.cat((k, frozen[0]), 1), torch.cat((v, frozen[1]), 1)
             bias = F.pad(bias, (0, k.shape[1] - n))
