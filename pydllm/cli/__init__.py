@@ -18,6 +18,7 @@ from pydllm.demo import MODELS, SWEEPS
 from pydllm.demo.aup import aup
 from pydllm.demo.command import demo
 from pydllm.distill.command import distill
+from pydllm.integrations.code_tasks import code_eval
 
 
 class _Group(click.Group):
@@ -181,7 +182,7 @@ def lm_eval(arguments: tuple[str, ...]) -> None:
     run(arguments)
 
 
-for command in (chat, demo, aup, distill, generate):
+for command in (chat, demo, aup, code_eval, distill, generate):
     main.add_command(command)
 
 if __name__ == "__main__":

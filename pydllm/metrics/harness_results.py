@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 # What counts as accuracy, the first that a task has.
+SANITIZED = "pass_at_1,sanitized"  # what `pydllm code-eval` adds
 _ACCURACIES = ("exact_match", "acc", "acc_norm", "pass_at_1", "pass@1", "math_verify", "f1")
 
 
@@ -23,7 +24,7 @@ def harness_points(
 
     The method is the model's folder and the algorithm's name, without its parameters: results of
     one algorithm with several parameters are points of one curve. Of several filters of a task the
-    best counts.
+    best counts, of a code task the one that ``pydllm code-eval`` added.
 
     Raises:
         ValueError: results of another model, of no task with answers, or without an accuracy.
@@ -47,6 +48,8 @@ def harness_points(
 
 
 def _accuracies(results: Mapping[str, Any]) -> list[float]:
+    if SANITIZED in results:
+        return [float(results[SANITIZED])]
     for name in _ACCURACIES:
         found = [
             float(value)
