@@ -46,7 +46,12 @@ def make_recipe(preset: str, changes: dict[str, Any]) -> Recipe:
 
 
 @click.command()
-@click.option("--teacher", required=True, type=click.Path(path_type=Path), help="Its checkpoint.")
+@click.option(
+    "--teacher",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Its checkpoint, or a bundled name.",
+)
 @click.option("--data", type=click.Path(path_type=Path), help="Prompts, JSONL.")
 @click.option(
     "--trajectories",
@@ -99,6 +104,7 @@ def distill(
 
     from pydllm.distill.published import read_published
     from pydllm.distill.run import Job, run
+    from pydllm.models.load import bundled
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -118,7 +124,7 @@ def distill(
             trajectories, max_new_tokens=recipe.max_new_tokens, keep_incorrect=keep_incorrect
         )
     job = Job(
-        teacher=teacher,
+        teacher=bundled(teacher) or teacher,
         prompts=prompts,
         recipe=recipe,
         out=out,

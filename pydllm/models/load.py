@@ -160,11 +160,16 @@ def load(
     return _load_folder(folder, device, dtype, processes, overrides, own, weights)
 
 
+def bundled(source: str | os.PathLike[str]) -> Path | None:
+    """The folder of a bundled model's name; None: it is not one, or a folder here has the name."""
+    name = os.fspath(source)
+    known = not Path(name).exists() and _NAME.fullmatch(name) and (_BUNDLED / name).is_dir()
+    return _BUNDLED / name if known else None
+
+
 def find_folder(source: str | os.PathLike[str], revision: str | None = None) -> Path:
     """The directory of a checkpoint: itself, or where the hub's files were put."""
-    folder = Path(source)
-    if not folder.exists() and isinstance(source, str) and _NAME.fullmatch(source):
-        folder = _BUNDLED / source if (_BUNDLED / source).is_dir() else folder
+    folder = bundled(source) or Path(source)
     if folder.is_dir():
         if revision is not None:
             raise ValueError(f"revision: expected None for a directory, got {revision!r}")

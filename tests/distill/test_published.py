@@ -172,7 +172,7 @@ def test_a_token_that_changes_is_refused(tmp_path, records):
 def distill(out, *more):
     small = ("--max-new-tokens", "24", "--windows", "12", "--batch-size", "2", "--device", "cpu")
     small += ("--accumulation", "1", "--lora-rank", "0", "--steps", "1")
-    arguments = ["distill", "--teacher", str(WEIGHTS), "--out", str(out), *small, *more]
+    arguments = ["distill", "--teacher", WEIGHTS.name, "--out", str(out), *small, *more]
     return CliRunner().invoke(main, arguments)
 
 
