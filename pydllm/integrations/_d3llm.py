@@ -292,7 +292,7 @@ class PublishedMultiBlock(PublishedLoop):
         if self.settings.remasking == "random":
             numbers.append(torch.rand(state.x.shape, device=hidden.device)[0])
         flat = torch.cat([n.double() for n in numbers]).view(torch.int32)[:, None]
-        return torch.cat((torch.ones_like(flat[:1]), flat)), None
+        return torch.cat((flat.new_ones(1, 1), flat)), None  # of no row too: all may be cached
 
     def _rows(self, plan: _Pass, eligible: list[int]) -> dict[int, _Row]:
         """What the forward said of the positions."""

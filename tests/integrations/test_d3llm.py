@@ -147,6 +147,19 @@ def test_ends_and_rests(family, cache):
     assert odd > 0 or family == "dream"  # there it is rare
 
 
+@pytest.mark.parametrize("seed", [4, 8])
+def test_a_forward_of_which_no_row_is_wanted(seed):
+    """The model predicts the mask, and all masks left are in a block whose keys are kept."""
+    plain, own = pair("dream", seed=seed, predicts_masks=True)
+    ids, _ = prompts(1, 4, seed=seed)
+    settings = {"threshold": 1.0, "add_at": 0.3, "full_at": 0.9, "early_stop": False}
+    tokens, nfe = expected(plain, ids, settings, shifted=True, cache=(1, 1), new=24, size=8)
+    given = {"alg": "entropy_threshold", "max_new_tokens": 24, "block_size": 8}
+    given |= {"mask_token_id": MASK, "cache_delay_iter": 1, "refresh_interval": 1}
+    x, forwards = d3llm.dream_generate_multi_block(own, ids, **given | renamed(settings))
+    assert torch.equal(x[0], tokens) and forwards == nfe
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_rest_without_a_cache(models, temperature):
     """Nothing ends the published loops but their limit; the forwards up to it are not run."""
