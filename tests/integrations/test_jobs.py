@@ -272,6 +272,20 @@ def test_bad_jobs_are_refused_whole(tmp_path, changes, error, message):
     assert not (tmp_path / "out").exists()  # free for the corrected command
 
 
+def without_weights(folder):
+    """A recipe that only loading the model refuses."""
+    folder.mkdir()
+    (folder / "config.json").write_text((Path(RECIPE.model) / "config.json").read_text())
+    return replace(RECIPE, model=str(folder))
+
+
+def test_what_an_actor_refuses_leaves_no_trace(tmp_path):
+    recipe = without_weights(tmp_path / "model")
+    with pytest.raises(PydllmError, match="safetensors"):
+        running._Actor(recipe, tmp_path / "out", {}, 1, None)
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_command_line_runs_a_job(tmp_path):
     data = write_data(tmp_path / "x.jsonl", 3)
     arguments = ["generate", "--data", str(data), "--out", str(tmp_path / "out"), "--json"]
@@ -295,6 +309,13 @@ def test_ray_gives_the_same_file(tmp_path, cluster):
     here = run_job(data, tmp_path / "here", RECIPE, batch_size=2)
     there = run_job(data, tmp_path / "there", RECIPE, batch_size=2, engine="ray", workers=2)
     assert (there.rows, there.failed, there.sha256) == (9, 1, here.sha256)
+
+
+def test_what_a_worker_of_ray_refuses_leaves_no_trace(tmp_path, cluster):
+    data = write_data(tmp_path / "x.jsonl", 2)
+    with pytest.raises(Exception, match="safetensors"):  # Ray wraps it
+        run_job(data, tmp_path / "out", without_weights(tmp_path / "model"), engine="ray")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_killed_worker_loses_and_duplicates_nothing(tmp_path, cluster):

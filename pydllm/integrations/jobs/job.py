@@ -81,6 +81,48 @@ def read_json_line(line: str | bytes) -> Any:
         raise ValueError(got) from None
 
 
+def claim(out: Path, settings: dict[str, Any]) -> None:
+    """Make a folder that of the job with these settings.
+
+    Raises:
+        PydllmError: it cannot be made, or holds another job.
+    """
+    try:
+        (out / "parts").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PydllmError(f"--out: {out / 'parts'} cannot be made: {error}") from error
+    path = out / "job.json"
+    if not path.exists():
+        write_whole(path, json.dumps(settings, indent=2) + "\n")
+    _compare(out, settings)  # another process may have been first
+
+
+def _compare(out: Path, settings: dict[str, Any]) -> None:
+    path = out / "job.json"
+    if not path.exists():
+        return
+    found = _read_own(path, path.read_bytes())
+    for key in {**settings, **found}:
+        if settings.get(key) != found.get(key):
+            raise PydllmError(
+                f"--out: {out} holds another job: {key} was {found.get(key)!r}, "
+                f"is {settings.get(key)!r} (take another folder)"
+            )
+
+
+def _read_own(path: Path, text: bytes) -> dict[str, Any]:
+    """An object that this job has written."""
+    try:
+        record = read_json_line(text)
+    except ValueError as error:
+        raise PydllmError(
+            f"{path}: expected JSON, {error}: the file is damaged; delete it to go on"
+        ) from None
+    if not isinstance(record, dict):
+        raise PydllmError(f"{path}: expected a JSON object, got {type(record).__name__}")
+    return record
+
+
 class Job:
     """The rows of a file of prompts and the folder of their answers.
 
@@ -110,7 +152,7 @@ class Job:
         if self.count == 0:
             raise PydllmError(f"--data: expected a JSON object a line in {data}, got an empty file")
         self.settings = recipe | {"sha256 of the prompts": hashlib.sha256(content).hexdigest()}
-        self._compare()
+        _compare(out, self.settings)
         self.done = {record["index"] for record in self.records() if "error" not in record}
         self.resumed = len(self.done)
 
@@ -134,39 +176,7 @@ class Job:
 
     def claim(self) -> None:
         """Make the folder this job's; nothing is written before."""
-        try:
-            self.parts.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise PydllmError(f"--out: {self.parts} cannot be made: {error}") from error
-        path = self.out / "job.json"
-        if not path.exists():
-            write_whole(path, json.dumps(self.settings, indent=2) + "\n")
-        self._compare()  # another process may have been first
-
-    def _compare(self) -> None:
-        path = self.out / "job.json"
-        if not path.exists():
-            return
-        found = self._read_own(path, path.read_bytes())
-        for key in {**self.settings, **found}:
-            if self.settings.get(key) != found.get(key):
-                raise PydllmError(
-                    f"--out: {self.out} holds another job: {key} was {found.get(key)!r}, "
-                    f"is {self.settings.get(key)!r} (take another folder)"
-                )
-
-    @staticmethod
-    def _read_own(path: Path, text: bytes) -> dict[str, Any]:
-        """An object that this job has written."""
-        try:
-            record = read_json_line(text)
-        except ValueError as error:
-            raise PydllmError(
-                f"{path}: expected JSON, {error}: the file is damaged; delete it to go on"
-            ) from None
-        if not isinstance(record, dict):
-            raise PydllmError(f"{path}: expected a JSON object, got {type(record).__name__}")
-        return record
+        claim(self.out, self.settings)
 
     def batches(self, size: int) -> list[list[Row]]:
         """Rows that are left, ``size`` at a time, prompts of like length together.
@@ -182,7 +192,7 @@ class Job:
         """What the parts hold."""
         for path in sorted(self.parts.glob("*.jsonl")):
             for line in path.read_bytes().splitlines():
-                record = self._read_own(path, line)
+                record = _read_own(path, line)
                 if "index" not in record:
                     raise PydllmError(f"{path}: expected rows with an index, got {line[:60]!r}")
                 yield record

@@ -10,7 +10,7 @@ from typing import Any
 from pydllm._backend.errors import PydllmError
 from pydllm._backend.signatures import check_called
 from pydllm._checks import check_choice, check_int, check_usable, describe
-from pydllm.integrations.jobs.job import Job, Row, Summary
+from pydllm.integrations.jobs.job import Job, Row, Summary, claim
 from pydllm.integrations.jobs.worker import Recipe, Worker
 from pydllm.models.parallel import wait_for_all_processes
 
@@ -66,7 +66,6 @@ def run_job(
     job = Job(data, out, recipe.as_json())
     done, failed = job.resumed + len(job.unreadable), len(job.unreadable)
     if engine == "ray":
-        job.claim()
         run = _on_ray(job, recipe, batch_size, workers, device)
     else:
         batches = job.batches(CALL * batch_size)
@@ -84,8 +83,16 @@ def run_job(
 class _Actor:
     """A worker as Ray Data calls it: a dictionary in, a dictionary out."""
 
-    def __init__(self, recipe: Recipe, parts: str, batch_size: int, device: str | None) -> None:
-        self._worker = Worker(recipe, Path(parts), batch_size, device)
+    def __init__(
+        self,
+        recipe: Recipe,
+        out: Path,
+        settings: dict[str, Any],
+        batch_size: int,
+        device: str | None,
+    ) -> None:
+        self._worker = Worker(recipe, out / "parts", batch_size, device)
+        claim(out, settings)  # what the model or the algorithm refuses has left no trace
 
     def __call__(self, row: dict[str, Any]) -> dict[str, int]:
         rows, errors = self._worker([Row(**record) for record in row["batch"]])
@@ -112,6 +119,7 @@ def _on_ray(
         check_called("ray", function, call)
     left = sum(map(len, job.batches(batch_size)))
     if not left:
+        job.claim()
         return
     if not ray.is_initialized():
         ray.init(include_dashboard=False, logging_level="ERROR", log_to_driver=False)
@@ -124,7 +132,7 @@ def _on_ray(
     items = [{"batch": [asdict(row) for row in batch]} for batch in batches]
     dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(
         _Actor,
-        fn_constructor_args=(recipe, str(job.parts.resolve()), batch_size, device),
+        fn_constructor_args=(recipe, job.out.resolve(), job.settings, batch_size, device),
         compute=ray.data.ActorPoolStrategy(size=workers),
         num_cpus=1,
         num_gpus=1 if gpus else 0,
