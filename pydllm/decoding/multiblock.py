@@ -60,8 +60,9 @@ class MultiBlock(Algorithm):
             ``full_at``.
         buffer: of block-causal models, open blocks at most, one that is complete and not stored yet
             included. None: no limit.
-        compat: None; ``"d2f"``: a prompt is one block, whatever its length, and after an EOS the
-            open blocks are completed (its values: confidence, threshold 0.9, ``full_at`` 0.5,
+        compat: None; ``"d2f"``: a prompt is one block, whatever its length, probabilities count the
+            mask's, which may be predicted and then stays a mask, and after an EOS the open blocks
+            are completed (its values: confidence, threshold 0.9, ``full_at`` 0.5,
             ready); ``"diffulex"``: likewise completed, and the newest block is the newest that is
             not complete (confidence, 0.95, ``full_at`` 0.9, ready, buffer 4).
 

@@ -109,7 +109,7 @@ class OpenBlocksDecoder(Decoder):
             longest = max(call.first_positions[prompt] for prompt in state.live_prompts)
             stores = longest if self._at_prompt(call) else longest // size * size
             stores = min(runner.width(stores, call.max_len), call.max_len) if stores else 0
-        if self._stores_alone(call) and stores:
+        if self._is_d2f and stores:
             blocks = 0
         key = (first, blocks, stores)
         return OpenBlocksPlan(key, blocks=blocks, stores=stores, is_first=first)
@@ -131,7 +131,7 @@ class OpenBlocksDecoder(Decoder):
             forward(state, window, rows=rows),
             window.start,
             positions,
-            suppress_ids=call.suppress_ids,
+            suppress_ids=call.suppress_but_mask if self._is_d2f else call.suppress_ids,
             picked=picked,
         )
         self._accept(state, plan.blocks, stats)
@@ -147,8 +147,9 @@ class OpenBlocksDecoder(Decoder):
     def _at_prompt(self, call: Call) -> bool:
         return call.model.spec.block_origin == "prompt"
 
-    def _stores_alone(self, call: Call) -> bool:
-        """Whether a prompt is one block, whatever its length."""
+    @property
+    def _is_d2f(self) -> bool:
+        """Whether a prompt is one block, whatever its length, and the mask may be predicted."""
         return self.algorithm.compat == "d2f"
 
     def _store_prompts(self, state: OpenBlocksState, width: int) -> None:

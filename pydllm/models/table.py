@@ -63,6 +63,8 @@ class Row:
         if self.attention == "full":
             return (*_BLOCKWISE, "FreeDave", "LeftToRight", "MultiBlock", "APD")
         names: tuple[str, ...] = (*_BLOCKWISE, "FreeDave")
+        if family.context == "block" and not family.seeded:
+            names = (*names, "MultiBlock")
         if self.family == "LLaDA2MoeModelLM":
             names = (*names, "Editing")
         if family.causal is not None:

@@ -311,5 +311,8 @@ def test_bad_parameters(options, message):
 def test_models_and_lengths_that_do_not_fit():
     model = Scripted(everything)
     model.spec = ModelSpec(16, MASK, (EOS,), False, "block_causal", 4, 4096)
-    with pytest.raises(ValueError, match="MultiBlock: expected a model with full attention"):
+    with pytest.raises(ValueError, match="block_length: expected 4, the block of the block-caus"):
+        run(model, pydllm.MultiBlock())
+    model.spec = ModelSpec(16, MASK, (EOS,), False, "causal", None, 4096)
+    with pytest.raises(ValueError, match="MultiBlock: expected a model with full or block-causal"):
         run(model, pydllm.MultiBlock())

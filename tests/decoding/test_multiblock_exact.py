@@ -21,8 +21,10 @@ def decode(model, prompts, algorithm, new=NEW, **options):
 
 
 def at_prompt(seed, **options):
-    """A model whose blocks begin at the prompt's end."""
+    """A model whose blocks begin at the prompt's end, and that never predicts the mask."""
     model, plain = random_pair(seed, block=BLOCK, **options)
+    model._head_bias = torch.zeros(model.spec.vocab_size, dtype=torch.float64)
+    model._head_bias[MASK] = -1e9
     model.spec = dataclasses.replace(model.spec, block_origin="prompt")
     return model, plain
 

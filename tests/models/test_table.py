@@ -115,7 +115,7 @@ def test_a_row_decodes_with_what_it_claims(tmp_path, helpers, row):
     [
         (next(row for row in ROWS if "Nemotron-Labs" in row.model), "MultiBlock"),
         (next(row for row in ROWS if row.model == "Qwen 3"), "Static"),
-        (next(row for row in ROWS if row.model == "SDAR, TraDo"), "MultiBlock"),
+        (next(row for row in ROWS if row.model == "SDAR, TraDo"), "LeftToRight"),
     ],
 )
 def test_what_a_row_does_not_claim_is_refused(tmp_path, helpers, row, name):

@@ -19,6 +19,7 @@ from pathlib import Path
 from tests.upstream import (
     apd_loops,
     block_loops,
+    d2f_loops,
     d3llm_loops,
     dream_loops,
     family_loops,
@@ -39,6 +40,7 @@ UPSTREAMS: dict[str, Loader] = {
     "sdar": block_loops.load_sdar,
     "llada2": block_loops.load_llada2,
     "llada2.1": block_loops.load_llada21,
+    "d2f": d2f_loops.load_d2f,
     "diffusers": block_loops.load_diffusers,
     "fast-dllm-v2": family_loops.load_fast_dllm_v2,
     "bd3lm": family_loops.load_bd3lm,

@@ -5,7 +5,7 @@ The repositories lie side by side, each under its name on GitHub::
     LLaDA              github.com/ML-GSAI/LLaDA
     Fast-dLLM          github.com/NVlabs/Fast-dLLM at a9b81e4 (its folder v1 is read)
     Fast-dLLM-24cc59e  the same at 24cc59e, June 2025
-    d3LLM              github.com/hao-ai-lab/d3LLM
+    d3LLM              github.com/hao-ai-lab/d3LLM (also D2F's loop)
     SDAR               github.com/JetAstra/SDAR
     dLLM-RL            github.com/Gen-Verse/dLLM-RL (modeling code of Dream and SDAR)
     dllm               github.com/ZHZisZZ/dllm (modeling code of LLaDA and LLaDA2.x)
