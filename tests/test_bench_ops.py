@@ -1,5 +1,6 @@
 """The bench of ops on a CPU: rows as JSON, the roofline, and other packages' baselines."""
 
+import csv
 import json
 from types import SimpleNamespace
 
@@ -40,6 +41,27 @@ def test_rows_as_json(tmp_path):
         assert row["peak_frac"] == pytest.approx(row["gbps"])
         assert row["commit"] and row["torch"] and row["date"]
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_several_ops_have_a_plot_and_rows_in_the_table_each(tmp_path):
+    table = tmp_path / "ops.csv"
+    picture = tmp_path / "roof.png"
+    bench("head_stats", "linear", "--shape", "tiny-32", "--csv", str(table), "--plot", str(picture))
+    rows = list(csv.DictReader(table.open()))
+    assert [row["op"] for row in rows] == ["head_stats"] * 3 + ["linear"] * 2
+    assert {file.name for file in tmp_path.glob("*.png")} == {
+        "head_stats-roof.png",
+        "linear-roof.png",
+    }
+
+
+def test_without_an_op_all_that_have_the_shape_are_timed(monkeypatch):
+    seen = []
+    monkeypatch.setattr(run, "measure", lambda op, *_: seen.append(op) or [timed(op=op, shape="s")])
+    bench("--json", "--shape", "llada-8b-32")
+    assert "rms_norm" in seen and "head_stats" in seen and "unmask" not in seen
+    done = CliRunner().invoke(run.main, ["unmask", "--shape", "no-such"])
+    assert done.exit_code == 2 and "no shape of unmask contains 'no-such'" in done.output
 
 
 def test_the_roof():

@@ -3,7 +3,7 @@
     python -m bench.ops --list
     python -m bench.ops vocab_stats --backend triton --backend torch --dtype bf16 --device cuda
     python -m bench.ops rms_norm --csv bench/results/h100.csv
-    python -m bench.ops linear --plot out/linear.png --json > linear.jsonl
+    python -m bench.ops linear swiglu --plot out/roofline.png --json > results.jsonl
     python -m bench.ops unmask --base main~3        # the same on an older commit, and the ratio
 
 Every case is checked against fp64 before it is timed; one that is wrong prints ✗ and no time.
@@ -166,6 +166,23 @@ def _print(rows: list[dict], base: dict[tuple, float] | None) -> None:
     Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 
+def _print_json(rows: list[dict], base: dict[tuple, float] | None, origin: dict[str, str]) -> None:
+    for row in rows:
+        key = (row["op"], row["shape"], row["dtype"], row["backend"])
+        older = {} if base is None else {"base_ms_p50": base.get(key)}
+        click.echo(json.dumps(row | older | origin))
+
+
+def _append(rows: list[dict], origin: dict[str, str], file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    new = not file.exists()
+    with file.open("a", newline="") as out:
+        writer = csv.DictWriter(out, COLUMNS, extrasaction="ignore")
+        if new:
+            writer.writeheader()
+        writer.writerows(row | origin for row in rows)
+
+
 def _run_base(reference: str, arguments: list[str]) -> dict[tuple, float]:
     """Run the same command on another commit, in a worktree of its own; p50 by case."""
     with tempfile.TemporaryDirectory() as folder:
@@ -188,7 +205,7 @@ def _run_base(reference: str, arguments: list[str]) -> dict[tuple, float]:
 
 
 @click.command()
-@click.argument("op", required=False, type=click.Choice(sorted(CASES)))
+@click.argument("ops", metavar="[OP]...", nargs=-1, type=click.Choice(sorted(CASES)))
 @click.option("--list", "list_cases", is_flag=True, help="Print the ops and shapes; then exit.")
 @click.option(
     "--backend", "backends", multiple=True, type=click.Choice(["cuda", "triton", "torch"])
@@ -204,10 +221,12 @@ def _run_base(reference: str, arguments: list[str]) -> dict[tuple, float]:
     "--csv", "csv_file", type=click.Path(path_type=Path), help="Append rows to this file."
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per row, and no table.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Draw a roofline to this file.")
+@click.option(
+    "--plot", type=click.Path(path_type=Path), help="Draw a roofline to this file, one per op."
+)
 @click.option("--base", help="A commit to compare with.")
 def main(
-    op: str | None,
+    ops: tuple[str, ...],
     list_cases: bool,
     backends: tuple[str, ...],
     dtype: str | None,
@@ -220,45 +239,42 @@ def main(
     plot: Path | None,
     base: str | None,
 ) -> None:
-    """Time one op."""
+    """Time ops; without a name all of them."""
     if list_cases:
         for name, case in sorted(CASES.items()):
             click.echo(f"{name}: {', '.join(case.SHAPES)} (baselines: {', '.join(case.BASELINES)})")
         return
-    if op is None:
-        raise click.UsageError("expected an op or --list, got neither")
     on_gpu = device.startswith("cuda")
     backends = backends or (("cuda", "triton", "torch") if on_gpu else ("torch",))
     dtype = dtype or ("bf16" if on_gpu else "fp32")
-    rows = list(measure(op, backends, dtype, device, shape, seconds, grid))
-    if not rows:
-        raise click.BadParameter(f"no shape of {op} contains {shape!r}", param_hint="--shape")
-    before = None
-    if base is not None:
-        arguments = [op, "--dtype", dtype, "--device", device, "--seconds", str(seconds)]
-        arguments += [part for name in backends for part in ("--backend", name)]
-        arguments += [] if shape is None else ["--shape", shape]
-        arguments += ["--grid"] if grid else []
-        before = _run_base(base, arguments)
-    if as_json:
-        origin = provenance(device)
-        for row in rows:
-            key = (row["op"], row["shape"], row["dtype"], row["backend"])
-            older = {} if before is None else {"base_ms_p50": before.get(key)}
-            click.echo(json.dumps(row | older | origin))
-    else:
-        _print(rows, before)
-    if plot is not None:
-        draw(rows, copy_rate(device), matmul_rate(device, DTYPES[dtype]), plot)
-    if csv_file is not None:
-        csv_file.parent.mkdir(parents=True, exist_ok=True)
-        new = not csv_file.exists()
-        with csv_file.open("a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
-            if new:
-                writer.writeheader()
-            writer.writerows(row | provenance(device) for row in rows)
-    if any("✗" in row.get("note", "") for row in rows):
+    names = ops or tuple(sorted(CASES))
+    found = [op for op in names if any((shape or "") in n for n in shapes(CASES[op], grid))]
+    if not found:
+        raise click.BadParameter(
+            f"no shape of {', '.join(names)} contains {shape!r}", param_hint="--shape"
+        )
+    origin, wrong = provenance(device), False
+    for op in found:
+        rows = list(measure(op, backends, dtype, device, shape, seconds, grid))
+        before = None
+        if base is not None:
+            arguments = [op, "--dtype", dtype, "--device", device, "--seconds", str(seconds)]
+            arguments += [part for name in backends for part in ("--backend", name)]
+            arguments += [] if shape is None else ["--shape", shape]
+            arguments += ["--grid"] if grid else []
+            before = _run_base(base, arguments)
+        if as_json:
+            _print_json(rows, before, origin)
+        else:
+            _print(rows, before)
+        if plot is not None:
+            file = plot if len(found) == 1 else plot.with_name(f"{op}-{plot.name}")
+            if any("ms_p50" in row for row in rows):
+                draw(rows, copy_rate(device), matmul_rate(device, DTYPES[dtype]), file)
+        if csv_file is not None:
+            _append(rows, origin, csv_file)
+        wrong |= any("✗" in str(row.get("note", "")) for row in rows)
+    if wrong:
         raise click.ClickException("a case is further from fp64 than plain torch")
 
 
