@@ -51,8 +51,8 @@ SESSIONS = [
     ),
     (
         "A gap",
-        'generate --infill --device cpu --prompt "sam has 7 coins . he finds 5 . how many coins ? '
-        'in order tom 7 + 5 = <mask:1>"',
+        f'generate --infill --device cpu --prompt "{PROMPT} in order tom 7 + 5 = 12 ann '
+        '12 x 2 = <mask:1> eva 24 - 3 = 21 answer 21"',
         None,
     ),
     (
