@@ -178,6 +178,24 @@ def test_one_block_at_a_time_is_thresholding(shift):
     assert torch.equal(torch.cat(got.sequences), torch.cat(expected.sequences))
 
 
+def test_gaps_in_prompts():
+    """Masks in a prompt are filled; what is given stays."""
+    model, _ = random_pair(4, block=BLOCK)
+    prompts = [random_prompt(seed, length) for seed, length in enumerate((9, 4, 13))]
+    for prompt, places in zip(prompts, ((1, 2, 7), (3,), (0, 12)), strict=True):
+        for place in places:
+            prompt[place] = MASK
+    options = {"threshold": 0.4, "block_length": BLOCK}
+    several = pydllm.MultiBlock(score="confidence", buffer=1, **options)
+    got = decode(model, prompts, several, new=6, ignore_eos=True)
+    expected = decode(model, prompts, pydllm.Threshold(**options), new=6, ignore_eos=True)
+    assert torch.equal(torch.cat(got.sequences), torch.cat(expected.sequences))
+    wide = decode(model, prompts, pydllm.MultiBlock(**options), new=6, ignore_eos=True)
+    for prompt, sequence in zip(prompts, wide.sequences, strict=True):
+        pairs = zip(prompt, sequence.tolist(), strict=False)
+        assert all(new == old if old != MASK else new != MASK for old, new in pairs)
+
+
 CASES = {
     "entropy": {"threshold": 1.2},
     "ready": {"threshold": 1.0, "forced": "ready", "full_at": 0.5},
