@@ -282,7 +282,6 @@ def supports(
     banned: torch.Tensor | None,
     shared: int,
     first_free: bool,
-    greedy: bool,
     critical: bool,
 ) -> str | None:
     """None if the kernel can run this call, otherwise why not."""
@@ -342,14 +341,11 @@ def mixture_accept(
     banned: torch.Tensor | None,
     shared: int,
     first_free: bool,
-    greedy: bool,
     critical: bool,
 ) -> tuple[torch.Tensor, ...]:
     """Launch the kernels; ``mixtures`` and ``temperatures`` are tensors that may stand for one."""
     tile = _tiles.mixture_accept_tile(logits.device)
     tiles = triton.cdiv(shared, tile.block_v)
-    if greedy:
-        threshold = temperatures = counter = None
     sampled = counter is not None and (temperatures is not None or temperature > 0)
     pieces = Pieces(token, length, tiles, critical)
     if token.shape[0]:

@@ -274,7 +274,6 @@ class DraftVerifyDecoder(Decoder):
                 "counter": chunk.take(counter).flatten(0, 1),
                 "banned": call.suppress_ids,
                 "shared_vocab": self.shared_vocab,
-                "rule": self.rule,
                 "backend": call.backend,
             }
             logits = call.model.head(chunk.take(hidden)).flatten(0, 1)
@@ -288,15 +287,17 @@ class DraftVerifyDecoder(Decoder):
             if not verifies:
                 return token, number
             expert = self._verifier_logits(state, spans, token, chunk, verifier_rows)
+            target = noise | {"threshold": draft.threshold}
+            if self.rule == "reference":  # neither noise nor nucleus
+                target |= {"temperature": 0.0, "threshold": None}
             verdict = ops.mixture_accept(
                 logits,
                 expert.flatten(0, 1),
                 draft.token,
                 length=number,
                 mixture=state.mixture[chunk.rows],
-                threshold=draft.threshold,
                 emit=self.emit if chunk.first == 0 else "target",  # one draft a round is free
-                **noise,
+                **target,
             )
             written = verdict.accepted
             if self.emit != "draft":
@@ -315,11 +316,13 @@ class DraftVerifyDecoder(Decoder):
     def _draft(
         self, logits: Tensor, top_p: float | Tensor | None, noise: dict[str, Any]
     ) -> ops.MixtureDraft:
-        temperature = noise["temperature"]
-        if self.rule == "reference" and top_p is None:
-            # Without a nucleus nothing but the draft is asked for, and that is the paper's, drawn
-            # at the square: the op would draw a second time for statistics of the temperature.
-            noise = noise | {"temperature": temperature * temperature, "rule": "paper"}
+        if self.rule == "reference":
+            # From the nucleus at the temperature, drawn at its square.
+            if top_p is not None:
+                limit = ops.mixture_draft(logits, top_p=top_p, **noise).threshold[:, None]
+                logits = logits.masked_fill(logits.to(limit.dtype) < limit, -torch.inf)
+            noise = noise | {"temperature": noise["temperature"] * noise["temperature"]}
+            top_p = None
         return ops.mixture_draft(logits, top_p=top_p, **noise)
 
     def _verifier_logits(

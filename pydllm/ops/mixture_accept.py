@@ -17,8 +17,9 @@ from pydllm._checks import (
     check_number,
     check_tensor,
     describe,
+    renamed,
 )
-from pydllm.ops.mixture_draft import EMITS, RULES, Candidates, check_shared
+from pydllm.ops.mixture_draft import EMITS, Candidates, check_shared
 from pydllm.ops.vocab_stats import check_options, signed
 
 
@@ -31,6 +32,7 @@ class Accepted(NamedTuple):
     critical: Tensor | None  # (R,) the smallest mixture weight that accepts the row, if asked for
 
 
+@renamed(rule="temperature 0 without a threshold for 'reference'")
 def mixture_accept(
     logits: Tensor,
     verifier_logits: Tensor,
@@ -45,7 +47,6 @@ def mixture_accept(
     banned: Tensor | None = None,
     shared_vocab: int | None = None,
     emit: str = "draft",
-    rule: str = "paper",
     critical: bool = False,
     backend: str | None = None,
 ) -> Accepted:
@@ -80,11 +81,9 @@ def mixture_accept(
         emit: ``"draft"`` or ``"draft_then_target"``: the first row is accepted whatever its target;
             ``"target"``: it is compared as the others. Which of the results is emitted is up to the
             caller: the first rule emits the accepted drafts alone, the others then the correction.
-        rule: ``"paper"``, or ``"reference"``: as in the published code the target has neither
-            noise, nor temperature, nor nucleus (in fp32; that code mixes in bf16 and has ties).
         critical: also return the smallest weight at which each row's draft is its target. For a
             token that is the draft under the same options, a row is accepted at every mixture in
-            (0, 1] from it on. Not with ``rule="reference"``.
+            (0, 1] from it on.
         backend: None (``PYDLLM_BACKEND``), ``"auto"``, ``"cuda"``, ``"triton"`` or ``"torch"``.
 
     Returns:
@@ -95,7 +94,7 @@ def mixture_accept(
 
     Raises:
         ValueError: shapes or devices differ, a number is out of its range, a counter is missing, a
-            gradient is wanted, or an unknown backend, rule or emit.
+            gradient is wanted, or an unknown backend or emit.
         TypeError: a dtype that is not supported.
         BackendError: the named backend cannot run the call.
 
@@ -126,22 +125,10 @@ def mixture_accept(
         wide = torch.promote_types(logits.dtype, torch.float32)
         check_tensor("threshold", threshold, logits.shape[:1], wide, logits, "logits")
     check_choice("emit", emit, EMITS)
-    check_choice("rule", rule, RULES)
     check_bool("critical", critical)
-    if critical and rule != "paper":
-        raise ValueError(f"critical: expected False with rule {rule!r}, got True")
     check_no_grad("mixture_accept", logits=logits, verifier_logits=verifier_logits)
 
-    options = (
-        fixed,
-        each,
-        signed(seed),
-        counter,
-        banned,
-        shared,
-        emit != "target",
-        rule != "paper",
-    )
+    options = (fixed, each, signed(seed), counter, banned, shared, emit != "target")
     rounds = (logits, verifier_logits, token, length, weight, weights, threshold)
     results = _OP(*rounds, *options, critical, backend=backend)
     accepted, correction, target, least = results
@@ -288,7 +275,7 @@ _RESULTS = "(Tensor, Tensor, Tensor, Tensor)"
 _OP = Op(
     "mixture_accept(Tensor logits, Tensor verifier, Tensor token, Tensor length, float mixture, "
     "Tensor? mixtures, Tensor? threshold, float temperature, Tensor? temperatures, int seed, "
-    "Tensor? counter, Tensor? banned, int shared, bool first_free, bool greedy, bool critical, "
+    "Tensor? counter, Tensor? banned, int shared, bool first_free, bool critical, "
     "str backend) "
     f"-> {_RESULTS}",
     _fake,

@@ -26,22 +26,19 @@ def mixture_accept(
     banned: Tensor | None,
     shared: int,
     first_free: bool,
-    greedy: bool,
     critical: bool,
 ) -> tuple[Tensor, ...]:
     """Accepted rows and target there for each sequence, target and critical weight for each row."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     x, y = (ban(t[:, :shared].to(dtype, copy=True), banned, 0) for t in (logits, verifier))
     weight = _weight(mixture, mixtures, token, length, dtype)
-    if threshold is not None and not greedy:
+    if threshold is not None:
         outside = x < threshold[:, None]
         x.masked_fill_(outside, -torch.inf)
         y.masked_fill_(outside & (weight != 0), -torch.inf)
     inverse, noisy = inverse_temperature(temperature, temperatures, dtype)
     noise: Tensor | float = 0.0
-    if greedy:
-        inverse = 1.0
-    elif temperatures is not None or temperature > 0:
+    if temperatures is not None or temperature > 0:
         noise = vocab_gumbel(x.shape[1], counter, seed, noisy=noisy)  # type: ignore[arg-type]
     target = _target(_mix(x, y, weight) * inverse + noise)
     result = _accept(target, token, length, first_free)

@@ -54,7 +54,7 @@ def mixture():
     usual = {"logits": logits, "verifier_logits": logits.clone(), "length": at(2, 2)}
     usual |= {"token": torch.ones(4, dtype=torch.int64), "mixture": 0.5, "temperature": 1.0}
     usual |= {"counter": torch.zeros(4, 3, dtype=INT32), "critical": True, "emit": "draft"}
-    return usual | {"rule": "paper", "shared_vocab": 4, "threshold": torch.zeros(4), "seed": 1}
+    return usual | {"shared_vocab": 4, "threshold": torch.zeros(4), "seed": 1}
 
 
 def multiblock():

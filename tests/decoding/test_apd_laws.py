@@ -266,7 +266,7 @@ DEFECTS = {
     "noise without the round start": _no_round_start,
     "noise of its own for the target": _accept_with(seed=12),
     "temperature twice": _temperature_twice,
-    "greedy target": _accept_with(rule="reference"),
+    "greedy target": _accept_with(temperature=0.0, threshold=None),
     "agreements behind a mismatch": _count_all_agreements,
     "verifier one row late": _roll_the_verifier,
     "verifier's cache is lost": _forget_the_tokens,

@@ -122,9 +122,9 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
     counter, banned = meta(256, 3), meta(1)
     shared = mixture_draft.SHARED
     options = {
-        "nucleus": (0.7, None, each, 0.2, None, 5, counter, banned, shared, True, False, False),
-        "each row": (0.0, weights, each, 0.0, each, 5, counter, None, shared, True, False, True),
-        "greedy": (0.7, None, None, 0.0, None, 5, None, banned, shared, False, True, False),
+        "nucleus": (0.7, None, each, 0.2, None, 5, counter, banned, shared, True, False),
+        "each row": (0.0, weights, each, 0.0, each, 5, counter, None, shared, True, True),
+        "greedy": (0.7, None, None, 0.0, None, 5, None, banned, shared, False, False),
     }
     for dtype, name in (
         *((torch.bfloat16, name) for name in options),

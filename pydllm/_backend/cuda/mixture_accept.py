@@ -28,7 +28,6 @@ def supports(
     banned: Tensor | None,
     shared: int,
     first_free: bool,
-    greedy: bool,
     critical: bool,
 ) -> str | None:
     """None if the kernel can run this call, otherwise why not."""
@@ -129,12 +128,9 @@ def mixture_accept(
     banned: Tensor | None,
     shared: int,
     first_free: bool,
-    greedy: bool,
     critical: bool,
 ) -> tuple[Tensor, ...]:
     """Launch the kernels; ``mixtures`` and ``temperatures`` are tensors that may stand for one."""
-    if greedy:
-        threshold = temperatures = counter = None
     sampled = counter is not None and (temperatures is not None or temperature > 0)
     tiles = -(-shared * logits.element_size() // TILE_BYTES)
     numbers = (mixture, mixtures, temperature if sampled else 0.0, temperatures)
