@@ -164,10 +164,10 @@ PYBIND11_MODULE(_C, m) {
                 FIELD(threshold), FIELD(ids), FIELD(values), FIELD(noise), FIELD(size),
                 FIELD(overflow), FIELD(noted_ids), FIELD(noted), FIELD(logits), FIELD(rows),
                 FIELD(counter), FIELD(temperatures), FIELD(top_ps), FIELD(banned), FIELD(dtype),
-                FIELD(wide_rows), FIELD(squared), FIELD(count), FIELD(sources), FIELD(vocab),
-                FIELD(shared), FIELD(banned_count), FIELD(capacity), FIELD(notes), FIELD(inverse),
-                FIELD(inverse_squared), FIELD(top_p), FIELD(seed), FIELD(stride_logits_row),
-                FIELD(stride_counter_row), FIELD(stride_counter_word));
+                FIELD(wide_rows), FIELD(count), FIELD(sources), FIELD(vocab), FIELD(shared),
+                FIELD(banned_count), FIELD(capacity), FIELD(notes), FIELD(inverse), FIELD(top_p),
+                FIELD(seed), FIELD(stride_logits_row), FIELD(stride_counter_row),
+                FIELD(stride_counter_word));
   }
   {
     using Call = pydllm::MultiblockStep;

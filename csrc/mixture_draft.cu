@@ -73,7 +73,7 @@ struct Draft {
   NoiseKey key;
   const int32_t* banned;  // in shared memory
   int banned_count;
-  float inverse, scale;
+  float inverse;
   bool noisy;
 
   // Calls visit(id, x) for every id of the row that counts, of this thread.
@@ -175,12 +175,10 @@ __global__ void __launch_bounds__(kThreads) mixture_draft_kernel(const MixtureDr
   draft.banned = banned;
   draft.banned_count = banned_count;
   draft.inverse = call.inverse;
-  draft.scale = call.squared ? call.inverse_squared : call.inverse;
   draft.noisy = true;
   if (call.temperatures != nullptr) {
     const Inverse own = inverse_of(call.temperatures[row]);
     draft.inverse = own.value;
-    draft.scale = call.squared ? __fmul_rn(own.value, own.value) : own.value;
     draft.noisy = own.noisy;
   }
   const float inverse = draft.inverse;
@@ -275,7 +273,7 @@ __global__ void __launch_bounds__(kThreads) mixture_draft_kernel(const MixtureDr
 
   uint64_t chosen = kNobody;
   const auto consider = [&](int id, float x, float noise) {
-    const float score = __fadd_rn(__fmul_rn(x, draft.scale), noise);
+    const float score = __fadd_rn(__fmul_rn(x, draft.inverse), noise);
     const uint64_t own_best = contender(score, id);
     chosen = own_best < chosen ? own_best : chosen;
     if (!filtered) return;

@@ -32,10 +32,8 @@ struct MixtureDraft {
   // Sizes.
   Dtype dtype;
   bool wide_rows;  // rows is int64
-  bool squared;
   int64_t count, sources, vocab, shared, banned_count, capacity, notes;
-  float inverse;          // 1 / temperature
-  float inverse_squared;  // of a temperature for all; of one per row it is computed
+  float inverse;  // 1 / temperature
   float top_p;
   int64_t seed;
   // Strides in elements.

@@ -62,7 +62,7 @@ def _consider(
     x,  # [BLOCK_V] logits, -inf for what is not in the nucleus
     ids,
     noise,
-    scale,
+    inverse,
     score,  # the best so far, its id, and the ids in the nucleus so far
     token,
     size,
@@ -72,7 +72,7 @@ def _consider(
     CAPACITY: tl.constexpr,
 ):
     """Take a piece of the row into account, and append its part of the nucleus to the list."""
-    scores = x * scale + noise
+    scores = x * inverse + noise
     piece = tl.max(scores, 0)
     chosen = tl.min(tl.where(scores == piece, ids, _NO_ID), 0)
     better = piece > score  # ids ascend: an earlier one keeps a tie
@@ -125,7 +125,6 @@ def _mixture_draft_kernel(
     HAS_TEMPERATURES: tl.constexpr,
     HAS_TOP_PS: tl.constexpr,
     HAS_ROWS: tl.constexpr,
-    SQUARED: tl.constexpr,
     CAPACITY: tl.constexpr,
     CAPACITY_BLOCK: tl.constexpr,
     BITS: tl.constexpr,
@@ -188,9 +187,6 @@ def _mixture_draft_kernel(
     position = tl.load(counter_ptr + row * stride_counter_row)
     request = tl.load(counter_ptr + row * stride_counter_row + stride_counter_word)
     draw = tl.load(counter_ptr + row * stride_counter_row + 2 * stride_counter_word)
-    scale = inverse
-    if SQUARED:
-        scale = inverse * inverse
     if filtered & (found <= SCRATCH):
         limit = total * top_p
         threshold = _nucleus_cut(
@@ -203,7 +199,7 @@ def _mixture_draft_kernel(
             x = tl.where(x < threshold, float("-inf"), x)
             noise = id_gumbel(ids, position, request, draw, seed_lo, seed_hi)
             score, token, size = _consider(
-                x, ids, noise, scale, score, token, size, ids_ptr, values_ptr, noise_ptr, CAPACITY
+                x, ids, noise, inverse, score, token, size, ids_ptr, values_ptr, noise_ptr, CAPACITY
             )
     elif usable:
         if filtered:
@@ -219,7 +215,7 @@ def _mixture_draft_kernel(
             noise = tl.where(noisy, noise, 0.0)
             ids = start + tl.arange(0, BLOCK_N)
             score, token, size = _consider(
-                x, ids, noise, scale, score, token, size, ids_ptr, values_ptr, noise_ptr, CAPACITY
+                x, ids, noise, inverse, score, token, size, ids_ptr, values_ptr, noise_ptr, CAPACITY
             )
 
     overflow = (size > CAPACITY) | (filtered == 0)
@@ -253,7 +249,6 @@ def supports(
     top_p: float,
     top_ps: torch.Tensor | None,
     capacity: int,
-    squared: bool,
 ) -> str | None:
     """None if the kernel can run this call, otherwise why not."""
     if logits.dtype not in KEY_BITS:
@@ -275,7 +270,6 @@ def mixture_draft(
     top_p: float,
     top_ps: torch.Tensor | None,
     capacity: int,
-    squared: bool,
 ) -> tuple[torch.Tensor, ...]:
     """Launch the kernel; ``temperatures`` and ``top_ps`` are the tensors that may stand for one."""
     sources, vocab = logits.shape
@@ -322,7 +316,6 @@ def mixture_draft(
             HAS_TEMPERATURES=temperatures is not None,
             HAS_TOP_PS=top_ps is not None,
             HAS_ROWS=rows is not None,
-            SQUARED=squared,
             CAPACITY=capacity,
             CAPACITY_BLOCK=triton.next_power_of_2(max(capacity, 1)),
             BITS=KEY_BITS[logits.dtype],

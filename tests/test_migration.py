@@ -13,6 +13,8 @@ OLD = [
     (pydllm.Factor, {"semantics": "dinfer"}, "Factor: .* use a function of pydllm.integrations"),
     (pydllm.EntropyBound, {"semantics": "exact"}, "EntropyBound: .* use a function of"),
     (pydllm.APD, {"verifier": None, "rule": "paper"}, "APD: rule .* use compat"),
+    (ops.mixture_draft, {"rule": "paper"}, "mixture_draft: rule .* use the square"),
+    (ops.mixture_accept, {"rule": "paper"}, "mixture_accept: rule .* use temperature 0"),
     (pydllm.MultiBlock, {"profile": "compat"}, "MultiBlock: .* use pydllm.integrations.d3llm"),
     (ops.unmask, {"semantics": "llada"}, "unmask: .* use the samplers of pydllm.integrations"),
     (samplers.get_transfer_index, {"precise": True}, "get_transfer_index: .* use compat"),

@@ -92,7 +92,8 @@ class DraftVerifyDecoder(Decoder):
         mixture, kv_window, lookahead: one value per prompt; see ``APD``.
         limit: drafts per round, or None for as many as there are masks.
         top_p, emit: see ``APD``.
-        rule: see ``ops.mixture_accept``.
+        rule: ``"paper"``; or ``"reference"``, as the published code: drafts at the square of the
+            temperature, targets without noise and nucleus.
         shared_vocab: leading ids that may be drafted, or None for all.
         own_cache: the verifier is the model, read causally, and its cache is what the diffusion
             model sees: a window is the last token and the masks, and every round stores. The first

@@ -52,7 +52,8 @@ class Static(BlockwiseAlgorithm):
 
     def accept(self, stats: ops.VocabStats) -> tuple[Tensor, dict[str, Any]]:
         rule = self.score if self.score in ("left_to_right", "random") else "quota"
-        score = {"entropy": -stats.entropy, "margin": stats.margin}.get(self.score, stats.prob)
+        score = stats.margin if self.score == "margin" else stats.prob
+        score = -stats.entropy if self.score == "entropy" else score
         quota = torch.full_like(score[:, 0], self.tokens_per_step, dtype=torch.int32)
         return score, {"rule": rule, "quota": quota}
 

@@ -80,15 +80,9 @@ def generate(
         ValueError, TypeError: an argument that the original asserts, or does not know.
         PydllmError: the model predicts nothing but masks; the original does not return then.
     """
-    return _decode(
-        model,
-        prompt,
-        (gen_length, block_length, steps),
-        (temperature, remasking, threshold, factor, version, compat),
-        mask_id,
-        "none",
-        backend,
-    )
+    lengths = gen_length, block_length, steps
+    rule = temperature, remasking, threshold, factor, version, compat
+    return _decode(model, prompt, lengths, rule, mask_id, "none", backend)
 
 
 @torch.no_grad()
@@ -109,15 +103,9 @@ def generate_with_prefix_cache(
     backend: str | None = None,
 ) -> tuple[Tensor, int]:
     """``generate``, where keys and values before a block are those of the block's first forward."""
-    return _decode(
-        model,
-        prompt,
-        (gen_length, block_length, steps),
-        (temperature, remasking, threshold, factor, version, compat),
-        mask_id,
-        "prefix",
-        backend,
-    )
+    lengths = gen_length, block_length, steps
+    rule = temperature, remasking, threshold, factor, version, compat
+    return _decode(model, prompt, lengths, rule, mask_id, "prefix", backend)
 
 
 @torch.no_grad()
@@ -138,15 +126,9 @@ def generate_with_dual_cache(
     backend: str | None = None,
 ) -> tuple[Tensor, int]:
     """``generate``, where only the block is recomputed; all around it is of its first forward."""
-    return _decode(
-        model,
-        prompt,
-        (gen_length, block_length, steps),
-        (temperature, remasking, threshold, factor, version, compat),
-        mask_id,
-        "dual",
-        backend,
-    )
+    lengths = gen_length, block_length, steps
+    rule = temperature, remasking, threshold, factor, version, compat
+    return _decode(model, prompt, lengths, rule, mask_id, "dual", backend)
 
 
 def _decode(

@@ -8,7 +8,7 @@ import csv
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -192,23 +192,19 @@ def compare(
     return _compared(original, patched)
 
 
+@dataclass
 class _Caller:
     """One of the functions, and what came of it."""
 
-    def __init__(
-        self,
-        name: str,
-        function: Callable[..., Any],
-        settings: Mapping[str, Any],
-        prepare: Callable[[Any], Any] | None,
-        device: torch.device,
-        on_call: Callable[[], None],
-    ) -> None:
-        self.name, self.function, self.settings = name, function, settings
-        self.prepare, self.device, self.on_call = prepare, device, on_call
-        self.answers: dict[int, list[int]] = {}
-        self.forwards: int | None = 0
-        self.seconds: list[float] = []
+    name: str
+    function: Callable[..., Any]
+    settings: Mapping[str, Any]
+    prepare: Callable[[Any], Any] | None
+    device: torch.device
+    on_call: Callable[[], None]
+    answers: dict[int, list[int]] = field(default_factory=dict)
+    forwards: int | None = 0
+    seconds: list[float] = field(default_factory=list)
 
     def run(
         self, model: Any, prompts: Sequence[Sequence[int]], groups: list[list[int]], counting: bool

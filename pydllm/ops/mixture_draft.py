@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,13 +17,12 @@ from pydllm._checks import (
     check_no_grad,
     check_number,
     check_tensor,
+    renamed,
 )
 from pydllm.ops.vocab_stats import check_options, check_rows, signed, vocab_stats
 
 EMITS = ("draft", "draft_then_target", "target")
-RULES = ("paper", "reference")
 MAX_CAPACITY = 1024
-_MIN_SQUARED = 1e-3  # the square of a temperature has to be one, too
 
 
 class Candidates(NamedTuple):
@@ -46,6 +44,7 @@ class MixtureDraft(NamedTuple):
     candidates: Candidates | None  # None at capacity 0
 
 
+@renamed(rule="the square of the temperature for 'reference'")
 def mixture_draft(
     logits: Tensor,
     *,
@@ -57,7 +56,6 @@ def mixture_draft(
     shared_vocab: int | None = None,
     rows: Tensor | None = None,
     capacity: int = 0,
-    rule: str = "paper",
     backend: str | None = None,
 ) -> MixtureDraft:
     """Draft a token in each row, and keep what ``mixture_accept`` has to know of it.
@@ -89,8 +87,6 @@ def mixture_draft(
         rows: ``(N,)`` int32 or int64 on the device, the rows of ``logits`` that count. What has an
             entry per row then has N. An entry outside [0, R) is padding: token 0, log-sum-exp -inf.
         capacity: in [0, 1024], room for the nucleus's ids; 0 makes no list.
-        rule: ``"paper"``, or ``"reference"``: as the published code does, the nucleus is that of
-            the temperature, the draft is drawn at its square (at least 1e-3 then, or 0).
         backend: None (``PYDLLM_BACKEND``), ``"auto"``, ``"cuda"``, ``"triton"`` or ``"torch"``.
 
     Returns:
@@ -129,18 +125,14 @@ def mixture_draft(
     fixed, each = check_options(logits, count, temperature, seed, counter, banned, False, None)
     limit, limits = _check_top_p(top_p, count, logits)
     check_int("capacity", capacity, 0, MAX_CAPACITY)
-    check_choice("rule", rule, RULES)
-    squared = rule == "reference"
-    if squared and 0 < fixed < _MIN_SQUARED:
-        raise ValueError(f"temperature: expected 0 or at least 1e-3 for this rule, got {fixed}")
     check_no_grad("mixture_draft", logits=logits)
     if (limit == 1 and limits is None) or (each is None and fixed == 0):
         return _draft_from_all(
-            logits[:, :shared], temperature, seed, counter, banned, rows, capacity, squared, backend
+            logits[:, :shared], temperature, seed, counter, banned, rows, capacity, backend
         )
 
     where = (counter, banned, each, rows, shared)
-    arguments = (fixed, signed(seed), *where, limit, limits, capacity, squared)
+    arguments = (fixed, signed(seed), *where, limit, limits, capacity)
     results = _OP(logits, *arguments, backend=backend)
     token, logsumexp, threshold, *found = results
     return MixtureDraft(token, logsumexp, threshold, Candidates(*found) if capacity else None)
@@ -215,19 +207,21 @@ def _draft_from_all(
     banned: Tensor | None,
     rows: Tensor | None,
     capacity: int,
-    squared: bool,
     backend: str | None,
 ) -> MixtureDraft:
     """The draft where every id is in the nucleus."""
     tempered = isinstance(temperature, Tensor) or temperature > 0
-    draw = partial(
-        vocab_stats, logits, seed=seed, counter=counter, banned=banned, rows=rows, backend=backend
+    stats = vocab_stats(
+        logits,
+        temperature=temperature,
+        tempered=tempered,
+        seed=seed,
+        counter=counter,
+        banned=banned,
+        rows=rows,
+        backend=backend,
     )
-    stats = draw(temperature=temperature, tempered=tempered)
-    token = stats.token
-    if squared and tempered:
-        token = draw(temperature=temperature * temperature).token
-    lse = stats.logsumexp
+    token, lse = stats.token, stats.logsumexp
     threshold = lse.masked_fill(~lse.isnan(), -math.inf)
     if capacity == 0:
         return MixtureDraft(token, lse, threshold, None)
@@ -261,7 +255,7 @@ def _fake(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 _OP = Op(
     "mixture_draft(Tensor logits, float temperature, int seed, Tensor counter, Tensor? banned, "
     "Tensor? temperatures, Tensor? rows, int shared, float top_p, Tensor? top_ps, int capacity, "
-    "bool squared, str backend) -> "
+    "str backend) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake,
     reference.mixture_draft,

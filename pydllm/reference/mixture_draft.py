@@ -21,14 +21,13 @@ def mixture_draft(
     top_p: float,
     top_ps: Tensor | None,
     capacity: int,
-    squared: bool,
 ) -> tuple[Tensor, ...]:
     """Draft, log-sum-exp and threshold, then ids, logits, noise, size and overflow of a list.
 
     The nucleus of a row is the smallest set of its largest logits x whose mass, of
     ``softmax(x / temperature)``, exceeds top_p, with what ties with the smallest of them. The draft
-    is the arg-max over it of ``x / temperature + noise`` (``x / temperature^2 + noise`` if
-    ``squared``). At temperature 0, and with a top_p that is not in (0, 1), all ids are in it.
+    is the arg-max over it of ``x / temperature + noise``. At temperature 0, and with a top_p that
+    is not in (0, 1), all ids are in it.
     """
     dtype = torch.promote_types(logits.dtype, torch.float32)
     logits = logits[:, :shared]
@@ -52,7 +51,7 @@ def mixture_draft(
     threshold = cut.where(filtered, -torch.inf).masked_fill(poisoned, torch.nan)
 
     noise = vocab_gumbel(x.shape[1], counter, seed, noisy=noisy)
-    scores = x * (inverse * inverse if squared else inverse) + noise
+    scores = x * inverse + noise
     token = scores.masked_fill(x < cut.where(filtered, -torch.inf), -torch.inf).max(-1).indices
     token = token.masked_fill(~usable[:, 0], 0)
 

@@ -213,7 +213,6 @@ CASES = (
             "banned": at(1),
             "top_p": 0.9,
             "capacity": 4,
-            "rule": "paper",
             "shared_vocab": 4,
         },
         "rows banned top_p shared_vocab",

@@ -404,7 +404,7 @@ def test_a_step_that_cannot_be_captured(monkeypatch, caplog):
 
 @pytest.mark.parametrize("name", ["threshold", "freedave", "multiblock"])
 def test_kernels_are_recorded_as_one_operator_each(name):
-    model, _ = random_pair(8)
+    model, _ = random_pair(9)  # of 8, FreeDave's step map depends on a near tie on some CPUs
     model = cast(model, torch.float32)
     # In the same shapes: near ties in fp32 fall as the matrix library rounds.
     expected = decode(model, (3, 1), FULL[name], max_new_tokens=6, graph=True)

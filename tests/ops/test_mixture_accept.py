@@ -341,7 +341,7 @@ def test_a_sequence_does_not_depend_on_the_others(backend):
 def test_opcheck(backend):
     logits, verifier, draft, shared = make(2, 2, 50, top_p=0.9, dtype=torch.float32)
     ours, rounds = torch.ops.pydllm, (draft.token, ids(2, 1))
-    options = (shared["counter"], ids(3), 50, True, False, True, backend)
+    options = (shared["counter"], ids(3), 50, True, True, backend)
     arguments = (logits, verifier, *rounds, 0.5, None, draft.threshold, 1.0, None, 5, *options)
     torch.library.opcheck(ours.mixture_accept.default, arguments)
     hidden, weight = heads(2, 2, 50, dtype=torch.float32)

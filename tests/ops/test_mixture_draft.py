@@ -41,9 +41,8 @@ def _assert_near(one, other):
     _assert_same(one, other._replace(logsumexp=one.logsumexp))
 
 
-@pytest.mark.parametrize("squared", [False, True], ids=["paper", "reference"])
 @pytest.mark.parametrize("top_p", [0.3, 0.8, 0.95])
-def test_nucleus_and_draft_against_a_loop(top_p, squared):
+def test_nucleus_and_draft_against_a_loop(top_p):
     logits = random_normal(20, 97, seed=0, dtype=torch.float64) * 2
     noise = philox.vocab_gumbel(97, _counter(20), 5)
     draft = ops.mixture_draft(
@@ -53,7 +52,6 @@ def test_nucleus_and_draft_against_a_loop(top_p, squared):
         counter=_counter(20),
         top_p=top_p,
         capacity=97,
-        rule="reference" if squared else "paper",
     )
     for row, x in enumerate((logits / 0.7).tolist()):
         total = math.fsum(math.exp(v) for v in x)
@@ -72,7 +70,6 @@ def test_nucleus_and_draft_against_a_loop(top_p, squared):
         assert draft.candidates.noise[row].tolist() == drawn
         assert draft.threshold[row] == min(logits[row, v] for v in nucleus)
         assert draft.logsumexp[row].item() == pytest.approx(math.log(total), rel=1e-12)
-        x = [v / 0.7 for v in x] if squared else x
         assert draft.token[row] == max(nucleus, key=lambda v: (x[v] + noise[row, v].item(), -v))
 
 
@@ -120,31 +117,21 @@ def test_a_kernel_agrees_with_the_reference_on_every_option(backend):
         "shared_vocab": 149,
         "capacity": 21,
     }
-    for rule in ("paper", "reference"):
-        drafts = [
-            ops.mixture_draft(logits, rows=rows.to(dtype), rule=rule, backend=name, **options)
-            for name, dtype in (("torch", torch.int32), (backend, torch.int64))
-        ]
-        _assert_near(*drafts)
-        overflow = drafts[0].candidates.overflow.tolist()
-        assert overflow == [
-            False,
-            True,
-            True,
-            True,
-            True,
-            True,
-            drafts[0].candidates.size[6] == 0,
-            True,
-        ]
-        assert drafts[0].logsumexp[[2, 5, 7]].tolist() == [-INF] * 3
-        assert drafts[0].token[[2, 5, 7]].tolist() == [0] * 3
+    drafts = [
+        ops.mixture_draft(logits, rows=rows.to(dtype), backend=name, **options)
+        for name, dtype in (("torch", torch.int32), (backend, torch.int64))
+    ]
+    _assert_near(*drafts)
+    none = drafts[0].candidates.size[6] == 0
+    overflow = drafts[0].candidates.overflow.tolist()
+    assert overflow == [False, True, True, True, True, True, none, True]
+    assert drafts[0].logsumexp[[2, 5, 7]].tolist() == [-INF] * 3
+    assert drafts[0].token[[2, 5, 7]].tolist() == [0] * 3
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("temperature", [0.0, 0.2, 1.0])
-@pytest.mark.parametrize("rule", ["paper", "reference"])
-def test_without_a_nucleus_it_is_the_token_of_vocab_stats(rule, temperature, backend):
+def test_without_a_nucleus_it_is_the_token_of_vocab_stats(temperature, backend):
     hidden, weight = random_normal(6, 8, seed=0), random_normal(90, 8, seed=1)
     logits = hidden @ weight.T
     options = {"seed": 9, "counter": _counter(6), "banned": _ids(4)}
@@ -154,12 +141,10 @@ def test_without_a_nucleus_it_is_the_token_of_vocab_stats(rule, temperature, bac
             temperature=temperature,
             top_p=top_p,
             shared_vocab=80,
-            rule=rule,
             backend=backend,
             **options,
         )
-        drawn = temperature**2 if rule == "reference" else temperature
-        stats = ops.head_stats(hidden, weight[:80], temperature=drawn, **options)
+        stats = ops.head_stats(hidden, weight[:80], temperature=temperature, **options)
         assert torch.equal(draft.token, stats.token)
         x = logits[:, :80].double().index_fill(1, torch.tensor([4]), -INF) / (temperature or 1)
         assert (draft.logsumexp - x.logsumexp(-1)).abs().max() < 1e-5
@@ -280,18 +265,14 @@ def test_drafts_follow_the_law_of_the_nucleus():
     temperature, top_p = 0.8, 0.93
     mass = (logits[0].double() / temperature).softmax(0)
     assert mass[:2].sum() < top_p < mass[:3].sum()
-    for rule, drawn in (("paper", temperature), ("reference", temperature**2)):
-        law = (logits[0, :3].double() / drawn).softmax(0)
-        draft = ops.mixture_draft(
-            logits, temperature=temperature, top_p=top_p, counter=_counter(rows), rule=rule
-        )
-        counts = draft.token.bincount(minlength=5).double()
-        assert counts[3:].sum() == 0
-        chi_square = ((counts[:3] - rows * law) ** 2 / (rows * law)).sum()
-        assert chi_square < 13.8  # 2 degrees of freedom: passed by chance once in a thousand
-        other = drawn**2 if rule == "paper" else drawn**0.5
-        wrong = (logits[0, :3].double() / other).softmax(0)
-        assert ((counts[:3] - rows * wrong) ** 2 / (rows * wrong)).sum() > 100
+    law = (logits[0, :3].double() / temperature).softmax(0)
+    draft = ops.mixture_draft(logits, temperature=temperature, top_p=top_p, counter=_counter(rows))
+    counts = draft.token.bincount(minlength=5).double()
+    assert counts[3:].sum() == 0
+    chi_square = ((counts[:3] - rows * law) ** 2 / (rows * law)).sum()
+    assert chi_square < 13.8  # 2 degrees of freedom: passed by chance once in a thousand
+    wrong = (logits[0, :3].double() / temperature**2).softmax(0)
+    assert ((counts[:3] - rows * wrong) ** 2 / (rows * wrong)).sum() > 100
 
 
 def test_seed_request_position_and_draw_each_change_the_draft():
@@ -344,7 +325,7 @@ def test_opcheck(options, backend):
     each = torch.tensor([0.5, 0.0, 1.0]) if options else None
     rows = _ids(2, -1, 0) if options else None
     where = (_counter(3), _ids(3), each, rows, 40)
-    arguments = (random_normal(3, 50, seed=0), 0.5, 3, *where, 0.9, None, 8, False, backend)
+    arguments = (random_normal(3, 50, seed=0), 0.5, 3, *where, 0.9, None, 8, backend)
     torch.library.opcheck(torch.ops.pydllm.mixture_draft.default, arguments)
 
 
@@ -409,8 +390,7 @@ def test_a_captured_graph_replays_and_agrees_with_the_cpu(temperature, backend):
         ({"shared_vocab": 5}, ValueError, r"shared_vocab: expected an int in \[1, 4\], got 5"),
         ({"capacity": -1}, ValueError, r"capacity: expected an int in \[0, 1024\], got -1"),
         ({"capacity": 1025}, ValueError, r"capacity: expected an int in \[0, 1024\], got 1025"),
-        ({"rule": "published"}, ValueError, "rule: expected one of paper, reference, got 'publi"),
-        ({"rule": "reference", "temperature": 1e-4}, ValueError, "temperature: expected 0 or at"),
+        ({"rule": "reference"}, TypeError, "rule is no argument any more, use the square of"),
         ({"banned": torch.zeros(17).int()}, ValueError, "banned: expected at most 16 ids, got 17"),
         ({"rows": torch.ones(3)}, TypeError, "rows: expected dtype torch.int32, torch.int64"),
         ({"backend": "cuda"}, RuntimeError, "mixture_draft: backend 'cuda' cannot run this call"),

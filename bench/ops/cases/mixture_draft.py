@@ -70,7 +70,7 @@ def _compiled() -> Callable[[dict[str, object]], tuple[Tensor, ...]]:
         if inputs["logits"].device.type == "cpu":
             raise BackendError("the compiler takes minutes for the generator on a CPU")
         where = (inputs["counter"], inputs["banned"], None, None, inputs["shared_vocab"])
-        limits = (inputs["top_p"], None, inputs["capacity"], False)
+        limits = (inputs["top_p"], None, inputs["capacity"])
         return compiled(inputs["logits"], inputs["temperature"], 0, *where, *limits)[:3]
 
     return run
@@ -93,10 +93,10 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
 
     each = meta(64, dtype=torch.float32)
     options = {
-        "list": (None, None, SHARED, 0.95, None, 128, False),
-        "no list": (None, None, SHARED, 0.95, None, 0, True),
-        "each row": (each, meta(64), SHARED, 1.0, each, 1024, False),
-        "not aligned": (None, None, SHARED - 2, 0.95, None, 128, False),
+        "list": (None, None, SHARED, 0.95, None, 128),
+        "no list": (None, None, SHARED, 0.95, None, 0),
+        "each row": (each, meta(64), SHARED, 1.0, each, 1024),
+        "not aligned": (None, None, SHARED - 2, 0.95, None, 128),
     }
     for dtype, vocab, name in (
         (torch.bfloat16, VOCAB, "list"),

@@ -24,7 +24,6 @@ def supports(
     top_p: float,
     top_ps: Tensor | None,
     capacity: int,
-    squared: bool,
 ) -> str | None:
     """None if the kernel can run this call, otherwise why not."""
     if logits.dtype not in DTYPES:
@@ -52,7 +51,6 @@ def mixture_draft(
     top_p: float,
     top_ps: Tensor | None,
     capacity: int,
-    squared: bool,
 ) -> tuple[Tensor, ...]:
     """Launch the kernel; ``temperatures`` and ``top_ps`` are the tensors that may stand for one."""
     sources, vocab = logits.shape
@@ -88,7 +86,6 @@ def mixture_draft(
         banned=banned,
         dtype=logits.dtype,
         wide_rows=rows is not None and rows.dtype == torch.int64,
-        squared=squared,
         count=count,
         sources=sources,
         vocab=vocab,
@@ -97,7 +94,6 @@ def mixture_draft(
         capacity=capacity,
         notes=notes,
         inverse=inverse,
-        inverse_squared=inverse * inverse,
         top_p=top_p,
         seed=seed,
         stride_logits_row=logits.stride(0),
