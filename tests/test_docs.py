@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+import pydllm
 from pydllm.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -195,6 +196,36 @@ def test_every_page_is_in_the_index_and_in_the_navigation():
     assert pages - {"index.md"} <= set(LINK.findall((DOCS / "index.md").read_text()))
     navigation = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2]
     assert pages <= set(re.findall(r"- (?:.*: )?([\w./-]+\.md)$", navigation, re.MULTILINE))
+
+
+def listed_in_the_api():
+    """The dotted paths of docs/api, each once."""
+    text = "\n".join(page.read_text() for page in sorted((DOCS / "api").glob("*.md")))
+    paths = re.findall(r"^::: (\S+)$", text, re.MULTILINE)
+    assert len(paths) == len(set(paths)) > 50
+    return paths
+
+
+def found(path):
+    """The object of a dotted path: a module, or something in one."""
+    module, _, name = path.rpartition(".")
+    try:
+        return importlib.import_module(path)
+    except ModuleNotFoundError:
+        return getattr(importlib.import_module(module), name)
+
+
+def test_the_api_pages_name_what_is_there():
+    for path in listed_in_the_api():
+        assert (found(path).__doc__ or "").strip(), path
+
+
+@pytest.mark.parametrize("room", [pydllm, pydllm.ops], ids=lambda room: room.__name__)
+def test_every_public_name_is_on_an_api_page(room):
+    """In docs/api, as ``::: module.name``; modules have pages of their own."""
+    listed = {id(found(path)) for path in listed_in_the_api()}
+    names = [name for name in room.__all__ if name not in ("env", "metrics", "ops")]
+    assert [name for name in names if id(getattr(room, name)) not in listed] == []
 
 
 def test_the_sdist_takes_the_pages():
