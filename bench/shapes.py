@@ -29,10 +29,23 @@ _LLADA = {
     "mask_token_id": 126336,
     "eos_token_id": 126081,
 }
+_LLADA2 = {
+    "architectures": ["LLaDA2MoeModelLM"],
+    "model_type": "llada2_moe",
+    "num_experts_per_tok": 8,
+    "num_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "n_group": 8,
+    "topk_group": 4,
+    "routed_scaling_factor": 2.5,
+    "partial_rotary_factor": 0.5,
+    "rope_theta": 600000,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 32768,
+}
 CONFIGS = {
-    "llada2-mini": {
-        "architectures": ["LLaDA2MoeModelLM"],
-        "model_type": "llada2_moe",
+    "llada2-mini": _LLADA2
+    | {
         "vocab_size": 157184,
         "hidden_size": 2048,
         "num_hidden_layers": 20,
@@ -42,18 +55,22 @@ CONFIGS = {
         "intermediate_size": 5120,
         "moe_intermediate_size": 512,
         "num_experts": 256,
-        "num_experts_per_tok": 8,
-        "num_shared_experts": 1,
-        "first_k_dense_replace": 1,
-        "n_group": 8,
-        "topk_group": 4,
-        "routed_scaling_factor": 2.5,
-        "partial_rotary_factor": 0.5,
-        "rope_theta": 600000,
-        "rms_norm_eps": 1e-6,
-        "max_position_embeddings": 32768,
         "mask_token_id": 156895,
         "eos_token_id": 156892,
+    },
+    "llada2-200m": _LLADA2
+    | {
+        "vocab_size": 8192,
+        "hidden_size": 512,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "intermediate_size": 1280,
+        "moe_intermediate_size": 256,
+        "num_experts": 64,
+        "mask_token_id": 8190,
+        "eos_token_id": 8189,
     },
     "llada-100m": _LLADA
     | {"d_model": 768, "n_heads": 12, "n_kv_heads": 12, "n_layers": 12, "mlp_hidden_size": 2048},

@@ -65,16 +65,21 @@ def decode(rank: int, size: int, folder: str, source: str, dtype: str, new: int)
         distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
     before = _peak_bytes()
     model = pydllm.load(source, device="cpu", dtype=DTYPES[dtype], tp=size)
-    tensors = [t for layer in model._layers for t in vars(layer).values() if t is not None]
+    parts = [part for layer in model._layers for part in (layer, layer.experts) if part is not None]
+    values = [value for part in parts for value in vars(part).values()]
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
     tensors += [model._embedding, model._norm, model._head]
     held = sum({t.data_ptr(): t.nbytes for t in tensors}.values())
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(3, 90, (n,), generator=generator).tolist() for n in (21, 32)]
+    blocks = model.spec.block_size
     started = time.perf_counter()
     made = pydllm.generate(
         model,
         prompts,
-        pydllm.Static(block_length=16, tokens_per_step=2, cache="dual"),
+        pydllm.Static(
+            block_length=blocks or 16, tokens_per_step=2, cache="none" if blocks else "dual"
+        ),
         max_new_tokens=new,
     )
     result = {
