@@ -207,8 +207,14 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("more", [{"max_batch": 2}, {"graph": True}], ids=str)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        *((name, {"max_batch": 2}) for name in CASES),
+        *((name, {"graph": True}) for name in ("ready", "confidence", "d2f")),
+    ],
+    ids=str,
+)
 def test_a_ragged_batch_equals_its_sequences_alone(name, more):
     model, _ = at_prompt(3) if name == "d2f" else random_pair(3, block=BLOCK, shift=name == "ready")
     prompts = [random_prompt(seed, length) for seed, length in enumerate(LENGTHS[:5])]

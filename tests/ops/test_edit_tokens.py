@@ -99,7 +99,8 @@ def test_it_equals_its_statement(backend, confirm):
     seen = torch.zeros(3, dtype=torch.int64)
     for index, (rows, slots) in enumerate(SIZES):
         dtype = (torch.float32, torch.float16)[index % 2]
-        for option in OPTIONS:
+        # The interpreter takes its time: half of the pairs.
+        for option in OPTIONS if backend == "torch" else OPTIONS[index % 2 :: 2]:
             case = make(60, rows, slots, 10 * index, dtype)
             option = option | {"confirm": confirm}
             state, counts = expect(case, **option)
@@ -205,7 +206,7 @@ def test_blocks_equal_the_published_loops(name):
     """A batch of blocks at a time, each against the loop of the code; tokens and forwards."""
     published, ending = LOOPS[name]
     rows, blocks, by_budget = 8, 40, 0
-    for case in range(24):
+    for case in range(12):
         budget, least = (0, 1, 2, 16)[case % 4], 1 if name == "sglang" else 1 + case % 3
         low, edit = (0.5, 0.3, 0.9)[case % 3], (0.0, 0.4, 0.8)[case // 3 % 3]
         models = [tables(1000 * case + b, cyclic=case % 2 == 0) for b in range(blocks)]
@@ -240,7 +241,7 @@ def test_blocks_equal_the_published_loops(name):
             assert not (state[2] & (left > 0)).any()
         assert x.tolist() == wanted and state[0].tolist() == forwards and state[2].all()
         by_budget += int((state[1] > budget - (name == "hub")).sum())
-    assert by_budget > 50  # blocks that still changed when the budget ended them
+    assert by_budget > 25  # blocks that still changed when the budget ended them
 
 
 def test_a_sequence_does_not_depend_on_the_others_and_nan_stays_in_its_row():
