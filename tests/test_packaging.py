@@ -496,6 +496,14 @@ def test_there_is_a_lock_for_every_python():
     named = re.search(r"^LOCKED := (.+)$", makefile, re.MULTILINE)[1].split()
     assert sorted(named) == [path.stem for path in locks()]
     assert f"{sys.version_info.major}.{sys.version_info.minor}" in named
+    # The workflow runs them all, and the package says so.
+    workflow = (ROOT / ".github/workflows/ci.yml").read_text()
+    matrix = re.search(r"^ +python: \[(.+)\]$", workflow, re.MULTILINE)[1]
+    assert sorted(re.findall(r'"(.+?)"', matrix)) == sorted(named)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    prefix = "Programming Language :: Python :: 3."
+    claimed = [line.rpartition(" ")[2] for line in project["classifiers"] if prefix in line]
+    assert sorted(claimed) == sorted(named)
 
 
 @pytest.mark.parametrize("lock", locks(), ids=lambda path: path.stem)
