@@ -31,7 +31,8 @@ from pydllm.models import Model
 class Editing(Algorithm):
     """Masks above one threshold are filled, tokens above another are replaced (LLaDA2.1).
 
-    For block-causal models that predict the tokens they are shown. At a temperature both thresholds
+    For block-causal models that were trained to predict the tokens they are shown, right or wrong;
+    with another, leave ``edit_threshold`` at None. At a temperature both thresholds
     look at the probability under the distribution that the token is drawn from.
 
     Attributes:
