@@ -145,8 +145,9 @@ def test_ray(monkeypatch, changed):
     install(monkeypatch, ray={**contents(RAY), "__version__": "9.9"}, ray__data=data)
     sys.modules["ray"].data = sys.modules["ray.data"]
     if changed is None:
-        job = SimpleNamespace(batches=lambda size: [])
-        assert list(_on_ray(job, None, 1, None, None)) == []
+        claimed: list[bool] = []
+        job = SimpleNamespace(batches=lambda size: [], claim=lambda: claimed.append(True))
+        assert list(_on_ray(job, None, 1, None, None)) == [] and claimed == [True]
     else:
         with pytest.raises(PydllmError, match=r"^ray 9\.9: .*expected \(.*\), found \("):
             list(_on_ray(None, None, 1, None, None))
