@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +36,19 @@ def side_by_side(plan: dict[str, Any]) -> list[str]:
     """The names of at most six algorithms of a plan that are shown next to each other."""
     best = [key for key in plan if key.endswith(_SIDE_BY_SIDE)]
     return [*best, *(key for key in plan if key not in best)][:6]
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Matrices as small as those of the bundled models take twice the time on two threads."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @click.command()
@@ -70,6 +85,7 @@ def demo(
     from pydllm.demo.task import held_out_problems
     from pydllm.models import load
 
+    click.get_current_context().with_resource(_one_thread())
     verifier = load(VERIFIER, device=device) if VERIFIER.is_dir() else None
     wanted = [part.lower() for part in only]
     chosen = {
