@@ -227,7 +227,8 @@ def experts_mlp(
     """
     (gate_up, down), rows = halves, routes["rows"]
     count, width, inner = down.shape
-    tile = _tiles.experts_tile(hidden.device, hidden.element_size())
+    quantised = scales[0] is not None
+    tile = _tiles.experts_tile(hidden.device, hidden.element_size(), quantised=quantised)
     programs = count + (0 if shared_halves[1] is None else triton.cdiv(rows, tile.block_m))
     warps = tile.num_warps if width % 16 == inner % 16 == 0 else tile.unaligned_warps
     act = torch.empty(pairs, inner, dtype=hidden.dtype, device=hidden.device)
@@ -237,7 +238,7 @@ def experts_mlp(
         "experts": count,
         "width": width,
         "inner": inner,
-        "BLOCK_SCALED": scales[0] is not None and scales[0].ndim == 3,
+        "BLOCK_SCALED": quantised and scales[0].ndim == 3,
         "DECODE": decode,
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,

@@ -49,6 +49,10 @@ UNMASK = ((128, UnmaskTile(1, 1)), (1024, UnmaskTile(1, 8)), (4096, UnmaskTile(1
 UNMASK_INTERPRETER = ((128, UnmaskTile(256, 4)), (4096, UnmaskTile(32, 4)))
 
 
+# edit_tokens: most positions of a window. With 4096 it spills under Triton 3.7; blocks have 32.
+EDIT_TOKENS_ROWS = 1024
+
+
 def unmask_tile(device: torch.device, rows: int) -> UnmaskTile:
     """The tile of ``UNMASK`` for a window."""
     table = UNMASK_INTERPRETER if arch(device) == INTERPRETER else UNMASK
@@ -383,7 +387,7 @@ LINEAR = {
 }
 # Other shapes: splits double up to this number of programs and keep this number of steps each.
 LINEAR_PROGRAMS, LINEAR_STEPS = 112, 8
-LINEAR_FP32 = LinearTile(64, 32, 1, 8, 2)  # exact, without tensor cores; not for speed
+LINEAR_FP32 = LinearTile(64, 32, 1, 8, 3)  # exact, without tensor cores; not for speed
 LINEAR_INTERPRETER = LinearTile(128, 128, 2, 4, 1)
 LINEAR_JOIN = (1024, 4)  # columns of a program that joins the splits of a row, num_warps
 
@@ -472,6 +476,8 @@ class ExpertsTile(NamedTuple):
 # each of 256 experts: 16 rows fill no more of a tile than they need. fp32 has no tensor cores: with
 # 64 columns it spills under Triton 3.7 on sm_80 and sm_90.
 EXPERTS = {2: ExpertsTile(16, 64, 64, 4, 8, 4), 4: ExpertsTile(16, 32, 32, 4, 4, 3)}
+# Decoding 8-bit weights takes registers, too.
+EXPERTS_QUANTISED = EXPERTS | {4: ExpertsTile(16, 32, 16, 4, 4, 3)}
 EXPERTS_INTERPRETER = ExpertsTile(16, 64, 64, 4, 4, 1)
 
 # experts: pairs that are counted at a time.
@@ -482,9 +488,11 @@ EXPERTS_COMBINE = (1, 1024, 4)
 EXPERTS_COMBINE_INTERPRETER = (64, 256, 4)
 
 
-def experts_tile(device: torch.device, element_size: int) -> ExpertsTile:
-    """The tile of ``EXPERTS`` for a dtype."""
-    return EXPERTS_INTERPRETER if arch(device) == INTERPRETER else EXPERTS[element_size]
+def experts_tile(device: torch.device, element_size: int, *, quantised: bool) -> ExpertsTile:
+    """The tile of ``EXPERTS`` for the dtype of the rows and of the weights."""
+    if arch(device) == INTERPRETER:
+        return EXPERTS_INTERPRETER
+    return (EXPERTS_QUANTISED if quantised else EXPERTS)[element_size]
 
 
 def experts_combine_tile(device: torch.device) -> tuple[int, int, int]:

@@ -126,11 +126,8 @@ def supports(
     """None if the kernel can run this call, otherwise why not."""
     if score.dtype == torch.float64:
         return f"the kernel takes fp32, fp16 and bf16 scores, got {score.dtype}"
-    if token.shape[1] > _tiles.UNMASK[-1][0]:
-        return (
-            f"the kernel takes windows of up to {_tiles.UNMASK[-1][0]} positions, "
-            f"got {token.shape[1]}"
-        )
+    if (most := _tiles.EDIT_TOKENS_ROWS) < token.shape[1]:
+        return f"the kernel takes windows of up to {most} positions, got {token.shape[1]}"
     tensors = {"x": x, "step_map": step_map, "token": token, "score": score, "nfe": nfe}
     tensors |= {"post_steps": post_steps, "complete": complete, "start": start, "length": length}
     for name, tensor in (tensors | {"editable_from": editable_from}).items():

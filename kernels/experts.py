@@ -109,8 +109,9 @@ def supports(
         return f"the kernel takes fewer than 2^31 pairs of row and expert, got {ids.numel()}"
     halves = (down, shared_down)
     widest = max(size for half in halves if half is not None for size in half.shape[-2:])
-    block = _tiles.experts_tile(hidden.device, hidden.element_size()).block_n
-    return _tiles.exceeds_grid("columns", widest, block)
+    quantised = gate_up_scale is not None
+    tile = _tiles.experts_tile(hidden.device, hidden.element_size(), quantised=quantised)
+    return _tiles.exceeds_grid("columns", widest, tile.block_n)
 
 
 def experts(

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pydllm import ops
+from pydllm._backend.errors import BackendError
 from tests.ops.test_unmask import MASK, integers, numbers
 
 BACKENDS = ["torch", "triton"]
@@ -344,3 +345,12 @@ def test_bad_input_is_refused_before_anything_is_written(change, error, message)
     with pytest.raises(error, match=message):
         ops.edit_tokens(**case)
     assert all(torch.equal(case[name], before[name]) for name in WRITTEN)
+
+
+def test_a_window_beyond_the_kernel_is_refused_before_anything_is_written():
+    case = make(1, 1025, 1025, 0)
+    before = case["x"].clone()
+    limits = {"mask_id": MASK, "threshold": 0.5, "edit_threshold": 0.5, "max_post_steps": 1}
+    with pytest.raises(BackendError, match="windows of up to 1024 positions, got 1025"):
+        ops.edit_tokens(**case, **limits, backend="triton")
+    assert torch.equal(case["x"], before)
