@@ -178,6 +178,18 @@ def follows(compat: object, name: str) -> bool:
     return compat is not None
 
 
+def check_fills(prompt: Tensor, mask_id: int, published: bool) -> None:
+    """Raise where masks of a prompt would be left, and no published code wants that.
+
+    Raises:
+        ValueError: there are masks, and ``compat=None``.
+    """
+    if not published and (count := int((prompt == mask_id).sum())):
+        raise ValueError(
+            f"prompt: with compat=None expected no masks, got {count} (pydllm.infill fills them)"
+        )
+
+
 def draw_seed() -> int:
     """A seed for our noise from torch's generator, so that ``torch.manual_seed`` decides it."""
     return int(torch.randint(2**62, ()))

@@ -16,6 +16,7 @@ from torch import Tensor
 from pydllm._checks import check_choice, check_number
 from pydllm.integrations._arguments import (
     check_blocks,
+    check_fills,
     check_prompt,
     check_temperature,
     follows,
@@ -52,7 +53,8 @@ def generate(
         model: a loaded LLaDA module, whose weights are shared, or a pydllm model.
         prompt: ``(B, P)`` token ids, not padded. The original takes one sequence; several are
             decoded side by side, each as if alone, until the last has finished a block. Masks in it
-            compete with those of the block, so some may be left, as in the original.
+            compete with those of the block, so some may be left, as in the original;
+            ``compat=None`` refuses them, and ``pydllm.infill`` fills all of them.
         steps: a multiple of the number of blocks; the schedule where there is neither a threshold
             nor a factor.
         gen_length: new tokens, a multiple of ``block_length``.
@@ -151,6 +153,8 @@ def _decode(
             check_number(name, limit, 0, infinite=True)
     own = full_attention(model, "Fast-dLLM's generate", mask_id, shifted=False)
     prompt = check_prompt("prompt", prompt, own, gen_length)
+    published = follows(compat, "fast_dllm")
+    check_fills(prompt, mask_id, published)
     loop = _Loop(
         block_length=block_length,
         steps=steps,
@@ -161,7 +165,7 @@ def _decode(
         version=version,
         cache=cache,
         cached=cache != "none",
-        published=follows(compat, "fast_dllm"),
+        published=published,
     )
     decoded = loop.run(own, prompt, gen_length, backend)
     return decoded.x, int(decoded.counters["nfe"][0])

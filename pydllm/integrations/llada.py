@@ -16,6 +16,7 @@ from pydllm._checks import check_bool, check_choice, check_number
 from pydllm.decoding.state import State
 from pydllm.integrations._arguments import (
     check_blocks,
+    check_fills,
     check_prompt,
     check_temperature,
     check_token,
@@ -55,7 +56,8 @@ def generate(
     Args:
         model: a loaded LLaDA module, whose weights are shared, or a pydllm model.
         prompt: ``(B, P)`` token ids. Masks in it compete with those of the block for its schedule,
-            so some may be left, as in the original; ``pydllm.infill`` fills all of them.
+            so some may be left, as in the original; ``compat=None`` refuses them, and
+            ``pydllm.infill`` fills all of them.
         attention_mask: ``(B, P)``, zeros on the left for padding, or None.
         steps: forwards in all, a multiple of the number of blocks.
         gen_length: new tokens, a multiple of ``block_length``.
@@ -94,6 +96,8 @@ def generate(
         check_token("eos_id", eos_id, own)
         check_token("eot_id", eot_id, own)
     prompt = check_prompt("prompt", prompt, own, gen_length)
+    published = follows(compat, "llada")
+    check_fills(prompt, mask_id, published)
     loop = _Loop(
         block_length=block_length,
         steps=steps,
@@ -103,7 +107,7 @@ def generate(
         last_ids=(eos_id, eot_id) if confidence_eos_eot_inf else (),
         suppress=[eos_id] if logits_eos_inf else [],
         pad=left_padding(attention_mask, prompt),
-        published=follows(compat, "llada"),
+        published=published,
     )
     return loop.run(own, prompt, gen_length, backend).x
 

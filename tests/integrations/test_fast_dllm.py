@@ -113,6 +113,8 @@ def test_masks_in_the_prompt(models, cache):
     x, nfe = LOOPS[cache](own, ids, **LENGTHS)
     left = int((x[:, 6:] == MASK).sum())
     assert (left > 0 and nfe == 6) if cache == "dual" else (left == 0 and nfe > 6)
+    with pytest.raises(ValueError, match="with compat=None expected no masks, got 2 .*infill"):
+        LOOPS[cache](own, ids, **LENGTHS, compat=None)
 
 
 @pytest.mark.parametrize("cache", LOOPS)

@@ -72,6 +72,8 @@ def test_masks_of_the_prompt_take_from_the_schedule(models):
     ids[0, 4:6], ids[1, 2:7] = MASK, MASK
     x = llada.generate(models[1], ids, mask, **LENGTHS, **IDS)
     assert (x == MASK).sum() == 7
+    with pytest.raises(ValueError, match="with compat=None expected no masks, got 7 .*infill"):
+        llada.generate(models[1], ids, mask, **LENGTHS, **IDS, compat=None)
 
 
 def test_eos_last_writes_ends_last(models):
