@@ -96,10 +96,13 @@ def head_row(arch: int, dtype: torch.dtype, head_dim: int) -> Row:
 
 
 def stats_row(arch: int, dtype: torch.dtype, head_dim: int) -> Row:
-    present = _tiles.VOCAB_STATS[-1][1]
+    (limit, small), (_, present) = _tiles.VOCAB_STATS
     rivals = itertools.product((1, 2, 4), (1024, 2048, 4096, 8192, 16384), (2, 4, 8))
     return Row(
-        "(None, ", present, "vocab_stats_tile", tuple(_tiles.StatsTile(*rival) for rival in rivals)
+        f"VOCAB_STATS = (({limit}, {literal(small)}), (None, ",
+        present,
+        "vocab_stats_tile",
+        tuple(_tiles.StatsTile(*rival) for rival in rivals),
     )
 
 
