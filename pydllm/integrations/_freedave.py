@@ -168,10 +168,7 @@ class FreeDaveLoop(PublishedLoop):
 
     def _goes_on(self, state: LoopState, plan: Round) -> bool:
         """Whether what the forward predicts is used."""
-        if not plan.opens:
-            return plan.last > plan.first
-        block = replace(plan, last=plan.first + self.block_length)
-        return self.draft_steps is not None and bool(self.masked(state, block).any())
+        return plan.last > plan.first
 
     def _branches(self, state: LoopState, plan: Round, drafts: Tensor) -> State:
         first = plan.first
@@ -315,6 +312,13 @@ class FullLoop(FreeDaveLoop):
 
     dual: bool
     forwards: int
+
+    def _goes_on(self, state: LoopState, plan: Round) -> bool:
+        if plan.drafts is not None or self.draft_steps is None:
+            return not plan.opens
+        # The first forward of a block, which drafts of the one before may have filled.
+        block = replace(plan, last=plan.first + self.block_length)
+        return bool(self.masked(state, block).any())
 
     def schedule(self, state: LoopState) -> Iterator[Pass]:
         length, size = state.call.max_len, self.block_length

@@ -84,6 +84,19 @@ def test_tokens_steps_forwards_and_counters(models, name, options):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_a_block_that_drafts_have_filled_draws_nothing(models, name):
+    """Its first forward stores keys; a draw there would move torch's generator."""
+    ids, _ = prompts(1, 6)
+    given = {"block_length": 2, "max_gen_length": 10, "draft_steps": 3, "temperature": 1.0}
+    given |= {"eager_acceptance_mode": True} | ({} if name == "sdar" else {"dual_cache": False})
+    for seed in range(8):
+        torch.manual_seed(seed)
+        wanted = expected(models, name, ids, **given)
+        torch.manual_seed(seed)
+        check(call(models, name, ids, **given), wanted)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_fewer_forwards_for_the_same_tokens(models, name):
     ids, _ = prompts(1, 5)
     given = {"block_length": 6, "max_gen_length": 12}
