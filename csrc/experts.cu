@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kOrderThreads)
 struct Product {
   void* out;           // (pairs, columns)
   const void* x;       // (rows, depth); to contract (pairs, depth)
-  const void* weight;  // (experts, columns or gate and up of so many, depth)
+  const void* weight;  // (experts, columns, depth); gate and up: (experts, 2 columns, depth)
   const float* scale;  // of the weight, or null
   const void* shared;  // a further expert of all rows, whose pairs follow; or null
   const int32_t* order;

@@ -39,7 +39,7 @@ __device__ __forceinline__ unsigned swizzle(unsigned row, unsigned chunk) {
   return row * 128 + (chunk ^ row % 8) * 16;
 }
 
-// Elements 16 q to 16 q + 15 of a row, as pairs.
+// Elements [16 q, 16 q + 16) of a row, as pairs.
 __device__ __forceinline__ void load_sixteen(unsigned (&pairs)[8], const unsigned char* tile,
                                              unsigned row, unsigned q) {
 #pragma unroll

@@ -17,7 +17,14 @@ import click
 import torch
 from torch import Tensor, nn
 
-from training.llada import MASK, cross_entropy, hide_names, run_training, save_weights
+from training.llada import (
+    MASK,
+    cross_entropy,
+    hide_names,
+    run_training,
+    save_weights,
+    training_options,
+)
 from training.qwen import BLOCK, CONFIGS, build, draw_batch, needed, two_streams
 
 CONFIG: dict[str, Any] = CONFIGS["qwen3"] | {
@@ -28,7 +35,7 @@ CONFIG: dict[str, Any] = CONFIGS["qwen3"] | {
     "mask_token_id": MASK,
 }
 _LENGTHS = (4, 16)  # of a block in training, both included
-_KNOWN = 0.75  # blocks whose first token is no mask
+_KNOWN = 0.75  # share of the blocks whose first token is given
 _HIDDEN = 0.5  # blocks whose other tokens are all masks
 
 
@@ -84,18 +91,9 @@ def checkpoint_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 @click.command()
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write to.")
-@click.option(
-    "--init",
-    "parent",
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="Checkpoint in Qwen 3's or SDAR's layout to start from.",
+@training_options(
+    "Checkpoint in Qwen 3's or SDAR's layout to start from.", steps=2000, learning_rate=2e-3
 )
-@click.option("--steps", default=2000, show_default=True)
-@click.option("--batch-size", default=64, show_default=True)
-@click.option("--seed", default=0, show_default=True)
-@click.option("--learning-rate", default=2e-3, show_default=True)
-@click.option("--threads", type=int, help="CPU threads (default: torch's choice).")
 def main(
     out: Path,
     parent: Path | None,

@@ -307,19 +307,33 @@ def save_weights(state: dict[str, Tensor], config: dict[str, Any], out: Path) ->
     build_tokenizer().save(str(out / "tokenizer.json"))
 
 
+def training_options(
+    parent: str, *, steps: int, learning_rate: float
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """The options of a training script; ``parent`` describes the checkpoint of ``--init``."""
+    folder = click.Path(path_type=Path, exists=True, file_okay=False)
+    options = (
+        click.option("--out", type=click.Path(path_type=Path), required=True, help="Its folder."),
+        click.option("--init", "parent", type=folder, help=parent),
+        click.option("--steps", default=steps, show_default=True),
+        click.option("--batch-size", default=64, show_default=True),
+        click.option("--seed", default=0, show_default=True),
+        click.option("--learning-rate", default=learning_rate, show_default=True),
+        click.option("--threads", type=int, help="CPU threads (default: torch's choice)."),
+    )
+
+    def add(command: Callable[..., None]) -> Callable[..., None]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
 @click.command()
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write to.")
-@click.option(
-    "--init",
-    "parent",
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="Checkpoint to start from; its vocabulary may be another.",
+@training_options(
+    "Checkpoint to start from; its vocabulary may be another.", steps=3000, learning_rate=2.5e-3
 )
-@click.option("--steps", default=3000, show_default=True)
-@click.option("--batch-size", default=64, show_default=True)
-@click.option("--seed", default=0, show_default=True)
-@click.option("--learning-rate", default=2.5e-3, show_default=True)
-@click.option("--threads", type=int, help="CPU threads (default: torch's choice).")
 def main(
     out: Path,
     parent: Path | None,

@@ -30,6 +30,7 @@ from training.llada import (
     hide_names,
     run_training,
     save_weights,
+    training_options,
 )
 from training.qwen import BLOCK, draw_batch, needed, two_streams
 
@@ -134,7 +135,7 @@ class MixtureOfExperts(nn.Module):
         self.shared_experts = MLP(width, config["num_shared_experts"] * self.inner)
 
     def weights(self, x: Tensor) -> Tensor:
-        """The weight of each expert, ``(..., experts)``, 0 where a row is not routed to it."""
+        """Weights ``(..., experts)``; 0 for the experts that a row is not routed to."""
         scores = F.linear(x, self.gate.weight).sigmoid()
         choice = (scores + self.gate.expert_bias).detach().unflatten(-1, (self.groups, -1))
         best = choice.topk(2).values.sum(-1).topk(self.topk_groups).indices
@@ -281,18 +282,9 @@ def denoising_loss(model: TinyLLaDA2, size: int, seed: int) -> Callable[[int], T
 
 
 @click.command()
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write to.")
-@click.option(
-    "--init",
-    "parent",
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="Dense checkpoint in SDAR's layout to start from.",
+@training_options(
+    "Dense checkpoint in SDAR's layout to start from.", steps=2000, learning_rate=2e-3
 )
-@click.option("--steps", default=2000, show_default=True)
-@click.option("--batch-size", default=64, show_default=True)
-@click.option("--seed", default=0, show_default=True)
-@click.option("--learning-rate", default=2e-3, show_default=True)
-@click.option("--threads", type=int, help="CPU threads (default: torch's choice).")
 def main(
     out: Path,
     parent: Path | None,

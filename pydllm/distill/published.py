@@ -47,7 +47,7 @@ def read_published(
             writes. A record has ``prompt_ids``, ``final_output`` (prompt and answer) and
             ``trajectory`` (the sequence after each step); other fields but ``is_correct`` are not
             read.
-        max_new_tokens: answers are cut to so many tokens; None: they are taken as they are.
+        max_new_tokens: answers are truncated to this length; None keeps them whole.
         keep_incorrect: also records whose ``is_correct`` is false. The published training keeps
             them, its filter is switched off.
 
