@@ -11,7 +11,7 @@ from torch import Tensor
 from pydllm.decoding.call import Call
 
 
-def check_finite(call: Call, x: Tensor) -> Tensor:
+def check_finite(call: Call, x: Tensor, tokens: Tensor) -> Tensor:
     """Warn of sequences for which the model computes NaN or infinity; returns ``(N,)`` bool.
 
     A row of NaN logits predicts id 0, or leaves a mask. Answers that hold either are forwarded
@@ -19,17 +19,17 @@ def check_finite(call: Call, x: Tensor) -> Tensor:
 
     Args:
         x: ``(N, L)`` int64, decoded, on the call's device.
+        tokens: the same on the CPU.
     """
     lengths, ends = (torch.tensor(t)[:, None] for t in (call.first_positions, call.ends))
     position = torch.arange(x.shape[1])
     new = (position >= lengths) & (position < ends)
-    tokens = x.cpu()
     doubtful = tokens == call.mask_id
     if 0 not in call.model.spec.eos_ids:
         doubtful |= tokens == 0
     rows = (doubtful & new).any(1).nonzero().flatten()
     finite = torch.ones(len(x), dtype=torch.bool)
-    for row in rows.numpy():
+    for row in rows.tolist():
         if _is_finite(call, x[row, : call.ends[row]], call.first_positions[row]):
             continue
         finite[row] = False

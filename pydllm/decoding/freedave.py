@@ -190,7 +190,7 @@ class StrictPlan(Plan):
 class StrictDecoder(Decoder):
     """Fills a block of the baseline, several of its steps per forward.
 
-    The counts have a second row: the candidates that each sequence asks for.
+    The counts of a forward have a second row: the candidates that each sequence asks for.
     """
 
     baseline: BlockwiseAlgorithm
@@ -236,7 +236,7 @@ class StrictDecoder(Decoder):
         block = plan.block
         if plan.kind == "close":
             close(state, block.positions, block_ending(state, block, last=True))
-            return -state.done.int().repeat(2, 1), None
+            return -state.done.int()[None], None
         carried = None
         if plan.kind == "seed":
             self._seed(state, block)

@@ -138,5 +138,5 @@ def collect(decoded: Decoded, call: Call) -> Generation:
         logprobs=None if noted is None else logprobs,
         verifier_nfe=counters.get("verifier_nfe"),
         rounds=counters.get("rounds"),
-        finite=None if decoded.interrupted else check_finite(call, decoded.x),
+        finite=None if decoded.interrupted else check_finite(call, decoded.x, x),
     )

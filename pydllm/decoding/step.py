@@ -293,19 +293,19 @@ def write_run(state: State, token: Tensor, start: Tensor, length: Tensor) -> ops
 
 def close(state: State, selection: Selection, ending: ops.Ending) -> None:
     """Say which sequences are done, and fill after their ends: a step that writes no tokens."""
-    nothing = torch.zeros_like(state.nfe)
-    window = state.x[:, : selection.width]
+    shape = (len(state.x), selection.width)
     ops.unmask(
         state.x,
         state.step_map,
-        nothing,  # not a forward
-        window.clone(),
-        torch.zeros_like(window, dtype=torch.float32),
+        torch.zeros_like(state.nfe),  # not a forward
+        state.x.new_zeros(shape),
+        state.x.new_zeros(shape, dtype=torch.float32),
         mask_id=state.call.mask_id,
         start=selection.start,
         length=selection.length,
-        rule="quota",
-        quota=nothing.clone(),
+        rule="threshold",
+        threshold=1.0,  # no score of 0 reaches it
+        min_tokens=0,
         ending=ending,
         backend=state.call.backend,
     )
