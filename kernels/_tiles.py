@@ -53,6 +53,36 @@ UNMASK_INTERPRETER = ((128, UnmaskTile(256, 4)), (4096, UnmaskTile(32, 4)))
 EDIT_TOKENS_ROWS = 1024
 
 
+# edit_block: most positions of a block; the prefix sum of its moves is one tile.
+EDIT_BLOCK_ROWS = 256
+
+
+class EditBlockTile(NamedTuple):
+    """One program of ``edit_block``: sequences, and steps of the past that are compared at a time;
+    where the logits are read rows, ids at a time, and programs that share a row.
+    """
+
+    block_b: int
+    block_u: int
+    block_r: int
+    block_v: int
+    splits: int
+    num_warps: int
+
+
+EDIT_BLOCK = (
+    (64, EditBlockTile(1, 32, 1, 2048, 16, 4)),
+    (256, EditBlockTile(1, 8, 1, 2048, 16, 4)),
+)
+EDIT_BLOCK_INTERPRETER = ((256, EditBlockTile(16, 32, 128, 128, 2, 4)),)
+
+
+def edit_block_tile(device: torch.device, rows: int) -> EditBlockTile:
+    """The tile of ``EDIT_BLOCK`` for a block."""
+    table = EDIT_BLOCK_INTERPRETER if arch(device) == INTERPRETER else EDIT_BLOCK
+    return next(tile for limit, tile in table if rows <= limit)
+
+
 def unmask_tile(device: torch.device, rows: int) -> UnmaskTile:
     """The tile of ``UNMASK`` for a window."""
     table = UNMASK_INTERPRETER if arch(device) == INTERPRETER else UNMASK

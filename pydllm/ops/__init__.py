@@ -3,6 +3,7 @@
 from pydllm.ops.certainty_loss import certainty_loss
 from pydllm.ops.commit_branch import commit_branch
 from pydllm.ops.draft import draft
+from pydllm.ops.edit_block import BlockEdits, EditedBlock, edit_block
 from pydllm.ops.edit_tokens import Edited, edit_tokens
 from pydllm.ops.experts import experts
 from pydllm.ops.head_stats import (
@@ -27,8 +28,10 @@ from pydllm.ops.window_attention import SharedWindow, window_attention
 
 __all__ = [
     "Accepted",
+    "BlockEdits",
     "Candidates",
     "Edited",
+    "EditedBlock",
     "Ending",
     "MixtureDraft",
     "MultiBlockState",
@@ -42,6 +45,7 @@ __all__ = [
     "certainty_loss",
     "commit_branch",
     "draft",
+    "edit_block",
     "edit_tokens",
     "experts",
     "fold_stats",

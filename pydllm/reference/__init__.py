@@ -3,6 +3,7 @@
 from pydllm.reference.certainty_loss import certainty_loss, certainty_loss_backward
 from pydllm.reference.commit_branch import commit_branch
 from pydllm.reference.draft import draft
+from pydllm.reference.edit_block import edit_block
 from pydllm.reference.edit_tokens import edit_tokens
 from pydllm.reference.experts import activate, experts, experts_grouped
 from pydllm.reference.head_stats import (

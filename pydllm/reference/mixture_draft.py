@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pydllm.reference.philox import vocab_gumbel
-from pydllm.reference.vocab_stats import _row_sums, ban, inverse_temperature, take_rows
+from pydllm.reference.vocab_stats import ban, inverse_temperature, row_sums, take_rows
 
 
 def mixture_draft(
@@ -38,7 +38,7 @@ def mixture_draft(
     poisoned = best.isnan() | (best == torch.inf)
     usable = ~poisoned & (best > -torch.inf)
     terms = ((x - best.masked_fill(~usable, 0)) * inverse).exp()
-    logsumexp = (best * inverse + _row_sums(terms).log()).masked_fill(poisoned, torch.nan)
+    logsumexp = (best * inverse + row_sums(terms).log()).masked_fill(poisoned, torch.nan)
 
     limit = top_p if top_ps is None else top_ps.double()[:, None]
     ordered = x.sort(-1, descending=True).values

@@ -56,8 +56,8 @@ def vocab_stats(
     shift.scatter_(1, first, best - torch.inf)  # -inf, or NaN as the maximum
     second = shift.amax(-1, keepdim=True)
     terms = shift.clamp_(min=_NEGLIGIBLE).exp()
-    rest = _row_sums(terms)
-    entropy = torch.log1p(rest) - _row_sums(shift.mul_(terms)) / (1 + rest)
+    rest = row_sums(terms)
+    entropy = torch.log1p(rest) - row_sums(shift.mul_(terms)) / (1 + rest)
     margin = (-torch.expm1(second) / (1 + rest)).masked_fill(none, 0)
     token = token.masked_fill(best.isnan(), 0)
     statistics = (token, chosen / (1 + rest), entropy, margin, best + torch.log1p(rest))
@@ -121,7 +121,7 @@ def _cut(
     return cut
 
 
-def _row_sums(x: Tensor) -> Tensor:
+def row_sums(x: Tensor) -> Tensor:
     """``x.sum(-1, keepdim=True)`` whose bits are the same whether a row is alone or in a batch."""
     # A reduction to a single number is split between threads, one to several numbers by number.
     half = x.shape[1] // 2

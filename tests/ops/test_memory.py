@@ -282,6 +282,30 @@ def edit_tokens(guard, backend, changed):
     )
 
 
+def edit_block(guard, backend, changed):
+    n = numbers(changed, start=1, length=4, editable_from=2)
+    edits = ops.BlockEdits.make(B, T, 1)
+    counters = {
+        name: at(changed.get(name, usual), 0) for name, usual in (("post_steps", 0), ("updates", 1))
+    }
+    edits = edits._replace(written=edits.written + changed.get("written", 0), **counters)
+    ops.edit_block(
+        guard(torch.zeros(B, L, dtype=torch.int64)),
+        guard(torch.full((B, L), -1).int()),
+        guard(at(changed.get("nfe", 0), 0)),
+        ops.BlockEdits(*map(guard, edits)),
+        torch.rand(B, T, V),
+        mask_id=0,
+        delete_id=3,
+        split_id=2,
+        threshold=0.5,
+        edit_threshold=0.0,
+        max_post_steps=1,
+        backend=backend,
+        **n,
+    )
+
+
 class Case(NamedTuple):
     call: Callable
     arguments: tuple[str, ...]
@@ -308,6 +332,11 @@ CASES = (
     Case(
         edit_tokens,
         ("start", "length", "editable_from", "nfe", "post_steps"),
+        ("torch", "triton"),
+    ),
+    Case(
+        edit_block,
+        ("start", "length", "editable_from", "nfe", "post_steps", "updates", "written"),
         ("torch", "triton"),
     ),
 )

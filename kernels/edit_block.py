@@ -1,0 +1,510 @@
+"""``edit_block``: what each row of a block could become, then one step of the block.
+
+The first kernel asks whether the block was there before. The second reads the logits once, a part
+of a row to a program. The third merges the parts and does the rest, a block to a program, without
+sorting: masks are ranked as in ``unmask``, and a token's new position is the number of positions
+that those before it take.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from . import _tiles
+from ._primitives import sort_key
+from .unmask import _count, _first
+
+_NONE = tl.constexpr(2**31 - 1)  # the id where there is none
+
+
+@triton.jit
+def _better(value, token, other_value, other):
+    """The larger logit and its id; of equals the lower id; an id of _NONE is no candidate."""
+    larger = (other_value > value) | ((other_value == value) & (other < token))
+    take = (other != _NONE) & ((token == _NONE) | larger)
+    return tl.where(take, other_value, value), tl.where(take, other, token)
+
+
+@triton.jit
+def _largest(value, ids, allowed):
+    """The largest of the allowed logits along the vocabulary, and the lowest id that has it."""
+    among = tl.where(allowed, value, -float("inf"))
+    best = tl.max(among, 1, keep_dims=True)
+    at_best = allowed & (among == best)
+    return best, tl.min(tl.where(at_best, ids, _NONE), 1, keep_dims=True)
+
+
+@triton.jit
+def _number(value):
+    """The logit, and -inf for a NaN."""
+    return tl.where(value == value, value, -float("inf"))
+
+
+@triton.jit
+def _block(start_ptr, length_ptr, complete_ptr, offs_b, mask_b, rows, slots):
+    """Where blocks begin and their lengths, 0 where one is not to be touched."""
+    start = tl.load(start_ptr + offs_b, mask=mask_b, other=0).to(tl.int64)
+    length = tl.load(length_ptr + offs_b, mask=mask_b, other=0)
+    complete = tl.load(complete_ptr + offs_b, mask=mask_b, other=1)
+    fits = (start >= 0) & (length <= rows) & (start + length <= slots)
+    return start, tl.where(fits & (complete == 0), length, 0)
+
+
+@triton.jit(do_not_specialize=["batch"])
+def _edit_block_repeats_kernel(
+    # pointers
+    tried_ptr,  # (B,), steps before this one, 0 where none of them began with the same block
+    x_ptr,  # (B, L)
+    updates_ptr,  # (B,)
+    seen_ptr,  # (B, S, T)
+    complete_ptr,  # (B,)
+    start_ptr,  # (B,)
+    length_ptr,  # (B,)
+    # sizes
+    batch,
+    slots,
+    rows,
+    kept,
+    # strides
+    stride_x_row,
+    stride_seen_block,
+    # constexprs
+    BLOCK_B: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_U: tl.constexpr,
+):
+    offs_b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)[:, None, None]
+    mask_b = offs_b < batch
+    start, length = _block(start_ptr, length_ptr, complete_ptr, offs_b, mask_b, rows, slots)
+    updates = tl.load(updates_ptr + offs_b, mask=mask_b, other=0)
+    count = tl.minimum(tl.maximum(updates, 0), kept)
+    offs_t = tl.arange(0, BLOCK_T)[None, None, :]
+    inside = offs_t < length
+    # [BLOCK_B, 1, BLOCK_T]
+    before = tl.load(x_ptr + offs_b * stride_x_row + start + offs_t, mask=inside, other=0)
+    found = tl.zeros((BLOCK_B, 1, 1), tl.int32)
+    for first in range(0, tl.max(count), BLOCK_U):
+        offs_u = first + tl.arange(0, BLOCK_U)[None, :, None]
+        used = inside & (offs_u < count)
+        # [BLOCK_B, BLOCK_U, BLOCK_T]
+        entry_ptr = seen_ptr + offs_b * stride_seen_block + offs_u * rows + offs_t
+        entry = tl.load(entry_ptr, mask=used, other=0)
+        differs = used & (entry != before)
+        same = 1 - tl.max(differs.to(tl.int32), 2, keep_dims=True)
+        same = tl.where(offs_u < count, same, 0)
+        found = tl.maximum(found, tl.max(same, 1, keep_dims=True))
+    tl.store(tried_ptr + offs_b, found * count, mask=mask_b)
+
+
+@triton.jit(do_not_specialize=["count"])
+def _edit_block_candidates_kernel(
+    # pointers
+    value_ptr,  # (B, T, SPLITS, 4): largest logit, sum, largest ordinary, largest unwritten
+    token_ptr,  # (B, T, SPLITS, 2): the best ordinary id, the best unwritten id
+    tried_ptr,  # (B,)
+    logits_ptr,  # (B, T, V)
+    x_ptr,  # (B, L)
+    original_ptr,  # (B, T)
+    written_ptr,  # (B, S, T)
+    complete_ptr,  # (B,)
+    start_ptr,  # (B,)
+    length_ptr,  # (B,)
+    editable_from_ptr,  # (B,)
+    # sizes
+    count,  # B * T
+    slots,
+    rows,
+    vocab,
+    mask_id,
+    delete_id,
+    split_id,
+    # strides
+    stride_logits_block,
+    stride_logits_row,
+    stride_x_row,
+    stride_original_row,
+    stride_written_block,
+    # constexprs
+    SPLITS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    offs = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    split = tl.program_id(1)
+    mask_r = offs < count
+    offs_b, offs_t = offs // rows, offs % rows
+    # [BLOCK_R, 1]
+    start, length = _block(start_ptr, length_ptr, complete_ptr, offs_b, mask_r, rows, slots)
+    editable_from = tl.load(editable_from_ptr + offs_b, mask=mask_r, other=0)
+    position = start + offs_t
+    own = mask_r & (offs_t < length) & (position >= editable_from)
+    tried = tl.load(tried_ptr + offs_b, mask=own, other=0)
+    before = tl.load(x_ptr + offs_b * stride_x_row + position, mask=own, other=0)
+    original_ptrs = original_ptr + offs_b * stride_original_row + offs_t
+    original = tl.load(original_ptrs, mask=own & (tried > 0), other=0) != 0
+    keeps_mask = (before != mask_id) | (original == 0)
+    written_ptrs = written_ptr + offs_b * stride_written_block + offs_t
+    logits_ptrs = logits_ptr + offs_b * stride_logits_block + offs_t * stride_logits_row
+    end = tl.max(tl.where(own, vocab, 0))
+    most = tl.max(tried)
+
+    peak = tl.full((BLOCK_R, 1), -float("inf"), tl.float32)
+    total = tl.zeros((BLOCK_R, 1), tl.float32)
+    ordinary, unwritten = peak, peak
+    token = tl.full((BLOCK_R, 1), _NONE, tl.int32)
+    new_token = token
+    for first in range(split * BLOCK_V, end, SPLITS * BLOCK_V):
+        # [BLOCK_R, BLOCK_V]
+        ids = first + tl.arange(0, BLOCK_V)[None, :]
+        there = own & (ids < vocab)
+        logit = tl.load(logits_ptrs + ids, mask=there, other=-float("inf")).to(tl.float32)
+        value = _number(logit)
+        largest = tl.maximum(peak, tl.max(value, 1, keep_dims=True))
+        base = tl.where(largest == -float("inf"), 0.0, largest)
+        part = tl.sum(tl.where(there, tl.exp(logit - base), 0.0), 1, keep_dims=True)
+        total = total * tl.exp(peak - base) + part
+        peak = largest
+        allowed = there & (ids != mask_id) & (ids != delete_id) & (ids != split_id)
+        best, best_id = _largest(value, ids, allowed)
+        ordinary, token = _better(ordinary, token, best, best_id)
+        if most > 0:
+            allowed = there & (keeps_mask | (ids != mask_id))
+            for u in range(0, most):
+                past = tl.load(written_ptrs + u * rows, mask=own & (u < tried), other=-1)
+                allowed = allowed & (ids != past)
+            best, best_id = _largest(value, ids, allowed)
+            unwritten, new_token = _better(unwritten, new_token, best, best_id)
+
+    place = offs * SPLITS + split
+    tl.store(value_ptr + place * 4, peak, mask=mask_r)
+    tl.store(value_ptr + place * 4 + 1, total, mask=mask_r)
+    tl.store(value_ptr + place * 4 + 2, ordinary, mask=mask_r)
+    tl.store(value_ptr + place * 4 + 3, unwritten, mask=mask_r)
+    tl.store(token_ptr + place * 2, token, mask=mask_r)
+    tl.store(token_ptr + place * 2 + 1, new_token, mask=mask_r)
+
+
+@triton.jit(do_not_specialize=["batch", "max_post_steps"])
+def _edit_block_kernel(
+    # pointers
+    remaining_ptr,  # (B,)
+    changed_ptr,  # (B,)
+    x_ptr,  # (B, L), read and written
+    step_map_ptr,  # (B, L), written
+    nfe_ptr,  # (B,), read and written
+    original_ptr,  # (B, T), read and written
+    post_steps_ptr,  # (B,), read and written
+    updates_ptr,  # (B,), read and written
+    seen_ptr,  # (B, S, T), written
+    written_ptr,  # (B, S, T), written
+    complete_ptr,  # (B,), read and written
+    value_ptr,  # (B, T, SPLITS, 4)
+    token_ptr,  # (B, T, SPLITS, 2)
+    tried_ptr,  # (B,)
+    logits_ptr,  # (B, T, V)
+    start_ptr,  # (B,)
+    length_ptr,  # (B,)
+    editable_from_ptr,  # (B,)
+    # sizes
+    batch,
+    slots,
+    rows,
+    kept,
+    mask_id,
+    delete_id,
+    split_id,
+    threshold,
+    edit_threshold,
+    max_post_steps,
+    # strides
+    stride_x_row,
+    stride_step_map_row,
+    stride_original_row,
+    stride_seen_block,
+    stride_written_block,
+    stride_logits_block,
+    stride_logits_row,
+    # constexprs
+    HAS_BUDGET: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    offs_b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)[:, None]
+    offs_t = tl.arange(0, BLOCK_T)[None, :]
+    mask_b = offs_b < batch
+    start, length = _block(start_ptr, length_ptr, complete_ptr, offs_b, mask_b, rows, slots)
+    editable_from = tl.load(editable_from_ptr + offs_b, mask=mask_b, other=0)
+    nfe = tl.load(nfe_ptr + offs_b, mask=mask_b, other=0)
+    updates = tl.load(updates_ptr + offs_b, mask=mask_b, other=0)
+    post_steps = tl.load(post_steps_ptr + offs_b, mask=mask_b, other=0)
+    tried = tl.load(tried_ptr + offs_b, mask=mask_b, other=0)
+    # [BLOCK_B, BLOCK_T]
+    inside = offs_t < length
+    own = inside & (start + offs_t >= editable_from)
+    x_row = x_ptr + offs_b * stride_x_row + start
+    before = tl.load(x_row + offs_t, mask=inside, other=0)
+    masked = own & (before == mask_id)
+    original_row = original_ptr + offs_b * stride_original_row
+    original = tl.load(original_row + offs_t, mask=inside, other=0) != 0
+    original = tl.where(updates == 0, masked, original)
+    old = masked & original
+
+    # Merge the splits; the three special ids are candidates of their own.
+    logits_row = logits_ptr + offs_b * stride_logits_block + offs_t * stride_logits_row
+    mask_value = _number(tl.load(logits_row + mask_id, mask=own, other=0.0).to(tl.float32))
+    delete_value = _number(tl.load(logits_row + delete_id, mask=own, other=0.0).to(tl.float32))
+    split_value = _number(tl.load(logits_row + split_id, mask=own, other=0.0).to(tl.float32))
+    peak = tl.full((BLOCK_B, BLOCK_T), -float("inf"), tl.float32)
+    total = tl.zeros((BLOCK_B, BLOCK_T), tl.float32)
+    ordinary, unwritten = peak, peak
+    plain_token = tl.full((BLOCK_B, BLOCK_T), _NONE, tl.int32)
+    new_token = plain_token
+    place = (offs_b * rows + offs_t) * SPLITS
+    for split in range(SPLITS):
+        at = place + split
+        largest = tl.load(value_ptr + at * 4, mask=own, other=-float("inf"))
+        part = tl.load(value_ptr + at * 4 + 1, mask=own, other=0.0)
+        higher = tl.maximum(peak, largest)
+        base = tl.where(higher == -float("inf"), 0.0, higher)
+        total = total * tl.exp(peak - base) + part * tl.exp(largest - base)
+        peak = higher
+        best = tl.load(value_ptr + at * 4 + 2, mask=own, other=-float("inf"))
+        best_id = tl.load(token_ptr + at * 2, mask=own, other=_NONE)
+        ordinary, plain_token = _better(ordinary, plain_token, best, best_id)
+        best = tl.load(value_ptr + at * 4 + 3, mask=own, other=-float("inf"))
+        best_id = tl.load(token_ptr + at * 2 + 1, mask=own, other=_NONE)
+        unwritten, new_token = _better(unwritten, new_token, best, best_id)
+    zero = tl.zeros_like(plain_token)
+    other_value, other = _better(ordinary, plain_token, delete_value, zero + delete_id)
+    other_value, other = _better(other_value, other, split_value, zero + split_id)
+    value, token = _better(other_value, other, mask_value, zero + mask_id)
+    plain_token = tl.where(plain_token == _NONE, 0, plain_token)
+    new_token = tl.where(new_token == _NONE, 0, new_token)
+    # A row without a distribution has a NaN: below every threshold, and the worst mask.
+    score = _number(tl.div_rn(tl.exp(value - peak), total))
+    other_score = _number(tl.div_rn(tl.exp(other_value - peak), total))
+
+    # [BLOCK_B, 1]
+    n_old, n_masks = _count(old), _count(masked)
+    post_steps += (n_old == 0).to(tl.int32)
+    if HAS_BUDGET:
+        last = post_steps >= max_post_steps
+    else:
+        last = n_old == 0
+    last = last | (updates + 1 > length + max_post_steps)
+    evades = old & (token == mask_id) & (last == 0)
+    token = tl.where(evades, other, token)
+    score = tl.where(evades, other_score, score)
+    need = 1 + n_masks - n_old
+    above = masked & (score > threshold)
+    fill = tl.where(_count(above) >= need, above, _first(masked, sort_key(0.0 - score), need))
+    fill = tl.where(last | (n_old == 0), masked, fill)
+    if not HAS_BUDGET:
+        last = last | (_count(old & (fill == 0)) == 0)
+        fill = tl.where(last, masked, fill)
+    edit = own & (before != mask_id) & (score > edit_threshold) & (token != before)
+    write = fill | edit
+    takes_steps = _count(write) > 0
+    special = (token == mask_id) | (token == delete_id) | (token == split_id)
+    token = tl.where(write & last & special, plain_token, token)
+    changing = write & (token != before) & (last == 0) & (tried > 0)
+    cost = tl.where(changing, score, float("inf"))
+    weakest = changing & (cost == tl.min(cost, 1, keep_dims=True))
+    weakest = offs_t == tl.min(tl.where(weakest, offs_t, BLOCK_T), 1, keep_dims=True)
+    token = tl.where(weakest, new_token, token)
+
+    # Positions that a row's token and a split's gap take.
+    is_delete, is_split = write & (token == delete_id), write & (token == split_id)
+    after = tl.where(write & (is_split == 0), token.to(tl.int64), before)
+    size = tl.where(inside, 1 + is_split.to(tl.int32) - is_delete.to(tl.int32), 0)
+    size_end = tl.cumsum(size, 1)
+    gap = size_end - size
+    to = gap + is_split.to(tl.int32)
+    stays = inside & (size > 0) & (to < length)
+    opens = is_split & (gap < length)
+    pads = inside & (offs_t >= tl.max(size_end, 1, keep_dims=True))
+    moved = stays & (tl.load(x_row + to, mask=stays, other=0) != after)
+    emptied = opens & (tl.load(x_row + gap, mask=opens, other=0) != mask_id)
+    emptied_end = pads & (before != mask_id)
+    left = stays & (start + to >= editable_from) & (after == mask_id)
+
+    # Every thread has read the block before one writes it.
+    tl.debug_barrier()
+    entry = inside & takes_steps & (last == 0) & (updates >= 0) & (updates < kept)
+    slot = updates.to(tl.int64) * rows + offs_t
+    tl.store(seen_ptr + offs_b * stride_seen_block + slot, before.to(tl.int32), mask=entry)
+    written_token = tl.where(write, token, -1)
+    tl.store(written_ptr + offs_b * stride_written_block + slot, written_token, mask=entry)
+    mask_token, no_flag = tl.zeros_like(before) + mask_id, inside & (inside == 0)
+    tl.store(x_row + to, after, mask=stays)
+    tl.store(x_row + gap, mask_token, mask=opens)
+    tl.store(x_row + offs_t, mask_token, mask=pads)
+    tl.store(original_row + to, original, mask=stays)
+    tl.store(original_row + gap, no_flag, mask=opens)
+    tl.store(original_row + offs_t, no_flag, mask=pads)
+    step_map_row = step_map_ptr + offs_b * stride_step_map_row + start
+    tl.store(step_map_row + to, tl.where(after == mask_id, -1, zero + nfe), mask=moved)
+    tl.store(step_map_row + gap, zero - 1, mask=emptied)
+    tl.store(step_map_row + offs_t, zero - 1, mask=emptied_end)
+    took_part = mask_b & (length > 0)
+    tl.store(nfe_ptr + offs_b, nfe + 1, mask=took_part)
+    tl.store(updates_ptr + offs_b, updates + 1, mask=took_part)
+    tl.store(post_steps_ptr + offs_b, post_steps, mask=took_part)
+    is_complete = took_part & (last | (takes_steps == 0))
+    tl.store(complete_ptr + offs_b, is_complete, mask=is_complete)
+    remaining = _count(left) + _count(opens) + _count(pads)
+    tl.store(remaining_ptr + offs_b, remaining, mask=mask_b)
+    changed = _count(moved) + _count(emptied) + _count(emptied_end)
+    tl.store(changed_ptr + offs_b, changed, mask=mask_b)
+
+
+def supports(
+    x: torch.Tensor,
+    step_map: torch.Tensor,
+    nfe: torch.Tensor,
+    original: torch.Tensor,
+    post_steps: torch.Tensor,
+    updates: torch.Tensor,
+    seen: torch.Tensor,
+    written: torch.Tensor,
+    complete: torch.Tensor,
+    logits: torch.Tensor,
+    mask_id: int,
+    delete_id: int,
+    split_id: int,
+    start: torch.Tensor,
+    length: torch.Tensor,
+    editable_from: torch.Tensor,
+    threshold: float,
+    edit_threshold: float,
+    max_post_steps: int,
+) -> str | None:
+    """None if the kernel can run this call, otherwise why not."""
+    if logits.dtype == torch.float64:
+        return f"the kernel takes fp32, fp16 and bf16 logits, got {logits.dtype}"
+    if (most := _tiles.EDIT_BLOCK_ROWS) < logits.shape[1]:
+        return f"the kernel takes blocks of up to {most} positions, got {logits.shape[1]}"
+    rows = {"x": x, "step_map": step_map, "original": original, "logits": logits}
+    numbers = {"nfe": nfe, "post_steps": post_steps, "updates": updates, "complete": complete}
+    numbers |= {"start": start, "length": length, "editable_from": editable_from}
+    for name, tensor in (rows | numbers).items():
+        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            return f"{name} must have contiguous rows, got strides {tensor.stride()}"
+    for name, tensor in {"seen": seen, "written": written}.items():
+        if tensor.shape[0] and not tensor[0].is_contiguous():
+            return f"{name} must have a contiguous table, got strides {tensor.stride()}"
+    return None
+
+
+def edit_block(
+    x: torch.Tensor,
+    step_map: torch.Tensor,
+    nfe: torch.Tensor,
+    original: torch.Tensor,
+    post_steps: torch.Tensor,
+    updates: torch.Tensor,
+    seen: torch.Tensor,
+    written: torch.Tensor,
+    complete: torch.Tensor,
+    logits: torch.Tensor,
+    mask_id: int,
+    delete_id: int,
+    split_id: int,
+    start: torch.Tensor,
+    length: torch.Tensor,
+    editable_from: torch.Tensor,
+    threshold: float,
+    edit_threshold: float,
+    max_post_steps: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch the kernels; arguments as in ``pydllm.reference.edit_block``."""
+    batch, rows, vocab = logits.shape
+    remaining, changed = torch.empty_like(nfe), torch.empty_like(nfe)
+    if batch == 0 or rows == 0:
+        return remaining.zero_(), changed.zero_()
+    tile = _tiles.edit_block_tile(x.device, rows)
+    tried = torch.empty_like(nfe)
+    value = torch.empty(batch, rows, tile.splits, 4, dtype=torch.float32, device=x.device)
+    token = torch.empty(batch, rows, tile.splits, 2, dtype=torch.int32, device=x.device)
+    block_t = max(16, triton.next_power_of_2(rows))
+    places = {"complete_ptr": complete, "start_ptr": start, "length_ptr": length}
+    sizes = {"slots": x.shape[1], "rows": rows, "stride_x_row": x.stride(0)}
+    ids = {"mask_id": mask_id, "delete_id": delete_id, "split_id": split_id}
+    _edit_block_repeats_kernel[(triton.cdiv(batch, tile.block_b),)](
+        tried_ptr=tried,
+        x_ptr=x,
+        updates_ptr=updates,
+        seen_ptr=seen,
+        batch=batch,
+        kept=seen.shape[1],
+        stride_seen_block=seen.stride(0),
+        BLOCK_B=tile.block_b,
+        BLOCK_T=block_t,
+        BLOCK_U=tile.block_u,
+        num_warps=tile.num_warps,
+        **places,
+        **sizes,
+    )
+    _edit_block_candidates_kernel[(triton.cdiv(batch * rows, tile.block_r), tile.splits)](
+        value_ptr=value,
+        token_ptr=token,
+        tried_ptr=tried,
+        logits_ptr=logits,
+        x_ptr=x,
+        original_ptr=original,
+        written_ptr=written,
+        editable_from_ptr=editable_from,
+        count=batch * rows,
+        vocab=vocab,
+        stride_logits_block=logits.stride(0),
+        stride_logits_row=logits.stride(1),
+        stride_original_row=original.stride(0),
+        stride_written_block=written.stride(0),
+        SPLITS=tile.splits,
+        BLOCK_R=tile.block_r,
+        BLOCK_V=tile.block_v,
+        num_warps=tile.num_warps,
+        **places,
+        **sizes,
+        **ids,
+    )
+    _edit_block_kernel[(triton.cdiv(batch, tile.block_b),)](
+        remaining_ptr=remaining,
+        changed_ptr=changed,
+        x_ptr=x,
+        step_map_ptr=step_map,
+        nfe_ptr=nfe,
+        original_ptr=original,
+        post_steps_ptr=post_steps,
+        updates_ptr=updates,
+        seen_ptr=seen,
+        written_ptr=written,
+        value_ptr=value,
+        token_ptr=token,
+        tried_ptr=tried,
+        logits_ptr=logits,
+        editable_from_ptr=editable_from,
+        batch=batch,
+        kept=seen.shape[1],
+        threshold=threshold,
+        edit_threshold=edit_threshold,
+        max_post_steps=max_post_steps,
+        stride_step_map_row=step_map.stride(0),
+        stride_original_row=original.stride(0),
+        stride_seen_block=seen.stride(0),
+        stride_written_block=written.stride(0),
+        stride_logits_block=logits.stride(0),
+        stride_logits_row=logits.stride(1),
+        HAS_BUDGET=max_post_steps > 0,
+        SPLITS=tile.splits,
+        BLOCK_B=tile.block_b,
+        BLOCK_T=block_t,
+        num_warps=tile.num_warps,
+        **places,
+        **sizes,
+        **ids,
+    )
+    return remaining, changed
