@@ -226,11 +226,33 @@ def test_the_demos_table_is_read_by_aup(tmp_path):
 
 
 def test_bundled_models_have_names_everywhere(tmp_path):
-    result = _run("generate", "--model", "sdar-tiny", "--prompt", PROMPT, "--set", "block_length=8")
+    result = _run("generate", "--model", "sdar-tiny", "--prompt", PROMPT)
     assert result.exit_code == 0, result.output
     assert pydllm.load("sdar-tiny", device="cpu").spec.block_size == 8
     with pytest.raises(pydllm.CheckpointError, match="no-such-model: expected a directory"):
         pydllm.load("no-such-model")
+
+
+def test_blocks_are_the_models_unless_others_are_named(tmp_path):
+    """In ``generate``, on the page beside it, and in jobs."""
+    prompt, page = ("--model", "sdar-tiny", "--prompt", PROMPT), tmp_path / "page.html"
+    named = _run("generate", *prompt, "--set", "block_length=8", "--json")
+    drafts = ("--algorithm", "freedave", "--set", "baseline=threshold")
+    for options in ((), drafts, ("--html", str(page), "--beside", "static,tokens_per_step=2")):
+        result = _run("generate", *prompt, *options, "--json")
+        assert result.exit_code == 0, result.output
+        assert json.loads(result.stdout)["ids"] == json.loads(named.stdout)["ids"]
+    refused = _run("generate", *prompt, "--set", "block_length=16")
+    assert "block_length: expected 8, the block of the block-causal model, got 16" in refused.output
+    wide = _run("generate", *prompt, "--algorithm", "static", "--set", "tokens_per_step=9")
+    assert "tokens_per_step: expected an int in [1, 8], got 9" in wide.output
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"prompt": PROMPT}) + "\n")
+    job = ("--model", "sdar-tiny", "--data", str(data), "--out", str(tmp_path / "out"))
+    result = _run("generate", *job, "--json")
+    assert result.exit_code == 0, result.output
+    answer = json.loads((tmp_path / "out/results.jsonl").read_text())
+    assert answer["text"] == json.loads(named.stdout)["text"]
 
 
 def test_an_interrupt_is_130(monkeypatch):

@@ -78,6 +78,13 @@ def test_a_chat(answer, template):
     assert shown.endswith("> /history\nsystem: be brief\n> /quit\n")
 
 
+def test_a_conversation_has_the_models_blocks(template):
+    options = ("--model", "sdar-tiny", "--template", template, "--max-new-tokens", "8")
+    result = run("chat", *options, stdin=f"{PROMPT}\n/algorithm static\n{PROMPT}\n")
+    assert "[Static(block_length=8, " in result.stdout
+    assert result.stdout.count("per second") == 2
+
+
 def test_a_conversation_has_its_history(template):
     """The second question follows the first and its answer; one that does not fit is taken back."""
     options = ("--model", "llada-tiny", "--template", template, "--max-new-tokens", "8")

@@ -12,7 +12,7 @@ import click
 
 from pydllm._options import BACKEND, DEVICE
 from pydllm.cli.sampling import read_sampling, sampling_options
-from pydllm.cli.settings import read_algorithm, read_template
+from pydllm.cli.settings import fit_algorithm, read_algorithm, read_template
 
 _HELP = """\
 /algorithm NAME [KEY=VALUE ...]  decode with another algorithm
@@ -67,6 +67,7 @@ def chat(
 
     chosen = read_algorithm(algorithm, settings, load_verifier)
     model = load(source, **options)
+    chosen = fit_algorithm(chosen, settings, model)
     if template is not None:
         model.chat_template = read_template(template)
     if model.chat_template is None:
@@ -108,7 +109,8 @@ class Conversation:
     def command(self, word: str, rest: str) -> None:
         if word == "algorithm":
             name, *settings = rest.split() or [""]
-            self.algorithm = read_algorithm(name, tuple(settings), self.verifier)
+            read = read_algorithm(name, tuple(settings), self.verifier)
+            self.algorithm = fit_algorithm(read, tuple(settings), self.model)
             click.echo(f"[{self.algorithm!r}]")
         elif word == "system":
             self.system = rest or None

@@ -14,9 +14,15 @@ import click
 from rich.console import Console
 
 from pydllm._options import BACKEND, DEVICE, JSON
-from pydllm.cli.player import check_player, player_options, read_beside, write_player
+from pydllm.cli.player import (
+    check_player,
+    fit_beside,
+    player_options,
+    read_beside,
+    write_player,
+)
 from pydllm.cli.sampling import read_sampling, sampling_options
-from pydllm.cli.settings import read_algorithm, read_template
+from pydllm.cli.settings import fit_algorithm, read_algorithm, read_template
 from pydllm.cli.watch import Watch
 from pydllm.demo import VERIFIER, WEIGHTS
 
@@ -124,6 +130,7 @@ def generate(
     if not texts:
         raise click.UsageError("expected --prompt or lines on standard input, got neither")
     model = load(WEIGHTS if source is None else source, **options)
+    chosen, beside = fit_algorithm(chosen, settings, model), fit_beside(beside, model)
     if values["template"] is not None:
         model.chat_template = read_template(values["template"])
     arguments = sampling | {

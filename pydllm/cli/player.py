@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from pydllm.cli.settings import read_algorithm
+from pydllm.cli.settings import fit_algorithm, read_algorithm
 
 
 def player_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -45,6 +45,14 @@ def read_beside(beside: tuple[str, ...], verifier: Callable[[], Any]) -> dict[st
         name, *settings = text.split(",")
         found[text] = read_algorithm(name, tuple(settings), verifier)
     return found
+
+
+def fit_beside(beside: dict[str, Any], model: Any) -> dict[str, Any]:
+    """The same with the model's blocks, where the text says no others."""
+    return {
+        text: fit_algorithm(algorithm, tuple(text.split(",")[1:]), model)
+        for text, algorithm in beside.items()
+    }
 
 
 def write_player(

@@ -13,11 +13,21 @@ def read_algorithm(name: str, settings: tuple[str, ...], verifier: Callable[[], 
     """Build an algorithm from ``NAME=VALUE`` strings."""
     from pydllm.decoding.settings import SettingError, make_algorithm
 
-    pairs = (setting.partition("=") for setting in settings)
     try:
-        return make_algorithm(name, {key: value for key, _, value in pairs}, verifier)
+        return make_algorithm(name, _pairs(settings), verifier)
     except SettingError as error:
         raise click.BadParameter(str(error), param_hint="--algorithm, --set") from None
+
+
+def fit_algorithm(algorithm: Any, settings: tuple[str, ...], model: Any) -> Any:
+    """The algorithm of ``settings`` with the model's blocks, unless they say other ones."""
+    from pydllm.decoding.settings import fit_blocks
+
+    return fit_blocks(algorithm, _pairs(settings), model)
+
+
+def _pairs(settings: tuple[str, ...]) -> dict[str, str]:
+    return {key: value for key, _, value in (setting.partition("=") for setting in settings)}
 
 
 def read_template(path: Path) -> Any:

@@ -65,6 +65,29 @@ def convert(text: str, types: tuple[str, ...]) -> Any:
     raise SettingError(f"expected {' or '.join(types)}, got {text!r}")
 
 
+def fit_blocks(algorithm: Algorithm, settings: Mapping[str, object], model: Model) -> Algorithm:
+    """An algorithm of ``make_algorithm`` with the blocks of a block-causal model's mask, where
+    ``settings`` say no ``block_length``.
+
+    Raises:
+        ValueError: another parameter does not fit such blocks.
+    """
+    size, values = model.spec.block_size, vars(algorithm)
+    fitted: Any = algorithm  # a dataclass
+    if size is None:
+        return algorithm
+    if (baseline := values.get("baseline")) is not None:
+        nested = {
+            key.removeprefix("baseline."): value
+            for key, value in settings.items()
+            if key.startswith("baseline.")
+        }
+        return dataclasses.replace(fitted, baseline=fit_blocks(baseline, nested, model))
+    if "block_length" not in values or "block_length" in settings:
+        return algorithm
+    return dataclasses.replace(fitted, block_length=size)
+
+
 def make_algorithm(
     name: str, settings: Mapping[str, object], verifier: Callable[[], Model] | None = None
 ) -> Algorithm:

@@ -23,7 +23,7 @@ from lm_eval.api.registry import register_model
 from pydllm import __version__
 from pydllm._backend.errors import CheckpointError
 from pydllm._backend.signatures import check_called, check_replaced
-from pydllm.decoding.settings import make_algorithm
+from pydllm.decoding.settings import fit_blocks, make_algorithm
 from pydllm.integrations.evaluation import Evaluator, Tally, merge_tallies
 from pydllm.models import load
 from pydllm.models.chat import read_chat_template
@@ -113,6 +113,7 @@ class PydllmLM(LM):
             algorithm, settings, None if verifier is None else lambda: load(verifier, **options)
         )
         model = load(pretrained, **options)
+        chosen = fit_blocks(chosen, settings, model)
         self._device = model.device
         self._costs: dict[str, Tally] = {}
         self.pretrained, self.algorithm, self.settings = pretrained, algorithm, settings

@@ -8,7 +8,13 @@ import pytest
 import torch
 
 import pydllm
-from pydllm.decoding.settings import ALGORITHMS, SettingError, make_algorithm, parameters
+from pydllm.decoding.settings import (
+    ALGORITHMS,
+    SettingError,
+    fit_blocks,
+    make_algorithm,
+    parameters,
+)
 from pydllm.demo import MODELS, VERIFIER
 from pydllm.demo.task import held_out_problems
 from pydllm.integrations.evaluation import Evaluator
@@ -234,6 +240,24 @@ def test_every_algorithm_and_every_parameter_can_be_named():
         {"draft_steps": "4", "baseline": "threshold", "baseline.threshold": 0.8},
     )
     assert got == pydllm.FreeDave(draft_steps=4, baseline=pydllm.Threshold(threshold=0.8))
+
+
+def test_blocks_are_those_of_the_model_unless_named():
+    causal, full = (pydllm.load(MODELS[name], device="cpu") for name in ("sdar-tiny", "llada-tiny"))
+    for name in ALGORITHMS.keys() - {"apd"}:
+        for settings in ({}, {"block_length": 16}):
+            if settings and "block_length" not in parameters(ALGORITHMS[name]):
+                continue
+            made = make_algorithm(name, settings)
+            assert fit_blocks(made, settings, full) is made
+            length = getattr(fit_blocks(made, settings, causal), "block_length", None)
+            assert length == settings.get("block_length", 8) or not hasattr(made, "block_length")
+    drafts = {"baseline": "threshold"}
+    got = fit_blocks(make_algorithm("freedave", drafts), drafts, causal)
+    assert got == pydllm.FreeDave(baseline=pydllm.Threshold(block_length=8))
+    drafts["baseline.block_length"] = "4"
+    made = make_algorithm("freedave", drafts)
+    assert fit_blocks(made, drafts, causal) == made
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import torch
 from pydllm._backend.env import BACKENDS
 from pydllm._checks import FLOATS, check_choice, check_int, check_number, describe
 from pydllm.decoding import generate
-from pydllm.decoding.settings import ALGORITHMS, make_algorithm
+from pydllm.decoding.settings import ALGORITHMS, fit_blocks, make_algorithm
 from pydllm.integrations._arguments import check_temperature
 from pydllm.integrations.jobs.job import Row, part_name, write_whole
 from pydllm.models import load
@@ -139,9 +139,11 @@ class Worker:
         options["dtype"] = None if recipe.dtype is None else getattr(torch, recipe.dtype)
         self.recipe, self.parts, self.max_batch = recipe, parts, max_batch
         self.model = load(recipe.model, **options)
-        self.algorithm = make_algorithm(
-            recipe.algorithm, dict(recipe.settings), lambda: load(recipe.verifier, **options)
+        settings = dict(recipe.settings)
+        algorithm = make_algorithm(
+            recipe.algorithm, settings, lambda: load(recipe.verifier, **options)
         )
+        self.algorithm = fit_blocks(algorithm, settings, self.model)
         self.algorithm.check(self.model, recipe.max_new_tokens)  # before a row is blamed for it
         self.writes = is_first_process()
 
