@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kPieceThreads, 2)
   float best = -INFINITY;
 #pragma unroll
   for (int v = 0; v < Piece<T>::kVectors; ++v) {
-    ban(piece.x[v], piece.first(v), call.banned, static_cast<int>(call.banned_count));
+    suppress(piece.x[v], piece.first(v), call.suppress_ids, static_cast<int>(call.suppress_count));
 #pragma unroll
     for (int i = 0; i < Piece<T>::kVector; ++i) best = fmaxf(best, piece.x[v][i]);
   }
@@ -161,8 +161,8 @@ __global__ void __launch_bounds__(kPieceThreads, 2)
 
 cudaError_t vocab_cut(const VocabCut& call, cudaStream_t stream) {
   const int64_t pieces = (call.vocab + kVocabPiece - 1) / kVocabPiece;
-  if (call.rows < 0 || call.vocab < 1 || call.rows > INT_MAX / pieces || call.banned_count < 0 ||
-      call.banned_count > kMaxBanned) {
+  if (call.rows < 0 || call.vocab < 1 || call.rows > INT_MAX / pieces || call.suppress_count < 0 ||
+      call.suppress_count > kMaxSuppressIds) {
     return cudaErrorInvalidValue;
   }
   if (call.rows == 0) return cudaSuccess;

@@ -97,7 +97,7 @@ PYBIND11_MODULE(_C, m) {
   // Limits that pydllm/_backend/cuda has to know; a test compares both sides.
   m.attr("CUT_DIGITS") = pydllm::kCutDigits;
   m.attr("DRAFT_ROWS") = pydllm::kDraftRows;
-  m.attr("MAX_BANNED") = pydllm::kMaxBanned;
+  m.attr("MAX_SUPPRESS_IDS") = pydllm::kMaxSuppressIds;
   m.attr("MAX_CAPACITY") = pydllm::kMaxCapacity;
   m.attr("MAX_PIECES") = pydllm::kMaxPieces;
   m.attr("MIXTURE_CANDIDATES") = pydllm::kCandidateTile;
@@ -143,10 +143,10 @@ PYBIND11_MODULE(_C, m) {
                 FIELD(target), FIELD(least), FIELD(best), FIELD(least_of_tiles), FIELD(token),
                 FIELD(length), FIELD(mixtures), FIELD(temperatures), FIELD(batch), FIELD(rows),
                 FIELD(tiles), FIELD(mixture), FIELD(inverse), FIELD(first_free), FIELD(logits),
-                FIELD(verifier), FIELD(threshold), FIELD(counter), FIELD(banned), FIELD(dtype),
-                FIELD(vocab), FIELD(verifier_vocab), FIELD(shared), FIELD(banned_count),
-                FIELD(seed), FIELD(stride_logits_row), FIELD(stride_verifier_row),
-                FIELD(stride_counter_row), FIELD(stride_counter_word));
+                FIELD(verifier), FIELD(threshold), FIELD(counter), FIELD(suppress_ids),
+                FIELD(dtype), FIELD(vocab), FIELD(verifier_vocab), FIELD(shared),
+                FIELD(suppress_count), FIELD(seed), FIELD(stride_logits_row),
+                FIELD(stride_verifier_row), FIELD(stride_counter_row), FIELD(stride_counter_word));
   }
   {
     using Call = pydllm::MixtureAcceptSparse;
@@ -163,10 +163,10 @@ PYBIND11_MODULE(_C, m) {
     define_call(m, "mixture_draft", pydllm::mixture_draft, FIELD(token), FIELD(logsumexp),
                 FIELD(threshold), FIELD(ids), FIELD(values), FIELD(noise), FIELD(size),
                 FIELD(overflow), FIELD(noted_ids), FIELD(noted), FIELD(logits), FIELD(rows),
-                FIELD(counter), FIELD(temperatures), FIELD(top_ps), FIELD(banned), FIELD(dtype),
-                FIELD(wide_rows), FIELD(count), FIELD(sources), FIELD(vocab), FIELD(shared),
-                FIELD(banned_count), FIELD(capacity), FIELD(notes), FIELD(inverse), FIELD(top_p),
-                FIELD(seed), FIELD(stride_logits_row), FIELD(stride_counter_row),
+                FIELD(counter), FIELD(temperatures), FIELD(top_ps), FIELD(suppress_ids),
+                FIELD(dtype), FIELD(wide_rows), FIELD(count), FIELD(sources), FIELD(vocab),
+                FIELD(shared), FIELD(suppress_count), FIELD(capacity), FIELD(notes), FIELD(inverse),
+                FIELD(top_p), FIELD(seed), FIELD(stride_logits_row), FIELD(stride_counter_row),
                 FIELD(stride_counter_word));
   }
   {
@@ -211,14 +211,14 @@ PYBIND11_MODULE(_C, m) {
     using Call = pydllm::VocabCut;
     define_call(m, "vocab_cut", pydllm::vocab_cut, FIELD(cut), FIELD(keys), FIELD(counts),
                 FIELD(masses), FIELD(best), FIELD(logits), FIELD(row_list), FIELD(temperatures),
-                FIELD(banned), FIELD(top_ks), FIELD(top_ps), FIELD(dtype), FIELD(rows),
-                FIELD(sources), FIELD(vocab), FIELD(banned_count), FIELD(long_row_list),
+                FIELD(suppress_ids), FIELD(top_ks), FIELD(top_ps), FIELD(dtype), FIELD(rows),
+                FIELD(sources), FIELD(vocab), FIELD(suppress_count), FIELD(long_row_list),
                 FIELD(has_top_k), FIELD(has_top_p), FIELD(top_k), FIELD(top_p),
                 FIELD(inverse_temperature), FIELD(softcap), FIELD(stride_logits_row));
   }
   define(m, "vocab_stats", pydllm::vocab_stats, "token", "prob", "entropy", "margin", "logsumexp",
-         "values", "ids", "logits", "row_list", "counter", "temperatures", "banned", "cut", "dtype",
-         "rows", "sources", "vocab", "banned_count", "long_row_list", "tempered", "seed",
+         "values", "ids", "logits", "row_list", "counter", "temperatures", "suppress_ids", "cut",
+         "dtype", "rows", "sources", "vocab", "suppress_count", "long_row_list", "tempered", "seed",
          "inverse_temperature", "softcap", "stride_logits_row", "stride_counter_row",
          "stride_counter_word", "stream");
   {

@@ -14,15 +14,15 @@ constexpr int kUnroll = kTileBytes / (kThreads * 16);
 template <typename T, bool kCritical>
 __global__ void __launch_bounds__(kThreads, 2) mixture_accept_kernel(const MixtureAccept call) {
   constexpr int kVector = Row<T>::kVector;
-  __shared__ int32_t banned[kMaxBanned];
+  __shared__ int32_t suppress_ids[kMaxSuppressIds];
 
   const MixtureRound& round = call;
   const int64_t row = blockIdx.x / round.tiles, tile = blockIdx.x % round.tiles;
   const int64_t sequence = row / round.rows;
   if (row % round.rows >= round.length[sequence]) return;
   const int thread = threadIdx.x;
-  const int banned_count = static_cast<int>(call.banned_count);
-  if (thread < banned_count) banned[thread] = call.banned[thread];
+  const int suppress_count = static_cast<int>(call.suppress_count);
+  if (thread < suppress_count) suppress_ids[thread] = call.suppress_ids[thread];
   __syncthreads();
 
   const float weight = weight_of(round, sequence);
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kThreads, 2) mixture_accept_kernel(const Mixtu
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) {
     const int first = base + u * kThreads * kVector;
-    inside[u] = ids_that_count<kVector>(first, ids_x.shared, banned, banned_count);
+    inside[u] = ids_that_count<kVector>(first, ids_x.shared, suppress_ids, suppress_count);
     if (needs_x && inside[u]) x[u] = ids_x.load(first);
   }
 #pragma unroll
@@ -124,8 +124,8 @@ cudaError_t mixture_accept(const MixtureAccept& call, cudaStream_t stream) {
   const bool fits = round.batch >= 0 && round.rows >= 0 && blocks <= INT_MAX && call.shared >= 1 &&
                     call.shared <= INT_MAX - tile && call.vocab <= INT_MAX - tile &&
                     call.verifier_vocab <= INT_MAX - tile &&
-                    round.tiles == (call.shared + tile - 1) / tile && call.banned_count >= 0 &&
-                    call.banned_count <= kMaxBanned;
+                    round.tiles == (call.shared + tile - 1) / tile && call.suppress_count >= 0 &&
+                    call.suppress_count <= kMaxSuppressIds;
   if (!fits) return cudaErrorInvalidValue;
   if (round.batch == 0) return cudaSuccess;
   if (blocks == 0) return mixture_accept_join(round, stream);

@@ -31,13 +31,13 @@ struct MixtureRound {
 };
 
 struct MixtureAccept : MixtureRound {
-  const void* logits;      // (batch * rows, vocab) of dtype
-  const void* verifier;    // (batch * rows, verifier_vocab) of dtype
-  const float* threshold;  // (batch * rows,), or null: all ids count
-  const int32_t* counter;  // (batch * rows, 3), or null: no noise
-  const int32_t* banned;   // (banned_count,)
+  const void* logits;           // (batch * rows, vocab) of dtype
+  const void* verifier;         // (batch * rows, verifier_vocab) of dtype
+  const float* threshold;       // (batch * rows,), or null: all ids count
+  const int32_t* counter;       // (batch * rows, 3), or null: no noise
+  const int32_t* suppress_ids;  // (suppress_count,)
   Dtype dtype;
-  int64_t vocab, verifier_vocab, shared, banned_count, seed;
+  int64_t vocab, verifier_vocab, shared, suppress_count, seed;
   // Strides in elements.
   int64_t stride_logits_row, stride_verifier_row, stride_counter_row, stride_counter_word;
 };

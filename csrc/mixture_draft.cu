@@ -71,8 +71,8 @@ template <typename T>
 struct Draft {
   Row<T> row;
   NoiseKey key;
-  const int32_t* banned;  // in shared memory
-  int banned_count;
+  const int32_t* suppress_ids;  // in shared memory
+  int suppress_count;
   float inverse;
   bool noisy;
 
@@ -82,7 +82,8 @@ struct Draft {
     constexpr int kVector = Row<T>::kVector;
     for (int first = threadIdx.x * kVector; first < row.shared; first += kThreads * kVector) {
       const Vector<T> vector = row.load(first);
-      const unsigned bits = ids_that_count<kVector>(first, row.shared, banned, banned_count);
+      const unsigned bits =
+          ids_that_count<kVector>(first, row.shared, suppress_ids, suppress_count);
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
         if (bits >> i & 1) visit(first + i, to_float(vector.lane[i]));
@@ -146,7 +147,7 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads) mixture_draft_kernel(const MixtureDraft call) {
   constexpr int kVector = Row<T>::kVector;
   constexpr int kBits = kKeyBits<T>;
-  __shared__ int32_t banned[kMaxBanned];
+  __shared__ int32_t suppress_ids[kMaxSuppressIds];
   __shared__ uint32_t list[kMaxCapacity];
   __shared__ int noted, listed;
 
@@ -160,8 +161,8 @@ __global__ void __launch_bounds__(kThreads) mixture_draft_kernel(const MixtureDr
   const bool exists = source >= 0 && source < call.sources;
   const T* data =
       static_cast<const T*>(call.logits) + (exists ? source : 0) * call.stride_logits_row;
-  const int banned_count = static_cast<int>(call.banned_count);
-  for (int i = thread; i < banned_count; i += kThreads) banned[i] = call.banned[i];
+  const int suppress_count = static_cast<int>(call.suppress_count);
+  for (int i = thread; i < suppress_count; i += kThreads) suppress_ids[i] = call.suppress_ids[i];
   if (thread == 0) noted = listed = 0;
   __syncthreads();
 
@@ -172,8 +173,8 @@ __global__ void __launch_bounds__(kThreads) mixture_draft_kernel(const MixtureDr
                static_cast<uint32_t>(counter[call.stride_counter_word]),
                static_cast<uint32_t>(counter[2 * call.stride_counter_word]),
                static_cast<uint64_t>(call.seed)};
-  draft.banned = banned;
-  draft.banned_count = banned_count;
+  draft.suppress_ids = suppress_ids;
+  draft.suppress_count = suppress_count;
   draft.inverse = call.inverse;
   draft.noisy = true;
   if (call.temperatures != nullptr) {
@@ -206,7 +207,7 @@ __global__ void __launch_bounds__(kThreads) mixture_draft_kernel(const MixtureDr
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int first = base + (u * kThreads + thread) * kVector;
-      bits[u] = ids_that_count<kVector>(first, ids.shared, banned, banned_count);
+      bits[u] = ids_that_count<kVector>(first, ids.shared, suppress_ids, suppress_count);
       if (bits[u]) loaded[u] = ids.load(first);
     }
 #pragma unroll
@@ -287,7 +288,7 @@ __global__ void __launch_bounds__(kThreads) mixture_draft_kernel(const MixtureDr
   } else if (usable) {
     // Four neighbours share a call of the generator.
     for (int quad = thread; quad < (ids.shared + 3) / 4; quad += kThreads) {
-      const unsigned bits = ids_that_count<4>(4 * quad, ids.shared, banned, banned_count);
+      const unsigned bits = ids_that_count<4>(4 * quad, ids.shared, suppress_ids, suppress_count);
       const Words words = draft.noisy ? draft.key.words(quad) : Words{};
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -331,7 +332,7 @@ __global__ void __launch_bounds__(kThreads) mixture_draft_kernel(const MixtureDr
 cudaError_t mixture_draft(const MixtureDraft& call, cudaStream_t stream) {
   const bool fits = call.count >= 0 && call.count <= INT_MAX && call.shared >= 1 &&
                     call.shared <= kMaxSharedVocab && call.vocab <= INT_MAX &&
-                    call.banned_count <= kMaxBanned && call.capacity <= kMaxCapacity &&
+                    call.suppress_count <= kMaxSuppressIds && call.capacity <= kMaxCapacity &&
                     call.notes >= 1 && call.notes <= INT_MAX;
   if (!fits) return cudaErrorInvalidValue;
   if (call.count == 0) return cudaSuccess;

@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "dtype.h"
-#include "vocab_stats.h"  // kMaxBanned
+#include "vocab_stats.h"  // kMaxSuppressIds
 
 namespace pydllm {
 
@@ -13,26 +13,26 @@ constexpr int64_t kMaxSharedVocab = 1 << 23;  // this number of terms of at most
 
 struct MixtureDraft {
   // Pointers; written unless const, null for what is not given.
-  int64_t* token;             // (count,)
-  float* logsumexp;           // (count,)
-  float* threshold;           // (count,)
-  int32_t* ids;               // (count, capacity)
-  float* values;              // (count, capacity)
-  float* noise;               // (count, capacity)
-  int32_t* size;              // (count,)
-  bool* overflow;             // (count,)
-  int32_t* noted_ids;         // (count, notes): room for what may be in a nucleus
-  float* noted;               // (count, notes)
-  const void* logits;         // (sources, vocab) of dtype
-  const void* rows;           // (count,) int32 or int64: which rows of logits; null: all
-  const int32_t* counter;     // (count, 3)
-  const float* temperatures;  // (count,), or null: one for all
-  const float* top_ps;        // (count,), or null: one for all
-  const int32_t* banned;      // (banned_count,)
+  int64_t* token;               // (count,)
+  float* logsumexp;             // (count,)
+  float* threshold;             // (count,)
+  int32_t* ids;                 // (count, capacity)
+  float* values;                // (count, capacity)
+  float* noise;                 // (count, capacity)
+  int32_t* size;                // (count,)
+  bool* overflow;               // (count,)
+  int32_t* noted_ids;           // (count, notes): room for what may be in a nucleus
+  float* noted;                 // (count, notes)
+  const void* logits;           // (sources, vocab) of dtype
+  const void* rows;             // (count,) int32 or int64: which rows of logits; null: all
+  const int32_t* counter;       // (count, 3)
+  const float* temperatures;    // (count,), or null: one for all
+  const float* top_ps;          // (count,), or null: one for all
+  const int32_t* suppress_ids;  // (suppress_count,)
   // Sizes.
   Dtype dtype;
   bool wide_rows;  // rows is int64
-  int64_t count, sources, vocab, shared, banned_count, capacity, notes;
+  int64_t count, sources, vocab, shared, suppress_count, capacity, notes;
   float inverse;  // 1 / temperature
   float top_p;
   int64_t seed;

@@ -34,14 +34,15 @@ __device__ __forceinline__ Row<T> row_of(const T* data, int64_t size, int64_t sh
   return {data, static_cast<int>(size), static_cast<int>(shared), aligned};
 }
 
-// Bit i is set where id first + i, of kCount, is below `shared` and not banned.
+// Bit i is set where id first + i, of kCount, is below `shared` and not suppressed.
 template <int kCount>
-__device__ __forceinline__ unsigned ids_that_count(int first, int shared, const int32_t* banned,
-                                                   int banned_count) {
+__device__ __forceinline__ unsigned ids_that_count(int first, int shared,
+                                                   const int32_t* suppress_ids,
+                                                   int suppress_count) {
   const int left = shared - first;
   unsigned bits = left >= kCount ? (1u << kCount) - 1 : left > 0 ? (1u << left) - 1 : 0;
-  for (int b = 0; b < banned_count; ++b) {
-    const unsigned hit = static_cast<unsigned>(banned[b]) - static_cast<unsigned>(first);
+  for (int b = 0; b < suppress_count; ++b) {
+    const unsigned hit = static_cast<unsigned>(suppress_ids[b]) - static_cast<unsigned>(first);
     if (hit < kCount) bits &= ~(1u << hit);
   }
   return bits;

@@ -23,12 +23,12 @@ __device__ __forceinline__ int64_t source_of(const void* row_list, int64_t row, 
                  : static_cast<const int32_t*>(row_list)[row];
 }
 
-// Banned ids among first .. first + kCount - 1 are -inf.
+// Suppressed ids among first .. first + kCount - 1 are -inf.
 template <int kCount>
-__device__ __forceinline__ void ban(float (&x)[kCount], int first, const int32_t* banned,
-                                    int banned_count) {
-  for (int b = 0; b < banned_count; ++b) {
-    const unsigned hit = static_cast<unsigned>(banned[b]) - static_cast<unsigned>(first);
+__device__ __forceinline__ void suppress(float (&x)[kCount], int first, const int32_t* suppress_ids,
+                                         int suppress_count) {
+  for (int b = 0; b < suppress_count; ++b) {
+    const unsigned hit = static_cast<unsigned>(suppress_ids[b]) - static_cast<unsigned>(first);
 #pragma unroll
     for (unsigned i = 0; i < kCount; ++i) {
       if (hit == i) x[i] = -INFINITY;

@@ -90,12 +90,13 @@ __device__ __forceinline__ float add_warp(float x) {
 // what the rule makes of them; the first is a multiple of 4.
 template <bool kSampled, int kCount>
 __device__ __forceinline__ void take(Best& best, Sample& sample, float (&x)[kCount], int first,
-                                     const Rule& rule, const int32_t* banned, int banned_count) {
+                                     const Rule& rule, const int32_t* suppress_ids,
+                                     int suppress_count) {
   if (rule.softcap != 0.f) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) x[i] = cap(x[i], rule.softcap);
   }
-  ban(x, first, banned, banned_count);
+  suppress(x, first, suppress_ids, suppress_count);
   if constexpr (kSampled) {
 #pragma unroll
     for (int quad = 0; quad < kCount / 4; ++quad) {
@@ -127,19 +128,19 @@ __device__ __forceinline__ void take(Best& best, Sample& sample, float (&x)[kCou
 // relative to it no sum overflows, and the entropy does not cancel for large logits.
 template <typename T, bool kSampled>
 __global__ void __launch_bounds__(kThreads, kSampled || sizeof(T) == 4 ? 3 : 4)
-    vocab_stats_kernel(float* __restrict__ values,              // (6 or 4, rows, pieces)
-                       int32_t* __restrict__ ids,               // (2 or 1, rows, pieces)
-                       const T* __restrict__ logits,            // (sources, vocab)
-                       const void* __restrict__ row_list,       // (rows,) or null
-                       const int32_t* __restrict__ counter,     // (rows, 3)
-                       const float* __restrict__ temperatures,  // (rows,) or null
-                       const int32_t* __restrict__ banned,      // (banned_count,)
-                       const float* __restrict__ cut,           // (rows,) or null
-                       int64_t rows, int64_t sources, int vocab, int pieces, int banned_count,
+    vocab_stats_kernel(float* __restrict__ values,                // (6 or 4, rows, pieces)
+                       int32_t* __restrict__ ids,                 // (2 or 1, rows, pieces)
+                       const T* __restrict__ logits,              // (sources, vocab)
+                       const void* __restrict__ row_list,         // (rows,) or null
+                       const int32_t* __restrict__ counter,       // (rows, 3)
+                       const float* __restrict__ temperatures,    // (rows,) or null
+                       const int32_t* __restrict__ suppress_ids,  // (suppress_count,)
+                       const float* __restrict__ cut,             // (rows,) or null
+                       int64_t rows, int64_t sources, int vocab, int pieces, int suppress_count,
                        bool long_row_list, bool aligned, Rule rule, int64_t stride_logits_row,
                        int64_t stride_counter_row, int64_t stride_counter_word) {
   constexpr int kVector = Piece<T>::kVector, kVectors = Piece<T>::kVectors;
-  __shared__ int32_t shared_banned[kMaxBanned];
+  __shared__ int32_t shared_suppress_ids[kMaxSuppressIds];
   __shared__ int shared_count;
   __shared__ Best shared_best[kWarps];
   __shared__ float shared_sums[kWarps][2];
@@ -154,11 +155,12 @@ __global__ void __launch_bounds__(kThreads, kSampled || sizeof(T) == 4 ? 3 : 4)
   // Those that lie in the piece; mostly none do.
   if (thread == 0) shared_count = 0;
   __syncthreads();
-  if (thread < banned_count && banned[thread] >= piece.begin && banned[thread] < piece.end) {
-    shared_banned[atomicAdd(&shared_count, 1)] = banned[thread];
+  if (thread < suppress_count && suppress_ids[thread] >= piece.begin &&
+      suppress_ids[thread] < piece.end) {
+    shared_suppress_ids[atomicAdd(&shared_count, 1)] = suppress_ids[thread];
   }
   __syncthreads();
-  banned_count = shared_count;
+  suppress_count = shared_count;
 
   if constexpr (kSampled) {
     const int32_t* const words = counter + row * stride_counter_row;
@@ -182,7 +184,7 @@ __global__ void __launch_bounds__(kThreads, kSampled || sizeof(T) == 4 ? 3 : 4)
     }
     const int first = piece.first(v);
     if (first < piece.end) {
-      take<kSampled>(best, sample, x[v], first, rule, shared_banned, banned_count);
+      take<kSampled>(best, sample, x[v], first, rule, shared_suppress_ids, suppress_count);
     }
   }
   best = merge_block(best, shared_best);
@@ -234,14 +236,14 @@ __global__ void __launch_bounds__(kThreads, kSampled || sizeof(T) == 4 ? 3 : 4)
 cudaError_t vocab_stats(int64_t* token, float* prob, float* entropy, float* margin,
                         float* logsumexp, float* values, int32_t* ids, const void* logits,
                         const void* row_list, const int32_t* counter, const float* temperatures,
-                        const int32_t* banned, const float* cut, Dtype dtype, int64_t rows,
-                        int64_t sources, int64_t vocab, int64_t banned_count, bool long_row_list,
+                        const int32_t* suppress_ids, const float* cut, Dtype dtype, int64_t rows,
+                        int64_t sources, int64_t vocab, int64_t suppress_count, bool long_row_list,
                         bool tempered, int64_t seed, float inverse_temperature, float softcap,
                         int64_t stride_logits_row, int64_t stride_counter_row,
                         int64_t stride_counter_word, cudaStream_t stream) {
   const int64_t pieces = (vocab + kVocabPiece - 1) / kVocabPiece;
-  if (rows < 0 || vocab < 1 || pieces > kMaxPieces || rows > INT_MAX / pieces || banned_count < 0 ||
-      banned_count > kMaxBanned) {
+  if (rows < 0 || vocab < 1 || pieces > kMaxPieces || rows > INT_MAX / pieces ||
+      suppress_count < 0 || suppress_count > kMaxSuppressIds) {
     return cudaErrorInvalidValue;
   }
   if (rows == 0) return cudaSuccess;
@@ -257,8 +259,8 @@ cudaError_t vocab_stats(int64_t* token, float* prob, float* entropy, float* marg
     const bool aligned = rows_are_aligned(typed, stride_logits_row);
     const auto launch = [&](auto* kernel) {
       PYDLLM_LAUNCH(kernel, grid, block, 0, stream, values, ids, typed, row_list, counter,
-                    temperatures, banned, cut, rows, sources, static_cast<int>(vocab),
-                    static_cast<int>(pieces), static_cast<int>(banned_count), long_row_list,
+                    temperatures, suppress_ids, cut, rows, sources, static_cast<int>(vocab),
+                    static_cast<int>(pieces), static_cast<int>(suppress_count), long_row_list,
                     aligned, rule, stride_logits_row, stride_counter_row, stride_counter_word);
       return cudaGetLastError();
     };

@@ -14,7 +14,7 @@ step_map = torch.full_like(x, -1, dtype=torch.int32)
 nfe = torch.zeros(1, dtype=torch.int32)
 
 # One pass over the logits; the mask is never predicted.
-stats = ops.vocab_stats(logits, banned=torch.tensor([mask_id], dtype=torch.int32))
+stats = ops.vocab_stats(logits, suppress_ids=torch.tensor([mask_id], dtype=torch.int32))
 ops.unmask(
     x,
     step_map,

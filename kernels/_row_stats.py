@@ -26,7 +26,7 @@ def tile_statistics(
     ids_ptr,  # (1 or 2, rows, tiles) int32: id of the best; chosen id
     counter_ptr,  # (rows, 3)
     temperature_ptr,  # (rows,)
-    banned_ptr,  # (N_BANNED,)
+    suppress_ids_ptr,  # (SUPPRESS_COUNT,)
     # the tile
     x,  # [BLOCK_R, BLOCK_V] fp32, -inf outside the vocabulary
     first,  # its first id, a multiple of 4
@@ -43,7 +43,7 @@ def tile_statistics(
     stride_counter_row,
     stride_counter_word,
     # constexprs
-    N_BANNED: tl.constexpr,
+    SUPPRESS_COUNT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     SAMPLED: tl.constexpr,
     HAS_TEMPERATURES: tl.constexpr,
@@ -55,8 +55,8 @@ def tile_statistics(
     offs_v = first + tl.arange(0, BLOCK_V)[None, :]
     if HAS_SOFTCAP:
         x = cap(x, softcap)
-    for i in tl.static_range(N_BANNED):
-        x = tl.where(offs_v == tl.load(banned_ptr + i), float("-inf"), x)
+    for i in tl.static_range(SUPPRESS_COUNT):
+        x = tl.where(offs_v == tl.load(suppress_ids_ptr + i), float("-inf"), x)
     if SAMPLED:
         if HAS_TEMPERATURES:
             inverse, noisy = inverse_of(tl.load(temperature_ptr + offs_r, mask=mask_r, other=0.0))
@@ -228,7 +228,7 @@ def options(
     temperature: float,
     seed: int,
     counter: torch.Tensor | None,
-    banned: torch.Tensor | None,
+    suppress_ids: torch.Tensor | None,
     tempered: bool,
     softcap: float | None,
     temperatures: torch.Tensor | None,
@@ -239,14 +239,14 @@ def options(
     return {
         "counter_ptr": unused if noise is None else noise,
         "temperature_ptr": unused if temperatures is None else temperatures,
-        "banned_ptr": unused if banned is None else banned,
+        "suppress_ids_ptr": unused if suppress_ids is None else suppress_ids,
         "inverse_temperature": 1 / temperature if sampled and temperature else 1.0,
         "softcap": 1.0 if softcap is None else softcap,
         "seed_lo": signed_word(seed),
         "seed_hi": signed_word(seed >> 32),
         "stride_counter_row": 0 if noise is None else noise.stride(0),
         "stride_counter_word": 0 if noise is None else noise.stride(1),
-        "N_BANNED": 0 if banned is None else banned.shape[0],
+        "SUPPRESS_COUNT": 0 if suppress_ids is None else suppress_ids.shape[0],
         "HAS_SOFTCAP": softcap is not None,
         "SAMPLED": sampled,
         "HAS_TEMPERATURES": sampled and temperatures is not None,

@@ -22,12 +22,14 @@ DIGIT_BITS = 4  # in the kernel: 16 keys
 
 
 @triton.jit
-def load_keys(row_ptr, banned_ptr, start, vocab, N_BANNED: tl.constexpr, BLOCK_V: tl.constexpr):
-    """A piece of a row, banned ids -inf, and unsigned integers that sort like its numbers."""
+def load_keys(
+    row_ptr, suppress_ids_ptr, start, vocab, SUPPRESS_COUNT: tl.constexpr, BLOCK_V: tl.constexpr
+):
+    """A piece of a row, suppressed ids -inf, and unsigned integers that sort like its numbers."""
     offs_v = start + tl.arange(0, BLOCK_V)
     x = tl.load(row_ptr + offs_v, mask=offs_v < vocab, other=float("-inf")).to(tl.float32)
-    for i in tl.static_range(N_BANNED):
-        x = tl.where(offs_v == tl.load(banned_ptr + i), float("-inf"), x)
+    for i in tl.static_range(SUPPRESS_COUNT):
+        x = tl.where(offs_v == tl.load(suppress_ids_ptr + i), float("-inf"), x)
     x += 0.0  # a negative zero becomes a zero
     return x, sort_key(x), offs_v < vocab
 
@@ -44,7 +46,7 @@ def _vocab_stats_cut_kernel(
     logits_ptr,  # (sources, vocab)
     rows_ptr,  # (rows,)
     temperature_ptr,  # (rows,)
-    banned_ptr,  # (N_BANNED,)
+    suppress_ids_ptr,  # (SUPPRESS_COUNT,)
     top_k_ptr,  # (rows,) int32, or None
     top_p_ptr,  # (rows,) fp32, or None
     # sizes
@@ -64,7 +66,7 @@ def _vocab_stats_cut_kernel(
     # constexprs
     HAS_TOP_K: tl.constexpr,
     HAS_TOP_P: tl.constexpr,
-    N_BANNED: tl.constexpr,
+    SUPPRESS_COUNT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_TEMPERATURES: tl.constexpr,
     HAS_ROWS: tl.constexpr,
@@ -122,7 +124,7 @@ def _vocab_stats_cut_kernel(
                 tl.store(found + 1, by_mass.to(tl.int32, bitcast=True))
             row_ptr = logits_ptr + source * stride_logits_row
             x, key, inside = load_keys(
-                row_ptr, banned_ptr, split * BLOCK_V, vocab, N_BANNED, BLOCK_V
+                row_ptr, suppress_ids_ptr, split * BLOCK_V, vocab, SUPPRESS_COUNT, BLOCK_V
             )
             if HAS_SOFTCAP:
                 x = cap(x, softcap)

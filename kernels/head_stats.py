@@ -38,7 +38,7 @@ def _head_stats_tile_kernel(
     ids_ptr,
     counter_ptr,
     temperature_ptr,
-    banned_ptr,
+    suppress_ids_ptr,
     hidden_ptr,  # (sources, width)
     weight_ptr,  # (vocab, width)
     bias_ptr,  # (vocab,)
@@ -61,7 +61,7 @@ def _head_stats_tile_kernel(
     stride_counter_row,
     stride_counter_word,
     # constexprs
-    N_BANNED: tl.constexpr,
+    SUPPRESS_COUNT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     SAMPLED: tl.constexpr,
     HAS_TEMPERATURES: tl.constexpr,
@@ -99,7 +99,7 @@ def _head_stats_tile_kernel(
         ids_ptr,
         counter_ptr,
         temperature_ptr,
-        banned_ptr,
+        suppress_ids_ptr,
         acc,
         offset + tile * BLOCK_V,
         offs_r,
@@ -112,7 +112,7 @@ def _head_stats_tile_kernel(
         seed_hi,
         stride_counter_row,
         stride_counter_word,
-        N_BANNED,
+        SUPPRESS_COUNT,
         HAS_SOFTCAP,
         SAMPLED,
         HAS_TEMPERATURES,
@@ -128,7 +128,7 @@ def supports(
     temperature: float,
     seed: int,
     counter: torch.Tensor | None,
-    banned: torch.Tensor | None,
+    suppress_ids: torch.Tensor | None,
     tempered: bool,
     softcap: float | None,
     temperatures: torch.Tensor | None = None,
@@ -144,7 +144,7 @@ def supports(
     largest = MAX_TILES * _tiles.head_stats_tile(hidden.device, hidden.element_size()).block_v
     if weight.shape[0] > largest:
         return f"the kernel takes up to {largest} ids, got {weight.shape[0]}"
-    return contiguous(bias=bias, banned=banned, temperature=temperatures, rows=rows)
+    return contiguous(bias=bias, suppress_ids=suppress_ids, temperature=temperatures, rows=rows)
 
 
 def tile_count(hidden: torch.Tensor, weight: torch.Tensor) -> int:
@@ -160,7 +160,7 @@ def head_stats_partial(
     temperature: float,
     seed: int,
     counter: torch.Tensor | None,
-    banned: torch.Tensor | None,
+    suppress_ids: torch.Tensor | None,
     tempered: bool,
     softcap: float | None,
     temperatures: torch.Tensor | None = None,
@@ -178,7 +178,7 @@ def head_stats_partial(
     if count == 0:
         return values, ids
     shared = options(
-        ids, temperature, seed, counter, banned, tempered, softcap, temperatures, sampled
+        ids, temperature, seed, counter, suppress_ids, tempered, softcap, temperatures, sampled
     )
     _head_stats_tile_kernel[(row_blocks * tiles,)](
         **shared,
@@ -233,7 +233,7 @@ def head_stats(
     temperature: float,
     seed: int,
     counter: torch.Tensor | None,
-    banned: torch.Tensor | None,
+    suppress_ids: torch.Tensor | None,
     tempered: bool,
     softcap: float | None,
     temperatures: torch.Tensor | None = None,
@@ -253,7 +253,7 @@ def head_stats(
             temperature,
             seed,
             None if counter is None else counter[part],
-            banned,
+            suppress_ids,
             tempered,
             softcap,
             None if temperatures is None else temperatures[part],

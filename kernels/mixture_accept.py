@@ -70,7 +70,7 @@ def _mixture_accept_tile_kernel(
     threshold_ptr,  # (R,)
     temperature_ptr,  # (R,)
     counter_ptr,  # (R, 3)
-    banned_ptr,  # (N_BANNED,)
+    suppress_ids_ptr,  # (SUPPRESS_COUNT,)
     # sizes
     rows,  # of a sequence
     vocab,
@@ -87,7 +87,7 @@ def _mixture_accept_tile_kernel(
     stride_counter_row,
     stride_counter_word,
     # constexprs
-    N_BANNED: tl.constexpr,
+    SUPPRESS_COUNT: tl.constexpr,
     HAS_MIXTURES: tl.constexpr,
     HAS_THRESHOLD: tl.constexpr,
     HAS_TEMPERATURES: tl.constexpr,
@@ -109,8 +109,8 @@ def _mixture_accept_tile_kernel(
         logits_ptr += row * stride_logits_row
         x = tl.load(logits_ptr + offs_v, mask=mask_x, other=float("-inf")).to(tl.float32)
         inside = offs_v < shared
-        for i in tl.static_range(N_BANNED):
-            inside = inside & (offs_v != tl.load(banned_ptr + i))
+        for i in tl.static_range(SUPPRESS_COUNT):
+            inside = inside & (offs_v != tl.load(suppress_ids_ptr + i))
         nucleus = inside
         if HAS_THRESHOLD:
             nucleus = inside & ((x < tl.load(threshold_ptr + row)) == 0)
@@ -279,13 +279,13 @@ def supports(
     temperatures: torch.Tensor | None,
     seed: int,
     counter: torch.Tensor | None,
-    banned: torch.Tensor | None,
+    suppress_ids: torch.Tensor | None,
     shared: int,
     first_free: bool,
     critical: bool,
 ) -> str | None:
     """None if the kernel can run this call, otherwise why not."""
-    lists = (token, length, mixtures, threshold, temperatures, banned)
+    lists = (token, length, mixtures, threshold, temperatures, suppress_ids)
     return _why_not(logits, verifier, lists)
 
 
@@ -338,7 +338,7 @@ def mixture_accept(
     temperatures: torch.Tensor | None,
     seed: int,
     counter: torch.Tensor | None,
-    banned: torch.Tensor | None,
+    suppress_ids: torch.Tensor | None,
     shared: int,
     first_free: bool,
     critical: bool,
@@ -355,7 +355,7 @@ def mixture_accept(
             verifier_ptr=verifier,
             threshold_ptr=pieces.scores if threshold is None else threshold,
             counter_ptr=counter if sampled else length,
-            banned_ptr=length if banned is None else banned,
+            suppress_ids_ptr=length if suppress_ids is None else suppress_ids,
             vocab=logits.shape[1],
             verifier_vocab=verifier.shape[1],
             shared=shared,
@@ -365,7 +365,7 @@ def mixture_accept(
             stride_verifier_row=verifier.stride(0),
             stride_counter_row=counter.stride(0) if sampled else 0,
             stride_counter_word=counter.stride(1) if sampled else 0,
-            N_BANNED=0 if banned is None else banned.shape[0],
+            SUPPRESS_COUNT=0 if suppress_ids is None else suppress_ids.shape[0],
             HAS_THRESHOLD=threshold is not None,
             SAMPLED=sampled,
             BLOCK_V=tile.block_v,

@@ -25,12 +25,12 @@ _SLACK = tl.constexpr(1.0)
 @triton.jit
 def _nucleus_cut(
     row_ptr,
-    banned_ptr,
+    suppress_ids_ptr,
     count,
     best,
     inverse,
     limit,
-    N_BANNED: tl.constexpr,
+    SUPPRESS_COUNT: tl.constexpr,
     BITS: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
@@ -42,7 +42,9 @@ def _nucleus_cut(
         mass_2 = tl.zeros((BLOCK_V,), tl.float32)
         mass_3 = tl.zeros((BLOCK_V,), tl.float32)
         for start in range(0, count, BLOCK_V):
-            x, key, inside = load_keys(row_ptr, banned_ptr, start, count, N_BANNED, BLOCK_V)
+            x, key, inside = load_keys(
+                row_ptr, suppress_ids_ptr, start, count, SUPPRESS_COUNT, BLOCK_V
+            )
             term = tl.exp((x - best) * inverse)
             mass_1 += tl.where(key >= cut_key + unit, term, 0.0)
             mass_2 += tl.where(key >= cut_key + unit * 2, term, 0.0)
@@ -106,7 +108,7 @@ def _mixture_draft_kernel(
     counter_ptr,  # (rows, 3)
     temperature_ptr,  # (rows,)
     top_p_ptr,  # (rows,)
-    banned_ptr,  # (N_BANNED,)
+    suppress_ids_ptr,  # (SUPPRESS_COUNT,)
     # sizes
     rows,
     sources,
@@ -121,7 +123,7 @@ def _mixture_draft_kernel(
     stride_counter_row,
     stride_counter_word,
     # constexprs
-    N_BANNED: tl.constexpr,
+    SUPPRESS_COUNT: tl.constexpr,
     HAS_TEMPERATURES: tl.constexpr,
     HAS_TOP_PS: tl.constexpr,
     HAS_ROWS: tl.constexpr,
@@ -159,8 +161,8 @@ def _mixture_draft_kernel(
         # The row's own end in the mask keeps loads wide where the shared ids end at any number.
         x = tl.load(row_ptr + offs_v, mask=offs_v < vocab, other=float("-inf")).to(tl.float32)
         x = tl.where(offs_v < shared, x, float("-inf"))
-        for i in tl.static_range(N_BANNED):
-            x = tl.where(offs_v == tl.load(banned_ptr + i), float("-inf"), x)
+        for i in tl.static_range(SUPPRESS_COUNT):
+            x = tl.where(offs_v == tl.load(suppress_ids_ptr + i), float("-inf"), x)
         piece = tl.max(x, 0)
         before, best = best, tl.maximum(best, piece)
         base = tl.where(best == float("-inf"), 0.0, best)
@@ -190,7 +192,7 @@ def _mixture_draft_kernel(
     if filtered & (found <= SCRATCH):
         limit = total * top_p
         threshold = _nucleus_cut(
-            found_ptr, banned_ptr, found, best, inverse, limit, 0, BITS, BLOCK_N
+            found_ptr, suppress_ids_ptr, found, best, inverse, limit, 0, BITS, BLOCK_N
         )
         for start in range(0, found, BLOCK_N):
             offs = start + tl.arange(0, BLOCK_N)
@@ -205,10 +207,20 @@ def _mixture_draft_kernel(
         if filtered:
             limit = total * top_p
             threshold = _nucleus_cut(
-                row_ptr, banned_ptr, shared, best, inverse, limit, N_BANNED, BITS, BLOCK_N
+                row_ptr,
+                suppress_ids_ptr,
+                shared,
+                best,
+                inverse,
+                limit,
+                SUPPRESS_COUNT,
+                BITS,
+                BLOCK_N,
             )
         for start in range(0, shared, BLOCK_N):
-            x, key, inside = load_keys(row_ptr, banned_ptr, start, shared, N_BANNED, BLOCK_N)
+            x, key, inside = load_keys(
+                row_ptr, suppress_ids_ptr, start, shared, SUPPRESS_COUNT, BLOCK_N
+            )
             x = tl.where(x < threshold, float("-inf"), x)
             quads = start // 4 + tl.arange(0, BLOCK_N // 4)
             noise = quad_gumbel(quads, position, request, draw, seed_lo, seed_hi)
@@ -242,7 +254,7 @@ def supports(
     temperature: float,
     seed: int,
     counter: torch.Tensor,
-    banned: torch.Tensor | None,
+    suppress_ids: torch.Tensor | None,
     temperatures: torch.Tensor | None,
     rows: torch.Tensor | None,
     shared: int,
@@ -255,7 +267,7 @@ def supports(
         return f"the kernel takes fp32, fp16 and bf16, got {logits.dtype}"
     if logits.shape[1] > 1 and logits.stride(1) != 1:
         return f"logits must be rows of contiguous elements, got strides {logits.stride()}"
-    return contiguous(banned=banned, temperature=temperatures, rows=rows, top_p=top_ps)
+    return contiguous(suppress_ids=suppress_ids, temperature=temperatures, rows=rows, top_p=top_ps)
 
 
 def mixture_draft(
@@ -263,7 +275,7 @@ def mixture_draft(
     temperature: float,
     seed: int,
     counter: torch.Tensor,
-    banned: torch.Tensor | None,
+    suppress_ids: torch.Tensor | None,
     temperatures: torch.Tensor | None,
     rows: torch.Tensor | None,
     shared: int,
@@ -300,7 +312,7 @@ def mixture_draft(
             counter_ptr=counter,
             temperature_ptr=size if temperatures is None else temperatures,
             top_p_ptr=size if top_ps is None else top_ps,
-            banned_ptr=size if banned is None else banned,
+            suppress_ids_ptr=size if suppress_ids is None else suppress_ids,
             rows=count,
             sources=sources,
             vocab=vocab,
@@ -312,7 +324,7 @@ def mixture_draft(
             stride_logits_row=logits.stride(0),
             stride_counter_row=counter.stride(0),
             stride_counter_word=counter.stride(1),
-            N_BANNED=0 if banned is None else banned.shape[0],
+            SUPPRESS_COUNT=0 if suppress_ids is None else suppress_ids.shape[0],
             HAS_TEMPERATURES=temperatures is not None,
             HAS_TOP_PS=top_ps is not None,
             HAS_ROWS=rows is not None,

@@ -31,7 +31,7 @@ def _vocab_stats_tile_kernel(
     ids_ptr,
     counter_ptr,
     temperature_ptr,
-    banned_ptr,
+    suppress_ids_ptr,
     logits_ptr,  # (sources, vocab)
     rows_ptr,  # (rows,)
     cut_ptr,  # (rows,)
@@ -49,7 +49,7 @@ def _vocab_stats_tile_kernel(
     stride_counter_row,
     stride_counter_word,
     # constexprs
-    N_BANNED: tl.constexpr,
+    SUPPRESS_COUNT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     SAMPLED: tl.constexpr,
     HAS_TEMPERATURES: tl.constexpr,
@@ -77,7 +77,7 @@ def _vocab_stats_tile_kernel(
         ids_ptr,
         counter_ptr,
         temperature_ptr,
-        banned_ptr,
+        suppress_ids_ptr,
         x,
         tile * BLOCK_V,
         offs_r,
@@ -90,7 +90,7 @@ def _vocab_stats_tile_kernel(
         seed_hi,
         stride_counter_row,
         stride_counter_word,
-        N_BANNED,
+        SUPPRESS_COUNT,
         HAS_SOFTCAP,
         SAMPLED,
         HAS_TEMPERATURES,
@@ -104,7 +104,7 @@ def supports(
     temperature: float,
     seed: int,
     counter: torch.Tensor | None,
-    banned: torch.Tensor | None,
+    suppress_ids: torch.Tensor | None,
     tempered: bool,
     softcap: float | None,
     temperatures: torch.Tensor | None = None,
@@ -124,7 +124,7 @@ def supports(
     if vocab > largest:
         return f"the kernel takes up to {largest} ids, got {vocab}"
     return contiguous(
-        banned=banned, temperature=temperatures, rows=rows, top_k=top_ks, top_p=top_ps
+        suppress_ids=suppress_ids, temperature=temperatures, rows=rows, top_k=top_ks, top_p=top_ps
     )
 
 
@@ -133,7 +133,7 @@ def vocab_stats(
     temperature: float,
     seed: int,
     counter: torch.Tensor | None,
-    banned: torch.Tensor | None,
+    suppress_ids: torch.Tensor | None,
     tempered: bool,
     softcap: float | None,
     temperatures: torch.Tensor | None = None,
@@ -155,7 +155,7 @@ def vocab_stats(
     values, ids = empty_partial(count, tiles, sampled, logits.device)
     if count:
         shared = options(
-            ids, temperature, seed, counter, banned, tempered, softcap, temperatures, sampled
+            ids, temperature, seed, counter, suppress_ids, tempered, softcap, temperatures, sampled
         )
         common = {
             **shared,

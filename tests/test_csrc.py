@@ -199,11 +199,11 @@ def test_an_error_in_a_kernel_is_an_exception_and_the_next_launch_works(cuda_on_
 
 def test_the_constants_of_both_sides_agree(cuda_module):
     from pydllm._backend.cuda import draft, head_stats, rms_norm, route, verify, vocab_stats
-    from pydllm.ops.vocab_stats import MAX_BANNED
+    from pydllm.ops.vocab_stats import MAX_SUPPRESS_IDS
 
     module = cuda_module.module
     assert module.DRAFT_ROWS == draft.MAX_ROWS
-    assert module.MAX_BANNED == MAX_BANNED
+    assert module.MAX_SUPPRESS_IDS == MAX_SUPPRESS_IDS
     assert module.MAX_PIECES == head_stats.MAX_PIECES
     assert module.RMS_NORM_WIDTH == rms_norm.MAX_WIDTH
     assert module.ROUTE_EXPERTS == route.MAX_EXPERTS

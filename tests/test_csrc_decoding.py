@@ -180,7 +180,7 @@ def check_mixture_draft(vocab=9001):
     for dtype in (F32, BF16):
         logits = rows_to_draft_from(vocab, dtype)
         options = {"temperature": 0.9, "seed": 11, "counter": counters(6), "top_p": 0.9}
-        options |= {"banned": numbers([0, vocab - 2]), "capacity": 1024}
+        options |= {"suppress_ids": numbers([0, vocab - 2]), "capacity": 1024}
         expected = ops.mixture_draft(logits, **options, backend="torch")
         assert (expected.candidates.size > 0).any() and expected.candidates.overflow.any()
         for notes in (draft_launcher.NOTES, 64):
@@ -218,7 +218,11 @@ def check_mixture_accept():
         token = logits.nan_to_num(0).argmax(1)
         threshold = logits.nan_to_num(0).float().sort(1).values[:, -300].contiguous()
         call = {"length": numbers([3, 2, 0, 3]), "threshold": threshold, "seed": 3}
-        call |= {"counter": counters(12), "banned": numbers([8, vocab - 1]), "shared_vocab": 8190}
+        call |= {
+            "counter": counters(12),
+            "suppress_ids": numbers([8, vocab - 1]),
+            "shared_vocab": 8190,
+        }
         each = torch.tensor([0.5, 0.0, 1.0] * 4)
         for mixture in (0.0, 0.4, 1.0, torch.tensor([0.3, 0.0, 1.0, 2.0])):
             for temperature, critical in ((0.0, False), (0.7, True), (each, False)):

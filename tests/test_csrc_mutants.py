@@ -54,7 +54,7 @@ def check_vocab_stats():
     logits[3, 8199] = 60.0
     memory = torch.full((4, 8207), 6e4)
     memory[:, 3:8203] = logits
-    options = {"seed": 2**40 + 5, "counter": counters(4), "banned": ids(17, 8196)}
+    options = {"seed": 2**40 + 5, "counter": counters(4), "suppress_ids": ids(17, 8196)}
     options |= {"temperature": torch.tensor([0.5, 0.0, 1.0, 2.0])}
     for changed in ({}, {"tempered": True}, {"rows": ids(3, 1, 0, -1), "softcap": 30.0}):
         for x in (logits, memory[:, 3:8203]):
@@ -66,7 +66,7 @@ def check_vocab_stats():
     filters = {"top_k": 40}, {"top_p": 0.7}, {"top_k": 3000, "top_p": 0.9, "softcap": 4.0}
     for changed in filters:
         for x in (logits, plain[2:].half()):
-            changed |= {"banned": ids(17, 8196)}
+            changed |= {"suppress_ids": ids(17, 8196)}
             got, wanted = (ops.vocab_stats(x, **changed, backend=b) for b in ("cuda", "torch"))
             torch.testing.assert_close(got.entropy, wanted.entropy, rtol=1e-5, atol=1e-6)
     for row in (0, 2):
@@ -171,10 +171,10 @@ CASES = {
             "fmaxf(fminf(a.best, b.best), fmaxf(a.second, b.second))",
             "fmaxf(a.second, b.second)",
         ),
-        "banned": ("ban(x, first, banned, banned_count);", ""),
-        "banned id after the piece": (
-            "banned[thread] < piece.end)",
-            "banned[thread] < piece.end - 8 * MUTANT)",
+        "suppress_ids": ("suppress(x, first, suppress_ids, suppress_count);", ""),
+        "suppressed id after the piece": (
+            "suppress_ids[thread] < piece.end)",
+            "suppress_ids[thread] < piece.end - 8 * MUTANT)",
         ),
         "-inf": (
             "best.best == -INFINITY ? 0.f : best.best",
@@ -200,8 +200,9 @@ CASES = {
         "mass at the limit": ("mass > limit", "mass >= limit * 0.98f"),
         "one id less": ("count >= least", "count > least"),
         "one warp is left out": ("w < kWarps; ++w) {", "w < kWarps - MUTANT; ++w) {"),
-        "banned": (
-            "ban(piece.x[v], piece.first(v), call.banned, static_cast<int>(call.banned_count));",
+        "suppress_ids": (
+            "suppress(piece.x[v], piece.first(v), call.suppress_ids, "
+            "static_cast<int>(call.suppress_count));",
             "",
         ),
         "softcap": ("call.softcap != 0.f ? cap(x, call.softcap) : x", "x"),

@@ -96,9 +96,9 @@ def head_stats(rows: int, temperature: float = 0.0) -> Callable[[], object]:
     from pydllm.kernels import head_stats as kernel
 
     hidden, weight = meta(rows, 4096), meta(126464, 4096)
-    counter, banned = meta(rows, 3, dtype=torch.int32), meta(1, dtype=torch.int32)
+    counter, suppress_ids = meta(rows, 3, dtype=torch.int32), meta(1, dtype=torch.int32)
     index = meta(rows, dtype=torch.int64)
-    rest = (None, temperature, 5, counter, banned, False, None, None, index)
+    rest = (None, temperature, 5, counter, suppress_ids, False, None, None, index)
     return lambda: kernel.head_stats(hidden, weight, *rest)
 
 

@@ -16,7 +16,7 @@ from pydllm.decoding.driver import Algorithm
 from pydllm.decoding.guidance import GuidedModel
 from pydllm.decoding.stops import read_stops
 from pydllm.models import Model
-from pydllm.ops.vocab_stats import MAX_BANNED
+from pydllm.ops.vocab_stats import MAX_SUPPRESS_IDS
 
 _COLDEST = 1e-6  # least temperature that is not 0
 _HOTTEST = 1e6  # beyond it logits / temperature says nothing any more
@@ -252,7 +252,7 @@ def _suppress_ids(ids: Sequence[int] | None, mask_id: int | None, vocab_size: in
         check_int("suppress_ids", token, 0, vocab_size - 1)
     own = [] if mask_id is None else [mask_id]
     others = sorted(set(ids) - set(own))
-    most = MAX_BANNED - len(own)
+    most = MAX_SUPPRESS_IDS - len(own)
     if len(others) > most:
         raise ValueError(f"suppress_ids: expected at most {most} ids, got {len(others)}")
     return own + others

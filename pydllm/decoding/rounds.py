@@ -273,7 +273,7 @@ class DraftVerifyDecoder(Decoder):
                 "temperature": chunk.of(sampling["temperature"], width),
                 "seed": call.seed,
                 "counter": chunk.take(counter).flatten(0, 1),
-                "banned": call.suppress_ids,
+                "suppress_ids": call.suppress_ids,
                 "shared_vocab": self.shared_vocab,
                 "backend": call.backend,
             }

@@ -175,7 +175,12 @@ def statistics(
         picked = pick(state, hidden.shape[1], start, selection, **places, shifted=shifted)
     if hidden.ndim == 3:
         rows, hidden = picked.rows, hidden.reshape(-1, hidden.shape[2])
-    options = {"seed": call.seed, "banned": suppress_ids, "tempered": tempered, **picked.sampling}
+    options = {
+        "seed": call.seed,
+        "suppress_ids": suppress_ids,
+        "tempered": tempered,
+        **picked.sampling,
+    }
     shape, live = (start.shape[0], selection.width), picked.live
 
     def in_place(stats: ops.VocabStats) -> ops.VocabStats:
@@ -212,7 +217,7 @@ def _row_stats(
     for first in range(0, max(len(hidden if rows is None else rows), 1), _TILE_ROWS):
         part = slice(first, first + _TILE_ROWS)
         own: dict[str, Any] = {
-            name: value[part] if isinstance(value, Tensor) and name != "banned" else value
+            name: value[part] if isinstance(value, Tensor) and name != "suppress_ids" else value
             for name, value in options.items()
         }
         logits = call.model.head(hidden[part] if rows is None else hidden[rows[part]])

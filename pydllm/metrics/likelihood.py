@@ -175,8 +175,8 @@ def _advance(model: Model, live: list[_Guess], agrees: Tensor, backend: str | No
         [guess.first for guess in live],
         backend,
     )
-    banned = torch.tensor([_mask(model)], dtype=torch.int32, device=model.device)
-    stats = model.head_stats(hidden, banned=banned, backend=backend)
+    suppress_ids = torch.tensor([_mask(model)], dtype=torch.int32, device=model.device)
+    stats = model.head_stats(hidden, suppress_ids=suppress_ids, backend=backend)
     probability, token = stats.prob.cpu(), stats.token.cpu()
     left = []
     for row, guess in enumerate(live):

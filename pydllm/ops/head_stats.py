@@ -10,7 +10,15 @@ from torch.nn import functional as F
 
 from pydllm import reference
 from pydllm._backend.library import Op
-from pydllm._checks import FLOATS, check_device, check_int, check_no_grad, check_tensor, describe
+from pydllm._checks import (
+    FLOATS,
+    check_device,
+    check_int,
+    check_no_grad,
+    check_tensor,
+    describe,
+    renamed,
+)
 from pydllm.ops.vocab_stats import VocabStats, check_options, check_rows, empty_stats, signed
 
 _TILE_ROWS = 32  # of torch with batch_invariant
@@ -28,6 +36,7 @@ class StatsPartial(NamedTuple):
     ids: Tensor  # (n // 2 - 1, R, S) int32
 
 
+@renamed(banned="suppress_ids")
 def head_stats(
     hidden: Tensor,
     weight: Tensor,
@@ -36,7 +45,7 @@ def head_stats(
     temperature: float | Tensor = 0.0,
     seed: int = 0,
     counter: Tensor | None = None,
-    banned: Tensor | None = None,
+    suppress_ids: Tensor | None = None,
     tempered: bool = False,
     softcap: float | None = None,
     rows: Tensor | None = None,
@@ -53,7 +62,7 @@ def head_stats(
         hidden: ``(R, D)`` fp32, fp16, bf16 or (torch backend) fp64; rows at any stride.
         weight: ``(V, D)``, dtype of ``hidden``; rows at any stride.
         bias: ``(V,)``, dtype of ``hidden``, or None.
-        temperature, seed, counter, banned, tempered, softcap: as in ``vocab_stats``.
+        temperature, seed, counter, suppress_ids, tempered, softcap: as in ``vocab_stats``.
         rows: ``(N,)`` int32 or int64 on the device, the rows of ``hidden`` that count, in any
             order; a shifted model's are one less than the positions. What has an entry per row then
             has N.
@@ -80,10 +89,10 @@ def head_stats(
         (tensor([1, 0]), tensor([0.8808, 0.8808]))
     """
     count = _check_operands(hidden, weight, bias, rows)
-    options = (temperature, seed, counter, banned, tempered, softcap)
+    options = (temperature, seed, counter, suppress_ids, tempered, softcap)
     fixed, each = check_options(hidden, count, *options, name="hidden")
     check_no_grad("head_stats", hidden=hidden, weight=weight, bias=bias)
-    checked = (fixed, signed(seed), counter, banned, tempered, softcap, each, rows)
+    checked = (fixed, signed(seed), counter, suppress_ids, tempered, softcap, each, rows)
     arguments = (hidden, weight, bias, *checked)
     chosen = _HEAD_STATS.choose(*arguments, backend=backend)
     if chosen == "torch" and batch_invariant:
@@ -91,6 +100,7 @@ def head_stats(
     return VocabStats(*_HEAD_STATS.run(chosen, *arguments))
 
 
+@renamed(banned="suppress_ids")
 def head_stats_partial(
     hidden: Tensor,
     weight: Tensor,
@@ -100,7 +110,7 @@ def head_stats_partial(
     temperature: float | Tensor = 0.0,
     seed: int = 0,
     counter: Tensor | None = None,
-    banned: Tensor | None = None,
+    suppress_ids: Tensor | None = None,
     tempered: bool = False,
     softcap: float | None = None,
     rows: Tensor | None = None,
@@ -114,7 +124,7 @@ def head_stats_partial(
 
     Args:
         weight, bias: the rows of the head from id ``vocab_offset`` on.
-        vocab_offset: a multiple of 4, from 0. Ids in ``banned`` are those of the whole vocabulary.
+        vocab_offset: a multiple of 4, from 0. ``suppress_ids`` are ids of the whole vocabulary.
         The others: as in ``head_stats``.
 
     Returns:
@@ -124,10 +134,10 @@ def head_stats_partial(
     check_int("vocab_offset", vocab_offset, 0, 2**31 - 1 - weight.shape[0])
     if vocab_offset % 4:
         raise ValueError(f"vocab_offset: expected a multiple of 4, got {vocab_offset}")
-    options = (temperature, seed, counter, banned, tempered, softcap)
+    options = (temperature, seed, counter, suppress_ids, tempered, softcap)
     fixed, each = check_options(hidden, count, *options, name="hidden")
     check_no_grad("head_stats_partial", hidden=hidden, weight=weight, bias=bias)
-    checked = (fixed, signed(seed), counter, banned, tempered, softcap, each, rows)
+    checked = (fixed, signed(seed), counter, suppress_ids, tempered, softcap, each, rows)
     arguments = (hidden, weight, bias, *checked, vocab_offset)
     chosen = _PARTIAL.choose(*arguments, backend=backend)
     if chosen == "torch" and batch_invariant:
@@ -252,7 +262,7 @@ def _count(hidden: Tensor, rows: Tensor | None) -> int:
 
 _OPTIONS = (
     "Tensor hidden, Tensor weight, Tensor? bias, float temperature, int seed, Tensor? counter, "
-    "Tensor? banned, bool tempered, float? softcap, Tensor? temperatures, Tensor? rows"
+    "Tensor? suppress_ids, bool tempered, float? softcap, Tensor? temperatures, Tensor? rows"
 )
 _STATS = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 _HEAD_STATS = Op(

@@ -32,7 +32,7 @@ class Accepted(NamedTuple):
     critical: Tensor | None  # (R,) the smallest mixture weight that accepts the row, if asked for
 
 
-@renamed(rule="temperature 0 without a threshold for 'reference'")
+@renamed(banned="suppress_ids", rule="temperature 0 without a threshold for 'reference'")
 def mixture_accept(
     logits: Tensor,
     verifier_logits: Tensor,
@@ -44,7 +44,7 @@ def mixture_accept(
     temperature: float | Tensor = 0.0,
     seed: int = 0,
     counter: Tensor | None = None,
-    banned: Tensor | None = None,
+    suppress_ids: Tensor | None = None,
     shared_vocab: int | None = None,
     emit: str = "draft",
     critical: bool = False,
@@ -57,7 +57,7 @@ def mixture_accept(
     sequences of M = R / B: row ``b * M + j`` is the j-th position of sequence b. Equivalent to::
 
         mix = verifier_logits + mixture * (logits - verifier_logits)
-        mix[logits < threshold] = mix[:, banned] = -inf
+        mix[logits < threshold] = mix[:, suppress_ids] = -inf
         target = argmax(mix / temperature + gumbel_noise)
         same = target == token; same[:, 0] = True unless emit == "target"
         accepted = length of the leading run of same[:, :length]
@@ -76,7 +76,7 @@ def mixture_accept(
         mixture: R of the paper, the weight of the draft model, in [0, 1]; or ``(B,)`` fp32. A
             sequence whose own is not in [0, 1] has no targets.
         threshold: ``(R,)`` fp32 (fp64), ``MixtureDraft.threshold``. None: all ids count.
-        temperature, seed, counter, banned: as ``mixture_draft`` was given them.
+        temperature, seed, counter, suppress_ids: as ``mixture_draft`` was given them.
         shared_vocab: as there, at most V and V_A; needed where these differ.
         emit: ``"draft"`` or ``"draft_then_target"``: the first row is accepted whatever its target;
             ``"target"``: it is compared as the others. Which of the results is emitted is up to the
@@ -119,7 +119,7 @@ def mixture_accept(
     shared = check_shared(shared_vocab, logits=logits, verifier_logits=verifier_logits)
     weight, weights = _check_round("logits", logits, token, length, mixture)
     fixed, each = check_options(
-        logits, logits.shape[0], temperature, seed, counter, banned, False, None
+        logits, logits.shape[0], temperature, seed, counter, suppress_ids, False, None
     )
     if threshold is not None:
         wide = torch.promote_types(logits.dtype, torch.float32)
@@ -128,13 +128,14 @@ def mixture_accept(
     check_bool("critical", critical)
     check_no_grad("mixture_accept", logits=logits, verifier_logits=verifier_logits)
 
-    options = (fixed, each, signed(seed), counter, banned, shared, emit != "target")
+    options = (fixed, each, signed(seed), counter, suppress_ids, shared, emit != "target")
     rounds = (logits, verifier_logits, token, length, weight, weights, threshold)
     results = _OP(*rounds, *options, critical, backend=backend)
     accepted, correction, target, least = results
     return Accepted(accepted, correction, target, least if critical else None)
 
 
+@renamed(banned="suppress_ids")
 def mixture_accept_sparse(
     candidates: Candidates,
     hidden: Tensor,
@@ -275,7 +276,7 @@ _RESULTS = "(Tensor, Tensor, Tensor, Tensor)"
 _OP = Op(
     "mixture_accept(Tensor logits, Tensor verifier, Tensor token, Tensor length, float mixture, "
     "Tensor? mixtures, Tensor? threshold, float temperature, Tensor? temperatures, int seed, "
-    "Tensor? counter, Tensor? banned, int shared, bool first_free, bool critical, "
+    "Tensor? counter, Tensor? suppress_ids, int shared, bool first_free, bool critical, "
     "str backend) "
     f"-> {_RESULTS}",
     _fake,

@@ -44,7 +44,7 @@ class MixtureDraft(NamedTuple):
     candidates: Candidates | None  # None at capacity 0
 
 
-@renamed(rule="the square of the temperature for 'reference'")
+@renamed(banned="suppress_ids", rule="the square of the temperature for 'reference'")
 def mixture_draft(
     logits: Tensor,
     *,
@@ -52,7 +52,7 @@ def mixture_draft(
     seed: int = 0,
     counter: Tensor | None = None,
     top_p: float | Tensor | None = None,
-    banned: Tensor | None = None,
+    suppress_ids: Tensor | None = None,
     shared_vocab: int | None = None,
     rows: Tensor | None = None,
     capacity: int = 0,
@@ -63,7 +63,7 @@ def mixture_draft(
     The draft of adaptive parallel decoding (arXiv 2506.00413, Algorithm 1), as an arg-max under
     Gumbel noise that the acceptance shares. Equivalent to::
 
-        x = logits[:, :shared_vocab] / temperature; x[:, banned] = -inf
+        x = logits[:, :shared_vocab] / temperature; x[:, suppress_ids] = -inf
         nucleus = smallest set of the largest x whose mass of softmax(x) exceeds top_p
         token = argmax(x + gumbel_noise over the nucleus)
 
@@ -81,7 +81,7 @@ def mixture_draft(
             them. Required at a temperature. ``mixture_accept`` has to be given the same.
         top_p: probability in (0, 1], the nucleus; or ``(R,)`` fp32, where a number that is not in
             (0, 1) is no limit. None or 1: no nucleus. There is none at temperature 0.
-        banned: ``(n,)`` int32, at most 16 ids that are never drafted: the mask id always.
+        suppress_ids: ``(n,)`` int32, at most 16 ids that are never drafted: the mask id always.
         shared_vocab: in [1, V], the number of leading ids that mean the same token to the verifier;
             those from it on are never drafted. None: V.
         rows: ``(N,)`` int32 or int64 on the device, the rows of ``logits`` that count. What has an
@@ -92,7 +92,7 @@ def mixture_draft(
     Returns:
         ``MixtureDraft``. Logits that tie with the smallest in the nucleus are in it. A row that has
         no nucleus (temperature 0, no top_p) has threshold -inf and, like one whose nucleus has more
-        than ``capacity`` ids, no list: ``overflow``. A row whose ids are all -inf or banned has
+        than ``capacity`` ids, no list: ``overflow``. A row whose ids are all -inf or suppressed has
         token 0 and log-sum-exp -inf; one with a NaN or +inf in an id that counts has token 0 and
         NaN for log-sum-exp and threshold; neither has a list.
 
@@ -115,23 +115,26 @@ def mixture_draft(
     Kernels: ``kernels/mixture_draft.py``, ``csrc/mixture_draft.cu``, and those of ``vocab_stats``.
 
     Example:
-        >>> draft = mixture_draft(torch.tensor([[0.0, 2.0, 1.0]]), banned=torch.tensor([1]).int())
+        >>> logits, never = torch.tensor([[0.0, 2.0, 1.0]]), torch.tensor([1]).int()
+        >>> draft = mixture_draft(logits, suppress_ids=never)
         >>> draft.token, draft.logsumexp
         (tensor([2]), tensor([1.3133]))
     """
     check_tensor("logits", logits, ("R", "V"), FLOATS)
     shared = check_shared(shared_vocab, logits=logits)
     count = check_rows("logits", logits, rows)
-    fixed, each = check_options(logits, count, temperature, seed, counter, banned, False, None)
+    fixed, each = check_options(
+        logits, count, temperature, seed, counter, suppress_ids, False, None
+    )
     limit, limits = _check_top_p(top_p, count, logits)
     check_int("capacity", capacity, 0, MAX_CAPACITY)
     check_no_grad("mixture_draft", logits=logits)
     if (limit == 1 and limits is None) or (each is None and fixed == 0):
         return _draft_from_all(
-            logits[:, :shared], temperature, seed, counter, banned, rows, capacity, backend
+            logits[:, :shared], temperature, seed, counter, suppress_ids, rows, capacity, backend
         )
 
-    where = (counter, banned, each, rows, shared)
+    where = (counter, suppress_ids, each, rows, shared)
     arguments = (fixed, signed(seed), *where, limit, limits, capacity)
     results = _OP(logits, *arguments, backend=backend)
     token, logsumexp, threshold, *found = results
@@ -204,7 +207,7 @@ def _draft_from_all(
     temperature: float | Tensor,
     seed: int,
     counter: Tensor | None,
-    banned: Tensor | None,
+    suppress_ids: Tensor | None,
     rows: Tensor | None,
     capacity: int,
     backend: str | None,
@@ -217,7 +220,7 @@ def _draft_from_all(
         tempered=tempered,
         seed=seed,
         counter=counter,
-        banned=banned,
+        suppress_ids=suppress_ids,
         rows=rows,
         backend=backend,
     )
@@ -253,9 +256,9 @@ def _fake(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 
 
 _OP = Op(
-    "mixture_draft(Tensor logits, float temperature, int seed, Tensor counter, Tensor? banned, "
-    "Tensor? temperatures, Tensor? rows, int shared, float top_p, Tensor? top_ps, int capacity, "
-    "str backend) -> "
+    "mixture_draft(Tensor logits, float temperature, int seed, Tensor counter, "
+    "Tensor? suppress_ids, Tensor? temperatures, Tensor? rows, int shared, float top_p, "
+    "Tensor? top_ps, int capacity, str backend) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake,
     reference.mixture_draft,

@@ -9,9 +9,17 @@ from torch import Tensor
 
 from pydllm import reference
 from pydllm._backend.library import Op
-from pydllm._checks import FLOATS, check_bool, check_int, check_no_grad, check_number, check_tensor
+from pydllm._checks import (
+    FLOATS,
+    check_bool,
+    check_int,
+    check_no_grad,
+    check_number,
+    check_tensor,
+    renamed,
+)
 
-MAX_BANNED = 16
+MAX_SUPPRESS_IDS = 16
 MIN_TEMPERATURE = 1e-6  # below, logits / temperature could leave fp32
 MAX_TEMPERATURE = 1e18  # its square is a number of fp32, too
 
@@ -26,13 +34,14 @@ class VocabStats(NamedTuple):
     logsumexp: Tensor  # (R,)
 
 
+@renamed(banned="suppress_ids")
 def vocab_stats(
     logits: Tensor,
     *,
     temperature: float | Tensor = 0.0,
     seed: int = 0,
     counter: Tensor | None = None,
-    banned: Tensor | None = None,
+    suppress_ids: Tensor | None = None,
     tempered: bool = False,
     softcap: float | None = None,
     rows: Tensor | None = None,
@@ -44,7 +53,7 @@ def vocab_stats(
 
     Equivalent, without storing any of it::
 
-        x = softcap * tanh(logits / softcap); x[:, banned] = -inf; p = softmax(x)
+        x = softcap * tanh(logits / softcap); x[:, suppress_ids] = -inf; p = softmax(x)
         token = argmax(x)  or, at a temperature,  argmax(x / temperature + gumbel_noise)
         prob, entropy = p[token], -sum(p * log(p));  margin = p_1st - p_2nd
         logsumexp = log(sum(exp(x)))
@@ -60,25 +69,25 @@ def vocab_stats(
         seed: in [0, 2^64); used at a temperature.
         counter: ``(R, 3)`` int32, what tells one draw from another: absolute position, request id,
             draw. Required at a temperature, not read at 0. Nobody advances it but the caller.
-        banned: ``(n,)`` int32, at most 16 ids that count as -inf in everything; ids that are not in
-            the vocabulary ban nothing.
+        suppress_ids: ``(n,)`` int32, at most 16 ids that count as -inf in everything; ids
+            that are not in the vocabulary suppress nothing.
         tempered: statistics of ``softmax(x / temperature)`` instead of ``softmax(x)``.
         softcap: a positive number c, ``c * tanh(logits / c)`` is taken for the logits; -inf stays.
         rows: ``(N,)`` int32 or int64 on the device, the rows of ``logits`` that count, in any
             order. What has an entry per row, results included, then has one for each of these N.
             An entry outside [0, R) is padding: the result is that of a row of -inf.
-        top_k: at least 1: only the k largest logits count, the others are as if banned. Or ``(R,)``
-            int32, one for each row; a number outside [1, V] keeps 1 or all.
-        top_p: in (0, 1]: only the largest logits count whose mass, of all that are not banned and
-            at the row's temperature, first exceeds ``top_p``. Or ``(R,)`` fp32, one for each row;
-            a number outside (0, 1) keeps all. Both filters look at the whole row, and what both
-            keep is kept; logits that tie with the last one kept are kept too.
+        top_k: at least 1: only the k largest logits count, the others are as if suppressed. Or
+            ``(R,)`` int32, one for each row; a number outside [1, V] keeps 1 or all.
+        top_p: in (0, 1]: only the largest logits count whose mass, of all that are not suppressed
+            and at the row's temperature, first exceeds ``top_p``. Or ``(R,)`` fp32, one for each
+            row; a number outside (0, 1) keeps all. Both filters look at the whole row, and what
+            both keep is kept; logits that tie with the last one kept are kept too.
         backend: None (``PYDLLM_BACKEND``), ``"auto"``, ``"cuda"``, ``"triton"`` or ``"torch"``.
 
     Returns:
-        ``VocabStats``, each field ``(R,)``. A row whose ids are all -inf or banned has token 0,
-        log-sum-exp -inf and else 0; one with a NaN or +inf in an id that is not banned has token 0
-        and NaN in the rest.
+        ``VocabStats``, each field ``(R,)``. A row whose ids are all -inf or suppressed has token 0,
+        log-sum-exp -inf and else 0; one with a NaN or +inf in an id that is not suppressed has
+        token 0 and NaN in the rest.
 
     Raises:
         ValueError: shapes or devices differ, a number is out of its range, a counter is missing, a
@@ -107,7 +116,7 @@ def vocab_stats(
         raise ValueError(f"logits: expected at least one id, got shape {tuple(logits.shape)}")
     count = check_rows("logits", logits, rows)
     fixed, each = check_options(
-        logits, count, temperature, seed, counter, banned, tempered, softcap
+        logits, count, temperature, seed, counter, suppress_ids, tempered, softcap
     )
     top_ks = top_ps = None
     if isinstance(top_k, Tensor):
@@ -122,7 +131,7 @@ def vocab_stats(
         check_number("top_p", top_p, 0, 1, above=True)
         top_p = None if top_p == 1 else top_p
     check_no_grad("vocab_stats", logits=logits)
-    options = (fixed, signed(seed), counter, banned, tempered, softcap, each, rows)
+    options = (fixed, signed(seed), counter, suppress_ids, tempered, softcap, each, rows)
     return VocabStats(*_OP(logits, *options, top_k, top_p, top_ks, top_ps, backend=backend))
 
 
@@ -142,7 +151,7 @@ def check_options(
     temperature: float | Tensor,
     seed: int,
     counter: Tensor | None,
-    banned: Tensor | None,
+    suppress_ids: Tensor | None,
     tempered: bool,
     softcap: float | None,
     name: str = "logits",
@@ -165,10 +174,13 @@ def check_options(
         check_tensor("counter", counter, (count, 3), torch.int32, like, name)
     elif each is not None or fixed > 0:
         raise ValueError("counter: expected (R, 3) int32 at a temperature, got None")
-    if banned is not None:
-        check_tensor("banned", banned, ("n",), torch.int32, like, name)
-        if banned.shape[0] > MAX_BANNED:
-            raise ValueError(f"banned: expected at most {MAX_BANNED} ids, got {banned.shape[0]}")
+    if suppress_ids is not None:
+        check_tensor("suppress_ids", suppress_ids, ("n",), torch.int32, like, name)
+        if suppress_ids.shape[0] > MAX_SUPPRESS_IDS:
+            raise ValueError(
+                f"suppress_ids: expected at most {MAX_SUPPRESS_IDS} ids, "
+                f"got {suppress_ids.shape[0]}"
+            )
     if softcap is not None:
         check_number("softcap", softcap, 0, above=True)
     return fixed, each
@@ -200,9 +212,10 @@ def empty_stats(like: Tensor, rows: int) -> tuple[Tensor, ...]:
 
 
 _OP = Op(
-    "vocab_stats(Tensor logits, float temperature, int seed, Tensor? counter, Tensor? banned, "
-    "bool tempered, float? softcap, Tensor? temperatures, Tensor? rows, int? top_k, float? top_p, "
-    "Tensor? top_ks, Tensor? top_ps, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "vocab_stats(Tensor logits, float temperature, int seed, Tensor? counter, "
+    "Tensor? suppress_ids, bool tempered, float? softcap, Tensor? temperatures, Tensor? rows, "
+    "int? top_k, float? top_p, Tensor? top_ks, Tensor? top_ps, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake,
     reference.vocab_stats,
 )

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pydllm.reference.philox import vocab_gumbel
-from pydllm.reference.vocab_stats import ban, cap, inverse_temperature
+from pydllm.reference.vocab_stats import apply_softcap, inverse_temperature, suppress
 
 _NEGLIGIBLE = -1e4
 _NO_ID = 2**31 - 1
@@ -34,7 +34,7 @@ def head_stats_partial(
     temperature: float,
     seed: int,
     counter: Tensor | None,
-    banned: Tensor | None,
+    suppress_ids: Tensor | None,
     tempered: bool,
     softcap: float | None,
     temperatures: Tensor | None = None,
@@ -69,8 +69,8 @@ def head_stats_partial(
             part = slice(low, min(low + piece, vocab))
             added = None if bias is None else bias[part].to(dtype)
             first = vocab_offset + low
-            logits = ban(_product(x, weight[part].to(dtype), added), banned, first)
-            logits = cap(logits, softcap)
+            logits = suppress(_product(x, weight[part].to(dtype), added), suppress_ids, first)
+            logits = apply_softcap(logits, softcap)
             if outside is not None:
                 logits.masked_fill_(outside, -torch.inf)
             scores = None

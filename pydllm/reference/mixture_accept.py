@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pydllm.reference.philox import vocab_gumbel
-from pydllm.reference.vocab_stats import ban, cap, inverse_temperature
+from pydllm.reference.vocab_stats import apply_softcap, inverse_temperature, suppress
 
 _GATHERED = 2**22  # elements of the verifier's head that are gathered at a time
 
@@ -23,14 +23,16 @@ def mixture_accept(
     temperatures: Tensor | None,
     seed: int,
     counter: Tensor | None,
-    banned: Tensor | None,
+    suppress_ids: Tensor | None,
     shared: int,
     first_free: bool,
     critical: bool,
 ) -> tuple[Tensor, ...]:
     """Accepted rows and target there for each sequence, target and critical weight for each row."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    x, y = (ban(t[:, :shared].to(dtype, copy=True), banned, 0) for t in (logits, verifier))
+    x, y = (
+        suppress(t[:, :shared].to(dtype, copy=True), suppress_ids, 0) for t in (logits, verifier)
+    )
     weight = _weight(mixture, mixtures, token, length, dtype)
     if threshold is not None:
         outside = x < threshold[:, None]
@@ -77,7 +79,7 @@ def mixture_accept_sparse(
         part = slice(low, low + height)
         gathered = head[rows[part]].to(dtype)
         y[part] = (gathered @ hidden[part].to(dtype).unsqueeze(-1)).squeeze(-1)
-    y = cap(y if bias is None else y + bias[rows].to(dtype), softcap)
+    y = apply_softcap(y if bias is None else y + bias[rows].to(dtype), softcap)
     used = torch.arange(ids.shape[1], device=ids.device) < size[:, None]
     y = y.masked_fill(~used, -torch.inf)
     weight = _weight(mixture, mixtures, token, length, dtype)

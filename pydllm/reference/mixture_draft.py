@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pydllm.reference.philox import vocab_gumbel
-from pydllm.reference.vocab_stats import ban, inverse_temperature, row_sums, take_rows
+from pydllm.reference.vocab_stats import inverse_temperature, row_sums, suppress, take_rows
 
 
 def mixture_draft(
@@ -14,7 +14,7 @@ def mixture_draft(
     temperature: float,
     seed: int,
     counter: Tensor,
-    banned: Tensor | None,
+    suppress_ids: Tensor | None,
     temperatures: Tensor | None,
     rows: Tensor | None,
     shared: int,
@@ -32,7 +32,7 @@ def mixture_draft(
     dtype = torch.promote_types(logits.dtype, torch.float32)
     logits = logits[:, :shared]
     x = logits.to(dtype, copy=True) if rows is None else take_rows(logits, rows, -torch.inf)
-    x = ban(x.to(dtype), banned, 0)
+    x = suppress(x.to(dtype), suppress_ids, 0)
     inverse, noisy = inverse_temperature(temperature, temperatures, dtype)
     best = x.amax(-1, keepdim=True)
     poisoned = best.isnan() | (best == torch.inf)

@@ -16,7 +16,7 @@ def vocab_stats(
     temperature: float,
     seed: int,
     counter: Tensor | None,
-    banned: Tensor | None,
+    suppress_ids: Tensor | None,
     tempered: bool,
     softcap: float | None,
     temperatures: Tensor | None = None,
@@ -29,7 +29,7 @@ def vocab_stats(
     """Token, probability, entropy, margin and log-sum-exp of ``(R, V)`` logits; fp32 or fp64."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     x = logits.to(dtype, copy=True) if rows is None else take_rows(logits, rows, -torch.inf)
-    x = ban(x.to(dtype), banned, 0)
+    x = suppress(x.to(dtype), suppress_ids, 0)
     noise = counter if temperatures is not None or temperature > 0 else None
     inverse, noisy = inverse_temperature(temperature, temperatures, dtype)
     if top_ks is None and top_k is not None:
@@ -38,7 +38,7 @@ def vocab_stats(
         top_ps = torch.full_like(x[:, 0], top_p, dtype=torch.float64)
     if top_ks is not None or top_ps is not None:
         x.masked_fill_(x < _cut(x, top_ks, top_ps, inverse, softcap), -torch.inf)
-    x = cap(x, softcap)
+    x = apply_softcap(x, softcap)
     scores = x
     if noise is not None:
         scores = x * inverse
@@ -70,20 +70,20 @@ def take_rows(x: Tensor, rows: Tensor, fill: float) -> Tensor:
     return x[rows.clamp(0, x.shape[0] - 1).long()].masked_fill_(outside[:, None], fill)
 
 
-def ban(x: Tensor, banned: Tensor | None, first: int) -> Tensor:
-    """Write -inf into the columns of ``x`` whose id, ``first`` for column 0, is banned."""
-    if banned is not None and x.shape[1]:
-        columns = banned.long()
+def suppress(x: Tensor, suppress_ids: Tensor | None, first: int) -> Tensor:
+    """Write -inf into the columns of ``x`` whose id, ``first`` for column 0, is suppressed."""
+    if suppress_ids is not None and x.shape[1]:
+        columns = suppress_ids.long()
         if first:
             columns = columns - first
         ids = columns.clamp(0, x.shape[1] - 1)
-        # Those outside of x ban nothing; a column that is not is banned all the same.
+        # Those outside of x suppress nothing; a column that is not is suppressed all the same.
         outside = ids != columns if len(ids) == 1 else (ids[:, None] != columns).all(1)
         x.index_copy_(1, ids, torch.where(outside, x[:, ids], -torch.inf))
     return x
 
 
-def cap(x: Tensor, softcap: float | None) -> Tensor:
+def apply_softcap(x: Tensor, softcap: float | None) -> Tensor:
     if softcap is None:
         return x
     return torch.where(x.isinf(), x, softcap * torch.tanh(x / softcap))
@@ -114,7 +114,7 @@ def _cut(
         cut = ordered.gather(1, top_ks.clamp(1, vocab).long()[:, None] - 1)
     if top_ps is not None:
         limit = top_ps[:, None].double()
-        mass = torch.softmax(cap(ordered, softcap).double() * inverse, -1)
+        mass = torch.softmax(apply_softcap(ordered, softcap).double() * inverse, -1)
         kept = (mass.cumsum(-1) - mass <= limit).sum(-1, keepdim=True).clamp_(min=1)
         kept = kept.masked_fill(~((limit > 0) & (limit < 1)), vocab)
         cut = torch.maximum(cut, ordered.gather(1, kept - 1))

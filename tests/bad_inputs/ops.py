@@ -42,7 +42,7 @@ def attention(heads=True):
 
 def row_statistics(**more):
     def make():
-        usual = {"rows": at(0, 1), "banned": at(1), "counter": torch.zeros(2, 3, dtype=INT32)}
+        usual = {"rows": at(0, 1), "suppress_ids": at(1), "counter": torch.zeros(2, 3, dtype=INT32)}
         usual |= {"temperature": 1.0, "seed": 1, "softcap": 5.0, "tempered": True}
         return usual | {name: value() for name, value in more.items()}
 
@@ -109,7 +109,7 @@ def listed():
 
 
 MATRIX = {"hidden": lambda: torch.randn(4, 8), "weight": lambda: torch.randn(5, 8)}
-ROW = "rows banned softcap top_k top_p bias"
+ROW = "rows suppress_ids softcap top_k top_p bias"
 CASES = (
     Case(
         ops.rms_norm,
@@ -238,12 +238,12 @@ CASES = (
             "seed": 1,
             "counter": torch.zeros(2, 3, dtype=INT32),
             "rows": at(0, 1),
-            "banned": at(1),
+            "suppress_ids": at(1),
             "top_p": 0.9,
             "capacity": 4,
             "shared_vocab": 4,
         },
-        "rows banned top_p shared_vocab",
+        "rows suppress_ids top_p shared_vocab",
         (("capacity", -1), ("shared_vocab", 6)),
     ),
     Case(ops.mixture_accept, mixture, "shared_vocab threshold", (("mixture", 1.5),)),

@@ -353,8 +353,11 @@ def test_other_parameters_replay_what_was_recorded(name):
     model, _ = models()
     given = prompts((4, 1, 9), 0)
     options = {"max_new_tokens": 8, "guidance": 0.5, "logprobs": True, "top_p": 0.9}
-    for temperature, top_p, banned in ((0.7, 0.9, [3]), ([0.0, 1.0, 0.5], [0.5, 0.8, 1], [7])):
-        options |= {"temperature": temperature, "top_p": top_p, "suppress_ids": banned}
+    for temperature, top_p, suppress_ids in (
+        (0.7, 0.9, [3]),
+        ([0.0, 1.0, 0.5], [0.5, 0.8, 1], [7]),
+    ):
+        options |= {"temperature": temperature, "top_p": top_p, "suppress_ids": suppress_ids}
         run, replayed = (
             pydllm.generate(model, given, FULL[name], graph=graph, **options)
             for graph in (False, True)

@@ -116,7 +116,7 @@ def test_a_model_that_predicts_the_mask_ends(temperature, compat):
     before = module.calls
     x = llada21.generate(module, ids, **given, editing_threshold=0.1)
     assert x.shape[1] and not (x == MASK).any()
-    # Three blocks: until the mask is banned, until it is gone, and the budget.
+    # Three blocks: until the mask is suppressed, until it is gone, and the budget.
     assert module.calls - before <= 3 * ((2 * 8 + 16) + 8 + 16)
 
 

@@ -197,7 +197,7 @@ def test_head_stats_are_those_of_the_logits(pair):
     hidden = refresh(model, random_ids(1, 9, seed=4), model.new_cache(1, 9))[0]
     expected = ops.vocab_stats(model.head(hidden))
     got = model.head_stats(hidden)
-    some = model.head_stats(hidden, torch.tensor([7, 2]), banned=expected.token[:1].int())
+    some = model.head_stats(hidden, torch.tensor([7, 2]), suppress_ids=expected.token[:1].int())
     assert torch.equal(got.token, expected.token)
     for one, other in zip(got[1:], expected[1:], strict=True):
         close(one, other, 1e-5)

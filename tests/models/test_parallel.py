@@ -58,8 +58,8 @@ def look(tp, folder):
     rows = hidden.reshape(-1, hidden.shape[-1])
     named = torch.tensor([3, 0, 12, -1])
     counter = torch.stack((named, named, named), 1).int()
-    banned = torch.tensor([7, 60], dtype=torch.int32)
-    drawn = {"temperature": 0.7, "counter": counter, "seed": 5, "banned": banned}
+    suppress_ids = torch.tensor([7, 60], dtype=torch.int32)
+    drawn = {"temperature": 0.7, "counter": counter, "seed": 5, "suppress_ids": suppress_ids}
     results = {
         "hidden": hidden[0],
         "logits": model.head(rows),

@@ -57,7 +57,7 @@ def _assert_near(one, other):
 def test_agrees_with_vocab_stats_of_the_logits(backend, dtype, shape):
     hidden, weight = _operands(*shape, dtype)
     logits = hidden.double() @ weight.double().T
-    options = {"banned": _ids(shape[1] // 2, 3) if shape[1] > 3 else None}
+    options = {"suppress_ids": _ids(shape[1] // 2, 3) if shape[1] > 3 else None}
     exact = ops.vocab_stats(logits, **options)
     got = ops.head_stats(hidden, weight, backend=backend, **options)
     assert [field.dtype for field in got] == [torch.int64] + [torch.float32] * 4
@@ -75,7 +75,7 @@ def test_every_option_at_once(backend):
         "temperature": torch.tensor([0.0, 0.5, 1.0, 2.0, math.nan, 1.0]),
         "seed": 2**63 + 1,
         "counter": _counter(6),
-        "banned": _ids(1090, 4),
+        "suppress_ids": _ids(1090, 4),
         "tempered": True,
         "softcap": 4.0,
     }
@@ -99,7 +99,7 @@ def test_shards_merge_to_the_whole(cuda_on_cpu, backend, temperature):
         "temperature": temperature,
         "seed": 11,
         "counter": _counter(7),
-        "banned": _ids(0, 1500, 2999),
+        "suppress_ids": _ids(0, 1500, 2999),
         "backend": backend,
     }
     whole = ops.head_stats(hidden, weight, bias=bias, **options)
@@ -150,7 +150,7 @@ def test_rows_without_a_distribution_stay_alone(backend, temperature):
         assert all(field[row].isnan() for field in got[1:])
     keep = torch.tensor([0, 2, 3, 5])
     _assert_same([field[keep] for field in got], [field[keep] for field in clean])
-    every = ops.head_stats(hidden, weight[:2], banned=_ids(0, 1), **options)
+    every = ops.head_stats(hidden, weight[:2], suppress_ids=_ids(0, 1), **options)
     assert [field[0].item() for field in every] == [0, 0, 0, 0, -INF]
     bias = torch.full((1100,), -INF)
     bias[1050] = 0
@@ -352,6 +352,7 @@ def test_a_captured_graph_replays_and_agrees_with_the_cpu(temperature):
         ({"weight": torch.ones(5, 4, requires_grad=True)}, ValueError, "got weight with requires"),
         ({"bias": torch.ones(4)}, ValueError, r"bias: expected shape \(5\), got \(4,\)"),
         ({"bias": torch.ones(5).half()}, TypeError, "bias: expected dtype torch.float32"),
+        ({"banned": None}, TypeError, "banned is no argument any more, use suppress_ids"),
         ({"rows": torch.ones(2)}, TypeError, "rows: expected dtype torch.int32, torch.int64"),
         ({"rows": _ids(1)[None]}, ValueError, r"rows: expected shape \(N\), got \(1, 1\)"),
         ({"hidden": torch.ones(0, 4), "rows": _ids(1)}, ValueError, "hidden: expected a row to"),
@@ -362,7 +363,11 @@ def test_a_captured_graph_replays_and_agrees_with_the_cpu(temperature):
             ValueError,
             r"counter: expected shape \(2, 3\), got \(3, 3\)",
         ),
-        ({"banned": torch.zeros(17).int()}, ValueError, "banned: expected at most 16 ids, got 17"),
+        (
+            {"suppress_ids": torch.zeros(17).int()},
+            ValueError,
+            "suppress_ids: expected at most 16 ids, got 17",
+        ),
         ({"softcap": -1.0}, ValueError, "softcap: expected a finite number above 0, got -1.0"),
         ({"backend": "cuda"}, RuntimeError, "head_stats: backend 'cuda' cannot run this call"),
         (

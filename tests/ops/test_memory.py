@@ -231,7 +231,7 @@ def mixture_accept_sparse(guard, backend, changed):
 def _row_options(changed):
     return {
         "rows": at(changed.get("rows", 0), 1),
-        "banned": at(changed.get("banned", 1)),
+        "suppress_ids": at(changed.get("suppress_ids", 1)),
         "counter": torch.full((2, 3), changed.get("counter", 0), dtype=INT32),
         "temperature": 1.0,
     }
@@ -325,8 +325,8 @@ CASES = (
     Case(multiblock_step, ("prompt_length", *ROWS)),
     Case(mixture_accept, ("token", "length")),
     Case(mixture_accept_sparse, ("ids", "size", "token", "length")),
-    Case(vocab_stats, ("rows", "banned", "counter")),
-    Case(head_stats, ("rows", "banned", "counter"), ("torch", "triton")),
+    Case(vocab_stats, ("rows", "suppress_ids", "counter")),
+    Case(head_stats, ("rows", "suppress_ids", "counter"), ("torch", "triton")),
     Case(certainty_loss, ("target",), ("torch", "triton")),
     Case(renoise, ("request", "step"), ("torch", "triton")),
     Case(

@@ -58,7 +58,7 @@ def heads(batch, rows, vocab, width=24, dtype=torch.float64):
 def test_against_a_loop(mixture, temperature, top_p, emit):
     batch, rows, vocab = 3, 6, 40
     logits, verifier, draft, shared = make(
-        batch, rows, vocab, top_p=top_p, temperature=temperature, emit=emit, banned=ids(7)
+        batch, rows, vocab, top_p=top_p, temperature=temperature, emit=emit, suppress_ids=ids(7)
     )
     length = ids(6, 4, 1)
     got = accept(logits, verifier, draft, shared, length=length, mixture=mixture, emit=emit)
@@ -98,7 +98,7 @@ def test_against_a_loop(mixture, temperature, top_p, emit):
 @pytest.mark.parametrize("backend", KERNELS)
 def test_a_kernel_has_the_bits_of_the_reference(backend, vocab, top_p, emit, dtype):
     temperature = torch.tensor([0.5, 0.0, 1.0, 0.7, 0.7, 0.7, 0.7, 0.7])
-    options = {"banned": ids(3, 40), "dtype": dtype, "capacity": 16}
+    options = {"suppress_ids": ids(3, 40), "dtype": dtype, "capacity": 16}
     options["shared_vocab"] = max(1, vocab - 5)
     found = make(4, 2, vocab, top_p=top_p, temperature=temperature, emit=emit, **options)
     logits, verifier, draft, shared = found
@@ -238,7 +238,7 @@ def test_forbidden_ids_are_never_targets(backend):
         top_p=0.9,
         temperature=0.7,
         emit="target",
-        banned=ids(7),
+        suppress_ids=ids(7),
         shared_vocab=50,
         dtype=torch.float32,
     )
@@ -428,7 +428,11 @@ def test_a_captured_graph_replays_and_agrees_with_the_cpu(dtype, backend):
         ({"temperature": 1.0}, ValueError, r"counter: expected \(R, 3\) int32 at a temperature"),
         ({"emit": "all"}, ValueError, "emit: expected one of draft, draft_then_target, target"),
         ({"rule": "reference"}, TypeError, "rule is no argument any more, use temperature 0"),
-        ({"banned": torch.zeros(17).int()}, ValueError, "banned: expected at most 16 ids, got 17"),
+        (
+            {"suppress_ids": torch.zeros(17).int()},
+            ValueError,
+            "suppress_ids: expected at most 16 ids, got 17",
+        ),
         ({"backend": "cuda"}, RuntimeError, "mixture_accept: backend 'cuda' cannot run this call"),
     ],
 )

@@ -26,7 +26,7 @@ from tests.ops.test_mixture_accept import (
 def test_sparse_is_dense(temperature, top_p, emit):
     batch, rows, vocab = 5, 8, 60
     logits, _, draft, shared = make(
-        batch, rows, vocab, top_p=top_p, temperature=temperature, emit=emit, banned=ids(9)
+        batch, rows, vocab, top_p=top_p, temperature=temperature, emit=emit, suppress_ids=ids(9)
     )
     hidden, weight = heads(batch, rows, vocab)
     bias = random_normal(vocab, seed=2, dtype=torch.float64)

@@ -94,7 +94,7 @@ def test_a_kernel_agrees_with_the_reference(backend, dtype, shape, top_p, scale,
     logits = (random_normal(rows, vocab, seed=1) * scale).to(dtype)
     options = {"temperature": 0.7, "counter": _counter(rows), "top_p": top_p, "seed": 2**63 + 5}
     options |= {"shared_vocab": shared, "capacity": 40}
-    options["banned"] = _ids(vocab // 2, 3) if vocab > 3 else None
+    options["suppress_ids"] = _ids(vocab // 2, 3) if vocab > 3 else None
     one = ops.mixture_draft(logits, backend=backend, **options)
     other = ops.mixture_draft(logits, backend="torch", **options)
     _assert_near(one, other)
@@ -113,7 +113,7 @@ def test_a_kernel_agrees_with_the_reference_on_every_option(backend):
         "top_p": torch.tensor([0.9, 0.9, 0.9, 0.8, 1.0, 0.9, 0.99, 0.9]),
         "seed": 3,
         "counter": _counter(8),
-        "banned": _ids(5, 149, 1000),
+        "suppress_ids": _ids(5, 149, 1000),
         "shared_vocab": 149,
         "capacity": 21,
     }
@@ -134,7 +134,7 @@ def test_a_kernel_agrees_with_the_reference_on_every_option(backend):
 def test_without_a_nucleus_it_is_the_token_of_vocab_stats(temperature, backend):
     hidden, weight = random_normal(6, 8, seed=0), random_normal(90, 8, seed=1)
     logits = hidden @ weight.T
-    options = {"seed": 9, "counter": _counter(6), "banned": _ids(4)}
+    options = {"seed": 9, "counter": _counter(6), "suppress_ids": _ids(4)}
     for top_p in (None, 1.0) if temperature else (None, 1.0, 0.9):
         draft = ops.mixture_draft(
             logits,
@@ -216,10 +216,12 @@ def test_rows_without_a_distribution_stay_alone(backend):
     # What is forbidden may hold anything.
     logits = logits.nan_to_num(0, 0, 0)
     expected = ops.mixture_draft(
-        logits, banned=_ids(3), shared_vocab=79, backend=backend, **options
+        logits, suppress_ids=_ids(3), shared_vocab=79, backend=backend, **options
     )
     logits[:, 3], logits[:, 79] = math.nan, INF
-    got = ops.mixture_draft(logits, banned=_ids(3), shared_vocab=79, backend=backend, **options)
+    got = ops.mixture_draft(
+        logits, suppress_ids=_ids(3), shared_vocab=79, backend=backend, **options
+    )
     _assert_same(got, expected)
 
 
@@ -230,7 +232,7 @@ def test_forbidden_ids_are_never_drafted(top_p, temperature, backend):
     logits = random_normal(4, 60, seed=6)
     logits[:, 7] = logits[:, 50:] = 1e4  # the mask id, and what the verifier does not know
     options = {"temperature": temperature, "top_p": top_p, "counter": _counter(4)}
-    options |= {"banned": _ids(7), "shared_vocab": 50, "capacity": 50, "backend": backend}
+    options |= {"suppress_ids": _ids(7), "shared_vocab": 50, "capacity": 50, "backend": backend}
     draft = ops.mixture_draft(logits, **options)
     assert (draft.token < 50).all() and (draft.token != 7).all()
     assert (draft.candidates.ids < 50).all() and (draft.candidates.ids != 7).all()
@@ -391,7 +393,11 @@ def test_a_captured_graph_replays_and_agrees_with_the_cpu(temperature, backend):
         ({"capacity": -1}, ValueError, r"capacity: expected an int in \[0, 1024\], got -1"),
         ({"capacity": 1025}, ValueError, r"capacity: expected an int in \[0, 1024\], got 1025"),
         ({"rule": "reference"}, TypeError, "rule is no argument any more, use the square of"),
-        ({"banned": torch.zeros(17).int()}, ValueError, "banned: expected at most 16 ids, got 17"),
+        (
+            {"suppress_ids": torch.zeros(17).int()},
+            ValueError,
+            "suppress_ids: expected at most 16 ids, got 17",
+        ),
         ({"rows": torch.ones(3)}, TypeError, "rows: expected dtype torch.int32, torch.int64"),
         ({"backend": "cuda"}, RuntimeError, "mixture_draft: backend 'cuda' cannot run this call"),
     ],

@@ -30,12 +30,12 @@ def ids(*ids):
     return torch.tensor(ids, dtype=torch.int32)
 
 
-def by_hand(logits, token=None, temperature=0.0, banned=(), softcap=None):
+def by_hand(logits, token=None, temperature=0.0, suppress_ids=(), softcap=None):
     """One row at a time, in Python's floats; ``token`` None takes the arg-max."""
     results = []
     for row in logits.double().tolist():
         x = [value if softcap is None else softcap * math.tanh(value / softcap) for value in row]
-        x = [-INF if i in banned else value for i, value in enumerate(x)]
+        x = [-INF if i in suppress_ids else value for i, value in enumerate(x)]
         x = [value / temperature for value in x] if temperature else x
         best = max(x)
         chosen = x.index(best) if token is None else int(token[len(results)])
@@ -57,20 +57,20 @@ def assert_same(one, other, rows=slice(None)):
     "options",
     [
         {},
-        {"banned": (3, 40, 3)},
+        {"suppress_ids": (3, 40, 3)},
         {"softcap": 4.0},
-        {"softcap": 4.0, "banned": (0,)},
+        {"softcap": 4.0, "suppress_ids": (0,)},
     ],
     ids=str,
 )
 @pytest.mark.parametrize("vocab", [1, 2, 79, 300])
 def test_the_definition_agrees_with_a_loop(vocab, options):
-    if vocab == 1 and "banned" in options:
-        options = options | {"banned": (9,)}
+    if vocab == 1 and "suppress_ids" in options:
+        options = options | {"suppress_ids": (9,)}
     logits = random_logits(7, vocab, torch.float64)
     expected = by_hand(logits, **options)
-    if "banned" in options:
-        options = options | {"banned": ids(*options["banned"])}
+    if "suppress_ids" in options:
+        options = options | {"suppress_ids": ids(*options["suppress_ids"])}
     got = ops.vocab_stats(logits, **options)
     assert torch.equal(got.token, expected.token)
     for one, other in zip(got[1:], expected[1:], strict=True):
@@ -78,11 +78,11 @@ def test_the_definition_agrees_with_a_loop(vocab, options):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
 
 
-def _eager(logits, name, banned, softcap):
+def _eager(logits, name, suppress_ids, softcap):
     """What people write, in the dtype of fp32 or fp64 logits."""
     x = logits.to(torch.promote_types(logits.dtype, torch.float32))
     x = x if softcap is None else softcap * torch.tanh(x / softcap)
-    x = x if banned is None else x.index_fill(1, banned.long(), -INF)
+    x = x if suppress_ids is None else x.index_fill(1, suppress_ids.long(), -INF)
     probs = torch.softmax(x, -1)
     if name == "prob":
         return probs.max(-1).values
@@ -96,24 +96,24 @@ def _eager(logits, name, banned, softcap):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("mode", ["plain", "banned", "softcap"])
+@pytest.mark.parametrize("mode", ["plain", "suppress_ids", "softcap"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_statistics_stay_within_the_error_budget(backend, mode, dtype, shape):
     logits = random_logits(*shape, dtype)
-    banned = ids(shape[1] // 2) if mode == "banned" and shape[1] > 1 else None
+    suppress_ids = ids(shape[1] // 2) if mode == "suppress_ids" and shape[1] > 1 else None
     softcap = 5.0 if mode == "softcap" else None
-    stats = ops.vocab_stats(logits, banned=banned, softcap=softcap, backend=backend)
+    stats = ops.vocab_stats(logits, suppress_ids=suppress_ids, softcap=softcap, backend=backend)
     assert stats.token.dtype == torch.int64
     assert stats.token.shape == shape[:1]
     if softcap is None and shape[0]:
-        plain = logits if banned is None else logits.index_fill(1, banned.long(), -INF)
+        plain = logits if suppress_ids is None else logits.index_fill(1, suppress_ids.long(), -INF)
         assert torch.equal(stats.token, plain.max(-1).indices)
     for name in STATISTICS:
         got = getattr(stats, name)
         assert got.dtype == torch.float32
         assert got.shape == shape[:1]
         if shape[0]:
-            assert_within_budget(got, lambda x, n=name: _eager(x, n, banned, softcap), logits)
+            assert_within_budget(got, lambda x, n=name: _eager(x, n, suppress_ids, softcap), logits)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -178,7 +178,7 @@ def test_one_id(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_banned_ids_count_as_minus_infinity(backend):
+def test_suppressed_ids_count_as_minus_infinity(backend):
     logits = random_logits(6, 1100)
     logits[:, 1090] = 50.0
     logits[1, 1090] = math.nan
@@ -189,13 +189,14 @@ def test_banned_ids_count_as_minus_infinity(backend):
     options = {"temperature": 0.7, "counter": counters(6), "backend": backend}
     outside = ids(1090, -1, 1100, 0, 2**31 - 1, -(2**31), 1090)
     for kwargs in ({"backend": backend}, options, options | {"tempered": True}):
-        stats = ops.vocab_stats(logits, banned=outside, **kwargs)
+        stats = ops.vocab_stats(logits, suppress_ids=outside, **kwargs)
         assert_same(stats, ops.vocab_stats(removed, **kwargs))
         assert not torch.isin(stats.token, torch.tensor([0, 1090])).any()
         assert_same(
-            ops.vocab_stats(removed, banned=ids(), **kwargs), ops.vocab_stats(removed, **kwargs)
+            ops.vocab_stats(removed, suppress_ids=ids(), **kwargs),
+            ops.vocab_stats(removed, **kwargs),
         )
-    every = ops.vocab_stats(logits[:, :3], banned=ids(2, 0, 1), backend=backend)
+    every = ops.vocab_stats(logits[:, :3], suppress_ids=ids(2, 0, 1), backend=backend)
     assert [each[4].item() for each in every] == [0, 0, 0, 0, -INF]
 
 
@@ -219,7 +220,7 @@ def test_far_apart_logits_neither_overflow_nor_give_nan(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_row_depends_on_itself_alone(backend, temperature):
     logits, counter = random_logits(37, 1100), counters(37)
-    options = {"temperature": temperature, "seed": 9, "banned": ids(5), "backend": backend}
+    options = {"temperature": temperature, "seed": 9, "suppress_ids": ids(5), "backend": backend}
     together = ops.vocab_stats(logits, counter=counter, **options)
     order = torch.randperm(37, generator=torch.Generator().manual_seed(0))
     permuted = ops.vocab_stats(logits[order], counter=counter[order], **options)
@@ -248,7 +249,7 @@ def test_inputs_are_read_in_place_and_not_written(backend):
     wide, counters = random_logits(6, 200), torch.arange(36, dtype=torch.int32).view(6, 6)
     kept = wide.clone()
     logits, counter = wide[::2, 50:129], counters[::2, ::2]
-    options = {"temperature": 0.9, "banned": ids(7), "backend": backend}
+    options = {"temperature": 0.9, "suppress_ids": ids(7), "backend": backend}
     for tempered in (False, True):
         one = ops.vocab_stats(logits, counter=counter, tempered=tempered, **options)
         other = ops.vocab_stats(
@@ -361,7 +362,7 @@ def test_fullgraph_compile(backend):
             temperature=temperature,
             seed=seed,
             counter=counter,
-            banned=ids(3),
+            suppress_ids=ids(3),
             backend=backend,
         )
 
@@ -398,7 +399,7 @@ def test_what_the_cuda_kernel_does_not_take(cuda_on_cpu):
         ({"top_k": torch.ones(6).int()[::2]}, "top_k must be contiguous"),
         ({"logits": torch.ones(4, 3).t()}, "must be rows of contiguous"),
         ({"logits": torch.ones(3, 4).double()}, "takes fp32, fp16 and bf16"),
-        ({"banned": torch.zeros(4).int()[::2]}, "banned must be contiguous"),
+        ({"suppress_ids": torch.zeros(4).int()[::2]}, "suppress_ids must be contiguous"),
     ):
         with pytest.raises(RuntimeError, match=message):
             ops.vocab_stats(**{"logits": torch.ones(3, 4)} | change, backend="cuda")
@@ -437,15 +438,28 @@ def test_what_the_cuda_kernel_does_not_take(cuda_on_cpu):
             "counter: expected dtype torch.int32, got",
         ),
         ({"tempered": True}, ValueError, "tempered: expected False at temperature 0, got True"),
-        ({"banned": ids(1)[None]}, ValueError, r"banned: expected shape \(n\), got \(1, 1\)"),
-        ({"banned": ids(1).long()}, TypeError, "banned: expected dtype torch.int32, got"),
-        ({"banned": torch.zeros(17).int()}, ValueError, "banned: expected at most 16 ids, got 17"),
+        (
+            {"suppress_ids": ids(1)[None]},
+            ValueError,
+            r"suppress_ids: expected shape \(n\), got \(1, 1\)",
+        ),
+        (
+            {"suppress_ids": ids(1).long()},
+            TypeError,
+            "suppress_ids: expected dtype torch.int32, got",
+        ),
+        (
+            {"suppress_ids": torch.zeros(17).int()},
+            ValueError,
+            "suppress_ids: expected at most 16 ids, got 17",
+        ),
         ({"softcap": 0.0}, ValueError, "softcap: expected a finite number above 0, got 0.0"),
         ({"softcap": INF}, ValueError, "softcap: expected a finite number above 0, got inf"),
         ({"softcap": math.nan}, ValueError, "softcap: expected a finite number above 0, got nan"),
         ({"temperature": torch.ones(2)}, ValueError, r"temperature: expected shape \(3\), got"),
         ({"temperature": torch.ones(3).double()}, TypeError, "temperature: expected dtype"),
         ({"temperature": torch.ones(3)}, ValueError, r"counter: expected \(R, 3\) int32 at a"),
+        ({"banned": None}, TypeError, "banned is no argument any more, use suppress_ids"),
         ({"rows": torch.ones(3)}, TypeError, "rows: expected dtype torch.int32, torch.int64, got"),
         ({"rows": ids(1)[None]}, ValueError, r"rows: expected shape \(N\), got \(1, 1\)"),
         ({"logits": torch.ones(0, 4), "rows": ids(0)}, ValueError, "logits: expected a row"),

@@ -70,7 +70,7 @@ def test_samples_follow_the_distribution(word):
         temperature=temperature,
         seed=1,
         counter=counter,
-        banned=ids(2),
+        suppress_ids=ids(2),
     )
     assert not (stats.token == 2).any()
     allowed = torch.arange(vocab) != 2
@@ -110,9 +110,9 @@ def test_seed_and_counter_decide_the_draw(backend):
     assert torch.equal(draw(seed=2**64 - 1), draw(seed=2**64 - 1))
 
 
-def _nucleus(row, banned, temperature, top_k, top_p, softcap):
+def _nucleus(row, suppress_ids, temperature, top_k, top_p, softcap):
     """The ids that count, one row, by sorting Python's floats."""
-    x = [-INF if i in banned else value for i, value in enumerate(row)]
+    x = [-INF if i in suppress_ids else value for i, value in enumerate(row)]
     order = sorted(range(len(x)), key=lambda i: -x[i])
     y = [v if softcap is None or v == -INF else softcap * math.tanh(v / softcap) for v in x]
     mass = [math.exp((value - max(y)) / temperature) for value in y]
@@ -143,21 +143,21 @@ def _nucleus(row, banned, temperature, top_k, top_p, softcap):
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_filtered_ids_count_as_banned(backend, dtype, options):
+def test_filtered_ids_count_as_suppressed(backend, dtype, options):
     logits = random_logits(6, 1100, dtype)
     logits[:2] = (logits[:2] / 2).round()  # full of ties, zeros of both signs
-    banned = (3, 1090)
+    suppress_ids = (3, 1090)
     logits[:, 1090] = 30
     rest = {k: v for k, v in options.items() if k not in ("top_k", "top_p")}
     temperature, softcap = rest.get("temperature", 1.0), rest.get("softcap")
     removed = torch.full_like(logits, -INF)
     for i, row in enumerate(logits.double().tolist()):
         kept = _nucleus(
-            row, banned, temperature, options.get("top_k"), options.get("top_p"), softcap
+            row, suppress_ids, temperature, options.get("top_k"), options.get("top_p"), softcap
         )
         removed[i, kept] = logits[i, kept]
     rest |= {"counter": counters(6), "seed": 4, "backend": backend}
-    got = ops.vocab_stats(logits, banned=ids(*banned), **rest | options)
+    got = ops.vocab_stats(logits, suppress_ids=ids(*suppress_ids), **rest | options)
     assert_same(got, ops.vocab_stats(removed, **rest))
 
 
@@ -204,7 +204,7 @@ def test_samples_of_a_nucleus_follow_its_distribution():
 def test_a_temperature_a_row_is_that_of_the_row(backend, tempered):
     logits = random_logits(6, 1100)
     each = torch.tensor([0.5, 0.0, 2.0, -1.0, math.nan, INF])
-    options = {"seed": 3, "backend": backend, "banned": ids(4)}
+    options = {"seed": 3, "backend": backend, "suppress_ids": ids(4)}
     stats = ops.vocab_stats(
         logits, temperature=each, counter=counters(6), tempered=tempered, **options
     )

@@ -40,7 +40,7 @@ def make(
         "weight": random_normal(vocab, width, seed=1, dtype=dtype, device=device) * 3 / width**0.5,
         "temperature": temperature,
         "counter": counter.to(device, torch.int32),
-        "banned": torch.tensor([vocab - 1], dtype=torch.int32, device=device),
+        "suppress_ids": torch.tensor([vocab - 1], dtype=torch.int32, device=device),
     }
 
 
@@ -84,7 +84,7 @@ def operations(inputs: dict[str, object]) -> int:
 def launches() -> Iterator[tuple[str, Callable[[], object]]]:
     from pydllm.kernels import head_stats as kernel
 
-    modes = {  # temperature, tempered, banned ids, softcap
+    modes = {  # temperature, tempered, suppressed ids, softcap
         "arg-max": (0.0, False, 1, None),
         "sampled": (0.7, False, 1, None),
         "sampled, tempered, softcap": (0.7, True, 2, 30.0),
@@ -101,10 +101,10 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
         weight = torch.empty(vocab, width, dtype=dtype, device="meta")
         for name in names:
             temperature, tempered, count, softcap = modes[name]
-            banned = torch.empty(count, dtype=torch.int32, device="meta")
+            suppress_ids = torch.empty(count, dtype=torch.int32, device="meta")
             rows = torch.empty(32, dtype=torch.int32, device="meta")
             bias = torch.empty(vocab, dtype=dtype, device="meta") if softcap else None
-            options = (bias, temperature, 5, counter, banned, tempered, softcap, None, rows)
+            options = (bias, temperature, 5, counter, suppress_ids, tempered, softcap, None, rows)
             arguments = (hidden, weight, *options)
             label = f"{vocab} x {width} {dtype} {name}"
             yield label, lambda arguments=arguments: kernel.head_stats(*arguments)

@@ -62,7 +62,9 @@ def call(inputs: dict[str, object], backend: str) -> tuple[Tensor, ...]:
         fields = (inputs[f"list {name}"] for name in ops.Candidates._fields)
         operands = (ops.Candidates(*fields), inputs["hidden"], inputs["weight"], inputs["token"])
         return ops.mixture_accept_sparse(*operands, **options, backend=backend)[:2]
-    options |= {name: inputs[name] for name in ("counter", "banned", "shared_vocab", "threshold")}
+    options |= {
+        name: inputs[name] for name in ("counter", "suppress_ids", "shared_vocab", "threshold")
+    }
     logits = (inputs["logits"], _verifier_logits(inputs))
     return ops.mixture_accept(*logits, inputs["token"], **options, backend=backend)[:2]
 
@@ -119,12 +121,12 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
 
     token, length = meta(256, dtype=torch.int64), meta(4)
     each, weights = meta(256, dtype=torch.float32), meta(4, dtype=torch.float32)
-    counter, banned = meta(256, 3), meta(1)
+    counter, suppress_ids = meta(256, 3), meta(1)
     shared = mixture_draft.SHARED
     options = {
-        "nucleus": (0.7, None, each, 0.2, None, 5, counter, banned, shared, True, False),
+        "nucleus": (0.7, None, each, 0.2, None, 5, counter, suppress_ids, shared, True, False),
         "each row": (0.0, weights, each, 0.0, each, 5, counter, None, shared, True, True),
-        "greedy": (0.7, None, None, 0.0, None, 5, None, banned, shared, False, False),
+        "greedy": (0.7, None, None, 0.0, None, 5, None, suppress_ids, shared, False, False),
     }
     for dtype, name in (
         *((torch.bfloat16, name) for name in options),

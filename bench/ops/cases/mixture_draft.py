@@ -35,7 +35,7 @@ def make(
         "temperature": temperature,
         "counter": counter.to(device),
         "top_p": 0.95,
-        "banned": torch.tensor([min(SHARED, vocab) - 1], dtype=torch.int32, device=device),
+        "suppress_ids": torch.tensor([min(SHARED, vocab) - 1], dtype=torch.int32, device=device),
         "shared_vocab": min(SHARED, vocab),
         "capacity": 128,
     }
@@ -69,7 +69,7 @@ def _compiled() -> Callable[[dict[str, object]], tuple[Tensor, ...]]:
     def run(inputs: dict[str, object]) -> tuple[Tensor, ...]:
         if inputs["logits"].device.type == "cpu":
             raise BackendError("the compiler takes minutes for the generator on a CPU")
-        where = (inputs["counter"], inputs["banned"], None, None, inputs["shared_vocab"])
+        where = (inputs["counter"], inputs["suppress_ids"], None, None, inputs["shared_vocab"])
         limits = (inputs["top_p"], None, inputs["capacity"])
         return compiled(inputs["logits"], inputs["temperature"], 0, *where, *limits)[:3]
 

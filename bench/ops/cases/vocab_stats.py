@@ -1,4 +1,4 @@
-"""``vocab_stats`` at the vocabularies of LLaDA-8B, Dream-7B and the tiny model, mask id banned."""
+"""``vocab_stats`` for LLaDA-8B's, Dream-7B's and the tiny vocabulary, masks suppressed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def make(
         "logits": random_normal(rows, vocab, seed=0, dtype=dtype, device=device) * 3,
         "temperature": temperature,
         "counter": counter.to(device, torch.int32),
-        "banned": torch.tensor([vocab - 1], dtype=torch.int32, device=device),
+        "suppress_ids": torch.tensor([vocab - 1], dtype=torch.int32, device=device),
     }
 
 
@@ -42,7 +42,7 @@ def _chain(dtype: torch.dtype) -> Callable[[dict[str, object]], tuple[Tensor, ..
     def run(inputs: dict[str, object]) -> tuple[Tensor, ...]:
         if inputs["temperature"]:
             raise BackendError("draws other noise: there is no token to compare")
-        logits = inputs["logits"].to(dtype).index_fill(1, inputs["banned"].long(), -torch.inf)
+        logits = inputs["logits"].to(dtype).index_fill(1, inputs["suppress_ids"].long(), -torch.inf)
         probs = logits.softmax(-1)
         prob, token = probs.max(-1)
         return token, prob, -torch.special.xlogy(probs, probs).sum(-1)
@@ -55,7 +55,9 @@ def _compiled() -> Callable[[dict[str, object]], tuple[Tensor, ...]]:
 
     def run(inputs: dict[str, object]) -> tuple[Tensor, ...]:
         temperature, counter = inputs["temperature"], inputs["counter"]
-        return compiled(inputs["logits"], temperature, 0, counter, inputs["banned"], False, None)
+        return compiled(
+            inputs["logits"], temperature, 0, counter, inputs["suppress_ids"], False, None
+        )
 
     return run
 
@@ -80,7 +82,7 @@ def operations(inputs: dict[str, object]) -> int:
 def launches() -> Iterator[tuple[str, Callable[[], object]]]:
     from pydllm.kernels import vocab_stats as kernel
 
-    modes = {  # temperature, tempered, banned ids, softcap
+    modes = {  # temperature, tempered, suppressed ids, softcap
         "arg-max": (0.0, False, 1, None),
         "arg-max, softcap": (0.0, False, 2, 30.0),
         "sampled": (0.7, False, 1, None),
@@ -100,13 +102,13 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
         logits = torch.empty(32, vocab, dtype=dtype, device="meta")
         for name in names:
             temperature, tempered, count, softcap = modes[name]
-            banned = torch.empty(count, dtype=torch.int32, device="meta") if count else None
-            arguments = (logits, temperature, 5, counter, banned, tempered, softcap)
+            suppress_ids = torch.empty(count, dtype=torch.int32, device="meta") if count else None
+            arguments = (logits, temperature, 5, counter, suppress_ids, tempered, softcap)
             label = f"{vocab} {dtype} {name}"
             yield label, lambda arguments=arguments: kernel.vocab_stats(*arguments)
     rows = torch.empty(32, dtype=torch.int32, device="meta")
     each = torch.empty(32, dtype=torch.float32, device="meta")
-    banned = torch.empty(1, dtype=torch.int32, device="meta")
+    suppress_ids = torch.empty(1, dtype=torch.int32, device="meta")
     for dtype, softcap, temperature, top_k, top_p in (
         (torch.bfloat16, None, None, 50, 0.95),
         (torch.bfloat16, 30.0, each, None, 0.95),
@@ -114,6 +116,6 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
         (torch.float32, None, each, 50, 0.95),
     ):
         logits = torch.empty(64, 126464, dtype=dtype, device="meta")
-        arguments = (logits, 0.7, 5, counter, banned, False, softcap, temperature, rows)
+        arguments = (logits, 0.7, 5, counter, suppress_ids, False, softcap, temperature, rows)
         label = f"126464 {dtype} top_k {top_k} top_p {top_p}"
         yield label, lambda arguments=(*arguments, top_k, top_p): kernel.vocab_stats(*arguments)

@@ -25,13 +25,13 @@ def supports(
     temperatures: Tensor | None,
     seed: int,
     counter: Tensor | None,
-    banned: Tensor | None,
+    suppress_ids: Tensor | None,
     shared: int,
     first_free: bool,
     critical: bool,
 ) -> str | None:
     """None if the kernel can run this call, otherwise why not."""
-    lists = (token, length, mixtures, threshold, temperatures, banned)
+    lists = (token, length, mixtures, threshold, temperatures, suppress_ids)
     return _why_not(logits, verifier, lists)
 
 
@@ -125,7 +125,7 @@ def mixture_accept(
     temperatures: Tensor | None,
     seed: int,
     counter: Tensor | None,
-    banned: Tensor | None,
+    suppress_ids: Tensor | None,
     shared: int,
     first_free: bool,
     critical: bool,
@@ -143,12 +143,12 @@ def mixture_accept(
         verifier=verifier,
         threshold=threshold,
         counter=counter if sampled else None,
-        banned=banned,
+        suppress_ids=suppress_ids,
         dtype=logits.dtype,
         vocab=logits.shape[1],
         verifier_vocab=verifier.shape[1],
         shared=shared,
-        banned_count=0 if banned is None else banned.shape[0],
+        suppress_count=0 if suppress_ids is None else suppress_ids.shape[0],
         seed=seed,
         stride_logits_row=logits.stride(0),
         stride_verifier_row=verifier.stride(0),

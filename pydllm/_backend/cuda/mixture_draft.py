@@ -17,7 +17,7 @@ def supports(
     temperature: float,
     seed: int,
     counter: Tensor,
-    banned: Tensor | None,
+    suppress_ids: Tensor | None,
     temperatures: Tensor | None,
     rows: Tensor | None,
     shared: int,
@@ -32,7 +32,12 @@ def supports(
         return f"the kernel takes up to {MAX_SHARED_VOCAB} ids, got {logits.shape[1]}"
     if logits.shape[1] > 1 and logits.stride(1) != 1:
         return f"logits must be rows of contiguous elements, got strides {logits.stride()}"
-    lists = {"banned": banned, "temperature": temperatures, "rows": rows, "top_p": top_ps}
+    lists = {
+        "suppress_ids": suppress_ids,
+        "temperature": temperatures,
+        "rows": rows,
+        "top_p": top_ps,
+    }
     for name, tensor in lists.items():
         if tensor is not None and not tensor.is_contiguous():
             return f"{name} must be contiguous, got strides {tensor.stride()}"
@@ -44,7 +49,7 @@ def mixture_draft(
     temperature: float,
     seed: int,
     counter: Tensor,
-    banned: Tensor | None,
+    suppress_ids: Tensor | None,
     temperatures: Tensor | None,
     rows: Tensor | None,
     shared: int,
@@ -83,14 +88,14 @@ def mixture_draft(
         counter=counter,
         temperatures=temperatures,
         top_ps=top_ps,
-        banned=banned,
+        suppress_ids=suppress_ids,
         dtype=logits.dtype,
         wide_rows=rows is not None and rows.dtype == torch.int64,
         count=count,
         sources=sources,
         vocab=vocab,
         shared=shared,
-        banned_count=0 if banned is None else banned.shape[0],
+        suppress_count=0 if suppress_ids is None else suppress_ids.shape[0],
         capacity=capacity,
         notes=notes,
         inverse=inverse,

@@ -19,7 +19,7 @@ def supports(
     temperature: float,
     seed: int,
     counter: Tensor | None,
-    banned: Tensor | None,
+    suppress_ids: Tensor | None,
     tempered: bool,
     softcap: float | None,
     temperatures: Tensor | None = None,
@@ -36,7 +36,7 @@ def supports(
         return f"logits must be rows of contiguous elements, got strides {logits.stride()}"
     if logits.shape[1] > MAX_PIECES * PIECE:
         return f"the kernel takes up to {MAX_PIECES * PIECE} ids, got {logits.shape[1]}"
-    lists = {"banned": banned, "temperature": temperatures, "rows": rows}
+    lists = {"suppress_ids": suppress_ids, "temperature": temperatures, "rows": rows}
     lists |= {"top_k": top_ks, "top_p": top_ps}
     for name, tensor in lists.items():
         if tensor is not None and not tensor.is_contiguous():
@@ -49,7 +49,7 @@ def vocab_stats(
     temperature: float,
     seed: int,
     counter: Tensor | None,
-    banned: Tensor | None,
+    suppress_ids: Tensor | None,
     tempered: bool,
     softcap: float | None,
     temperatures: Tensor | None = None,
@@ -76,12 +76,12 @@ def vocab_stats(
         "logits": logits,
         "row_list": rows,
         "temperatures": temperatures,
-        "banned": banned,
+        "suppress_ids": suppress_ids,
         "dtype": logits.dtype,
         "rows": count,
         "sources": sources,
         "vocab": vocab,
-        "banned_count": 0 if banned is None else banned.shape[0],
+        "suppress_count": 0 if suppress_ids is None else suppress_ids.shape[0],
         "long_row_list": rows is not None and rows.dtype == torch.int64,
         "inverse_temperature": 1 / temperature if temperature else 1.0,
         "softcap": softcap,
