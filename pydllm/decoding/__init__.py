@@ -9,6 +9,7 @@ from pydllm.decoding.generate import generate, warmup
 from pydllm.decoding.generation import Generation
 from pydllm.decoding.infilling import Infilled, infill
 from pydllm.decoding.left_to_right import LeftToRight
+from pydllm.decoding.levenshtein import LevenshteinEditing
 from pydllm.decoding.multiblock import MultiBlock
 from pydllm.decoding.self_speculative import SelfSpeculative
 from pydllm.decoding.static import EntropyBound, Factor, Static, Threshold
@@ -24,6 +25,7 @@ __all__ = [
     "Generation",
     "Infilled",
     "LeftToRight",
+    "LevenshteinEditing",
     "MultiBlock",
     "SelfSpeculative",
     "Static",

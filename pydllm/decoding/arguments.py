@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from pydllm._backend.env import BACKENDS
-from pydllm._checks import check_bool, check_choice, check_each, check_int, check_number, describe
+from pydllm._checks import (
+    check_bool,
+    check_choice,
+    check_each,
+    check_int,
+    check_number,
+    describe,
+    each,
+)
 from pydllm.decoding.call import Call, Step, extents, lay_out, padded_length
 from pydllm.decoding.driver import Algorithm
 from pydllm.decoding.guidance import GuidedModel
@@ -83,6 +91,7 @@ def make_call(
         raise ValueError("model: expected a masked diffusion model, got one without a mask id")
     new = _new_tokens(max_new_tokens, ids, mask_id)
     temperatures = _temperatures(options.temperature, len(ids))
+    _expect_greedy(algorithm, options, any(temperatures))
     top_k, top_p = _filters(algorithm, options, len(ids))
     suppressed = _suppress_ids(options.suppress_ids, mask_id, spec.vocab_size)
     model = _guided(model, algorithm, options.guidance)
@@ -90,7 +99,7 @@ def make_call(
     if options.logprobs and not algorithm.has_logprobs:
         raise ValueError(
             f"logprobs: expected False with {type(algorithm).__name__}, whose tokens are drafts "
-            "that were kept and follow no distribution of their own, got True"
+            "that were kept, or move, and have no distribution of their own, got True"
         )
     check_int("seed", options.seed, 0, 2**64 - 1)
     request_ids = _request_ids(options.request_ids, len(ids))
@@ -213,6 +222,20 @@ def _temperatures(temperature: float | Sequence[float], prompts: int) -> list[fl
         if 0 < value < _COLDEST:
             raise ValueError(f"temperature: expected 0 or at least {_COLDEST:g}, got {value!r}")
     return values
+
+
+def _expect_greedy(algorithm: Algorithm, options: Options, draws: bool) -> None:
+    """Raise ValueError for an option of sampling with an algorithm that takes the arg-max."""
+    if not algorithm.is_greedy:
+        return
+    for name, wanted in (("temperature", "0"), ("top_k", "None"), ("top_p", "None")):
+        value = getattr(options, name)
+        given = draws if name == "temperature" else any(v is not None for v in each(value))
+        if given:
+            raise ValueError(
+                f"{name}: expected {wanted} with {type(algorithm).__name__}, which takes the most "
+                f"probable tokens, got {value!r}"
+            )
 
 
 def _filters(

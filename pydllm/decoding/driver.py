@@ -63,6 +63,7 @@ class Algorithm(ABC):
         fills_prompts: whether it fills masks in a prompt.
         takes_top_k, has_logprobs, takes_guidance: whether ``generate`` takes ``top_k``,
             ``logprobs`` and ``guidance`` with it.
+        is_greedy: whether it takes temperature 0 alone, and no filters.
     """
 
     needs_mask: ClassVar[bool] = True
@@ -72,6 +73,7 @@ class Algorithm(ABC):
     takes_top_k: ClassVar[bool] = True
     has_logprobs: ClassVar[bool] = True
     takes_guidance: ClassVar[bool] = False
+    is_greedy: ClassVar[bool] = False
 
     @property
     def is_random(self) -> bool:

@@ -25,6 +25,7 @@ from pydllm.decoding.state import Selection, Window
 from pydllm.decoding.static import Static
 from pydllm.decoding.step import busy, close, forward, note_logprobs, pick, statistics
 from pydllm.models import Model
+from pydllm.models.spec import ModelSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,15 +68,7 @@ class Editing(Algorithm):
         check_choice("compat", self.compat, (None, "sglang", "diffusers"))
 
     def check(self, model: Model, max_new_tokens: int) -> None:
-        spec = model.spec
-        if spec.attention != "block_causal" or spec.seeded:
-            found = f"{spec.attention!r} attention"
-            if spec.seeded:
-                found = "one whose blocks' first tokens come from the block before"
-            raise ValueError(
-                "Editing: expected a block-causal model whose rows see the whole block, "
-                f"got {found}"
-            )
+        expect_whole_blocks("Editing", model.spec)
         self.layout.check(model, max_new_tokens)
 
     def decoder(self, call: Call) -> EditingDecoder:
@@ -154,6 +147,17 @@ class EditingDecoder(Decoder):
         opened = state.next_start - self.algorithm.block_length
         settled = torch.where(state.complete, state.next_start, opened)
         return torch.where(state.done, state.end, settled)
+
+
+def expect_whole_blocks(name: str, spec: ModelSpec) -> None:
+    """Raise ValueError for a model whose blocks cannot be edited by the algorithm of that name."""
+    if spec.attention != "block_causal" or spec.seeded:
+        found = f"{spec.attention!r} attention"
+        if spec.seeded:
+            found = "one whose blocks' first tokens come from the block before"
+        raise ValueError(
+            f"{name}: expected a block-causal model whose rows see the whole block, got {found}"
+        )
 
 
 def open_rows(state: EditingState, plan: BlockPlan) -> tuple[Window, Selection]:

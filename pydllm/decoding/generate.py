@@ -57,7 +57,8 @@ def generate(
             block-causal ones what their blocks do. Not from left to right.
         algorithm: ``Static(...)``, ``Threshold(...)``, ``Factor(...)``, ``EntropyBound(...)``,
             ``FreeDave(...)``, ``MultiBlock(...)``, ``APD(...)``, ``LeftToRight(...)``,
-            ``Autoregressive()``, ``SelfSpeculative(...)``, ``Editing(...)``, or one of your own.
+            ``Autoregressive()``, ``SelfSpeculative(...)``, ``Editing(...)``,
+            ``LevenshteinEditing(...)``, or one of your own.
         max_new_tokens: length of the generation region, in tokens: one for all prompts, or a list
             with one per prompt. 0 where a prompt has masks and nothing is to follow it.
         temperature: 0 takes the arg-max; from 1e-6 on, tokens are drawn from

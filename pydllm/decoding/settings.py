@@ -13,6 +13,7 @@ from pydllm.decoding.driver import Algorithm
 from pydllm.decoding.editing import Editing
 from pydllm.decoding.freedave import FreeDave
 from pydllm.decoding.left_to_right import LeftToRight
+from pydllm.decoding.levenshtein import LevenshteinEditing
 from pydllm.decoding.multiblock import MultiBlock
 from pydllm.decoding.self_speculative import SelfSpeculative
 from pydllm.decoding.static import EntropyBound, Factor, Static, Threshold
@@ -30,6 +31,7 @@ _KINDS = (
     Autoregressive,
     SelfSpeculative,
     Editing,
+    LevenshteinEditing,
 )
 ALGORITHMS: dict[str, type] = {kind.__name__.lower(): kind for kind in _KINDS}
 _PLAIN = ("None", "bool", "int", "float", "str")

@@ -18,7 +18,7 @@ from pydllm.decoding.state import Selection, State, Window
 from pydllm.models import Model
 from pydllm.models.protocol import Fresh
 
-_TILE_ROWS = 256  # of logits that are stored at a time where they are filtered
+TILE_ROWS = 256  # of logits that are stored at a time where they are filtered
 # Statistics to the score and the arguments of ``ops.unmask`` that state the rule.
 Accept = Callable[[ops.VocabStats], tuple[Tensor, dict[str, Any]]]
 
@@ -205,7 +205,7 @@ def _row_stats(
 ) -> ops.VocabStats:
     """Statistics of rows of ``hidden``; the fused head has neither filters nor guidance.
 
-    With either the logits of ``_TILE_ROWS`` rows are stored at a time: as the head's weights are
+    With either the logits of ``TILE_ROWS`` rows are stored at a time: as the head's weights are
     read once for each such tile, a step of up to that many rows costs one read, as without.
     """
     backend = call.backend
@@ -214,8 +214,8 @@ def _row_stats(
         known = {name: options[name] for name in options if name not in ("top_k", "top_p")}
         return call.model.head_stats(hidden, rows, backend=backend, **known)
     tiles = []
-    for first in range(0, max(len(hidden if rows is None else rows), 1), _TILE_ROWS):
-        part = slice(first, first + _TILE_ROWS)
+    for first in range(0, max(len(hidden if rows is None else rows), 1), TILE_ROWS):
+        part = slice(first, first + TILE_ROWS)
         own: dict[str, Any] = {
             name: value[part] if isinstance(value, Tensor) and name != "suppress_ids" else value
             for name, value in options.items()

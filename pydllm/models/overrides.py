@@ -104,7 +104,24 @@ def make_spec(
         block_origin=origin,
         context=family.context if blocks and own else "block",
         seeded=family.seeded and blocks and own,
+        **_edit_ids(config, sizes, mask),
     )
+
+
+def _edit_ids(config: Config, sizes: Sizes, mask_id: int | None) -> dict[str, int]:
+    """The ids that delete and split, of a model that has both."""
+    keys = ("delete_token_id", "split_token_id")
+    found: dict[str, int] = {}
+    for key in keys:
+        ids = config.ids(key, sizes.embeddings)
+        if len(ids) > 1 or (ids and ids[0] in (mask_id, *found.values())):
+            raise config.wrong(key, "one token id, not the mask's and not another's")
+        if ids:
+            found[key] = ids[0]
+    if len(found) == 1:
+        absent = next(key for key in keys if key not in found)
+        raise config.wrong(absent, f"an id beside {next(iter(found))}")
+    return {key.replace("_token", ""): token for key, token in found.items()}
 
 
 def _attention(config: Config, family: Family, overrides: Overrides) -> tuple[str, int | None]:

@@ -31,6 +31,8 @@ class ModelSpec:
             forward of the block, or ``"causal"``, a causal forward.
         seeded: the first token of a block is the next token of the forward that stored the block
             before it.
+        delete_id, split_id: ids that delete a token and that insert a mask before it, where
+            they are predicted; None for models that edit no blocks like this.
     """
 
     vocab_size: int
@@ -44,6 +46,8 @@ class ModelSpec:
     block_origin: str = "zero"
     context: str = "block"
     seeded: bool = False
+    delete_id: int | None = None
+    split_id: int | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in (

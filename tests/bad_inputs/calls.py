@@ -222,6 +222,14 @@ CASES = (
         min_tokens=1,
         block_length=4,
     ),
+    algorithm(
+        pydllm.LevenshteinEditing,
+        "edit_threshold",
+        threshold=0.5,
+        edit_threshold=0.5,
+        max_post_steps=2,
+        block_length=4,
+    ),
     Case(
         pydllm.LeftToRight,
         lambda: {"tokens_per_step": 1, "window": 4, "lookahead": 4, "top_p": 0.5},

@@ -85,6 +85,7 @@ BLOCKS = {
     "freedave": pydllm.FreeDave(draft_steps=4, block_length=4),
     "pipelined": pydllm.FreeDave(draft_steps=4, block_length=4, mode="pipelined"),
     "editing": pydllm.Editing(threshold=0.4, edit_threshold=0.2, max_post_steps=3, block_length=4),
+    "levenshtein": pydllm.LevenshteinEditing(threshold=0.4, max_post_steps=3, block_length=4),
     "freedave-editing": pydllm.FreeDave(
         draft_steps=3,
         baseline=pydllm.Editing(

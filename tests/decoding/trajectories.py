@@ -126,6 +126,8 @@ def random_pair(seed, *, block=None, shift=False, rounded=False, eos=EOS):
         attention="full" if block is None else "block_causal",
         block_size=block,
         max_positions=256,
+        delete_id=None if block is None else 3,
+        split_id=None if block is None else 4,
     )
     flags = ("qkv_bias", "out_bias", "mlp_bias", "head_bias", "qk_norm", "tied")
     sizes = Sizes(
