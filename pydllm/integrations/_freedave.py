@@ -18,9 +18,9 @@ from pydllm._backend.errors import PydllmError
 from pydllm.decoding.state import Selection, State
 from pydllm.decoding.step import forward, statistics
 from pydllm.integrations._arguments import raise_stuck
-from pydllm.integrations._drawing import draw
 from pydllm.integrations._published import LoopState, Pass, PublishedLoop
 from pydllm.integrations._rules import top
+from pydllm.integrations._sampling import draw
 
 
 class Predicted(NamedTuple):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pydllm import ops
 from pydllm._backend.signatures import check_replaced, written
-from pydllm.integrations._drawing import Drawn, draw
+from pydllm.integrations._sampling import Drawn, draw
 
 
 class Config(dict):

@@ -12,8 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from pydllm._backend.errors import PydllmError
-from pydllm.integrations.foreign import find_function, read_prompts
-from pydllm.integrations.sidebyside import compare, load_callable, write_csv
+from pydllm.integrations.compare import compare, load_callable, write_csv
+from pydllm.integrations.entrypoint import find_function, read_prompts
 from pydllm.models.load import find_folder
 from pydllm.models.tokenizer import read_tokenizer
 

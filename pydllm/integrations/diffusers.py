@@ -18,10 +18,10 @@ from torch import Tensor
 
 from pydllm._checks import check_choice, check_int, check_number
 from pydllm.integrations._arguments import check_temperature, follows
-from pydllm.integrations._drawing import Drawn, check_filters
 from pydllm.integrations._outputs import Output
 from pydllm.integrations._published import spread
 from pydllm.integrations._rules import above, within
+from pydllm.integrations._sampling import Drawn, check_filters
 from pydllm.integrations._scheduling import Config, Scheduler, check_step, propose
 
 __all__ = [

@@ -21,9 +21,9 @@ from pydllm.integrations._arguments import (
     left_padding,
     with_ids,
 )
-from pydllm.integrations._drawing import check_filters
 from pydllm.integrations._freedave import BlockLoop, FreeDaveLoop, FullLoop, Rule
 from pydllm.integrations._outputs import Output
+from pydllm.integrations._sampling import check_filters
 from pydllm.models import Model
 
 __all__ = [

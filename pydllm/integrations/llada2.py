@@ -23,9 +23,9 @@ from pydllm.integrations._arguments import (
     expect_one,
     follows,
 )
-from pydllm.integrations._drawing import check_filters
 from pydllm.integrations._published import LoopState, Pass, spread
 from pydllm.integrations._rules import above
+from pydllm.integrations._sampling import check_filters
 from pydllm.integrations.sdar import BlockCausalLoop
 from pydllm.models import ModelSpec, StaticCache
 

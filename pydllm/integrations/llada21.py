@@ -14,9 +14,9 @@ from torch import Tensor
 
 from pydllm._checks import check_bool, check_int, check_number
 from pydllm.integrations._arguments import check_prompt, check_temperature, follows
-from pydllm.integrations._drawing import Drawn, check_filters, draw
 from pydllm.integrations._published import LoopState, Pass, PublishedLoop
 from pydllm.integrations._rules import above
+from pydllm.integrations._sampling import Drawn, check_filters, draw
 from pydllm.integrations.llada2 import as_block_causal, runs_as_module
 
 __all__ = ["generate"]

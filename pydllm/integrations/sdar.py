@@ -23,9 +23,9 @@ from pydllm.integrations._arguments import (
     expect_one,
     follows,
 )
-from pydllm.integrations._drawing import Drawn, check_filters, draw
 from pydllm.integrations._published import LoopState, Pass, PublishedLoop, spread
 from pydllm.integrations._rules import above, by_entropies, span, top
+from pydllm.integrations._sampling import Drawn, check_filters, draw
 
 __all__ = ["block_diffusion_generate"]
 

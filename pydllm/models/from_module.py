@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from pydllm._backend.errors import CheckpointError
 from pydllm.models.adapter import merged_state, peft_layers, unwrapped
-from pydllm.models.agreement import warn_of_damage
 from pydllm.models.config import Config
 from pydllm.models.families import find_family
 from pydllm.models.hooked import check_unhooked
 from pydllm.models.layouts import read_layout
 from pydllm.models.native import NativeModel
 from pydllm.models.overrides import Overrides, make_spec
+from pydllm.models.parity import warn_of_damage
 from pydllm.models.weights import Found, check_tensors, check_tied, share, slots
 
 _PATCH = "pydllm.patch(module) speeds it up as it stands"

@@ -15,7 +15,6 @@ from torch import nn
 from pydllm._backend.errors import CheckpointError
 from pydllm._checks import check_bool, check_int, check_usable, describe
 from pydllm.models.adapter import base_of, is_adapter, kept_beside, read_adapter
-from pydllm.models.agreement import check as check_module
 from pydllm.models.chat import read_chat_template
 from pydllm.models.checkpoint import Shards, read_config, read_generation_config
 from pydllm.models.config import Config
@@ -24,6 +23,7 @@ from pydllm.models.from_module import load_module
 from pydllm.models.native import NativeModel
 from pydllm.models.overrides import Overrides, make_spec
 from pydllm.models.parallel import ParallelModel, join_processes
+from pydllm.models.parity import check as check_module
 from pydllm.models.partition import Partition
 from pydllm.models.quantized import KINDS, check_scheme, load_quantized, split_scales
 from pydllm.models.tokenizer import read_tokenizer, special_tokens

@@ -121,7 +121,7 @@ def test_a_replay_is_what_the_decoder_saw(name):
     """Without a cache, the probability of a token is the threshold rule's confidence in it; the
     canvases are built anew here, one at a time, and go through the model's own logits.
     """
-    from pydllm.integrations.sidebyside import load_callable
+    from pydllm.integrations.compare import load_callable
 
     model = pydllm.load(MODELS[name], device="cpu")
     problem = held_out_problems(1)[0]

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from pydllm._backend.errors import PydllmError
-from pydllm.integrations.foreign import read_sequences
+from pydllm.integrations.entrypoint import read_sequences
 from pydllm.models import load
 from pydllm.models.native import NativeModel
 

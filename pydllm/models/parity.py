@@ -22,7 +22,7 @@ _SHOWN = 3
 
 
 @dataclass(frozen=True)
-class Agreement:
+class Parity:
     """How far a model's logits are from those of a module.
 
     Attributes:
@@ -47,7 +47,7 @@ class Agreement:
 @torch.no_grad()
 def check(
     model: NativeModel, module: nn.Module, *, ids: Tensor | None = None, backend: str | None = None
-) -> Agreement:
+) -> Parity:
     """Compare a model's logits with those of a module's own forward.
 
     Args:
@@ -95,15 +95,15 @@ def check(
             f"{name}: expected logits {tuple(got.shape)}, found {tuple(expected.shape)}"
         )
     eps = torch.finfo(model.dtype).eps
-    agreement = Agreement(
+    parity = Parity(
         difference=(got - expected).abs().max().item(),
         largest=expected.abs().max().item(),
         relative=((got - expected).norm() / expected.norm()).item(),
         limit=min(32 * (model.sizes.layers + 1) * eps, 0.25),
     )
-    if not agreement.relative <= agreement.limit:
-        raise CheckpointError(f"{name}: its forward is not that of its weights: {agreement}")
-    return agreement
+    if not parity.relative <= parity.limit:
+        raise CheckpointError(f"{name}: its forward is not that of its weights: {parity}")
+    return parity
 
 
 def _logits(output: Any) -> Tensor:

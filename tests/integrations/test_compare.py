@@ -13,8 +13,8 @@ import pydllm
 from pydllm.cli import main
 from pydllm.demo import MODELS
 from pydllm.demo.task import held_out_problems
-from pydllm.integrations.foreign import find_function, read_sequences
-from pydllm.integrations.sidebyside import compare, load_callable
+from pydllm.integrations.compare import compare, load_callable
+from pydllm.integrations.entrypoint import find_function, read_sequences
 
 CODE = '''
 """A published-style loop, and pydllm in its place."""
@@ -61,7 +61,7 @@ def few(model, prompt):
 
 
 def load(folder):
-    from pydllm.integrations.sidebyside import load_callable
+    from pydllm.integrations.compare import load_callable
     return load_callable(folder, "cpu")
 
 
