@@ -53,9 +53,10 @@ __device__ __forceinline__ void join(Online<kHeadDim>& online, Total& total,
 
 // Where in call.part the values of a split of a lane's row are: lane / 4 of the warp's, or with r =
 // 1 that 8 after it. Null: there is no such row, or nothing is split.
-template <int kHeadDim, typename T>
-__device__ __forceinline__ float* part_row(const WindowAttention& call, const Sequence<T>& sequence,
-                                           const Walk& walk, int warp_m, int r) {
+template <int kHeadDim, typename T, bool kLeaves>
+__device__ __forceinline__ float* part_row(const WindowAttention& call,
+                                           const Sequence<T, kLeaves>& sequence, const Walk& walk,
+                                           int warp_m, int r) {
   const int lane = static_cast<int>(ptx::lane());
   const Query query(call, sequence, warp_m + lane / 4 + 8 * r);
   if (call.part == nullptr || query.row >= call.rows) return nullptr;
@@ -77,9 +78,9 @@ __device__ __forceinline__ void store_part(float* const (&rows)[2],
 }
 
 // Maximum and sum of a block's split of its rows; rows that are not used have sum 0.
-template <int kHeadDim, typename T>
+template <int kHeadDim, typename T, bool kLeaves>
 __device__ __forceinline__ void store_state(const WindowAttention& call,
-                                            const Sequence<T>& sequence, const Walk& walk,
+                                            const Sequence<T, kLeaves>& sequence, const Walk& walk,
                                             int warp_m, const Online<kHeadDim>& online) {
   const int lane = static_cast<int>(ptx::lane());
   const int64_t rows = int64_t{call.batch} * call.rows * call.heads;

@@ -223,18 +223,18 @@ PYBIND11_MODULE(_C, m) {
          "stride_counter_word", "stream");
   {
     using Call = pydllm::WindowAttention;
-    define_call(m, "window_attention", pydllm::window_attention, FIELD(out), FIELD(k_cache),
-                FIELD(v_cache), FIELD(q), FIELD(k), FIELD(v), FIELD(start), FIELD(length),
-                FIELD(kv_len), FIELD(commit), FIELD(pad), FIELD(cos), FIELD(sin), FIELD(q_norm),
-                FIELD(k_norm), FIELD(table), FIELD(block_offset), FIELD(part), FIELD(state),
-                FIELD(stride_q_batch), FIELD(stride_q_row), FIELD(stride_q_head),
-                FIELD(stride_k_batch), FIELD(stride_k_row), FIELD(stride_k_head),
-                FIELD(stride_v_batch), FIELD(stride_v_row), FIELD(stride_v_head),
-                FIELD(stride_k_cache_batch), FIELD(stride_k_cache_row), FIELD(stride_k_cache_head),
-                FIELD(stride_v_cache_batch), FIELD(stride_v_cache_row), FIELD(stride_v_cache_head),
-                FIELD(dtype), FIELD(batch), FIELD(rows), FIELD(heads), FIELD(kv_heads),
-                FIELD(head_dim), FIELD(half), FIELD(branches), FIELD(slots), FIELD(page),
-                FIELD(pages), FIELD(splits), FIELD(split_tiles), FIELD(stages), FIELD(block_size),
-                FIELD(span), FIELD(causal), FIELD(eps), FIELD(scale), FIELD(softcap));
+    define_call(
+        m, "window_attention", pydllm::window_attention, FIELD(out), FIELD(k_cache), FIELD(v_cache),
+        FIELD(q), FIELD(k), FIELD(v), FIELD(start), FIELD(length), FIELD(kv_len), FIELD(commit),
+        FIELD(pad), FIELD(cos), FIELD(sin), FIELD(q_norm), FIELD(k_norm), FIELD(table),
+        FIELD(block_offset), FIELD(part), FIELD(state), FIELD(stride_q_batch), FIELD(stride_q_row),
+        FIELD(stride_q_head), FIELD(stride_k_batch), FIELD(stride_k_row), FIELD(stride_k_head),
+        FIELD(stride_v_batch), FIELD(stride_v_row), FIELD(stride_v_head),
+        FIELD(stride_k_cache_batch), FIELD(stride_k_cache_row), FIELD(stride_k_cache_head),
+        FIELD(stride_v_cache_batch), FIELD(stride_v_cache_row), FIELD(stride_v_cache_head),
+        FIELD(dtype), FIELD(batch), FIELD(rows), FIELD(heads), FIELD(kv_heads), FIELD(head_dim),
+        FIELD(half), FIELD(branches), FIELD(leaf_rows), FIELD(slots), FIELD(page), FIELD(pages),
+        FIELD(splits), FIELD(split_tiles), FIELD(stages), FIELD(block_size), FIELD(span),
+        FIELD(causal), FIELD(eps), FIELD(scale), FIELD(softcap));
   }
 }

@@ -1,11 +1,12 @@
 // A block owns 64 query rows of one KV head: window rows with the heads of the group packed beside
-// them, branch after branch. It walks the keys in order of position, in tiles of 64 positions
-// counted from `pad`: tiles before the window, on it (once for every branch that it has rows of),
-// after it. Tiles come by cp.async while the one before is multiplied; fresh keys come through
-// registers, where they are rotated. Window slots of the cache are never read, so the commit needs
-// no order between blocks. Where a key sits in its tile depends on its position alone, and a tile
-// that a row does not see leaves it as it was: a row's bits do not depend on the batch, on other
-// branches, on padding, or on which keys are cached.
+// them, branch after branch. With leaves the trunk is branch 0, and leaf t branch t + 1: its keys
+// on the window are the trunk's as far as its root, then its own. It walks the keys in order of
+// position, in tiles of 64 positions counted from `pad`: tiles before the window, on it (once for
+// every branch that it has rows of), after it. Tiles come by cp.async while the one before is
+// multiplied; fresh keys come through registers, where they are rotated. Window slots of the cache
+// are never read, so the commit needs no order between blocks. Where a key sits in its tile depends
+// on its position alone, and a tile that a row does not see leaves it as it was: a row's bits do
+// not depend on the batch, on other branches, on padding, or on which keys are cached.
 //
 // Keys are summed in splits, always the same positions, and splits are joined in order of position:
 // by the block that walks over all of them, or, where there would be too few blocks for the device,
@@ -14,6 +15,7 @@
 #include "window_attention.h"
 
 #include <climits>
+#include <type_traits>
 
 #include "attention_split.cuh"
 #include "attention_tile.cuh"
@@ -35,12 +37,13 @@ struct Shape {
 };
 
 // Start the copy of a tile into a stage; fresh keys are there when this returns.
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, bool kLeaves>
 __device__ __forceinline__ void fetch(T* keys, T* values, const WindowAttention& call,
-                                      const Sequence<T>& sequence, int tile, int branch) {
+                                      const Sequence<T, kLeaves>& sequence, int tile, int branch) {
   constexpr int kChunks = Shape<kHeadDim>::kChunks;
   const int thread = static_cast<int>(threadIdx.x);
-  const int length = branch < 0 ? 0 : sequence.length;
+  const std::conditional_t<kLeaves, LeafKeys, NoLeaves> leaf(call, sequence, branch);
+  const int length = kLeaves ? leaf.length : branch < 0 ? 0 : sequence.length;
   const int64_t first_row = int64_t{branch} * sequence.window;
   const int first_slot = tile * kKeys + sequence.pad;
   const int chunk = thread % kChunks;
@@ -55,7 +58,9 @@ __device__ __forceinline__ void fetch(T* keys, T* values, const WindowAttention&
                         from.row * call.stride_k_cache_row + chunk * kChunk;
     const T* cached_v = sequence.v_cache + from.page * call.stride_v_cache_batch +
                         from.row * call.stride_v_cache_row + chunk * kChunk;
-    const T* fresh_v = sequence.v + (first_row + row) * call.stride_v_row + chunk * kChunk;
+    const T* fresh_v = sequence.v +
+                       (kLeaves ? leaf.row_of(row) : first_row + row) * call.stride_v_row +
+                       chunk * kChunk;
     const unsigned to = swizzled<kHeadDim>(key, chunk);
     if (!fresh) ptx::cp_async_16(keys + to, cached_k, cached);
     ptx::cp_async_16(values + to, fresh ? fresh_v : cached_v, fresh || cached);
@@ -71,8 +76,9 @@ __device__ __forceinline__ void fetch(T* keys, T* values, const WindowAttention&
     const int row = first_slot + key - sequence.start;
     const bool fresh = row >= 0 && row < length;
     Vector<T> a, b;
-    load_turned<T, kHeadDim>(a, b, sequence.k + (first_row + row) * call.stride_k_row, fresh,
-                             tile * kKeys + key, unit, turn);
+    load_turned<T, kHeadDim>(
+        a, b, sequence.k + (kLeaves ? leaf.row_of(row) : first_row + row) * call.stride_k_row,
+        fresh, tile * kKeys + key, unit, turn);
     if (!fresh) continue;
     store_vector(keys + swizzled<kHeadDim>(key, unit.first), a);
     store_vector(keys + swizzled<kHeadDim>(key, unit.second), b);
@@ -80,9 +86,9 @@ __device__ __forceinline__ void fetch(T* keys, T* values, const WindowAttention&
 }
 
 // Rows of branch 0 whose first query row lies in the block's tile go to the cache.
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, bool kLeaves>
 __device__ __forceinline__ void commit_rows(const WindowAttention& call,
-                                            const Sequence<T>& sequence, int first_m) {
+                                            const Sequence<T, kLeaves>& sequence, int first_m) {
   constexpr int kUnits = Unit<kHeadDim>::kCount;
   const int group = sequence.group;
   const int thread = static_cast<int>(threadIdx.x);
@@ -115,9 +121,9 @@ __device__ __forceinline__ void commit_rows(const WindowAttention& call,
 }
 
 // The block's query rows, rotated; rows that are not used are 0.
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, bool kLeaves>
 __device__ __forceinline__ void fetch_queries(T* tile, const WindowAttention& call,
-                                              const Sequence<T>& sequence, int first_m) {
+                                              const Sequence<T, kLeaves>& sequence, int first_m) {
   constexpr int kUnits = Unit<kHeadDim>::kCount;
   const int thread = static_cast<int>(threadIdx.x);
   const Unit<kHeadDim> unit(thread % kUnits, call.half);
@@ -137,8 +143,8 @@ __device__ __forceinline__ void fetch_queries(T* tile, const WindowAttention& ca
 }
 
 // Scores to base 2, capped, and -inf where a row does not see a key.
-template <typename T>
-__device__ __forceinline__ void mask(float (&s)[kKeys / 8][4], const Sequence<T>& sequence,
+template <typename T, bool kLeaves>
+__device__ __forceinline__ void mask(float (&s)[kKeys / 8][4], const Sequence<T, kLeaves>& sequence,
                                      const Limits (&limits)[2], const bool (&mine)[2], int tile,
                                      bool all_seen, float factor, float softcap) {
   const int column = 2 * (static_cast<int>(threadIdx.x) % 4);
@@ -174,7 +180,7 @@ __device__ __forceinline__ void wait_for_oldest(int stages) {
   }
 }
 
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, bool kLeaves>
 __global__ void __launch_bounds__(kThreads, Shape<kHeadDim>::kBlocks)
     window_attention_kernel(const WindowAttention call) {
   using Tile = Shape<kHeadDim>;
@@ -182,7 +188,7 @@ __global__ void __launch_bounds__(kThreads, Shape<kHeadDim>::kBlocks)
   T* queries = reinterpret_cast<T*>(dynamic);
   T* shared = queries + kQueries * kHeadDim;  // stages: a tile of keys, then one of values
 
-  __shared__ Sequence<T> sequence;
+  __shared__ Sequence<T, kLeaves> sequence;
   __shared__ Walk walk;
   if (threadIdx.x == 0) {
     const int tiles = (call.rows * (call.heads / call.kv_heads) + kQueries - 1) / kQueries;
@@ -202,8 +208,8 @@ __global__ void __launch_bounds__(kThreads, Shape<kHeadDim>::kBlocks)
     const Query query(call, sequence, warp_m + lane / 4 + 8 * r);
     limits[r] = {query.branch, query.begin, query.end};
   }
-  const int low_branch = warp_m / sequence.group / sequence.window;
-  const int high_branch = (warp_m + 15) / sequence.group / sequence.window;
+  const int low_branch = sequence.branch_of(call, warp_m / sequence.group);
+  const int high_branch = sequence.branch_of(call, (warp_m + 15) / sequence.group);
   const float softcap = call.softcap * kLog2E;
   const float factor = call.softcap == 0.f ? call.scale * kLog2E : call.scale / call.softcap;
   Online<kHeadDim> online;
@@ -282,7 +288,7 @@ __global__ void __launch_bounds__(kThreads, Shape<kHeadDim>::kBlocks)
   }
 }
 
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, bool kLeaves>
 cudaError_t launch(const WindowAttention& call, cudaStream_t stream) {
   const int64_t tiles =
       (int64_t{call.rows} * (call.heads / call.kv_heads) + kQueries - 1) / kQueries;
@@ -295,10 +301,11 @@ cudaError_t launch(const WindowAttention& call, cudaStream_t stream) {
     staged.stages = Shape<kHeadDim>::bytes(3) <= available ? 3 : 2;
   }
   const int bytes = Shape<kHeadDim>::bytes(staged.stages);
-  const cudaError_t error = allow_shared(window_attention_kernel<T, kHeadDim>, bytes);
+  const cudaError_t error = allow_shared(window_attention_kernel<T, kHeadDim, kLeaves>, bytes);
   if (error != cudaSuccess) return error;
   const dim3 grid(static_cast<unsigned>(blocks)), block(kThreads);
-  PYDLLM_LAUNCH((window_attention_kernel<T, kHeadDim>), grid, block, bytes, stream, staged);
+  PYDLLM_LAUNCH((window_attention_kernel<T, kHeadDim, kLeaves>), grid, block, bytes, stream,
+                staged);
   const cudaError_t launched = cudaGetLastError();
   if (launched != cudaSuccess || call.splits == 1) return launched;
 
@@ -309,6 +316,12 @@ cudaError_t launch(const WindowAttention& call, cudaStream_t stream) {
   PYDLLM_LAUNCH((window_attention_merge_kernel<T, kHeadDim>), merge_grid, block, 0, stream,
                 static_cast<T*>(call.out), call.part, call.state, rows, call.splits);
   return cudaGetLastError();
+}
+
+template <typename T, int kHeadDim>
+cudaError_t launch_of(const WindowAttention& call, bool leaves, cudaStream_t stream) {
+  return leaves ? launch<T, kHeadDim, true>(call, stream)
+                : launch<T, kHeadDim, false>(call, stream);
 }
 
 // Whether every head and table begins at 16 bytes.
@@ -332,12 +345,17 @@ bool aligned(const WindowAttention& call) {
 }
 
 bool fits(const WindowAttention& call) {
-  const bool whole = call.kv_heads > 0 && call.heads % call.kv_heads == 0 && call.branches > 0 &&
-                     call.rows % call.branches == 0 && call.half >= 0 && call.half % kChunk == 0 &&
+  const bool leaves = call.leaf_rows > 0;
+  const bool apart_rows =
+      call.branches > 0 &&
+      (leaves ? (call.branches - 1) * int64_t{call.leaf_rows} < call.rows && call.block_size == 0
+              : call.rows % call.branches == 0);
+  const bool whole = call.kv_heads > 0 && call.heads % call.kv_heads == 0 && apart_rows &&
+                     call.leaf_rows >= 0 && call.half >= 0 && call.half % kChunk == 0 &&
                      2 * call.half <= call.head_dim;
   const bool paged = call.table == nullptr || (call.page > 0 && call.slots % call.page == 0);
   const int64_t split = int64_t{call.split_tiles} * kKeys;
-  const int64_t splits = split > 0 ? (call.slots + split - 1) / split : 0;
+  const int64_t splits = split > 0 ? (int64_t{call.slots} + call.leaf_rows + split - 1) / split : 0;
   const bool alone = call.splits == 1 && (splits <= 1 || call.part != nullptr);
   const bool apart = call.splits == splits && call.part != nullptr && call.state != nullptr;
   // Room for the tiles and the group after the last row and slot.
@@ -356,11 +374,14 @@ cudaError_t window_attention(const WindowAttention& call, cudaStream_t stream) {
   if (call.batch == 0 || call.rows == 0 || call.heads == 0) return cudaSuccess;
   const bool bf16 = call.dtype == Dtype::kBFloat16;
   if (!bf16 && call.dtype != Dtype::kFloat16) return cudaErrorInvalidValue;
+  const bool leaves = call.leaf_rows > 0;
   switch (call.head_dim) {
     case 64:
-      return bf16 ? launch<__nv_bfloat16, 64>(call, stream) : launch<__half, 64>(call, stream);
+      return bf16 ? launch_of<__nv_bfloat16, 64>(call, leaves, stream)
+                  : launch_of<__half, 64>(call, leaves, stream);
     case 128:
-      return bf16 ? launch<__nv_bfloat16, 128>(call, stream) : launch<__half, 128>(call, stream);
+      return bf16 ? launch_of<__nv_bfloat16, 128>(call, leaves, stream)
+                  : launch_of<__half, 128>(call, leaves, stream);
     default:
       return cudaErrorInvalidValue;
   }

@@ -41,7 +41,7 @@ struct WindowAttention {
   int kv_heads;
   int head_dim;     // 64 or 128
   int half;         // pairs of dimensions that RoPE turns: a multiple of 8, at most head_dim / 2
-  int branches;     // a divisor of rows
+  int branches;     // a divisor of rows; with leaves 1 more than there are, the trunk being one
   int slots;        // of a sequence
   int page;         // slots of a page, where there is a table
   int pages;        // of the cache, where there is a table
@@ -55,6 +55,7 @@ struct WindowAttention {
   float eps;
   float scale;
   float softcap;  // 0: none
+  int leaf_rows;  // rows of a leaf, after the trunk's; 0: there are no leaves
 };
 
 // The definition is pydllm/reference/window_attention.py.

@@ -28,6 +28,13 @@ class Limits(NamedTuple):
     end: tl.tensor
 
 
+class Leaves(NamedTuple):
+    """Groups of rows, each behind a row of the trunk; they count as branches 1, 2, ..."""
+
+    first_root: tl.tensor  # the trunk row that the first one is behind, below 0: not in use
+    rows: tl.tensor  # of each
+
+
 class Scores(NamedTuple):
     """From dot products to scores in base 2."""
 
@@ -201,6 +208,23 @@ def attend_rotated(
 
 
 @triton.jit
+def leaf_keys(
+    row,  # [BLOCK_N] slots less that of the window's first
+    branch,
+    span,
+    window,
+    leaves,
+):
+    """[BLOCK_N] Which keys of a branch are there, and their fresh rows: the trunk as far as the row
+    that the leaf is behind, then the leaf."""
+    root = leaves.first_root + branch - 1
+    trunk_end = tl.where(branch == 0, span.length, root + 1)
+    own = row - trunk_end + window + (branch - 1) * leaves.rows
+    end = tl.where(branch == 0, trunk_end, tl.where(root < 0, 0, trunk_end + leaves.rows))
+    return (row >= 0) & (row < end), tl.where(row < trunk_end, row, own)
+
+
+@triton.jit
 def attend_window(
     q_a,
     q_b,
@@ -214,7 +238,8 @@ def attend_window(
     branch_m,  # [BLOCK_M] branch of each query row, or None where there is one
     first_branch,
     last_branch,
-    window,  # rows of a branch
+    window,  # rows of a branch, or of the trunk
+    leaves,  # Leaves, or None
     first_tile,  # tiles [first_tile, last_tile), with fresh keys among them
     last_tile,
     PAGE: tl.constexpr,
@@ -235,10 +260,16 @@ def attend_window(
         position = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         slot = position + span.pad
         row = slot - span.start
-        inside = (row >= 0) & (row < span.length)
+        if leaves is None:
+            inside = (row >= 0) & (row < span.length)
+        else:
+            inside, row = leaf_keys(row, branch, span, window, leaves)
         visible = inside | (position < span.visible_end)
         cached = visible & ~inside
-        row = (branch * window + row).to(tl.int64)
+        if leaves is None:
+            row = (branch * window + row).to(tl.int64)
+        else:
+            row = row.to(tl.int64)
         # [BLOCK_N]
         k_cached = cache_rows(
             cache.k_ptr,
@@ -298,6 +329,7 @@ def attend_keys(
     scores,
     branch_m,  # [BLOCK_M], or None where there is one branch
     window_range,  # positions [begin, end), branches [first, last], rows of a branch
+    leaves,  # Leaves, or None
     first,  # tiles [first, last)
     last,
     IS_ROTATED: tl.constexpr,
@@ -330,6 +362,7 @@ def attend_keys(
                 first_branch,
                 last_branch,
                 window,
+                leaves,
                 before,
                 after,
                 PAGE,

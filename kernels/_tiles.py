@@ -270,17 +270,16 @@ def attention_plan(
     group: int,  # query heads of a KV head
     branches: int,
     slots: int,
+    width: int | None = None,  # rows of a branch, or of a trunk that leaves follow
 ) -> AttentionPlan:
     """Splits by the window and the cache alone; what shares them by what fills the device."""
+    width = rows // branches if width is None else width
     key = attention_key(device, element_size, head_dim)
     few = attention_tile(device, element_size, head_dim)
     many = WINDOW_ATTENTION_MANY.get(key, few)
-    is_split = (
-        rows // branches <= ATTENTION_SPLIT_ROWS
-        and head_dim * element_size <= ATTENTION_SPLIT_BYTES
-    )
+    is_split = width <= ATTENTION_SPLIT_ROWS and head_dim * element_size <= ATTENTION_SPLIT_BYTES
     if not is_split:
-        is_long = rows // branches > ATTENTION_SPLIT_ROWS
+        is_long = width > ATTENTION_SPLIT_ROWS
         tile = WINDOW_ATTENTION_LONG.get(key, few) if is_long else few
         return AttentionPlan(tile, 1, 0, 1, "one", is_long and branches == 1)
     splits = -(-slots // ATTENTION_SPLIT)

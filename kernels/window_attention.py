@@ -28,6 +28,7 @@ from ._attention_merge import merge, scratch
 from ._attention_rotate import rotate_and_commit
 from ._attention_tiles import (
     LOG2_E,
+    Leaves,
     Limits,
     Parts,
     Scores,
@@ -65,8 +66,9 @@ def _window_attention_kernel(
     table_ptr,  # (B, slots / PAGE) int32 or None
     block_offset_ptr,  # (B,) int32 or None
     # sizes
-    window,  # rows of a branch, T / branches
-    branches,
+    window,  # rows of a branch, or of the trunk
+    branches,  # with leaves 1 more than there are
+    leaf_rows,  # or None
     slots,
     pages,  # of the cache, where there is a table
     block_size,  # of the block-causal mask, or None
@@ -131,17 +133,33 @@ def _window_attention_kernel(
     offs_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_t = offs_m // GROUP
     offs_head = head * GROUP + offs_m % GROUP
-    branch_m = offs_t // window
-    row_m = offs_t - branch_m * window
-    position_m = start + row_m - pad
-    mask_row = branch_m < branches
-    mask_m = mask_row & (row_m < length) & (position_m >= 0)
-
-    visible_end = kv_len - pad
-    window_end = tl.maximum(start + length - pad, 0)
+    leaves = None
+    if leaf_rows is None:
+        branch_m = offs_t // window
+        row_m = offs_t - branch_m * window
+        position_m = start + row_m - pad
+        mask_row = branch_m < branches
+        mask_m = mask_row & (row_m < length) & (position_m >= 0)
+        visible_end = kv_len - pad
+        window_end = tl.maximum(start + length - pad, 0)
+    else:
+        length = tl.maximum(length, 0)
+        leaves = Leaves(length - branches + 1, leaf_rows)
+        in_leaf = offs_t >= window
+        leaf_m = (offs_t - window) // leaf_rows
+        branch_m = tl.where(in_leaf, leaf_m + 1, 0)
+        root_m = leaves.first_root + leaf_m
+        row_m = offs_t - tl.where(in_leaf, window + leaf_m * leaf_rows - root_m - 1, 0)
+        position_m = start + row_m - pad
+        mask_row = branch_m < branches
+        mask_m = mask_row & (position_m >= 0) & (tl.where(in_leaf, root_m, length - 1 - row_m) >= 0)
+        visible_end = start - pad
+        window_end = tl.maximum(start + length + leaf_rows - pad, 0)
     begin_m = position_m * 0
     end_m = begin_m + tl.maximum(visible_end, window_end)
-    if IS_CAUSAL:
+    if leaf_rows is not None:
+        end_m = start - pad + tl.where(in_leaf, root_m + leaf_rows, row_m) + 1
+    elif IS_CAUSAL:
         end_m = tl.minimum(end_m, position_m + 1)
     if block_size is not None:
         offset = 0
@@ -163,6 +181,9 @@ def _window_attention_kernel(
         last = tl.minimum(last, last_split * SPLIT_TILES)
     first_branch = tile_m * BLOCK_M // (GROUP * window)
     last_branch = ((tile_m + 1) * BLOCK_M - 1) // (GROUP * window)
+    if leaf_rows is not None:
+        first_branch = tl.min(branch_m, 0)
+        last_branch = tl.max(branch_m, 0)
     last_branch = tl.minimum(last_branch, branches - 1)
 
     span = Span(start, length, pad, visible_end)
@@ -171,14 +192,22 @@ def _window_attention_kernel(
         limits = Limits(begin_m, end_m)
     scores = Scores(qk_scale, softcap)
     heads = tl.num_programs(1) * GROUP
-    rows = tl.num_programs(2).to(tl.int64) * branches * window * heads
-    out_row = (batch * branches * window + offs_t) * heads + offs_head
+    if leaf_rows is None:
+        rows = tl.num_programs(2).to(tl.int64) * branches * window * heads
+        out_row = (batch * branches * window + offs_t) * heads + offs_head
+    else:
+        count = window + (branches - 1) * leaf_rows
+        rows = tl.num_programs(2).to(tl.int64) * count * heads
+        out_row = (batch * count + offs_t) * heads + offs_head
     parts = Parts(out_ptr, state_ptr, splits, rows, out_row, mask_row, mask_m)
 
     q_rows = q_ptr + batch * stride_q_batch + offs_t.to(tl.int64) * stride_q_row
     q_rows += offs_head * stride_q_head
 
-    mask_q = mask_m & (row_m < tl.where(last > first, length, 0))  # without keys, no queries
+    if leaf_rows is None:
+        mask_q = mask_m & (row_m < tl.where(last > first, length, 0))  # without keys, no queries
+    else:
+        mask_q = mask_m & (offs_t < tl.where(last > first, window + (branches - 1) * leaf_rows, 0))
     q_a, q_b = load_rotated(
         q_rows,
         mask_q,
@@ -204,6 +233,7 @@ def _window_attention_kernel(
             scores,
             branch_m if HAS_BRANCHES else None,
             window_range,
+            leaves,
             first,
             last,
             IS_ROTATED,
@@ -228,6 +258,7 @@ def _window_attention_kernel(
                 scores,
                 branch_m if HAS_BRANCHES else None,
                 window_range,
+                leaves,
                 tl.maximum(first, split * SPLIT_TILES),
                 tl.minimum(last, (split + 1) * SPLIT_TILES),
                 IS_ROTATED,
@@ -316,6 +347,8 @@ def window_attention(
     window: int | None = None,
     softcap: float | None = None,
     eps: float = 1e-6,
+    leaves: int = 0,
+    leaf_rows: int = 1,
 ) -> torch.Tensor:
     """Launch the kernel; arguments as in ``pydllm.ops.window_attention``."""
     batch, rows, heads, head_dim = q.shape
@@ -325,6 +358,10 @@ def window_attention(
     if out.numel() == 0:
         return out
     group = heads // kv_heads
+    width = rows // branches
+    reach = cache["slots"]  # leaves may stand past the last slot
+    if leaves:
+        width, branches, reach = rows - leaves * leaf_rows, 1 + leaves, reach + leaf_rows
     plan = _tiles.attention_plan(
         q.device,
         q.element_size(),
@@ -333,7 +370,8 @@ def window_attention(
         rows,
         group,
         branches,
-        cache["slots"],
+        reach,
+        width,
     )
     tile = plan.tile
     fresh_k = k
@@ -360,8 +398,9 @@ def window_attention(
         q_norm_ptr=q_norm,
         k_norm_ptr=k_norm,
         block_offset_ptr=block_offset,
-        window=rows // branches,
+        window=width,
         branches=branches,
+        leaf_rows=leaf_rows if leaves else None,
         block_size=block_size,
         sliding_window=window,
         eps=eps,

@@ -79,6 +79,8 @@ def window_attention(
     eps: float = 1e-6,
     block_table: Tensor | None = None,
     block_offset: Tensor | None = None,
+    leaves: int = 0,
+    leaf_rows: int = 1,
     batch_invariant: bool = False,
     shared: SharedWindow | None = None,
     backend: str | None = None,
@@ -109,6 +111,19 @@ def window_attention(
         1 1 1 1 0 0    1 1 1 1 0 0    0 0 1 1 1 0    1 1     0 0 1 1    1 1
         1 1 1 1 1 0    1 1 1 1 1 1    0 0 0 1 1 1    1 1     0 0 1 1    1 1
         1 1 1 1 1 1    1 1 1 1 1 1    0 0 0 0 1 1
+
+    With ``leaves`` (causal windows only) the window is a trunk, and each leaf is a group of rows
+    that continues the sequence after one of its last rows: the trunk as far as that row, then the
+    leaf. With a trunk of 3 rows in use and 2 leaves of 2 rows, the rows see
+
+        rows     cached  trunk   leaf 0  leaf 1
+        trunk    1 1     1 0 0   0 0     0 0
+                 1 1     1 1 0   0 0     0 0
+                 1 1     1 1 1   0 0     0 0
+        leaf 0   1 1     1 1 0   1 1     0 0
+                 1 1     1 1 0   1 1     0 0
+        leaf 1   1 1     1 1 1   0 0     1 1
+                 1 1     1 1 1   0 0     1 1
 
     Args:
         q: ``(B, T, Hq, D)`` fp32, fp16, bf16 or (torch backend) fp64, not rotated. Any strides with
@@ -145,6 +160,14 @@ def window_attention(
             visible or committed slots are not used. No two sequences may commit to the same page.
         block_offset: ``(B,)`` int32, or None for 0. With ``-P % block_size`` blocks are
             counted from position ``P``, the end of the prompt, on.
+        leaves: groups of rows after the trunk's in ``q``, ``k``, ``v``: ``T`` is the trunk's rows
+            plus ``leaves * leaf_rows``, and ``start``, ``length``, ``commit`` are of the trunk.
+            Leaf ``t`` stands behind row ``j = length - leaves + t`` of the trunk, at the slots
+            after it; where ``j`` is negative it is not in use. Its rows see the cached slots
+            ``[pad, start)``, rows 0 to ``j`` of the trunk and each other. They are never written;
+            their slots may be past the end of the cache. ``kv_len`` means nothing. Only with
+            ``causal``, without ``branches`` and ``block_size``.
+        leaf_rows: rows of a leaf; ``positions >= L + leaf_rows``.
         batch_invariant: the torch backend promises what the kernels do, see Determinism; about 6
             times slower than its default. Nothing to the others.
         shared: None, or the ``SharedWindow`` of the layers that this call belongs to.
@@ -168,10 +191,10 @@ def window_attention(
     that does not see it, as a NaN times a weight of 0.
 
     Determinism: with the kernels, and in torch with ``batch_invariant`` but for ``pad``, a row's
-    bits depend on its query and its visible keys alone, not on the batch, other branches, padding,
-    pages, or on which of the keys are cached; nor on ``T / branches`` and ``L``: with the Triton
-    kernel among windows of up to 128 rows, and among longer ones (``attention_plan`` in
-    ``kernels/_tiles.py``), with the others never.
+    bits depend on its query and its visible keys alone, not on the batch, other branches and
+    leaves, padding, pages, or on which of the keys are cached; nor on ``L`` and ``T / branches``
+    (the trunk's rows): with the Triton kernel among windows of up to 128 rows, and among longer
+    ones (``attention_plan`` in ``kernels/_tiles.py``), with the others never.
     CUDA graphs: safe. ``torch.compile``: one op.
 
     Kernels: ``kernels/window_attention.py``, ``csrc/window_attention.cu``.
@@ -190,11 +213,14 @@ def window_attention(
     values: tuple[Any, ...] = ()
     if shared is not None:
         masks = (branches, causal, block_size, batch_invariant, softcap, scale, eps)
-        values = (*map(_kind, (q, k, v, k_cache, v_cache)), *masks)
+        values = (*map(_kind, (q, k, v, k_cache, v_cache)), *masks, leaves, leaf_rows)
     if shared is None or not shared.has(numbers, values):
-        check_heads(q, k, v, k_cache, v_cache, branches, block_table)
+        _check_leaves(q, leaves, leaf_rows, branches, causal, block_size)
+        attached = leaves * leaf_rows
+        check_heads(q, k, v, k_cache, v_cache, branches, block_table, attached)
         _check_numbers(q, start, length, kv_len, commit, pad, block_offset)
-        check_tables(cos, sin, k, k_cache, branches, block_table)
+        beyond = leaf_rows if leaves else 0
+        check_tables(cos, sin, k, k_cache, branches, block_table, attached, beyond)
         _check_masks(causal, block_size, block_offset)
         if softcap is not None:
             check_number("softcap", softcap, 0, above=True)
@@ -211,7 +237,7 @@ def window_attention(
     factor = q.shape[3] ** -0.5 if scale is None else float(scale)
     caches = (k, v) if k_cache is None else (k_cache, v_cache)  # supports() asks of their strides
     rest = (*numbers[:7], q_norm, k_norm, block_table, block_offset)
-    options = (factor, branches, causal, block_size, window, softcap, eps)
+    options = (factor, branches, causal, block_size, window, softcap, eps, leaves, leaf_rows)
     chosen = _OP.choose(q, k, v, *caches, *rest, *options, backend=backend)
     if chosen == "torch":
         known = () if shared is None else (shared.layouts, shared.whole, shared.read_only)
@@ -220,7 +246,8 @@ def window_attention(
             q.device, reference.window_attention, *tensors, *options, batch_invariant, *known
         )
     if k_cache is None:
-        caches = _scratch(k, branches), _scratch(v, branches)
+        rows = (k.shape[1] - leaves * leaf_rows) // branches
+        caches = _scratch(k, rows), _scratch(v, rows)
         # No slot but the window's own is visible, and these are never read.
         rest = (start, length, length, *rest[3:])
     return _OP.run(chosen, q, k, v, *caches, *rest, *options)
@@ -233,8 +260,26 @@ def _kind(tensor: Any) -> Any:
     return tensor.shape, tensor.dtype, tensor.device, tensor.stride()
 
 
-def _scratch(fresh: Tensor, branches: int) -> Tensor:
-    return fresh.new_empty(fresh.shape[0], fresh.shape[1] // branches, *fresh.shape[2:])
+def _scratch(fresh: Tensor, rows: int) -> Tensor:
+    return fresh.new_empty(fresh.shape[0], rows, *fresh.shape[2:])
+
+
+def _check_leaves(
+    q: Tensor, leaves: int, leaf_rows: int, branches: int, causal: bool, block_size: int | None
+) -> None:
+    check_int("leaves", leaves, 0)
+    check_int("leaf_rows", leaf_rows, 1)
+    if leaves == 0:
+        return
+    if causal is not True or block_size is not None or branches != 1:
+        raise ValueError(
+            "leaves: expected causal=True, block_size=None and branches=1 with leaves, got "
+            f"causal={causal!r}, block_size={block_size!r} and branches={branches!r}"
+        )
+    if isinstance(q, Tensor) and q.ndim == 4 and q.shape[1] <= leaves * leaf_rows:
+        raise ValueError(
+            f"leaves: expected fewer than the {q.shape[1]} rows of q, got {leaves} of {leaf_rows}"
+        )
 
 
 def check_heads(
@@ -245,8 +290,12 @@ def check_heads(
     v_cache: Tensor | None,
     branches: int,
     block_table: Tensor | None,
+    attached: int = 0,
 ) -> None:
-    """Shapes, dtypes and devices; ``commit_branch`` has no ``q`` and gives ``k`` for it."""
+    """Shapes, dtypes and devices; ``commit_branch`` has no ``q`` and gives ``k`` for it.
+
+    ``attached``: rows of all leaves.
+    """
     check_tensor("q", q, ("B", "T", "Hq", "D"), FLOATS)
     batch, count, heads, head_dim = q.shape
     dtype = q.dtype
@@ -280,11 +329,10 @@ def check_heads(
     check_tensor("v_cache", v_cache, k_cache.shape, dtype, q, "q")
     check_written("k_cache", k_cache)
     check_written("v_cache", v_cache)
-    slots = _slots(k, k_cache, branches, block_table)
-    if count // branches > slots:
-        raise ValueError(
-            f"q: expected at most the {slots} rows of the cache, got {count // branches}"
-        )
+    slots = _slots(k, k_cache, branches, block_table, attached)
+    rows = (count - attached) // branches
+    if rows > slots:
+        raise ValueError(f"q: expected at most the {slots} rows of the cache, got {rows}")
 
 
 def check_tables(
@@ -294,22 +342,26 @@ def check_tables(
     k_cache: Tensor | None,
     branches: int,
     block_table: Tensor | None,
+    attached: int = 0,
+    beyond: int = 0,
 ) -> None:
-    """The rotary tables of checked heads."""
+    """The rotary tables of checked heads, which reach ``beyond`` the last slot."""
     table = (torch.float32, torch.float64) if k.dtype == torch.float64 else torch.float32
     check_tensor("cos", cos, ("positions", "rotary / 2"), table, k, "q")
     check_tensor("sin", sin, cos.shape, table, k, "q")
-    slots = _slots(k, k_cache, branches, block_table)
-    if cos.shape[0] < slots:
-        raise ValueError(f"cos: expected at least {slots} positions, got {cos.shape[0]}")
+    positions = _slots(k, k_cache, branches, block_table, attached) + beyond
+    if cos.shape[0] < positions:
+        raise ValueError(f"cos: expected at least {positions} positions, got {cos.shape[0]}")
     if 2 * cos.shape[1] > k.shape[3]:
         raise ValueError(f"cos: expected at most {k.shape[3] // 2} columns, got {cos.shape[1]}")
 
 
-def _slots(k: Tensor, k_cache: Tensor | None, branches: int, block_table: Tensor | None) -> int:
+def _slots(
+    k: Tensor, k_cache: Tensor | None, branches: int, block_table: Tensor | None, attached: int
+) -> int:
     """Slots of a sequence."""
     if k_cache is None:
-        return k.shape[1] // branches
+        return (k.shape[1] - attached) // branches
     return k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
 
 
@@ -361,7 +413,7 @@ _OP = Op(
     "Tensor start, Tensor length, Tensor kv_len, Tensor commit, Tensor cos, Tensor sin, "
     "Tensor? pad, Tensor? q_norm, Tensor? k_norm, Tensor? block_table, Tensor? block_offset, "
     "float scale, int branches, bool causal, int? block_size, int? window, float? softcap, "
-    "float eps, str backend) -> Tensor",
+    "float eps, int leaves, int leaf_rows, str backend) -> Tensor",
     _fake,
     reference.window_attention,
 )

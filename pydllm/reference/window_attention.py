@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -35,25 +37,32 @@ def window_attention(
     window: int | None = None,
     softcap: float | None = None,
     eps: float = 1e-6,
+    leaves: int = 0,
+    leaf_rows: int = 1,
     batch_invariant: bool = False,
-    layouts: dict[int | None, Layout] | None = None,
+    layouts: dict[Any, Any] | None = None,
     whole: bool = False,
     read_only: bool = False,
 ) -> Tensor:
     """Softmax of ``q k^T scale`` over the visible slots, times ``v``; fp32, or fp64 for fp64.
 
     Attention runs over a copy of the cache into which the window is put. Branches are windows one
-    after the other, of which the first commits. ``layouts`` keeps the layout for the next call,
-    by ``window``; ``whole`` and ``read_only`` as in ``Layout.make``.
+    after the other, of which the first commits. Leaves are windows over a cache that has the trunk.
+    ``layouts`` keeps the layout for the next call, by ``window``; ``whole`` and ``read_only`` as in
+    ``Layout.make``.
     """
+    if leaves:
+        options = scale, window, softcap, eps, batch_invariant, layouts
+        tables = cos, sin, pad, q_norm, k_norm, block_table
+        pair = None if k_cache is None or v_cache is None else (k_cache, v_cache)
+        return _with_leaves(
+            (q, k, v), pair, start, length, commit, tables, options, leaves, leaf_rows
+        )
     if q_norm is not None and k_norm is not None:
         q, k = rms_norm(q, q_norm, eps, None), rms_norm(k, k_norm, eps, None)
     rows, group = q.shape[1] // branches, q.shape[2] // k.shape[2]
     caches = () if k_cache is None or v_cache is None else (k_cache, v_cache)
-    stored: tuple[Tensor, ...] = caches
-    if caches and block_table is not None:
-        pages = block_table.clamp(0, caches[0].shape[0] - 1)
-        stored = tuple(cache[pages].flatten(1, 2) for cache in caches)
+    stored = tuple(_in_one_piece(cache, block_table) for cache in caches)
     layout = None if layouts is None else layouts.get(window)
     if layout is None:
         slots = stored[0].shape[1] if stored else None
@@ -79,6 +88,76 @@ def window_attention(
         for cache, each in zip(caches, (k, v), strict=True):
             commit_rows(cache, each[:, :rows], block_table, layout.slot, layout.kept)
     return parts[0] if branches == 1 else torch.cat(parts, 1)
+
+
+def _with_leaves(
+    heads: tuple[Tensor, Tensor, Tensor],
+    caches: tuple[Tensor, Tensor] | None,
+    start: Tensor,
+    length: Tensor,
+    commit: Tensor,
+    tables: tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    options: tuple[float, int | None, float | None, float, bool, dict[Any, Any] | None],
+    leaves: int,
+    leaf_rows: int,
+) -> Tensor:
+    """A causal window, the trunk; then each leaf, a window of its own after a row of the trunk."""
+    cos, sin, pad, q_norm, k_norm, table = tables
+    scale, window, softcap, eps, batch_invariant, layouts = options
+    batch, count = heads[0].shape[:2]
+    rows = count - leaves * leaf_rows
+    if caches is None:
+        copies = [t.new_zeros(batch, rows + leaf_rows, *t.shape[2:]) for t in heads[1:]]
+    else:
+        whole = [_in_one_piece(cache, table) for cache in caches]
+        copies = [F.pad(cache, (0, 0, 0, 0, 0, leaf_rows)) for cache in whole]
+    slots = copies[0].shape[1] - leaf_rows
+    length = torch.minimum(length, slots - start).clamp(0, rows)
+
+    def attend(
+        part: tuple[Tensor, ...],
+        copies: list[Tensor],
+        pad: Tensor | None,
+        causal: bool,
+        *at: Tensor,
+    ) -> Tensor:
+        (q, k, v), (k_copy, v_copy), (start, length, commit) = part, copies, at
+        return window_attention(
+            *(q, k, v, k_copy, v_copy, start, length, start, commit, cos, sin, pad),
+            q_norm=q_norm,
+            k_norm=k_norm,
+            scale=scale,
+            causal=causal,
+            window=window,
+            softcap=softcap,
+            eps=eps,
+            batch_invariant=batch_invariant,
+            layouts=None if layouts is None else layouts.setdefault(("leaves", causal), {}),
+        )
+
+    trunk = attend(tuple(t[:, :rows] for t in heads), copies, pad, True, start, length, length)
+    if caches is not None:
+        row = torch.arange(rows, device=start.device)
+        slot = start[:, None] + row
+        kept = (row < torch.minimum(commit, length)[:, None]) & (slot >= 0)
+        kept = kept if pad is None else kept & (slot >= pad[:, None])
+        index = slot.clamp(0, slots - 1)
+        for cache, copy in zip(caches, copies, strict=True):
+            fresh = copy[torch.arange(batch, device=start.device)[:, None], index]
+            commit_rows(cache, fresh, table, slot, kept)
+    root = length[:, None] - leaves + torch.arange(leaves, device=start.device)
+    at = (start[:, None] + root + 1).flatten().int()
+    used = torch.where(root < 0, 0, leaf_rows).flatten().int()
+    parts = tuple(t[:, rows:].unflatten(1, (leaves, leaf_rows)).flatten(0, 1) for t in heads)
+    each = [copy.repeat_interleave(leaves, 0) for copy in copies]
+    padding = None if pad is None else pad.repeat_interleave(leaves)
+    leaf = attend(parts, each, padding, False, at, used, torch.zeros_like(used))
+    return torch.cat((trunk, leaf.unflatten(0, (batch, leaves)).flatten(1, 2)), 1)
+
+
+def _in_one_piece(cache: Tensor, table: Tensor | None) -> Tensor:
+    """``(B, L, Hkv, D)``: the cache, or its pages in the order of a block table."""
+    return cache if table is None else cache[table.clamp(0, cache.shape[0] - 1)].flatten(1, 2)
 
 
 def _put(cache: Tensor, fresh: Tensor, layout: Layout) -> Tensor:

@@ -226,6 +226,8 @@ CASES = (
         (
             ("block_size", 0),
             ("softcap", -1.0),
+            ("leaves", 1),
+            ("leaf_rows", 0),
             ("k_cache", torch.zeros(1, 8, 1, 8).expand(2, -1, -1, -1)),
         ),
     ),

@@ -123,6 +123,16 @@ def window_attention(guard, backend, changed):
     ops.window_attention(k, k, k, *caches, cos=cos, sin=cos, backend=backend, **n)
 
 
+def window_attention_leaves(guard, backend, changed):
+    dtype = torch.float16 if backend == "cuda" else torch.float32
+    k = torch.randn(B, 3 + 3 * 2, 1, 64).to(dtype)
+    cos = torch.ones(10, 32)
+    n = numbers(changed, start=1, length=2, kv_len=0, commit=2, pad=None)
+    caches = (guard(torch.zeros(B, 8, 1, 64, dtype=dtype)) for _ in range(2))
+    tree = {"causal": True, "leaves": 3, "leaf_rows": 2}
+    ops.window_attention(k, k, k, *caches, cos=cos, sin=cos, backend=backend, **n, **tree)
+
+
 def _paged(guard, changed, dtype):
     """Two sequences of two pages of four slots each; an entry of the first is another number."""
     caches = [guard(torch.zeros(5, 4, 1, 64, dtype=dtype)) for _ in range(2)]
@@ -318,6 +328,7 @@ CASES = (
     Case(verify, ("start", "length")),
     Case(commit_branch, ("branch", "start", "commit", "pad")),
     Case(window_attention, ("start", "length", "kv_len", "commit", "pad")),
+    Case(window_attention_leaves, ("start", "length", "commit", "pad")),
     Case(paged_commit_branch, ("block_table",)),
     Case(paged_window_attention, ("block_table",)),
     Case(route, ("start", "length")),

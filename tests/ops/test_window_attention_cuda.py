@@ -8,6 +8,7 @@ from pydllm._backend.cuda import window_attention as launcher
 from pydllm.testing import error_budget, max_error, random_normal
 from tests import emulation
 from tests.mutants import assert_caught
+from tests.ops import test_window_attention_leaves as leaves
 from tests.ops.test_window_attention import copy, make
 from tests.ops.test_window_attention_forms import run
 from tests.ops.test_window_attention_masks import SEQUENCES, branched, of_branch
@@ -274,8 +275,8 @@ MUTANTS = {
     ),
     "copy: values of branch 0": (
         KERNEL,
-        "sequence.v + (first_row + row) * call.stride_v_row",
-        "sequence.v + row * call.stride_v_row",
+        "(kLeaves ? leaf.row_of(row) : first_row + row) * call.stride_v_row",
+        "row * call.stride_v_row",
     ),
     "copy: keys without their turn": (KERNEL, "if (branch < 0) return;", "return;"),
     "commit: all rows": (KERNEL, "sequence.commit", "sequence.length"),
@@ -313,4 +314,8 @@ MUTANTS = {
 
 @pytest.mark.skipif(emulation.CXX is None, reason="needs a C++ compiler")
 def test_planted_bugs_are_found(cuda_folder):
-    assert_caught({"tests.ops.test_window_attention_cuda:check": MUTANTS}, cuda_folder)
+    cases = {
+        "tests.ops.test_window_attention_cuda:check": MUTANTS,
+        "tests.ops.test_window_attention_leaves:check": leaves.MUTANTS,
+    }
+    assert_caught(cases, cuda_folder)

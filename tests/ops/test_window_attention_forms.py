@@ -23,7 +23,7 @@ RUNS = [run for run in KERNELS_DTYPES if run != ("triton", torch.bfloat16)]
 
 def paged(inputs):
     """The caches cut into pages, in disorder, and the table that finds them."""
-    batch, pages = len(SEQUENCES), SLOTS // PAGE
+    batch, pages = len(inputs["start"]), SLOTS // PAGE
     order = torch.randperm(batch * pages, generator=torch.Generator().manual_seed(3))
     table = order.view(batch, pages).int()
     changed = {"block_table": table}

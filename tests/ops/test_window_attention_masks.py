@@ -409,13 +409,15 @@ def test_opcheck_with_every_option(backend):
     order = (*names, *NUMBERS[:4], "cos", "sin", "pad")
     tensors = tuple(inputs[name] for name in order)
     op = torch.ops.pydllm.window_attention.default
-    options = (0.125, 2, True, 4, 9, 2.0, 1e-6, backend)
+    options = (0.125, 2, True, 4, 9, 2.0, 1e-6, 0, 1, backend)
     offset = torch.tensor([1, 3], dtype=torch.int32)
     torch.library.opcheck(op, (*tensors, weight, weight, None, offset, *options))
     pool = torch.ones(2, 15, 10, 2, 64, dtype=dtype)
     table = torch.arange(30, dtype=torch.int32).view(2, 15) % 15
     paged = (*tensors[:3], pool[0], pool[1], *tensors[5:], weight, weight, table, None)
     torch.library.opcheck(op, (*paged, *options))
+    leaves = (0.125, 1, True, None, 9, 2.0, 1e-6, 3, 2, backend)
+    torch.library.opcheck(op, (*tensors, weight, weight, None, None, *leaves))
 
 
 GOOD = make([(5, 3, 9, 2, 0), (7, 4, 30, 0, 0)], slots=30)

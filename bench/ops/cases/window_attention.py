@@ -270,6 +270,9 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
 
     few, many, grouped = (16, 4, 4), (256, 4, 4), (32, 28, 4)  # many rows are not split
     branches, causal, norms = {"branches": 4}, {"causal": True}, {"norms": True}
+    tree = {"causal": True, "leaves": 8, "leaf_rows": 8}  # one forward of self-speculation
+    checked = {"causal": True, "leaves": 5, "leaf_rows": 1}  # and of masked verification
+    prompt = {"causal": True, "leaves": 1, "leaf_rows": 8}
     everything = {**causal, **branches, **norms, "block_size": 4, "window": 100, "softcap": 30.0}
     cases: list[tuple[torch.dtype, int, int, tuple[int, int, int], dict]] = [
         (dtype, head_dim, head_dim, rows, {})
@@ -298,6 +301,12 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
         (128, 128, grouped, everything | {"paged": True, "pad": True}),
         (128, 128, many, everything),
         (128, 128, many, {"branches": 2}),
+        (64, 64, (72, 4, 4), tree),
+        (128, 128, (72, 4, 4), tree),
+        (128, 128, (72, 32, 8), tree | norms | {"paged": True, "pad": True}),
+        (128, 128, (10, 32, 8), checked),
+        (128, 128, (264, 32, 8), prompt),
+        (256, 256, (72, 4, 4), tree),
         (256, 256, grouped, {"window": 1024}),
         (512, 128, grouped, {"softcap": 50.0}),
     ):
@@ -333,8 +342,8 @@ def _meta(
         **{"q": q, "k": k, "v": v, **numbers},
         "k_cache": empty(*cache, kv_heads, head_dim),
         "v_cache": empty(*cache, kv_heads, head_dim),
-        "cos": empty(2048, rotary // 2, dtype=torch.float32),
-        "sin": empty(2048, rotary // 2, dtype=torch.float32),
+        "cos": empty(2064, rotary // 2, dtype=torch.float32),
+        "sin": empty(2064, rotary // 2, dtype=torch.float32),
         "pad": empty(4, dtype=torch.int32) if pad else None,
         "q_norm": empty(head_dim) if norms else None,
         "k_norm": empty(head_dim) if norms else None,

@@ -122,17 +122,20 @@ def window_attention(
     window: int | None = None,
     softcap: float | None = None,
     eps: float = 1e-6,
+    leaves: int = 0,
+    leaf_rows: int = 1,
 ) -> Tensor:
     """Launch the kernel; arguments as in ``pydllm.ops.window_attention``."""
     batch, rows, heads, head_dim = q.shape
     slots = slots_of(k_cache, block_table)
+    reach = slots + leaf_rows if leaves else slots  # leaves may stand past the last slot
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if out.numel() == 0:
         return out
     blocks = -(-rows * heads // k.shape[2] // QUERIES) * k.shape[2] * batch
-    splits = splits_of(blocks, slots, multiprocessors(q.device))
+    splits = splits_of(blocks, reach, multiprocessors(q.device))
     part = state = None
-    if slots > SPLIT:
+    if reach > SPLIT:
         part = torch.empty(splits, *q.shape, dtype=torch.float32, device=q.device)
     if splits > 1:
         state = torch.empty(2, splits, batch, rows, heads, dtype=torch.float32, device=q.device)
@@ -170,7 +173,8 @@ def window_attention(
         kv_heads=k.shape[2],
         head_dim=head_dim,
         half=cos.shape[1],
-        branches=branches,
+        branches=1 + leaves if leaves else branches,
+        leaf_rows=leaf_rows if leaves else 0,
         slots=slots,
         page=0 if block_table is None else k_cache.shape[1],
         pages=0 if block_table is None else k_cache.shape[0],
@@ -179,7 +183,7 @@ def window_attention(
         split_tiles=SPLIT // KEYS,
         block_size=min(block_size or 0, _LARGEST),
         span=min(window or 0, _LARGEST),
-        causal=causal,
+        causal=causal and not leaves,  # a leaf's rows see each other
         eps=eps,
         scale=scale,
         softcap=softcap or 0.0,
