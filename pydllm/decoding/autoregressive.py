@@ -37,6 +37,7 @@ class Autoregressive(Algorithm):
     def decoder(self, call: Call) -> Decoder:
         if call.model.spec.causal == "masked":
             return _MaskedDecoder(Static(block_length=1))
+        expect_prompts(call)
         return AutoregressiveDecoder()
 
 
@@ -45,6 +46,16 @@ def expect_causal(name: str, spec: ModelSpec) -> None:
         raise ValueError(
             f"{name}: expected a causal model, or one that can be read causally "
             f"(pydllm.load(..., causal='shifted' or 'masked')), got {spec.attention!r} attention"
+        )
+
+
+def expect_prompts(call: Call) -> None:
+    """The first token is predicted from the one before it."""
+    if 0 in call.prompt_lengths:
+        row = list(call.prompt_lengths).index(0)
+        raise ValueError(
+            f"prompts[{row}]: expected at least one token (position i is predicted from i - 1), "
+            "got none"
         )
 
 

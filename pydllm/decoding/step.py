@@ -41,6 +41,8 @@ def forward(
     adapter: bool = False,
     pad: Tensor | None = None,
     rows: Tensor | None = None,
+    leaves: int = 0,
+    leaf_rows: int = 1,
 ) -> Tensor:
     """Hidden rows ``(b, width, hidden)`` of the window; commits what the window says.
 
@@ -49,6 +51,8 @@ def forward(
     With ``branches``, the state holds that number of copies of each sequence of the window, side by
     side, over one row of the cache. ``fresh`` is a list that receives what the model's
     ``commit_branch`` needs. ``attention``, ``adapter`` and ``pad`` as in ``Model.forward``.
+
+    With ``leaves`` rows of masks follow, ``(b, width + leaves * leaf_rows, hidden)``.
     """
     spec, options = state.call.model.spec, _options(attention, adapter)
     if pad is not None:
@@ -67,6 +71,10 @@ def forward(
     index = window.index if branches == 1 else window.index.repeat_interleave(branches, 0)
     ids = state.x.gather(1, index)
     ids = ids if branches == 1 else ids.unflatten(0, (-1, branches)).flatten(1)
+    if leaves:
+        options |= {"leaves": leaves, "leaf_rows": leaf_rows}
+        masks = ids.new_full((len(ids), leaves * leaf_rows), state.call.mask_id)
+        ids = torch.cat((ids, masks), 1)
     hidden = state.call.model.forward(
         ids,
         window.start,

@@ -53,10 +53,21 @@ class Experts:
         """``(B, T, hidden)`` of normalised rows; rows that are not in use are routed nowhere.
 
         Args:
-            window: ``start``, ``length``, ``pad``, ``branches`` and ``backend`` of the forward.
+            window: ``start``, ``length``, ``pad``, ``branches``, ``leaves`` and ``backend`` of the
+                forward.
             routed: a list that is given the experts of each row.
         """
         sizes, start, pad = self.sizes, window["start"], window["pad"]
+        length, branches = window["length"], window["branches"]
+        if pad is not None:
+            start = start - pad
+        if window.get("leaves"):
+            if sizes.capacity is not None:
+                raise ValueError(
+                    "leaves: expected 0 with experts that are admitted by block, "
+                    f"got {window['leaves']}"
+                )
+            length = start = None  # rows that are not in use are routed as the others
         routes = ops.route(
             hidden,
             self.router,
@@ -69,9 +80,9 @@ class Experts:
             topk_groups=sizes.topk_groups,
             capacity=sizes.capacity,
             block_size=sizes.block_size,
-            length=window["length"],
-            start=start if pad is None else start - pad,
-            branches=window["branches"],
+            length=length,
+            start=start,
+            branches=branches,
             backend=window["backend"],
         )
         if routed is not None:

@@ -124,6 +124,11 @@ class NativeModel:
         """Whether ``forward`` takes ``adapter=True``."""
         return any(layer.out_lora_a is not None for layer in self._layers)
 
+    @property
+    def has_leaves(self) -> bool:
+        """Whether ``forward`` takes ``leaves``; experts that are admitted by block do not."""
+        return self.sizes.moe is None or self.sizes.moe.capacity is None
+
     def new_cache(self, batch: int, max_len: int) -> StaticCache:
         """A cache of ``batch`` sequences of ``max_len`` slots; with 0 slots it keeps nothing."""
         for name, value in (("batch", batch), ("max_len", max_len)):
@@ -159,6 +164,8 @@ class NativeModel:
         whole: bool = False,
         read_only: bool = False,
         rows: Tensor | None = None,
+        leaves: int = 0,
+        leaf_rows: int = 1,
         backend: str | None = None,
     ) -> Tensor:
         """Hidden states ``(B, T, hidden)`` of a window, final norm applied; see ``Model.forward``.
@@ -168,26 +175,32 @@ class NativeModel:
         Raises:
             ValueError: shapes or devices do not fit the model or the cache, or ``attention`` is
                 one that this model cannot have, or it has no draft adapter, or needs a
-                ``block_offset``.
+                ``block_offset``, or its experts admit rows by block and there are leaves.
             TypeError: ids are not int64, or a number not int32.
 
         CUDA graphs: safe with a cache that was made before the capture.
         """
         numbers = {"start": start, "length": length, "kv_len": kv_len, "commit": commit}
-        self._check(ids, cache, numbers if pad is None else numbers | {"pad": pad}, branches)
-        width = ids.shape[1] // branches
+        attached = leaves * leaf_rows
+        given = numbers if pad is None else numbers | {"pad": pad}
+        self._check(ids, cache, given, branches, attached)
+        width = (ids.shape[1] - attached) // branches
         slots = cache.max_len or width
-        cos, sin = self._rope.tables(slots)
+        cos, sin = self._rope.tables(slots + leaf_rows if leaves else slots)
         eps = self.sizes.eps
         window: dict = {**numbers, "pad": pad, "cos": cos, "sin": sin, "backend": backend}
         window |= self._mask(attention, block_offset)
         if adapter and not self.has_draft_adapter:
             raise ValueError("adapter: expected a model with a draft adapter, this one has none")
         window |= {"branches": branches, "batch_invariant": self.batch_invariant}
-        window["shared"] = ops.SharedWindow(whole=whole and pad is None, read_only=read_only)
-        scale = self._query_scale(width, start, pad, slots)
-        if scale is not None:
-            scale = scale.repeat(1, branches, 1, 1)
+        window |= {"leaves": leaves, "leaf_rows": leaf_rows}
+        whole = whole and pad is None and leaves == 0
+        window["shared"] = ops.SharedWindow(whole=whole, read_only=read_only)
+        scale = self._query_scale(width, branches, window, slots)
+        adapted: Tensor | bool = adapter
+        if adapter and leaves:
+            row = torch.arange(ids.shape[1], device=self.device)
+            adapted = (row >= width).to(self.dtype).repeat(ids.shape[0])[:, None]
         # Rows in one dimension: a matrix product of three is split into more calls.
         residual = self._embed(ids.flatten())
         hidden = RMS_NORM(residual, self._layers[0].attn_norm, eps, None, backend=backend)
@@ -197,7 +210,7 @@ class NativeModel:
             stored = (cache.k(index), cache.v(index)) if cache.max_len else (None, None)
             last = layer is self._layers[-1] and layer.experts is None
             wanted = rows if last else None  # nothing looks at the others' last layer
-            hidden = self._attend(layer, hidden, stored, window, fresh, scale, adapter, wanted)
+            hidden = self._attend(layer, hidden, stored, window, fresh, scale, adapted, wanted)
             residual = residual if wanted is None else residual[wanted]
             hidden = RMS_NORM(hidden, layer.mlp_norm, eps, residual, backend=backend)
             hidden = self._mlp(layer, hidden, window)
@@ -257,7 +270,7 @@ class NativeModel:
         window: dict,
         fresh: Fresh | None,
         scale: Tensor | None,
-        adapter: bool,
+        adapter: Tensor | bool,
         rows: Tensor | None,
     ) -> Tensor:
         sizes = self.sizes
@@ -278,7 +291,9 @@ class NativeModel:
             q = q * scale
         attended = ops.window_attention(q, k, v, *stored, **window)
         attended = attended.view(hidden.shape[0], sizes.heads * sizes.head_dim)
-        attended = attended if rows is None else attended[rows]
+        if rows is not None:
+            attended = attended[rows]
+            adapter = adapter[rows] if isinstance(adapter, Tensor) else adapter
         return self._project(layer, attended, window["backend"], adapter)
 
     @staticmethod
@@ -335,14 +350,23 @@ class NativeModel:
         return width if width is None or causal else width + 1
 
     def _query_scale(
-        self, rows: int, start: Tensor, pad: Tensor | None, slots: int
+        self, width: int, branches: int, window: Mapping[str, Any], slots: int
     ) -> Tensor | None:
-        """Factor on the queries by position, ``(B, rows, 1, 1)`` in the model's dtype, if any."""
-        if self.sizes.query_scale is None or slots <= self.sizes.query_scale[1]:
+        """Factor on the queries by position, ``(B, T, 1, 1)`` in the model's dtype, if any."""
+        leaves, leaf_rows = window["leaves"], window["leaf_rows"]
+        reach = slots + leaf_rows if leaves else slots
+        if self.sizes.query_scale is None or reach <= self.sizes.query_scale[1]:
             return None  # 1 at every position below the original length
         beta, original = self.sizes.query_scale
+        start, pad = window["start"], window["pad"]
         first = start if pad is None else start - pad
-        position = first[:, None] + torch.arange(rows, device=self.device)
+        row = torch.arange(width, device=self.device)
+        place = row.repeat(branches)[None]  # of each row, from `start` on
+        if leaves:
+            root = window["length"][:, None] - leaves + torch.arange(leaves, device=self.device)
+            leaf = root[..., None] + torch.arange(1, leaf_rows + 1, device=self.device)
+            place = torch.cat((place.expand(len(leaf), -1), leaf.flatten(1)), 1)
+        position = first[:, None] + place
         turns = position.clamp(min=0).div(original, rounding_mode="floor")
         scale = 1 + beta * torch.log1p(turns.to(torch.promote_types(self.dtype, torch.float32)))
         return scale.to(self.dtype)[..., None, None]
@@ -351,11 +375,13 @@ class NativeModel:
         return F.embedding(ids, self._embedding)
 
     def _project(
-        self, layer: Layer, attended: Tensor, backend: str | None, adapter: bool
+        self, layer: Layer, attended: Tensor, backend: str | None, adapter: Tensor | bool
     ) -> Tensor:
+        """``adapter``: of all rows, or ``(N, 1)``, 1 in those that have it and 0 in the others."""
         projected = self._linear(attended, layer.out, layer.out_bias, backend)
-        if adapter and layer.out_lora_a is not None and layer.out_lora_b is not None:
+        if adapter is not False and layer.out_lora_a is not None and layer.out_lora_b is not None:
             low = self._linear(attended, layer.out_lora_a, None, backend)
+            low = low * adapter if isinstance(adapter, Tensor) else low
             projected += self._linear(low, layer.out_lora_b, None, backend)
         return projected
 
@@ -371,7 +397,12 @@ class NativeModel:
         return F.linear(x, weight, bias)
 
     def _check(
-        self, ids: Tensor, cache: StaticCache, numbers: Mapping[str, Tensor], branches: int
+        self,
+        ids: Tensor,
+        cache: StaticCache,
+        numbers: Mapping[str, Tensor],
+        branches: int,
+        attached: int,
     ) -> None:
         """What can be told from metadata; the values are the caller's business."""
         if ids.dtype != torch.int64:
@@ -382,7 +413,7 @@ class NativeModel:
             raise ValueError(
                 f"branches: expected a divisor of the {ids.shape[1]} rows, got {branches}"
             )
-        rows = ids.shape[1] // branches
+        rows = (ids.shape[1] - attached) // branches
         if rows > cache.max_len > 0:
             raise ValueError(
                 f"ids: expected at most the {cache.max_len} slots of the cache, got {rows}"

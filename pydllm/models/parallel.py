@@ -152,7 +152,7 @@ class ParallelModel(NativeModel):
         return super().deterministic()
 
     def _project(
-        self, layer: Layer, attended: Tensor, backend: str | None, adapter: bool
+        self, layer: Layer, attended: Tensor, backend: str | None, adapter: Tensor | bool
     ) -> Tensor:
         own = attended[..., self.partition.own_values]
         return self._sum("layers", super()._project(layer, own, backend, adapter))

@@ -61,6 +61,8 @@ class Model(Protocol):
         whole: bool = False,
         read_only: bool = False,
         rows: Tensor | None = None,
+        leaves: int = 0,
+        leaf_rows: int = 1,
         backend: str | None = None,
     ) -> Tensor:
         """Hidden states of a window of each sequence, final norm applied.
@@ -90,6 +92,10 @@ class Model(Protocol):
             read_only: a promise: ``commit`` is 0 everywhere.
             rows: ``(N,)`` int64, or None for all: the rows, counted through the batch, whose hidden
                 states are wanted.
+            leaves, leaf_rows: groups of rows in ``ids`` after the window's, each behind one of its
+                last rows, as in ``pydllm.ops.window_attention``; with ``attention="causal"``.
+                ``start``, ``length`` and ``commit`` are of the window without them, and an
+                ``adapter`` is that of the leaves alone.
             backend: as in ``pydllm.ops``.
 
         Returns:

@@ -212,7 +212,15 @@ CASES = (
         cache=True,
         tail=4,
     ),
-    algorithm(pydllm.SelfSpeculative, drafts=4, adapter=True),
+    algorithm(
+        pydllm.SelfSpeculative,
+        "drafts threshold",
+        drafts=4,
+        forwards=2,
+        threshold=0.5,
+        adapter=True,
+        align=True,
+    ),
     algorithm(
         pydllm.Editing,
         "edit_threshold",

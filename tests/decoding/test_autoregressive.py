@@ -122,16 +122,16 @@ def test_admitted_prompts_speculate_as_alone():
 
 def test_a_draft_that_is_written_is_noticed(monkeypatch):
     """Negative control: emit one draft too many, and the answer is another."""
-    from pydllm.decoding import self_speculative
+    from pydllm.decoding import speculative_rounds
 
     model, ids = readable(), prompts(LENGTHS, 0)
     expected = pydllm.generate(model, ids, pydllm.Autoregressive(), max_new_tokens=NEW)
-    plainly = self_speculative.commit_tokens
+    plainly = speculative_rounds.commit_tokens
 
     def eager(state, token, length):
         plainly(state, token, torch.where(length > 0, length + 1, 0).clamp(max=token.shape[1]))
 
-    monkeypatch.setattr(self_speculative, "commit_tokens", eager)
+    monkeypatch.setattr(speculative_rounds, "commit_tokens", eager)
     got = pydllm.generate(model, ids, pydllm.SelfSpeculative(drafts=4), max_new_tokens=NEW)
     assert not torch.equal(torch.cat(got.sequences), torch.cat(expected.sequences))
 
@@ -140,7 +140,7 @@ def test_a_draft_that_is_written_is_noticed(monkeypatch):
     ("algorithm", "message"),
     [
         (pydllm.Autoregressive(), "Autoregressive: expected a causal model, or one that can be"),
-        (pydllm.SelfSpeculative(), "SelfSpeculative: expected a diffusion model whose causal"),
+        (pydllm.SelfSpeculative(), "SelfSpeculative: expected a causal model, or one that can be"),
     ],
 )
 def test_models_that_were_not_trained_causally_are_refused(algorithm, message):

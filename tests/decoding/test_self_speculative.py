@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import pydllm
-from pydllm.decoding import self_speculative
+from pydllm.decoding import speculative_rounds
 from tests.decoding.trajectories import EOS, MASK, random_pair, random_prompt
 
 
@@ -78,14 +78,14 @@ def test_what_is_stored_is_a_causal_prefill_of_the_answer(monkeypatch):
     plain = dataclasses.replace(plain, block=1)
     prompts = [random_prompt(row, length) for row, length in enumerate((5, 1, 9))]
     seen = []
-    plainly = self_speculative.SelfSpeculativeDecoder.step
+    plainly = speculative_rounds.SpeculativeDecoder.step
 
     def remember(self, state, plan):
         result = plainly(self, state, plan)
         seen.append((state.cache.keys.clone(), state.cursor.clone(), state.x.clone()))
         return result
 
-    monkeypatch.setattr(self_speculative.SelfSpeculativeDecoder, "step", remember)
+    monkeypatch.setattr(speculative_rounds.SpeculativeDecoder, "step", remember)
     got = pydllm.generate(model, prompts, pydllm.SelfSpeculative(drafts=4), max_new_tokens=12)
     checked = 0
     for keys, cursor, x in seen:
