@@ -13,7 +13,7 @@ from pathlib import Path
 from pip._vendor.packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
-TESTS = ("tests/integrations", "tests/models", "tests/test_packaging.py")
+TESTS = ("tests/integrations", "tests/models", "tests/test_packaging.py", "tests/test_setup.py")
 ONLY_TOOLS = {"build", "clang-format", "mypy", "ninja", "pytest-timeout", "pytest-xdist", "ruff"}
 
 

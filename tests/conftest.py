@@ -11,13 +11,17 @@ if os.environ.get("PYDLLM_TEST_GPU", "0") == "0":
 # would mostly wait for the first.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import importlib.util
+
 import pytest
+import setuptools
 import torch
 
 from bench.recorder import Recording
 from pydllm.decoding.graph import Graphs
 from tests.emulation import emulated_kernels
 from tests.interpreter import repair
+from tests.packages import ROOT
 
 HAS_GPU = torch.cuda.is_available()
 
@@ -92,3 +96,20 @@ def emulate_the_parameter_cuda(request):
     call = getattr(request.node, "callspec", None)
     if call is not None and "gpu" not in request.node.keywords and "cuda" in call.params.values():
         request.getfixturevalue("cuda_on_cpu")
+
+
+@pytest.fixture
+def setup_script(monkeypatch):
+    """setup.py as a module, its ``setup()`` left out."""
+    monkeypatch.setenv("PYDLLM_BUILD_CUDA", "0")
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    spec = importlib.util.spec_from_file_location("pydllm_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for name in ("PYDLLM_BUILD_CUDA", "PYDLLM_CUDA_ARCHS", "CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("CONDA_PREFIX", raising=False)
+    monkeypatch.setattr(module, "USUAL_PLACE", ROOT / "nonexistent")
+    monkeypatch.setattr(module, "SYSTEM_INCLUDES", ())
+    monkeypatch.setenv("PATH", "/nonexistent")
+    return module
