@@ -9,6 +9,7 @@
 
 #include "commit_branch.h"
 #include "draft.h"
+#include "edit_tokens.h"
 #include "experts.h"
 #include "head_stats.h"
 #include "linear.h"
@@ -107,6 +108,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("MULTIBLOCK_POSITIONS") = pydllm::kMaxPositions;
   m.attr("RMS_NORM_WIDTH") = pydllm::kRmsNormWidth;
   m.attr("ROUTE_EXPERTS") = pydllm::kRouteExperts;
+  m.attr("EDIT_TOKENS_WINDOW") = pydllm::kMaxEditedWindow;
   m.attr("UNMASK_WINDOW") = pydllm::kMaxWindow;
   m.attr("VERIFY_BRANCHES") = pydllm::kVerifyBranches;
   m.attr("VOCAB_PIECE") = pydllm::kVocabPiece;
@@ -119,6 +121,16 @@ PYBIND11_MODULE(_C, m) {
   define(m, "draft", pydllm::draft, "candidates", "x", "token", "score", "start", "length", "dtype",
          "batch", "slots", "rows", "branches", "mask_id", "block_size", "stride_x_row",
          "stride_token_row", "stride_score_row", "stream");
+  {
+    using Call = pydllm::EditTokens;
+    define_call(m, "edit_tokens", pydllm::edit_tokens, FIELD(remaining), FIELD(filled),
+                FIELD(edited), FIELD(x), FIELD(step_map), FIELD(nfe), FIELD(post_steps),
+                FIELD(complete), FIELD(token), FIELD(score), FIELD(start), FIELD(length),
+                FIELD(editable_from), FIELD(dtype), FIELD(batch), FIELD(slots), FIELD(rows),
+                FIELD(mask_id), FIELD(threshold), FIELD(edit_threshold), FIELD(min_tokens),
+                FIELD(max_post_steps), FIELD(confirm), FIELD(stride_x_row),
+                FIELD(stride_step_map_row), FIELD(stride_token_row), FIELD(stride_score_row));
+  }
   {
     using Call = pydllm::Experts;
     define_call(m, "experts", pydllm::experts, FIELD(out), FIELD(act), FIELD(y), FIELD(shared_act),

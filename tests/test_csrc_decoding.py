@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from pydllm import ops
+from pydllm._backend.cuda import edit_tokens as edit_launcher
 from pydllm._backend.cuda import mixture_accept as accept_launcher
 from pydllm._backend.cuda import mixture_draft as draft_launcher
 from pydllm._backend.cuda import multiblock_step as multiblock_launcher
@@ -19,6 +20,7 @@ from pydllm.reference import philox
 from pydllm.testing import random_normal
 from tests.emulation import CSRC, CXX, ROOT
 from tests.mutants import assert_caught
+from tests.ops import test_edit_tokens as edits
 from tests.ops.test_mixture_draft import _assert_near
 from tests.ops.test_multiblock_step import ENDS, MASK, clone, start, statistics
 from tests.ops.test_philox import KNOWN, WORDS
@@ -79,6 +81,7 @@ def test_the_constants_of_both_sides_agree(cuda_module):
     assert module.MIXTURE_VOCAB == draft_launcher.MAX_SHARED_VOCAB
     assert module.MULTIBLOCK_BLOCKS == multiblock_launcher.MAX_BLOCKS
     assert module.MULTIBLOCK_POSITIONS == multiblock_launcher.MAX_POSITIONS
+    assert module.EDIT_TOKENS_WINDOW == edit_launcher.MAX_WINDOW
     assert module.UNMASK_WINDOW == unmask_launcher.MAX_WINDOW
     text = (CSRC / "unmask.h").read_text()
     rules = text[text.index("enum class Rule") : text.index("};")]
@@ -124,6 +127,29 @@ def check_unmask():
 
 def test_unmask_in_windows_of_every_size(cuda_on_cpu):
     check_unmask()
+
+
+def check_edit_tokens():
+    """Windows of one warp, of more rows than half the threads, and of several rows a thread."""
+    for index, (rows, slots) in enumerate([(5, 9), (33, 60), (128, 130), (2100, 2200)]):
+        dtype = (F32, F16, BF16)[index % 3]
+        close = {"threshold": 0.3, "edit_threshold": 0.3, "min_tokens": 3, "max_post_steps": 1}
+        for option in (*edits.OPTIONS, close):
+            for confirm in (False, True):
+                results = []
+                for backend in ("torch", "cuda"):
+                    case = edits.make(30 if rows < 1000 else 8, rows, slots, 10 * index, dtype)
+                    case["score"][2::4] = 0.3  # not a number of half precision
+                    case["score"][3::4, 1::2], case["score"][3::4, ::2] = 0.0, -0.0
+                    case["start"][::4] = case["editable_from"][::4] = -2
+                    given = {"mask_id": edits.MASK, "confirm": confirm, "backend": backend} | option
+                    counts = ops.edit_tokens(**case, **given)
+                    results.append((*counts, *(case[name] for name in edits.WRITTEN)))
+                assert all(map(torch.equal, *results)), (rows, option, confirm)
+
+
+def test_edit_tokens_in_windows_of_every_size(cuda_on_cpu):
+    check_edit_tokens()
 
 
 def check_multiblock_step(long=False):
@@ -306,6 +332,35 @@ MUTANTS = {
             "ends before the region count": ("if (start + j < ends_from) continue;", ""),
             "filled from the end on": ("place + 1 + thread", "place + thread"),
             "ties to a neighbour": ("static_cast<uint32_t>(j)", "static_cast<uint32_t>(j ^ 1)"),
+        },
+    ),
+    "edit_tokens.cu": (
+        "check_edit_tokens",
+        {
+            "fill is read before it is written": (
+                "    __syncthreads();\n  }\n\n  int32_t post",
+                "    if (!MUTANT) __syncthreads();\n  }\n\n  int32_t post",
+            ),
+            "a mask at the threshold is filled": ("value > limit", "value >= limit"),
+            "a token at the threshold is replaced": (
+                "value_of(j) > edit_limit",
+                "value_of(j) >= edit_limit",
+            ),
+            "limits are not rounded": ("rounded<Score>(call.threshold)", "call.threshold"),
+            "tokens of the prompt are replaced": ("start + j >= editable_from", "true"),
+            "an edit writes a mask": ("token[j] != call.mask_id", "true"),
+            "the closing step writes": ("!closing", "true"),
+            "ties to a neighbour": ("static_cast<uint32_t>(j)", "static_cast<uint32_t>(j ^ 1)"),
+            "a negative zero is worse": ("ordered(__fsub_rn(0.f, value))", "ordered(-value)"),
+            "windows outside of x": ("start < 0 ? -start : 0", "0"),
+            "complete windows go on": (
+                "call.complete[sequence] ? 0 : call.length[sequence]",
+                "call.length[sequence]",
+            ),
+            "the budget is one more": (
+                "post_steps >= call.max_post_steps",
+                "post_steps > call.max_post_steps",
+            ),
         },
     ),
     "multiblock_step.cu": (

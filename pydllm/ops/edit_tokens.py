@@ -89,7 +89,8 @@ def edit_tokens(
             mask.
         confirm: see above. SGLang ends a block like this, so that the keys of its last forward are
             those of the final tokens.
-        backend: None (``PYDLLM_BACKEND``), ``"auto"``, ``"triton"`` or ``"torch"``.
+        backend: None (``PYDLLM_BACKEND``), ``"auto"``, ``"cuda"``, ``"triton"`` or
+            ``"torch"``.
 
     Returns:
         ``Edited(remaining, filled, edited)``, ``(B,)`` int32 each; 0 where nothing was touched.
@@ -102,7 +103,7 @@ def edit_tokens(
     Determinism: the same on every backend, bit for bit; a sequence does not depend on the others.
     CUDA graphs: safe; one launch, no host read. ``torch.compile``: one op.
 
-    Kernels: ``kernels/edit_tokens.py``.
+    Kernels: ``kernels/edit_tokens.py``, ``csrc/edit_tokens.cu``.
 
     Example:
         >>> at = lambda *n: torch.tensor(n, dtype=torch.int32)

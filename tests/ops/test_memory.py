@@ -343,7 +343,6 @@ CASES = (
     Case(
         edit_tokens,
         ("start", "length", "editable_from", "nfe", "post_steps"),
-        ("torch", "triton"),
     ),
     Case(
         edit_block,
