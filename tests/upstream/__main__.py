@@ -25,6 +25,7 @@ from tests.upstream import (
     family_loops,
     freedave_loops,
     llada_loops,
+    sglang_loops,
 )
 from tests.upstream.compare import Loader, compare
 from tests.upstream.sources import Absent, Checkouts
@@ -42,6 +43,7 @@ UPSTREAMS: dict[str, Loader] = {
     "llada2.1": block_loops.load_llada21,
     "d2f": d2f_loops.load_d2f,
     "diffusers": block_loops.load_diffusers,
+    "sglang": sglang_loops.load_sglang,
     "fast-dllm-v2": family_loops.load_fast_dllm_v2,
     "bd3lm": family_loops.load_bd3lm,
     "stable-diffcoder": family_loops.load_stable_diffcoder,
