@@ -279,17 +279,20 @@ class Plain:
             return c["sliding_window"] if layer >= c["max_window_layers"] else None
         return None
 
-    def __call__(self, ids, first=0, frozen=None, block=None, causal=False, offset=0):
+    def __call__(
+        self, ids, first=0, frozen=None, block=None, causal=False, offset=0, at=None, seen=None
+    ):
         """Hidden states, logits, and (keys, values) of every layer for ``ids (T,)`` from ``first``.
 
         ``frozen`` has (keys, values), each ``(n, heads, head_dim)``, of every layer: what is seen
         besides the ids themselves. ``block``: own keys of later blocks are hidden, blocks counted
         from ``-offset``. ``causal``: own keys of later positions are, and in sliding layers those
-        too far back.
+        too far back. ``at (T,)`` and ``seen (T, T)``: other positions, and which own keys each row
+        sees.
         """
         wte, norm, head = self.ends
         x, kept = self.weights[wte + ".weight"][ids], []
-        positions = torch.arange(first, first + len(ids))
+        positions = torch.arange(first, first + len(ids)) if at is None else at
         for index in range(self.layers):
             at = self.layer % index
             n1, q, k, v, out, n2, gate, up, down = (at + name for name in self.names)
@@ -309,6 +312,8 @@ class Plain:
             away = positions[:, None] - positions
             if causal:
                 hidden = away < 0
+            if seen is not None:
+                hidden = ~seen
             if self.slides(index) is not None:
                 reach = self.slides(index)
                 hidden = hidden | (away >= reach if causal else away.abs() > reach)

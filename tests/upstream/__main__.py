@@ -25,6 +25,7 @@ from tests.upstream import (
     family_loops,
     freedave_loops,
     llada_loops,
+    s2d2_loops,
     sglang_loops,
 )
 from tests.upstream.compare import Loader, compare
@@ -48,6 +49,7 @@ UPSTREAMS: dict[str, Loader] = {
     "bd3lm": family_loops.load_bd3lm,
     "stable-diffcoder": family_loops.load_stable_diffcoder,
     "nemotron": family_loops.load_nemotron,
+    "s2d2": s2d2_loops.load_s2d2,
     "freedave": freedave_loops.load_freedave,
     "apd": apd_loops.load_apd,
 }
