@@ -37,9 +37,9 @@ class APD(Algorithm):
 
     Attributes:
         verifier: a causal model with the same tokenizer, for instance ``pydllm.load`` of a Qwen2;
-            dtype and device as the diffusion model's. Or a diffusion model whose causal forward
-            predicts the next token (``ModelSpec.causal == "shifted"``), the one that is decoded
-            included. None where every mixture is 1.
+            dtype and device as the diffusion model's. Or a diffusion model that can be read
+            causally (``ModelSpec.causal``), the one that is decoded included; a ``"masked"`` one
+            computes a mask after each draft besides. None where every mixture is 1.
         mixture: R, the weight of the diffusion model in the target, in [0, 1]: 1 accepts all.
         window: W, at least 1: tokens before the last round's that are computed anew along with
             them, less one; what lies before keeps its keys and values. None computes everything.
@@ -97,11 +97,16 @@ class APD(Algorithm):
             return
         expect_model(self.verifier, "verifier")
         spec = self.verifier.spec
-        if spec.attention != "causal" and spec.causal != "shifted":
+        if spec.attention != "causal" and spec.causal is None:
             raise ValueError(
-                "verifier: expected a model with causal attention, or one whose causal forward "
-                "predicts the next token (pydllm.load(..., causal='shifted')), "
-                f"got {spec.attention!r} attention with causal={spec.causal!r}"
+                "verifier: expected a model with causal attention, or one that can be read "
+                "causally (pydllm.load(..., causal='shifted' or 'masked')), "
+                f"got {spec.attention!r} attention"
+            )
+        if spec.causal == "masked" and not getattr(self.verifier, "has_leaves", True):
+            raise ValueError(
+                "verifier: expected a model whose experts are not admitted by block, "
+                "or causal='shifted'"
             )
         reaches = [0 if value == 0 else 1 for value in each(self.window)]
         if len(set(reaches)) > 1:

@@ -64,7 +64,7 @@ class _MaskedDecoder(BlockwiseDecoder):
 
     def begin(self, call: Call, prompts: list[int]) -> tuple[BlockState, None]:
         model = copy.copy(call.model)
-        model.spec = replace(model.spec, block_size=1)
+        model.spec = replace(model.spec, attention="block_causal", block_size=1)
         return super().begin(replace(call, model=model), prompts)
 
 

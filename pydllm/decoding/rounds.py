@@ -203,7 +203,11 @@ class DraftVerifyDecoder(Decoder):
         model, cache = self.verifier, state.verifier_cache
         if model is None or cache is None:
             raise ValueError("verifier: expected a causal model, got None")
-        return replace(state, call=replace(state.call, model=model), cache=cache, x=x)
+        mask = model.spec.mask_id
+        call = replace(
+            state.call, model=model, mask_id=state.call.mask_id if mask is None else mask
+        )
+        return replace(state, call=call, cache=cache, x=x)
 
     def stop(self, state: RoundState, slots: list[int]) -> None:
         super().stop(state, slots)
@@ -359,10 +363,19 @@ class DraftVerifyDecoder(Decoder):
             rows = max(1, int(length.max()))
         window = Window.make(start, length, start + length, width=rows, commit=length)
         reading = None if model.spec.attention == "causal" else "causal"
-        hidden = forward(sequence, window, attention=reading)
+        count = chunk.stop - chunk.first
+        leaves = count if reading is not None and model.spec.causal == "masked" else 0
+        hidden = forward(sequence, window, attention=reading, leaves=leaves)
         if chunk.first == 0:
             state.verifier_nfe += spans.verify > 0
+        if leaves:
+            # Position p is predicted by a mask after the row of p - 1; the last row has the last.
+            last = spans.drafts.clamp(max=chunk.stop)
+            index = (rows + count + chunk.first - last)[:, None]
+            index = (index + torch.arange(count, device=index.device)).clamp(0, rows + count - 1)
+            hidden = hidden.gather(1, index.long()[..., None].expand(-1, -1, hidden.shape[2]))
+            return model.head(hidden[chunk.rows])
         # Causal: position p is predicted by row p - 1.
         first = state.cursor + chunk.first - int(not model.spec.shift_logits)
-        selection = Selection(first, spans.drafts, chunk.stop - chunk.first)
+        selection = Selection(first, spans.drafts, count)
         return model.head(select_rows(model, hidden, start, selection)[chunk.rows])

@@ -84,6 +84,9 @@ def algorithms(model: str, verifier: Model | None) -> dict[str, Algorithm]:
         return chosen | {
             "Autoregressive": Autoregressive(),
             **{f"SelfSpeculative, {n}": SelfSpeculative(drafts=n) for n in (3, 7, 15)},
+            **{
+                f"SelfSpeculative 1, {n}": SelfSpeculative(drafts=n, forwards=1) for n in (3, 7, 15)
+            },
         }
     if model in ("sdar-tiny", "llada2-tiny"):
         return chosen | {

@@ -43,7 +43,8 @@ def _subscript(number: int) -> str:
 NOTES = (
     'A forward is one evaluation of the diffusion model. "right %" counts solutions without a '
     'wrong word, "same %" those that equal the first line\'s token for token, of SelfSpeculative '
-    "those that equal Autoregressive's. A round of SelfSpeculative is a draft and a verification.",
+    "those that equal Autoregressive's. A round of SelfSpeculative is a draft and a verification; "
+    "SelfSpeculative 1 does both in one forward of more rows.",
     "One token per step is fewer than one token per forward: a block is filled to its end, and "
     "what stands after EOS does not count. What APD's verifier reads is not counted either.",
     "Tokens per second are this machine's, all problems in one batch. Drafts and branches "
@@ -58,9 +59,9 @@ def score_table(scores: list[Score], title: str) -> Table:
     """The scores in at most 80 columns. ``NOTES`` explains the columns."""
     table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("algorithm", no_wrap=True)
-    headings = ("right\n%", "forwards", "tokens /\nforward", "tokens /\nsecond", "same\n%")
+    headings = ("right\n%", "forwards", "tokens/\nforward", "tokens/\nsecond", "same\n%")
     has_rounds = any(score.tokens_per_round is not None for score in scores)
-    for heading in (*headings, *(("tokens /\nround",) if has_rounds else ())):
+    for heading in (*headings, *(("tokens/\nround",) if has_rounds else ())):
         table.add_column(heading, justify="right", no_wrap=True)
     for score in scores:
         rounds = "" if score.tokens_per_round is None else f"{score.tokens_per_round:.2f}"

@@ -68,8 +68,8 @@ class Row:
         if self.family == "LLaDA2MoeModelLM":
             names = (*names, "Editing")
         if family.causal is not None:
-            names = (*names, "Autoregressive")
-        return (*names, "SelfSpeculative", "APD") if family.causal == "shifted" else names
+            names = (*names, "Autoregressive", "SelfSpeculative", "APD")
+        return names
 
     def cells(self) -> tuple[str, ...]:
         options = "".join(f", {name}={value!r}" for name, value in self.overrides)

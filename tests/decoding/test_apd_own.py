@@ -120,7 +120,52 @@ def test_verifiers_and_windows_that_are_refused(trio, readable):
         _decode(model, PROMPTS, pydllm.APD(verifier, window=0))
     with pytest.raises(ValueError, match="window: expected 0 for all prompts or for none"):
         pydllm.APD(model, window=[0, 1])
-    for causal in (None, "masked"):
-        model.spec = dataclasses.replace(model.spec, causal=causal)
-        with pytest.raises(ValueError, match="verifier: expected a model with causal attention, o"):
-            pydllm.APD(model)
+    model.spec = dataclasses.replace(model.spec, causal=None)
+    with pytest.raises(ValueError, match="verifier: expected a model with causal attention, o"):
+        pydllm.APD(model)
+
+
+class Masked:
+    """A plain model read with a mask after each prefix: row p predicts position p + 1."""
+
+    def __init__(self, plain):
+        self.plain = plain
+
+    def __call__(self, ids, block):
+        shown = [torch.cat((ids[: n + 1], torch.tensor([MASK]))) for n in range(len(ids))]
+        return None, torch.stack([self.plain(each, block=block)[1][-1] for each in shown]), None
+
+
+@pytest.mark.parametrize(
+    ("window", "emit", "temperature", "more"),
+    [
+        (0, "draft", 1.5, {}),
+        (0, "target", 0.0, {"max_batch": 2}),
+        (EACH["window"], "draft_then_target", 1.5, {}),
+        (EACH["window"], "draft", 0.0, {"graph": True}),
+    ],
+)
+def test_a_model_that_predicts_at_masks_verifies(trio, window, emit, temperature, more):
+    """SDAR's kind: a lone mask after each draft says what comes there."""
+    model, plain = trio["plain"]
+    model.spec = dataclasses.replace(model.spec, causal="masked")
+    algorithm = pydllm.APD(model, **EACH | {"window": window}, emit=emit)
+    options = {"temperature": temperature, "seed": 5}
+    expected = []
+    for row, prompt in enumerate(PROMPTS):
+        own = {name: values[row] for name, values in EACH.items() if name != "window"}
+        own |= {"window": 0 if window == 0 else window[row], "request": row}
+        shown = {"new": NEW, "mask": MASK, "emit": emit, **options}
+        expected.append(decode(plain, Masked(plain), prompt, **shown, **own))
+    _check(_decode(model, PROMPTS, algorithm, **options, **more), expected)
+
+
+@pytest.mark.parametrize("window", [0, 2])
+def test_mixture_0_is_the_answer_of_blocks_of_one(trio, window):
+    model, _ = trio["plain"]
+    model.spec = dataclasses.replace(model.spec, causal="masked")
+    algorithm = pydllm.APD(model, mixture=0.0, window=window, lookahead=5, emit="target")
+    got = _decode(model, PROMPTS, algorithm)
+    for other in (pydllm.Autoregressive(), pydllm.SelfSpeculative(drafts=4)):
+        expected = _decode(model, PROMPTS, other)
+        assert torch.equal(torch.cat(got.sequences), torch.cat(expected.sequences))

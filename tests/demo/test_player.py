@@ -174,6 +174,7 @@ ALGORITHMS = {
     "threshold": pydllm.Threshold(threshold=0.2, block_length=4),
     "autoregressive": pydllm.Autoregressive(),
     "self-speculative": pydllm.SelfSpeculative(drafts=3),
+    "self-speculative in one": pydllm.SelfSpeculative(drafts=3, forwards=1),
 }
 
 
