@@ -202,6 +202,12 @@ WINDOW_ATTENTION = {
 # row's sums are grouped alike and its bits do not depend on which of the two it is.
 WINDOW_ATTENTION_MANY = {
     (90, 2, 64): AttentionTile(128, 64, 8, 4),
+    (90, 2, 128): AttentionTile(128, 32, 8, 4),
+}
+
+# With branches and a norm of each head. Norms take registers: without branches, a pass before the
+# kernel normalises and rotates the keys; with them, other tiles and more stages spill.
+WINDOW_ATTENTION_NORMED = {
     (90, 2, 128): AttentionTile(128, 32, 8, 2),
 }
 
@@ -271,17 +277,21 @@ def attention_plan(
     branches: int,
     slots: int,
     width: int | None = None,  # rows of a branch, or of a trunk that leaves follow
+    *,
+    is_normed: bool = False,  # keys are normalised, too
 ) -> AttentionPlan:
     """Splits by the window and the cache alone; what shares them by what fills the device."""
     width = rows // branches if width is None else width
     key = attention_key(device, element_size, head_dim)
     few = attention_tile(device, element_size, head_dim)
     many = WINDOW_ATTENTION_MANY.get(key, few)
+    if is_normed and branches > 1:
+        few = many = WINDOW_ATTENTION_NORMED.get(key, many)
     is_split = width <= ATTENTION_SPLIT_ROWS and head_dim * element_size <= ATTENTION_SPLIT_BYTES
     if not is_split:
         is_long = width > ATTENTION_SPLIT_ROWS
         tile = WINDOW_ATTENTION_LONG.get(key, few) if is_long else few
-        return AttentionPlan(tile, 1, 0, 1, "one", is_long and branches == 1)
+        return AttentionPlan(tile, 1, 0, 1, "one", (is_long or is_normed) and branches == 1)
     splits = -(-slots // ATTENTION_SPLIT)
     processors = multiprocessors(device)
     programs = -(-rows * group // many.block_m) * kv_heads
@@ -289,15 +299,16 @@ def attention_plan(
     if rows * group <= few.block_m or programs * splits < processors:
         tile = few
         programs = -(-rows * group // tile.block_m) * kv_heads
+    is_rotated = is_normed and branches == 1
     if splits == 1:
-        return AttentionPlan(tile, 1, 0, 1, "one", False)
+        return AttentionPlan(tile, 1, 0, 1, "one", is_rotated)
     groups = min(max(processors * tile.resident // max(programs, 1), 1), splits)
     if branches > 1:
         groups = splits  # with branches there are no registers left for more than a split
     each = -(-splits // groups)
     walk = "all" if groups == 1 else "one" if each == 1 else "each"
     split_tiles = ATTENTION_SPLIT // tile.block_n
-    return AttentionPlan(tile, splits, split_tiles, -(-splits // each), walk, False)
+    return AttentionPlan(tile, splits, split_tiles, -(-splits // each), walk, is_rotated)
 
 
 class DraftTile(NamedTuple):
@@ -476,14 +487,18 @@ class RouteTile(NamedTuple):
 
 
 # route: one tile for any number of rows. 16 x 16 logits over 256 of a row's values: 256 programs
-# for 32 rows of 256 experts at width 2048.
+# for 32 rows of 256 experts at width 2048. On tensor cores four warps need 32 experts: with 16, two
+# and more of them compute the same rows.
 ROUTE = RouteTile(16, 16, 64, 256, 4, 8, 4, 1, 1)
+ROUTE_TENSOR_CORES = ROUTE._replace(block_e=32)
 ROUTE_INTERPRETER = RouteTile(64, 256, 256, 256, 4, 64, 4, 64, 1)
 
 
-def route_tile(device: torch.device) -> RouteTile:
-    """The tile of ``route``."""
-    return ROUTE_INTERPRETER if arch(device) == INTERPRETER else ROUTE
+def route_tile(device: torch.device, *, tensor_cores: bool = False) -> RouteTile:
+    """The tile of ``route``; all have as many rows."""
+    if arch(device) == INTERPRETER:
+        return ROUTE_INTERPRETER
+    return ROUTE_TENSOR_CORES if tensor_cores else ROUTE
 
 
 class ExpertsTile(NamedTuple):

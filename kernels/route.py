@@ -312,7 +312,9 @@ def route(
     weights = torch.empty(batch, height, top_k, dtype=torch.float32, device=hidden.device)
     if rows == 0:
         return ids, weights
-    tile = _tiles.route_tile(hidden.device)
+    is_precise = score == "sigmoid"
+    tensor_cores = hidden.element_size() == 2 and not is_precise
+    tile = _tiles.route_tile(hidden.device, tensor_cores=tensor_cores)
     splits = triton.cdiv(width, tile.split)
     partial = torch.empty(splits, rows, experts, dtype=torch.float32, device=hidden.device)
     grid = (triton.cdiv(experts, tile.block_e), triton.cdiv(rows, tile.block_r), splits)
@@ -324,7 +326,7 @@ def route(
         experts=experts,
         width=width,
         stride_hidden_row=width,
-        PRECISE=score == "sigmoid",
+        PRECISE=is_precise,
         SPLIT=tile.split,
         BLOCK_R=tile.block_r,
         BLOCK_E=tile.block_e,

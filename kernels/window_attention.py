@@ -372,6 +372,7 @@ def window_attention(
         branches,
         reach,
         width,
+        is_normed=k_norm is not None,
     )
     tile = plan.tile
     fresh_k = k

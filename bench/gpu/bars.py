@@ -22,7 +22,8 @@ spill          no local memory
 shared         no more shared memory than a block of the chip can have
 =============  ====================================================================================
 
-Exits with 1 if a bar is missed that is not in ``EXPECTED``.
+Exits with 1 if a bar is missed that is not in ``EXPECTED``. What Triton compiled, and what was read
+of it, stays in Triton's cache: a second run compiles what has changed.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 import torch
@@ -52,12 +54,24 @@ SHARED, REGISTERS, THREADS = 228 * 1024, 65536, 2048  # of a multiprocessor
 ISSUE, FLIGHT, WAITS = 118, 32 * 1024, 3
 MAIN = "_window_attention_kernel"
 
-# Bars that are missed, and why that stands.
-EXPECTED: dict[tuple[str, str], str] = {
-    ("certainty_loss_forward", "narrow"): "a vocabulary of 92 ids, whose rows are not aligned",
-    ("mixture_accept_sparse", "narrow"): "one value of the head's bias for each candidate",
-    ("mixture_draft", "narrow"): "gathers the few ids of a nucleus",
-}
+
+class Miss(NamedTuple):
+    """A bar that is missed, in cases whose label contains ``case``, and why that stands."""
+
+    kernel: str
+    bars: tuple[str, ...]
+    case: str
+    reason: str
+
+
+UNALIGNED = "rows that begin at no multiple of 16 bytes are loaded by element, in registers"
+EXPECTED = (
+    Miss("certainty_loss_forward", ("narrow",), " 92 ", "rows of 92 ids are not aligned"),
+    Miss("mixture_accept_sparse", ("narrow",), "", "one value of the head's bias per candidate"),
+    Miss("mixture_draft", ("narrow",), "", "gathers the few ids of a nucleus"),
+    Miss("experts_expand", ("narrow", "overlap"), "unaligned", UNALIGNED),
+    Miss("experts_contract", ("narrow", "overlap"), "unaligned", UNALIGNED),
+)
 
 
 @dataclass(frozen=True)
@@ -170,14 +184,18 @@ def serialised(ptx: str) -> list[str]:
     version = re.search(r"\.version (\d+)\.(\d+)", ptx)
     new = version is not None and (int(version[1]), int(version[2])) > (8, 8)
     ptxas = TOOLS / ("ptxas-blackwell" if new and (TOOLS / "ptxas-blackwell").exists() else "ptxas")
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "x.ptx")
-        source.write_text(ptx)
-        command = [ptxas, "-v", "--gpu-name", "sm_90a", source, "-o", Path(folder, "x.cubin")]
-        done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise click.ClickException(done.stderr)
-    return sorted(set(re.findall(r"C75\d\d", done.stderr)))
+
+    def remarks() -> str:
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder, "x.ptx")
+            source.write_text(ptx)
+            command = [ptxas, "-v", "--gpu-name", "sm_90a", source, "-o", Path(folder, "x.cubin")]
+            done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise click.ClickException(done.stderr)
+        return done.stderr
+
+    return sorted(set(re.findall(r"C75\d\d", resources.cached("ptxas", ptx.encode(), remarks))))
 
 
 def missed(launch: Launch, code: MachineCode, remarks: bool = True) -> dict[str, str]:
@@ -290,11 +308,17 @@ def measure(
             "shared": code.shared,
             "loops": " ".join(str(loop.instructions) for loop in found) or "-",
             "missed": "; ".join(f"{bar}: {value}" for bar, value in bad.items()) or "-",
-            "bars": sorted(bad),
+            "bars": set(bad),
         }
 
     with ThreadPoolExecutor(workers) as pool:
         yield from pool.map(run, jobs)
+
+
+def expected(kernel: str, case: str) -> set[str]:
+    """The bars that a kernel is known to miss in a case."""
+    known = (miss for miss in EXPECTED if miss.kernel == kernel and miss.case in case)
+    return {bar for miss in known for bar in miss.bars}
 
 
 @click.command()
@@ -312,16 +336,17 @@ def main(
     console = Console(width=None if sys.stdout.isatty() else 170)
     failed = 0
     if not grid_alone:
-        table = None
         for op in ops or sorted(CASES):
+            table = None  # one per op, printed when it is done
             for row in measure(op, tuple(map(int, archs)) or (90,), workers, case):
-                wrong = [bar for bar in row.pop("bars") if (row["kernel"], bar) not in EXPECTED]
+                wrong = row.pop("bars") - expected(row["kernel"], row["case"])
                 failed += bool(wrong)
                 table = table or Table(*row)
                 table.add_row(*map(str, row.values()), style="red" if wrong else None)
-        console.print(table)
-        for (kernel, bar), reason in EXPECTED.items():
-            console.print(f"{kernel}, {bar}: {reason}")
+            if table is not None:
+                console.print(table)
+        for miss in EXPECTED:
+            console.print(f"{miss.kernel} {miss.case}: {', '.join(miss.bars)}: {miss.reason}")
     if grid_alone or not (ops or case):
         rows = list(grid())
         table = Table(*rows[0], title="window_attention: programs on 132 multiprocessors")

@@ -11,12 +11,13 @@ check the latter. The case "ones" of a kernel has a constant 1 for every size an
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -31,6 +32,7 @@ from rich.console import Console
 from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.cache import get_cache_manager
 from triton.runtime.jit import JITFunction
 
 from bench.ops.cases import CASES
@@ -99,12 +101,24 @@ class MachineCode:
     @cached_property
     def sass(self) -> str:
         """The disassembly: a second or two, far longer than the resources take."""
-        return _read(self.asm["cubin"], "nvdisasm", "-c")
+        cubin = self.asm["cubin"]
+        return cached("nvdisasm", cubin, lambda: _read(cubin, "nvdisasm", "-c"))
 
     @property
     def spills(self) -> int:
         """Loads from and stores to local memory; without a stack there is none."""
         return len(re.findall(r"\b(?:LDL|STL)\b", self.sass)) if self.stack else 0
+
+
+def cached(tool: str, source: bytes, make: Callable[[], str]) -> str:
+    """What a tool says of ``source``, kept in Triton's cache."""
+    key = hashlib.sha256(f"{tool} {triton.__version__} ".encode() + source).hexdigest()
+    cache = get_cache_manager(key)
+    if (found := cache.get_file("said.txt")) is not None:
+        return Path(found).read_text()
+    said = make()
+    cache.put(said, "said.txt", binary=False)
+    return said
 
 
 def _read(cubin: bytes, tool: str, flag: str) -> str:
@@ -165,7 +179,8 @@ def compile_kernel(launch: Launch, arch: int) -> MachineCode:
     )
     target = GPUTarget("cuda", arch, 32)
     compiled = triton.compile(source, target=target, options=dict(launch.options))
-    usage = _read(compiled.asm["cubin"], "cuobjdump", "-res-usage")
+    cubin = compiled.asm["cubin"]
+    usage = cached("cuobjdump", cubin, lambda: _read(cubin, "cuobjdump", "-res-usage"))
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"cuobjdump printed no resource line for {launch.kernel.__name__}")

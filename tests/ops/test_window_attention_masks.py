@@ -224,16 +224,19 @@ def test_a_poisoned_branch_changes_no_other(backend):
     assert torch.equal(clean["k_cache"].nan_to_num(), dirty["k_cache"].nan_to_num())
 
 
+@pytest.mark.parametrize("is_normed", [False, True], ids=["plain", "norms"])
 @pytest.mark.parametrize(("backend", "dtype"), HALF, ids=str)
-def test_bits_alone_in_slot_7_of_12_and_among_branches(backend, dtype):
+def test_bits_alone_in_slot_7_of_12_and_among_branches(backend, dtype, is_normed):
     """What FreeDave needs to be lossless; the kernels alone promise it."""
     mine, other = (62, 4, 140, 4, 3), (17, 2, 60, 1, 0)
     batch = branched([mine if slot == 7 else other for slot in range(12)], 8, dtype, rows=4)
     alone = {n: t if n in ("cos", "sin") else t[7:8] for n, t in copy(batch).items()}
     single = of_branch(alone, 0, 8)
-    together = ops.window_attention(**batch, branches=8, backend=backend)
-    packed = ops.window_attention(**alone, branches=8, backend=backend)
-    one = ops.window_attention(**single, backend=backend)
+    norms = 1 + random_normal(2, 64, seed=9, dtype=dtype) / 4
+    options = {"q_norm": norms[0], "k_norm": norms[1]} if is_normed else {}
+    together = ops.window_attention(**batch, **options, branches=8, backend=backend)
+    packed = ops.window_attention(**alone, **options, branches=8, backend=backend)
+    one = ops.window_attention(**single, **options, backend=backend)
     assert torch.equal(together[7], packed[0])
     assert torch.equal(packed[:, :4], one)
     assert torch.equal(batch["k_cache"][7].nan_to_num(), single["k_cache"][0].nan_to_num())
@@ -369,8 +372,10 @@ def test_what_is_split_does_not_depend_on_the_batch_or_the_branches(monkeypatch)
     monkeypatch.setattr(_tiles, "arch", lambda device: 90)
     cpu = torch.device("cpu")
 
-    def plan(kv_heads=32, rows=32, group=1, branches=1, slots=2048, head_dim=128):
-        return _tiles.attention_plan(cpu, 2, head_dim, kv_heads, rows, group, branches, slots)
+    def plan(kv_heads=32, rows=32, group=1, branches=1, slots=2048, head_dim=128, is_normed=False):
+        return _tiles.attention_plan(
+            cpu, 2, head_dim, kv_heads, rows, group, branches, slots, is_normed=is_normed
+        )
 
     for kv_heads in (4, 32, 256, 4096):
         for branches in (1, 8):
@@ -386,6 +391,9 @@ def test_what_is_split_does_not_depend_on_the_batch_or_the_branches(monkeypatch)
     assert plan(256, slots=8192)[1:] == (32, 8, 1, "all", False)
     assert plan(rows=129)[1:] == (1, 0, 1, "one", True)
     assert plan(rows=258, branches=2)[1:] == (1, 0, 1, "one", False)
+    # A pass of its own takes the registers of the norm out of the kernel, for every batch alike.
+    assert all(plan(n, is_normed=True).is_rotated for n in (4, 32, 256))
+    assert not plan(rows=64, branches=2, is_normed=True).is_rotated
     assert plan(head_dim=512).split_tiles == 0
     assert cuda.splits_of(264, 32768, 132) == 1
     assert cuda.splits_of(263, 1025, 132) == 3
@@ -396,6 +404,9 @@ def test_what_is_split_does_not_depend_on_the_batch_or_the_branches(monkeypatch)
         # The bits of a row must not depend on the number of rows: keys are taken alike.
         assert many.block_n == few.block_n
         assert many is few or {t.block_m // t.num_warps for t in (few, many)} == {16}
+        for normed in {_tiles.WINDOW_ATTENTION_NORMED.get(key, many), many}:
+            assert (normed.block_m, normed.block_n) == (many.block_m, many.block_n)
+            assert normed.num_warps == many.num_warps
     assert {*_tiles.WINDOW_ATTENTION_LONG} <= {*_tiles.WINDOW_ATTENTION}
 
 

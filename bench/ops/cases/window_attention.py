@@ -269,6 +269,7 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
     from pydllm.kernels import window_attention as kernel
 
     few, many, grouped = (16, 4, 4), (256, 4, 4), (32, 28, 4)  # many rows are not split
+    shared, all_splits = (16, 32, 8), (32, 64, 64)  # programs that walk several splits, or all
     branches, causal, norms = {"branches": 4}, {"causal": True}, {"norms": True}
     tree = {"causal": True, "leaves": 8, "leaf_rows": 8}  # one forward of self-speculation
     checked = {"causal": True, "leaves": 5, "leaf_rows": 1}  # and of masked verification
@@ -297,7 +298,11 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
         (128, 128, grouped, causal),
         (128, 128, grouped, {"block_size": 4}),
         (128, 128, few, {"paged": True}),
+        (128, 128, all_splits, {}),
+        (128, 128, few, norms),
         (128, 128, grouped, norms),
+        (128, 128, shared, norms),
+        (128, 128, all_splits, norms),
         (128, 128, grouped, everything | {"paged": True, "pad": True}),
         (128, 128, many, everything),
         (128, 128, many, {"branches": 2}),
