@@ -8,6 +8,7 @@ import triton.language as tl
 
 from . import _tiles
 from ._attention_tiles import OnlineSoftmax, merge_split, no_keys
+from ._primitives import wait_for_previous
 
 
 @triton.jit
@@ -23,8 +24,10 @@ def _window_attention_merge_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
     """Splits joined in order of position."""
+    wait_for_previous(PDL)
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)[None, :]
     mask_m = offs_m < rows
@@ -50,7 +53,9 @@ def scratch(q: torch.Tensor, splits: int) -> tuple[torch.Tensor, torch.Tensor]:
     return values, torch.empty(2, splits, *q.shape[:3], dtype=torch.float32, device=q.device)
 
 
-def merge(out: torch.Tensor, values: torch.Tensor, state: torch.Tensor) -> None:
+def merge(
+    out: torch.Tensor, values: torch.Tensor, state: torch.Tensor, *, pdl: bool = False
+) -> None:
     """Join ``values`` (splits, ..., D), not yet divided by their sums, with ``state``."""
     head_dim = out.shape[-1]
     rows = out.numel() // head_dim
@@ -65,4 +70,5 @@ def merge(out: torch.Tensor, values: torch.Tensor, state: torch.Tensor) -> None:
         BLOCK_M=block_m,
         BLOCK_D=max(triton.next_power_of_2(head_dim), 32),
         num_warps=num_warps,
+        **_tiles.pdl(out.device, pdl),
     )

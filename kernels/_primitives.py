@@ -14,6 +14,32 @@ import triton.language as tl
 
 
 @triton.jit
+def wait_for_previous(PDL: tl.constexpr):
+    """Under programmatic dependent launch: until the kernels before this one have ended.
+
+    It stands before the first read and the first write of a kernel, so that what a kernel sees and
+    overwrites is what it would without. The next kernel may start, and wait likewise: every kernel
+    launched so waits in each of its programs, and so for all kernels before it.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def fetch_to_l2(pointers):
+    """Ask for the cache lines of pointers; all multiprocessors share that cache."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [pointers.to(tl.int64, bitcast=True)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
 def philox(c0, c1, c2, c3, seed_lo, seed_hi):
     """Philox4x32-10: four uint32 words from four counter words and a 64-bit key.
 

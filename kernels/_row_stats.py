@@ -10,7 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ._primitives import quad_gumbel
+from . import _tiles
+from ._primitives import quad_gumbel, wait_for_previous
 
 MAX_TILES = 2048
 
@@ -147,7 +148,9 @@ def _row_stats_merge_kernel(
     SAMPLED: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
+    wait_for_previous(PDL)
     offs_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     offs_t = tl.arange(0, BLOCK_T)[None, :]
     mask_r = offs_r < rows
@@ -254,7 +257,9 @@ def options(
     }
 
 
-def merge(values: torch.Tensor, ids: torch.Tensor, block_r: int) -> tuple[torch.Tensor, ...]:
+def merge(
+    values: torch.Tensor, ids: torch.Tensor, block_r: int, *, pdl: bool = False
+) -> tuple[torch.Tensor, ...]:
     """Token, probability, entropy, margin and log-sum-exp from the partial results of the tiles."""
     _, rows, tiles = values.shape
     token = torch.empty(rows, dtype=torch.int64, device=values.device)
@@ -275,6 +280,7 @@ def merge(values: torch.Tensor, ids: torch.Tensor, block_r: int) -> tuple[torch.
             BLOCK_T=triton.next_power_of_2(tiles),
             num_warps=1 if tiles <= 128 else 4,
             enable_fp_fusion=True,
+            **_tiles.pdl(values.device, pdl),
         )
     return token, *statistics
 

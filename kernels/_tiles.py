@@ -21,6 +21,11 @@ def arch(device: torch.device) -> int:
     return INTERPRETER
 
 
+def pdl(device: torch.device, wanted: bool) -> dict[str, bool]:
+    """Options of a launch that may begin before the previous kernel ends; none where it may not."""
+    return {"PDL": True, "launch_pdl": True} if wanted and arch(device) >= 90 else {}
+
+
 GRID = 65535  # most programs along the second and the third dimension of a grid
 
 
@@ -137,14 +142,20 @@ class HeadTile(NamedTuple):
 
 # head_stats: bytes per element -> tile. fp32 is not for speed: it is exact, without tensor cores.
 HEAD_STATS = {2: HeadTile(64, 128, 64, 8, 3), 4: HeadTile(32, 128, 16, 4, 2)}
+# More rows on sm_90: half the reads of the weight, the limit from 4 windows of 32 rows on. Two
+# warps share 16 rows as above, with the same instruction: the bits of a row are the same.
+HEAD_STATS_MANY = HeadTile(128, 128, 64, 16, 3)
 HEAD_STATS_INTERPRETER = HeadTile(64, 1024, 128, 4, 1)
 
 
-def head_stats_tile(device: torch.device, element_size: int) -> HeadTile:
-    """The tile of ``HEAD_STATS`` for a dtype."""
-    if arch(device) == INTERPRETER:
+def head_stats_tile(device: torch.device, element_size: int, rows: int = 1) -> HeadTile:
+    """The tile of ``HEAD_STATS`` for a dtype; its vocabulary ids do not depend on the rows."""
+    capability, tile = arch(device), HEAD_STATS[element_size]
+    if capability == INTERPRETER:
         return HEAD_STATS_INTERPRETER
-    return HEAD_STATS[element_size]
+    if 90 <= capability < 100 and element_size == 2 and rows > tile.block_r:
+        return HEAD_STATS_MANY
+    return tile
 
 
 def merge_rows(device: torch.device) -> int:

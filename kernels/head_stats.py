@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from . import _tiles
+from ._primitives import wait_for_previous
 from ._row_stats import (
     MAX_TILES,
     contiguous,
@@ -71,7 +72,9 @@ def _head_stats_tile_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
+    wait_for_previous(PDL)
     # Neighbouring programs read the same part of the weight.
     tile = tl.program_id(0) // row_blocks
     offs_r = (tl.program_id(0) % row_blocks).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -166,11 +169,15 @@ def head_stats_partial(
     temperatures: torch.Tensor | None = None,
     rows: torch.Tensor | None = None,
     vocab_offset: int = 0,
+    *,
+    pdl: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch the tiles; arguments as in ``pydllm.ops.head_stats_partial``, ``seed`` 64 bits."""
     sources, width = hidden.shape
     count = sources if rows is None else rows.shape[0]
-    tile = _tiles.head_stats_tile(hidden.device, hidden.element_size())
+    # Rows loaded by element, and tempered ones, would spill registers in a tile of many.
+    is_plain = hidden.stride(0) % 16 == 0 and weight.stride(0) % 16 == 0 and not tempered
+    tile = _tiles.head_stats_tile(hidden.device, hidden.element_size(), count if is_plain else 1)
     tiles = tile_count(hidden, weight)
     row_blocks = triton.cdiv(count, tile.block_r)
     sampled = is_sampled(counter, temperature, temperatures)
@@ -206,6 +213,7 @@ def head_stats_partial(
         num_stages=tile.num_stages,
         # The noise must have the bits of the definition, and so must the score.
         enable_fp_fusion=not sampled,
+        **_tiles.pdl(hidden.device, pdl),
     )
     return values, ids
 
@@ -221,9 +229,11 @@ def merge_supports(values: torch.Tensor, ids: torch.Tensor) -> str | None:
     return None
 
 
-def merge_stats(values: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def merge_stats(
+    values: torch.Tensor, ids: torch.Tensor, *, pdl: bool = False
+) -> tuple[torch.Tensor, ...]:
     """Token, probability, entropy, margin and log-sum-exp of pieces ``(n, R, S)``."""
-    return merge(values, ids, _tiles.merge_rows(values.device))
+    return merge(values, ids, _tiles.merge_rows(values.device), pdl=pdl)
 
 
 def head_stats(
@@ -238,6 +248,8 @@ def head_stats(
     softcap: float | None,
     temperatures: torch.Tensor | None = None,
     rows: torch.Tensor | None = None,
+    *,
+    pdl: bool = False,
 ) -> tuple[torch.Tensor, ...]:
     """Launch the kernels, many rows in parts: that bounds the memory of the partial results."""
     count = hidden.shape[0] if rows is None else rows.shape[0]
@@ -258,8 +270,9 @@ def head_stats(
             softcap,
             None if temperatures is None else temperatures[part],
             None if rows is None else rows[part],
+            pdl=pdl,
         )
-        parts.append(merge_stats(*partial))
+        parts.append(merge_stats(*partial, pdl=pdl))
     if len(parts) == 1:
         return parts[0]
     return tuple(torch.cat(fields) for fields in zip(*parts, strict=True))

@@ -15,10 +15,11 @@ import triton
 import triton.language as tl
 
 from . import _tiles
-from ._primitives import are_rows
+from ._primitives import are_rows, fetch_to_l2, wait_for_previous
 from ._weights import SCALE_BLOCK, decoding, load_weight, stored
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+PREFETCH_STEPS = tl.constexpr(4)  # of the depth, whose weights are fetched before x is there
 
 
 # A new batch size must not compile the kernel again.
@@ -47,6 +48,7 @@ def _linear_tile_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
     # Neighbouring programs read the same part of the weight.
     row_block = tl.program_id(0) % row_blocks
@@ -63,6 +65,13 @@ def _linear_tile_kernel(
     span = tl.cdiv(tl.cdiv(depth, BLOCK_K), SPLITS) * BLOCK_K
     first = split * span
     last = tl.minimum(first + span, depth)
+    if PDL:
+        # While the kernel before this one ends, the memory has nothing to do. Not loaded: a weight
+        # may be what that kernel writes.
+        column = tl.minimum(offs_n, width - 1).to(tl.int64) * stride_weight_row
+        for step in tl.static_range(PREFETCH_STEPS):
+            fetch_to_l2(weight_ptr + column + tl.minimum(first + step * BLOCK_K, depth - 1))
+    wait_for_previous(PDL)
     if BLOCK_SCALED:
         scale_ptrs = scale_ptr + (tile * BLOCK_N // SCALE_BLOCK).to(tl.int64) * stride_scale_row
         scale = tl.load(scale_ptrs + first // SCALE_BLOCK, mask=first < last, other=0.0)
@@ -112,7 +121,9 @@ def _linear_join_kernel(
     # constexprs
     SPLITS: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
+    wait_for_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = offs_n < width
@@ -147,6 +158,8 @@ def linear(
     bias: torch.Tensor | None,
     tile: _tiles.LinearTile | None = None,
     height: int | None = None,
+    *,
+    pdl: bool = False,
 ) -> torch.Tensor:
     """Launch the kernels; arguments as in ``pydllm.ops.linear``, a quantised weight in its parts.
 
@@ -161,7 +174,7 @@ def linear(
     height = _tiles.linear_height(x.device, rows, *sizes) if height is None else height
     sums = y if tile.splits == 1 else y.new_empty(tile.splits, rows, width, dtype=torch.float32)
     decode, per_block = decoding(x, weight), scale is not None and scale.ndim == 2
-    row_blocks = triton.cdiv(rows, height)
+    row_blocks, launch = triton.cdiv(rows, height), _tiles.pdl(x.device, pdl)
     _linear_tile_kernel[(triton.cdiv(width, tile.block_n) * tile.splits * row_blocks,)](
         y_ptr=sums,
         x_ptr=x,
@@ -185,6 +198,7 @@ def linear(
         num_warps=min(tile.num_warps * height // 64, 8),
         num_stages=tile.num_stages if height == 64 else min(tile.num_stages, 3),
         enable_fp_fusion=True,
+        **launch,
     )
     if tile.splits > 1:
         block, warps = _tiles.LINEAR_JOIN
@@ -199,5 +213,6 @@ def linear(
             BLOCK_N=block,
             num_warps=warps,
             enable_fp_fusion=True,
+            **launch,
         )
     return y

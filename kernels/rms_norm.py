@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from . import _tiles
-from ._primitives import are_rows
+from ._primitives import are_rows, wait_for_previous
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -28,7 +28,9 @@ def _rms_norm_kernel(
     # constexprs
     HAS_RESIDUAL: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
+    wait_for_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < width
@@ -64,7 +66,12 @@ def supports(
 
 
 def rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    residual: torch.Tensor | None,
+    *,
+    pdl: bool = False,
 ) -> torch.Tensor:
     """Launch the kernel; arguments as in ``pydllm.ops.rms_norm``."""
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -84,5 +91,6 @@ def rms_norm(
         HAS_RESIDUAL=residual is not None,
         BLOCK_D=triton.next_power_of_2(width),
         num_warps=next(warps for limit, warps in _tiles.RMS_NORM if width <= limit),
+        **_tiles.pdl(x.device, pdl),
     )
     return y

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from . import _tiles
+from ._primitives import wait_for_previous
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -20,7 +21,9 @@ def _swiglu_kernel(
     width,
     # constexprs
     BLOCK_H: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
+    wait_for_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
     offs_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     mask_h = offs_h < width
@@ -41,7 +44,7 @@ def supports(gate_up: torch.Tensor) -> str | None:
     return _tiles.exceeds_grid("columns", gate_up.shape[-1] // 2, _tiles.SWIGLU[0])
 
 
-def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+def swiglu(gate_up: torch.Tensor, *, pdl: bool = False) -> torch.Tensor:
     """Launch the kernel; arguments as in ``pydllm.ops.swiglu``."""
     width = gate_up.shape[-1] // 2
     y = gate_up.new_empty((*gate_up.shape[:-1], width))
@@ -54,5 +57,6 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
         width=width,
         BLOCK_H=block,
         num_warps=warps,
+        **_tiles.pdl(gate_up.device, pdl),
     )
     return y

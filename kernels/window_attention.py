@@ -39,6 +39,7 @@ from ._attention_tiles import (
     store_split,
 )
 from ._heads import alignment, cache_arguments, strides
+from ._primitives import wait_for_previous
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_HEAD_DIM = 512
@@ -109,7 +110,9 @@ def _window_attention_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_COMMIT: tl.constexpr,
     SPLIT_TILES: tl.constexpr,  # key tiles of a split, 0: keys are not split
+    PDL: tl.constexpr = False,
 ):
+    wait_for_previous(PDL)
     tile_m = tl.program_id(0) // groups
     group = tl.program_id(0) % groups
     head = tl.program_id(1).to(tl.int64)
@@ -349,6 +352,8 @@ def window_attention(
     eps: float = 1e-6,
     leaves: int = 0,
     leaf_rows: int = 1,
+    *,
+    pdl: bool = False,
 ) -> torch.Tensor:
     """Launch the kernel; arguments as in ``pydllm.ops.window_attention``."""
     batch, rows, heads, head_dim = q.shape
@@ -427,7 +432,8 @@ def window_attention(
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         maxnreg=tile.registers,
+        **_tiles.pdl(q.device, pdl),
     )
     if is_stored:
-        merge(out, part, state)
+        merge(out, part, state, pdl=pdl)
     return out

@@ -52,6 +52,7 @@ def report() -> dict[str, Any]:
         "settings": {
             "PYDLLM_BACKEND": env.BACKEND,
             "PYDLLM_LOG": env.LOG,
+            "PYDLLM_PDL": "1" if env.PDL else "0",
             "TRITON_INTERPRET": "1" if env.TRITON_INTERPRET else "0",
         },
     }

@@ -31,10 +31,13 @@ LISTING = """
 
 def run(*arguments: str, change: str = "") -> subprocess.CompletedProcess[str]:
     """``bench/gpu/bars.py`` in a process of its own: here kernels are interpreted."""
+    start = f"import sys\nfrom bench.gpu import bars\n{change}\n"
+    return process(f"{start}sys.argv = {['bars.py', *arguments]}\nbars.main()")
+
+
+def process(code: str) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(REPOSITORY)
-    start = f"import sys\nfrom bench.gpu import bars\n{change}\n"
-    code = f"{start}sys.argv = {['bars.py', *arguments]}\nbars.main()"
     return subprocess.run(
         [sys.executable, "-c", code],
         cwd=REPOSITORY,
@@ -71,6 +74,25 @@ def test_the_bars_are_met(op, case):
 def test_a_known_miss_is_known_in_its_case_alone():
     assert bars.expected("experts_expand", "unaligned torch.float16") == {"narrow", "overlap"}
     assert bars.expected("experts_expand", "llada2-mini torch.float16") == set()
+
+
+def test_a_row_of_head_stats_is_summed_alike_in_a_tile_of_few_rows_and_of_many():
+    """The same matrix instruction, and as many warps along a row in every sum and maximum."""
+    code = """
+import re
+from bench.gpu import bars, resources
+for rows in (32, 128):
+    tile, _ = resources.record(bars.head_stats(rows, 0.7), 90)
+    text = resources.compile_kernel(tile, 90).asm["ttgir"]
+    reduced = set(re.findall(r"\\}\\) : \\(tensor<[^#>]*#(\\w+)", text))
+    layout = re.search(r"warpsPerCTA = \\[(\\d+), (\\d+)\\], instrShape = (\\[.*?\\])", text)
+    print(tile.constexprs["BLOCK_R"], reduced, *layout.groups(), sep="|")
+"""
+    few, many = (line.split("|") for line in process(code).stdout.splitlines())
+    assert (few[0], many[0]) == ("64", "128")
+    assert few[1] == many[1] == "{'mma'}"
+    assert few[3:] == many[3:]
+    assert int(many[2]) == 2 * int(few[2])
 
 
 def test_bars_that_are_missed_are_reported():

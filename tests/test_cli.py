@@ -181,7 +181,7 @@ def _process(*arguments, **settings):
     return done
 
 
-@pytest.mark.parametrize("name", ["PYDLLM_BACKEND", "PYDLLM_LOG", "PYDLLM_REPLACE"])
+@pytest.mark.parametrize("name", ["PYDLLM_BACKEND", "PYDLLM_LOG", "PYDLLM_REPLACE", "PYDLLM_PDL"])
 def test_a_bad_environment_is_one_line(name):
     done = _process("env", **{name: "foo"})
     assert done.returncode == 1 and done.stdout == ""

@@ -3,6 +3,7 @@
     python -m bench.gpu.step_model                    # LLaDA-8B and Dream-7B, batch 1, 8 and 32
     python -m bench.gpu.step_model --kernels          # each kernel of a step
     python -m bench.gpu.step_model --gpu h200 --slots 4096
+    python -m bench.gpu.step_model --linear --pdl     # what PYDLLM_PDL=1 and ops.linear may bring
 
 A cached forward of ``Threshold`` with a window of 32 (Dream 33) rows. Grids come from the library's
 own plan of a call, instructions of a key tile from its machine code (``make bars``); what is marked
@@ -48,10 +49,15 @@ INGEST = 50  # assumed: bytes a cycle that a multiprocessor takes in
 IPC = 0.60  # assumed: instructions a cycle and scheduler
 PROLOGUE, EPILOGUE = 4500, 1200  # assumed: cycles, the prologue three dependent loads
 HOST = 35e-6  # assumed: between two steps, seconds
-SMALL_KERNELS = 16  # of torch, a step
+SMALL_KERNELS = 12  # of torch, a step; bench.recorder counts them
+
+# ops.linear, PYDLLM_PDL=1. All assumed: a kernel whose predecessor lets it start early begins where
+# that one ends, but for the wait; a product has its first weights in L2 by then.
+PDL_GAP = 0.4e-6
+OWN_RAMP, OWN_RAMP_PDL = 2.0e-6, 1.0e-6
 
 # Instructions of a warp a key tile, from `make bars`: rows of the tile -> (cached, on the window).
-TILES = {64: (409, 727), 128: (356, 529)}
+TILES = {64: (409, 727), 128: (354, 529)}
 
 
 @dataclass(frozen=True)
@@ -91,13 +97,46 @@ class Kernel(NamedTuple):
     note: str = ""
 
 
-def gemm(gpu: Gpu, rows: int, inputs: int, outputs: int) -> float:
+class Launching(NamedTuple):
+    """What multiplies, and how long a kernel that is the library's own waits to begin."""
+
+    linear: bool = False  # ops.linear, not cuBLAS
+    pdl: bool = False
+
+    @property
+    def gap(self) -> float:
+        return PDL_GAP if self.pdl else GAP
+
+
+OFF = Launching()
+
+
+def gemm(
+    gpu: Gpu, name: str, count: int, size: tuple[int, int, int], how: Launching
+) -> list[Kernel]:
+    """A product of all layers, and the join of its splits, if it has any."""
+    rows, inputs, outputs = size
     moved = 2 * (inputs * outputs + rows * (inputs + outputs))
     flops = 2 * rows * inputs * outputs
-    return GEMM_FIXED + max(moved / (STREAM * gpu.bandwidth), flops / (GEMM * gpu.flops))
+    most = max(moved / (STREAM * gpu.bandwidth), flops / (GEMM * gpu.flops))
+    if not how.linear:
+        return [Kernel(f"linear {name}", count, GEMM_FIXED + most)]
+    device = torch.device("meta")
+    with mock.patch.object(_tiles, "arch", lambda device: 90):
+        tile = _tiles.linear_tile(device, outputs, inputs, 2, 2)
+        height = _tiles.linear_height(device, rows, 2, 2)
+    blocks, columns = -(-rows // height), -(-outputs // tile.block_n)
+    read = 2 * inputs * (blocks * outputs + columns * blocks * min(rows, height))
+    ramp = how.gap + (OWN_RAMP_PDL if how.pdl else OWN_RAMP)
+    note = f"{columns * tile.splits * blocks} programs"
+    found = [Kernel(f"ops.linear {name}", count, ramp + max(most, read / L2), note)]
+    if tile.splits > 1:
+        joined = (4 * tile.splits + 2) * rows * outputs / L2
+        found.append(Kernel("  join", count, how.gap + 1.5e-6 + joined))
+    return found
 
 
-def attention(gpu: Gpu, model: Model, batch: int, slots: int) -> list[Kernel]:
+def attention(gpu: Gpu, model: Model, batch: int, slots: int, how: Launching = OFF) -> list[Kernel]:
     group = model.heads // model.kv_heads
     arguments = (2, model.head_dim, batch * model.kv_heads, model.window, group, 1, slots)
     with mock.patch.object(_tiles, "arch", lambda device: 90):
@@ -109,24 +148,25 @@ def attention(gpu: Gpu, model: Model, batch: int, slots: int) -> list[Kernel]:
     size = tile.block_n * model.head_dim * 4
     cached, fresh = (count * tile.num_warps / 4 / IPC for count in TILES[tile.block_m])
     # Copies run ahead, but each split begins by waiting for its first tile.
-    turn = max(size / INGEST, cached) * tile.resident
-    cycles = PROLOGUE + splits * DRAM + tiles * turn + 2 * fresh * tile.resident + EPILOGUE
+    shared_by = min(tile.resident, -(-programs // gpu.multiprocessors))  # a multiprocessor
+    turn = max(size / INGEST, cached) * shared_by
+    cycles = PROLOGUE + splits * DRAM + tiles * turn + 2 * fresh * shared_by + EPILOGUE
     waves = -(-programs // (gpu.multiprocessors * tile.resident))
     outer = batch * model.window * (2 * model.heads + 2 * model.kv_heads) * model.head_dim * 2
     stored = plan.walk != "all" and plan.split_tiles > 0
     part = 8 * plan.splits * batch * model.window * model.heads * model.head_dim if stored else 0
     moved = model.cache_bytes(batch, slots) + outer + part / 4
-    seconds = GAP + max(waves * cycles / gpu.clock, moved / (STREAM * gpu.bandwidth) + 3e-6)
+    seconds = how.gap + max(waves * cycles / gpu.clock, moved / (STREAM * gpu.bandwidth) + 3e-6)
     note = f"{programs} programs of {tile.block_m} rows, {plan.splits} splits, walk {plan.walk}"
     kernels = [Kernel("window_attention", model.layers, seconds, note)]
     if stored:
-        kernels.append(Kernel("  merge", model.layers, GAP + 1.6e-6 + part / 2 / L2))
+        kernels.append(Kernel("  merge", model.layers, how.gap + 1.6e-6 + part / 2 / L2))
     return kernels
 
 
-def head_stats(gpu: Gpu, model: Model, rows: int) -> list[Kernel]:
+def head_stats(gpu: Gpu, model: Model, rows: int, how: Launching) -> list[Kernel]:
     with mock.patch.object(_tiles, "arch", lambda device: 90):
-        tile = _tiles.head_stats_tile(torch.device("meta"), 2)
+        tile = _tiles.head_stats_tile(torch.device("meta"), 2, rows)
     tiles, blocks = -(-model.vocab // tile.block_v), -(-rows // tile.block_r)
     weight = 2 * model.vocab * model.width
     through = blocks * tiles * (min(rows, tile.block_r) + tile.block_v) * model.width * 2
@@ -134,11 +174,11 @@ def head_stats(gpu: Gpu, model: Model, rows: int) -> list[Kernel]:
     seconds = max(weight / (0.88 * gpu.bandwidth), through / L2, flops / (GEMM * gpu.flops))
     return [
         Kernel("head_stats", 1, seconds + 3e-6, f"{tiles * blocks} programs"),
-        Kernel("  merge", 1, GAP + 2.5e-6),
+        Kernel("  merge", 1, how.gap + 2.5e-6),
     ]
 
 
-def step(gpu: Gpu, model: Model, batch: int, slots: int) -> list[Kernel]:
+def step(gpu: Gpu, model: Model, batch: int, slots: int, how: Launching = OFF) -> list[Kernel]:
     """Every kernel of a step, and the host between two."""
     rows, layers, width, inner = batch * model.window, model.layers, model.width, model.inner
     hidden = model.heads * model.head_dim
@@ -146,11 +186,11 @@ def step(gpu: Gpu, model: Model, batch: int, slots: int) -> list[Kernel]:
     products = {"qkv": (width, qkv), "out": (hidden, width)}
     products |= {"gate_up": (width, 2 * inner), "down": (inner, width)}
     return [
-        *(Kernel(f"linear {n}", layers, gemm(gpu, rows, *size)) for n, size in products.items()),
-        *attention(gpu, model, batch, slots),
-        Kernel("rms_norm", 2 * layers + 1, GAP + 1.5e-6 + 8 * rows * width / L2),
-        Kernel("swiglu", layers, GAP + 1.2e-6 + 6 * rows * inner / L2),
-        *head_stats(gpu, model, rows),
+        *(k for n, size in products.items() for k in gemm(gpu, n, layers, (rows, *size), how)),
+        *attention(gpu, model, batch, slots, how),
+        Kernel("rms_norm", 2 * layers + 1, how.gap + 1.5e-6 + 8 * rows * width / L2),
+        Kernel("swiglu", layers, how.gap + 1.2e-6 + 6 * rows * inner / L2),
+        *head_stats(gpu, model, rows, how),
         Kernel("unmask", 1, GAP + 3.5e-6),
         Kernel("small kernels of torch", SMALL_KERNELS, GAP + 0.7e-6),
         Kernel("host between two steps", 1, HOST),
@@ -170,7 +210,7 @@ def refresh(gpu: Gpu, model: Model, rows: int) -> tuple[float, float]:
     with mock.patch.object(_tiles, "arch", lambda device: 90):
         tile = _tiles.attention_plan(torch.device("meta"), *arguments).tile
     turns = -(-rows * group // tile.block_m) * model.kv_heads * -(-rows // tile.block_n)
-    issue = 660 * tile.num_warps / 4 / IPC  # instructions of a turn, from `make bars`
+    issue = 665 * tile.num_warps / 4 / IPC  # instructions of a turn, from `make bars`
     product = 4 * tile.block_m * tile.block_n * model.head_dim
     cycles = max(issue, product / (gpu.flops / gpu.multiprocessors / gpu.clock) / GOAL)
     # Keys are read, and written twice; values are copied to the cache.
@@ -184,7 +224,9 @@ def refresh(gpu: Gpu, model: Model, rows: int) -> tuple[float, float]:
 @click.option("--gpu", "names", multiple=True, type=click.Choice(sorted(GPUS)))
 @click.option("--slots", default=2048, show_default=True, help="Of the cache, all visible.")
 @click.option("--kernels", is_flag=True, help="Each kernel of a step.")
-def main(names: tuple[str, ...], slots: int, kernels: bool) -> None:
+@click.option("--linear", is_flag=True, help="Products by ops.linear, not by cuBLAS.")
+@click.option("--pdl", is_flag=True, help="As with PYDLLM_PDL=1.")
+def main(names: tuple[str, ...], slots: int, kernels: bool, linear: bool, pdl: bool) -> None:
     """Print the predicted time of a step."""
     console = Console(width=None if sys.stdout.isatty() else 130)
     console.print("Predictions of a model; nothing here was measured.")
@@ -192,7 +234,7 @@ def main(names: tuple[str, ...], slots: int, kernels: bool) -> None:
     for name in names or tuple(GPUS):
         for label, model in MODELS.items():
             for batch in (1, 8, 32):
-                found = step(GPUS[name], model, batch, slots)
+                found = step(GPUS[name], model, batch, slots, Launching(linear, pdl))
                 seconds = sum(kernel.count * kernel.seconds for kernel in found)
                 best = achievable(GPUS[name], model, batch, slots)
                 launches = sum(kernel.count for kernel in found) - 1

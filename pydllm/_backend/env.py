@@ -19,19 +19,21 @@ def _choice(name: str, allowed: tuple[str, ...]) -> str:
 BACKEND: str
 LOG: str
 REPLACE: bool
-ERROR: str | None = None  # what is wrong with one of the three; whoever reads one raises it
+PDL: bool
+ERROR: str | None = None  # what is wrong with one of these; whoever reads one raises it
 try:
     BACKEND = _choice("PYDLLM_BACKEND", BACKENDS)
     LOG = _choice("PYDLLM_LOG", LOG_LEVELS)
     REPLACE = _choice("PYDLLM_REPLACE", ("0", "1")) == "1"
+    PDL = _choice("PYDLLM_PDL", ("0", "1")) == "1"
 except ValueError as error:
     ERROR = str(error)
-    for _name in ("BACKEND", "LOG", "REPLACE"):
+    for _name in ("BACKEND", "LOG", "REPLACE", "PDL"):
         globals().pop(_name, None)
 
 
 def __getattr__(name: str) -> Any:
-    if ERROR is not None and name in ("BACKEND", "LOG", "REPLACE"):
+    if ERROR is not None and name in ("BACKEND", "LOG", "REPLACE", "PDL"):
         raise ValueError(ERROR)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

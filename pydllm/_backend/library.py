@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -71,7 +72,10 @@ class Op:
                 return
             module = importlib.import_module(room)
             if hasattr(module, name):
-                setattr(self, backend, Kernel(getattr(module, supports), getattr(module, name)))
+                launch = getattr(module, name)
+                if env.PDL and "pdl" in inspect.signature(launch).parameters:
+                    launch = partial(launch, pdl=True)
+                setattr(self, backend, Kernel(getattr(module, supports), launch))
             loaded.add(backend)
 
         self._load = load

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -90,7 +91,6 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
         "sampled, tempered, softcap": (0.7, True, 2, 30.0),
     }
     plain = ("arg-max", "sampled")
-    counter = torch.empty(32, 3, dtype=torch.int32, device="meta")
     for dtype, vocab, width, names in (
         (torch.bfloat16, 126464, 4096, modes),
         (torch.bfloat16, 79, 100, plain),
@@ -99,12 +99,13 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
     ):
         hidden = torch.empty(64, width, dtype=dtype, device="meta")
         weight = torch.empty(vocab, width, dtype=dtype, device="meta")
-        for name in names:
+        for name, height in itertools.product(names, (32, 256)):
             temperature, tempered, count, softcap = modes[name]
             suppress_ids = torch.empty(count, dtype=torch.int32, device="meta")
-            rows = torch.empty(32, dtype=torch.int32, device="meta")
+            counter = torch.empty(height, 3, dtype=torch.int32, device="meta")
+            rows = torch.empty(height, dtype=torch.int32, device="meta")
             bias = torch.empty(vocab, dtype=dtype, device="meta") if softcap else None
             options = (bias, temperature, 5, counter, suppress_ids, tempered, softcap, None, rows)
             arguments = (hidden, weight, *options)
-            label = f"{vocab} x {width} {dtype} {name}"
+            label = f"{vocab} x {width} {dtype} {name}, {height} rows"
             yield label, lambda arguments=arguments: kernel.head_stats(*arguments)
