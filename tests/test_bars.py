@@ -61,6 +61,8 @@ def test_a_listing_is_read(groups):
     ("op", "case"),
     [
         ("window_attention", "LLaDA, 32 rows, 2k"),
+        ("window_attention", "LLaDA, 8 branches of 32"),
+        ("route", "sdar-30b torch.bfloat16"),
         ("head_stats", "128 rows"),
         ("verify", "8x32"),
     ],

@@ -2,6 +2,7 @@
 
     python -m bench.gpu.resources                        # all ops, sm_80, sm_90 and sm_100
     python -m bench.gpu.resources rms_norm --arch 90     # one op, one architecture
+    python -m bench.gpu.resources --summary              # every chip, a row per kernel
 
 The launchers are called with meta tensors and the launches recorded, so what is compiled is what
 the library would launch, its argument specialisation included. Exits with 1 if a kernel spills
@@ -17,7 +18,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -229,21 +230,45 @@ def rows(
             yield {"op": op, "case": label, "arch": f"sm_{arch}", **result, "ok": fits}
 
 
+def most_of_each(found: Iterable[dict[str, object]]) -> Iterator[dict[str, object]]:
+    """A row per kernel and chip: the most registers, spills and bytes of its cases."""
+    kernels: dict[tuple[object, ...], dict[str, Any]] = {}
+    for row in found:
+        key = row["op"], row["kernel"], row["arch"]
+        most = kernels.setdefault(
+            key, dict(zip(("op", "kernel", "arch"), key, strict=True)) | {"cases": 0}
+        )
+        most["cases"] += 1
+        for name in ("registers", "spills", "shared"):
+            most[name] = max(most.get(name, 0), row[name])
+        most["ok"] = most.get("ok", True) and row["ok"]
+    yield from kernels.values()
+
+
 @click.command()
 @click.argument("ops", nargs=-1, type=click.Choice(sorted(CASES)))
 @click.option("--arch", "archs", multiple=True, type=click.Choice([str(a) for a in SHARED_LIMIT]))
 @click.option("--workers", default=2, show_default=True, help="Kernels compiled at a time.")
 @click.option("--every", default=1, show_default=True, help="Compile every N-th kernel of an op.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
+@click.option("--summary", is_flag=True, help="A row per kernel, with the most of its cases.")
 def main(
-    ops: tuple[str, ...], archs: tuple[str, ...], workers: int, every: int, as_json: bool
+    ops: tuple[str, ...],
+    archs: tuple[str, ...],
+    workers: int,
+    every: int,
+    as_json: bool,
+    summary: bool,
 ) -> None:
     """Print the resources of every Triton kernel; exit with 1 if one spills or does not fit."""
     if not isinstance(triton.jit(_probe), JITFunction):
         raise click.ClickException("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
-    chosen = tuple(int(a) for a in archs) or (80, 90, 100)
+    chosen = tuple(int(a) for a in archs) or (tuple(SHARED_LIMIT) if summary else (80, 90, 100))
     table, failed = None, 0
-    for row in rows(ops or tuple(sorted(CASES)), chosen, workers, every):
+    found = rows(ops or tuple(sorted(CASES)), chosen, workers, every)
+    if summary:
+        found = most_of_each(row for row in found if row["case"] != "ones")
+    for row in found:
         failed += not row["ok"]
         if as_json:
             print(json.dumps(row), flush=True)
