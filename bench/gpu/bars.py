@@ -134,6 +134,11 @@ LAUNCHES: dict[str, dict[str, Callable[[], object]]] = {
         "LLaDA, refresh of 2k": attention(LLADA, 1, 2048, 2048),
         "Dream, refresh of 2k": attention(DREAM, 1, 2048, 2048),
         "LLaDA, 8 branches of 32": attention(LLADA, 1, 256, 2048, branches=8),
+        "SDAR, 8 leaves of 8": attention(SDAR, 1, 72, 2048, causal=True, leaves=8, leaf_rows=8),
+        "LLaDA, 8 leaves of 8": attention(LLADA, 1, 72, 2048, causal=True, leaves=8, leaf_rows=8),
+        "SDAR, a mask after each of 8": attention(
+            SDAR, 1, 16, 2048, causal=True, leaves=8, leaf_rows=1
+        ),
     },
     "head_stats": {
         "32 rows": head_stats(32),

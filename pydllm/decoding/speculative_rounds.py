@@ -16,6 +16,7 @@ from pydllm.decoding.autoregressive import (
     begin_at_prompt,
     commit_tokens,
     prompt_width,
+    write_next,
 )
 from pydllm.decoding.call import Call
 from pydllm.decoding.driver import POLL, Counts, Decoder
@@ -41,17 +42,19 @@ class SpeculativeState(CursorState):
 
 @dataclass(frozen=True, kw_only=True)
 class RoundPlan(CursorPlan):
-    """Also whether the step drafts and whether it verifies."""
+    """Also which forwards the step has: a draft, a verification, leaves of one that is both."""
 
     drafts: bool
     verifies: bool
+    leaves: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpeculativeDecoder(Decoder):
     """A draft forward and a verify forward per step; the first step forwards the prompt alone.
 
-    The counts have two more rows: drafts of the next round, and masks that are left of them.
+    The counts have another row, drafts of the next round; with a ``threshold`` a third, masks that
+    are left of them.
 
     Attributes:
         drafts: at most, of a round.
@@ -88,60 +91,75 @@ class SpeculativeDecoder(Decoder):
         else:
             drafts = self.drafts if fixed or counts is None else max(counts[1])
             width = min(drafts + 1, state.call.max_len)
-        drafting, verifying = self._parts(first, width, counts)
+        poll = POLL if fixed and self.threshold is None else 1
+        # Counts that are read now and then are not those of the last step.
+        parts = self.parts(first, width, counts if poll == 1 else None)
         return RoundPlan(
-            (first, width, drafting, verifying),
-            POLL if fixed and self.threshold is None else 1,
-            is_first=first,
-            width=width,
-            drafts=drafting,
-            verifies=verifying,
+            (first, width, *parts.values()), poll, is_first=first, width=width, **parts
         )
 
-    def _parts(self, first: bool, width: int, counts: Counts | None) -> tuple[bool, bool]:
-        """Whether the next step drafts, and whether it verifies."""
+    def parts(self, first: bool, width: int, counts: Counts | None) -> dict[str, bool]:
+        """Which forwards the next step has."""
         if self.threshold is None or counts is None or first:
-            return width > 1, True
+            return {"drafts": width > 1, "verifies": True}
         # Sequences whose drafts are there wait for the others: a step is one forward.
-        return (True, False) if max(counts[2]) > 0 else (False, True)
+        drafts = max(counts[2]) > 0
+        return {"drafts": drafts, "verifies": not drafts}
 
     def step(self, state: SpeculativeState, plan: RoundPlan) -> tuple[Tensor, None]:
         if plan.is_first:
             self.first(state, plan)
         else:
+            count = self.num_drafts(state, plan.width - 1)
+            guess = None
             if plan.drafts:
-                self._draft(state, plan.width)
+                guess = self._draft(state, plan.width, count)
             if plan.verifies:
-                self.verify(state, plan)
-        wanted = self.num_drafts(state)
+                self.verify(state, plan, count, guess)
+        wanted = self.num_drafts(state, self.drafts)
+        busy = -state.done.int()
+        if self.threshold is None:
+            return torch.stack((busy, wanted)), None
         left = self._left(state, wanted).sum(1, dtype=torch.int32)
-        busy = torch.where(left < wanted, left, 0).masked_fill(state.done, -1)
-        return torch.stack((busy, wanted, left)), None
+        return torch.stack((busy + torch.where(left < wanted, left, 0), wanted, left)), None
 
     def first(self, state: SpeculativeState, plan: RoundPlan) -> None:
         """Forward the prompt and write the token that follows."""
+        if not self.is_masked:
+            write_next(state, first=True, width=plan.width)
+            return
         length = state.cursor.masked_fill(state.done, 0)
         window = Window.make(
             torch.zeros_like(length), length, length, width=plan.width, commit=length
         )
-        hidden = forward(state, window, attention="causal", leaves=int(self.is_masked))
-        row = torch.full_like(length, plan.width) if self.is_masked else length - 1
-        self._commit_picks(state, self.pick(state, hidden, row, (~state.done).int(), 1))
+        hidden = forward(state, window, attention="causal", leaves=1)
+        live = (~state.done).int()
+        row = torch.full_like(length, plan.width)
+        commit_tokens(state, self.pick(state, hidden, row, live, 1), live)
 
-    def verify(self, state: SpeculativeState, plan: RoundPlan) -> None:
-        """Write what the causal forward picks, as far as the drafts before it are right."""
+    def verify(
+        self, state: SpeculativeState, plan: RoundPlan, count: Tensor, guess: Tensor | None
+    ) -> None:
+        """Write what the causal forward picks, as far as the drafts before it are right.
+
+        ``guess (b, width - 1)``: drafts of this step; None: the state's, if any.
+        """
         width = plan.width
-        window, length = self.verified(state, width)
-        hidden = forward(
-            self.placed(state), window, attention="causal", leaves=width if self.is_masked else 0
-        )
-        row = 2 * width - length if self.is_masked else torch.zeros_like(length)
-        picks = self.pick(state, hidden, row, length, width)
-        self._commit_picks(state, picks, self.run_length(state, picks, length))
+        guess = state.guess[:, : width - 1] if guess is None else guess
+        window = self.verified(state, width, count)
+        leaves, row = 0, torch.zeros_like(count)
+        if self.is_masked:
+            leaves, row = width, 2 * width - window.length
+        placed = self.placed(state, guess, count)
+        hidden = forward(placed, window, attention="causal", leaves=leaves)
+        picks = self.pick(state, hidden, row, window.length, width)
+        state.rounds += ~state.done
+        commit_tokens(state, picks, run_length(guess, picks, window.length))
+        if self.threshold is not None:
+            state.guess.fill_(state.call.mask_id)
 
-    def num_drafts(self, state: SpeculativeState, most: int | None = None) -> Tensor:
+    def num_drafts(self, state: SpeculativeState, most: int) -> Tensor:
         """The verifier's own token fills the last place."""
-        most = self.drafts if most is None else most
         count = (state.end - state.cursor - 1).clamp(0, most).masked_fill(state.done, 0)
         if self.aligned:
             spec = state.call.model.spec
@@ -150,106 +168,91 @@ class SpeculativeDecoder(Decoder):
             count = torch.minimum(count, size - 1 - (last - first).remainder(size))
         return count
 
-    def verified(self, state: SpeculativeState, width: int) -> tuple[Window, Tensor]:
+    def verified(self, state: SpeculativeState, width: int, count: Tensor) -> Window:
         """The last token and the drafts, which are stored."""
-        last, count = state.cursor - 1, self.num_drafts(state, width - 1)
-        length = (count + 1).masked_fill(state.done, 0)
-        return Window.make(last, length, last + length, width=width, commit=length), length
+        last, length = state.cursor - 1, (count + 1).masked_fill(state.done, 0)
+        return Window.make(last, length, last + length, width=width, commit=length)
 
     def pick(
         self, state: SpeculativeState, hidden: Tensor, row: Tensor, length: Tensor, width: int
     ) -> Tensor:
-        """Tokens ``(b, width)`` from the cursor on, predicted by the rows from ``row (b,)`` on.
+        """Tokens ``(b, width)`` from the cursor on, predicted by the rows from ``row (b,)`` on."""
+        return self._statistics(state, hidden, row, length, width).token
 
-        A draft is drawn under the noise of the token that autoregressive decoding would write.
-        """
-        call, first = state.call, state.cursor.clamp(max=state.call.max_len - 1)
-        offsets = torch.arange(width, dtype=torch.int32, device=first.device)
-        return statistics(
-            state,
-            hidden,
-            first - row,
-            Selection(first, length, width),
-            suppress_ids=call.suppress_ids,
-            noise_offset=(state.cursor - state.prompt_length)[:, None] + offsets,
-            shifted=False,
-        ).token
-
-    def placed(self, state: SpeculativeState) -> SpeculativeState:
-        """The state with drafts in place of the next masks."""
-        size = min(self.drafts, state.call.max_len)
-        offsets = torch.arange(size, device=state.x.device)
+    def placed(self, state: SpeculativeState, guess: Tensor, count: Tensor) -> SpeculativeState:
+        """The state with the first ``count (b,)`` of ``guess (b, n)`` in place of masks."""
+        offsets = torch.arange(guess.shape[1], device=guess.device)
         places = (state.cursor[:, None] + offsets).clamp(max=state.call.max_len - 1).long()
-        inside = offsets < self.num_drafts(state)[:, None]
-        kept = torch.where(inside, state.guess[:, :size], state.x.gather(1, places))
+        kept = torch.where(offsets < count[:, None], guess, state.x.gather(1, places))
         return replace(state, x=state.x.scatter(1, places, kept))
-
-    def run_length(self, state: SpeculativeState, picks: Tensor, length: Tensor) -> Tensor:
-        """``(b,)`` picks that are final: those of right drafts and one more."""
-        width = picks.shape[1] - 1
-        offsets = torch.arange(width, device=picks.device)
-        right = (state.guess[:, :width] == picks[:, :width]) & (offsets < length[:, None] - 1)
-        run = right.cumprod(1).sum(1, dtype=torch.int32)
-        return torch.minimum(run + 1, length)
-
-    def _commit_picks(
-        self, state: SpeculativeState, picks: Tensor, length: Tensor | None = None
-    ) -> None:
-        live = (~state.done).int()
-        if length is not None:
-            state.rounds += live
-        commit_tokens(state, picks, live if length is None else length)
-        state.guess.fill_(state.call.mask_id)
 
     def _left(self, state: SpeculativeState, count: Tensor) -> Tensor:
         """``(b, drafts)`` which of the next drafts are masks."""
         offsets = torch.arange(self.drafts, device=count.device)
         return (state.guess == state.call.mask_id) & (offsets < count[:, None])
 
-    def _draft(self, state: SpeculativeState, width: int) -> None:
+    def _statistics(
+        self, state: SpeculativeState, hidden: Tensor, row: Tensor, length: Tensor, width: int
+    ) -> ops.VocabStats:
+        """Of rows as ``pick`` has them. A draft is drawn under the noise of the token that
+        autoregressive decoding would write."""
+        call, noise_offset = state.call, None
+        first = state.cursor.clamp(max=call.max_len - 1)
+        if isinstance(state.temperature, Tensor) or state.temperature > 0:
+            offsets = torch.arange(width, dtype=torch.int32, device=first.device)
+            noise_offset = (state.cursor - state.prompt_length)[:, None] + offsets
+        return statistics(
+            state,
+            hidden,
+            first - row,
+            Selection(first, length, width),
+            suppress_ids=call.suppress_ids,
+            noise_offset=noise_offset,
+            shifted=False,
+        )
+
+    def _draft(self, state: SpeculativeState, width: int, count: Tensor) -> Tensor:
         """Predict the masks that are left of the next drafts, from the last token and all others.
 
         Every mask predicts its own position. Nothing is stored.
         """
-        call, start = state.call, state.cursor - 1
-        count = self.num_drafts(state, width - 1)
-        open_ = self._left(state, count).any(1)
-        shown = torch.where(open_, count + 1, 0)
+        start, row = state.cursor - 1, torch.ones_like(count)
+        length, drafted = count, replace(state, logprobs=None)
+        if self.threshold is not None:
+            length = torch.where(self._left(state, count).any(1), count, 0)
+            drafted = self.placed(drafted, state.guess[:, : width - 1], count)
+        shown = torch.where(length > 0, length + 1, 0)
         window = Window.make(start, shown, start + shown, width=width)
-        drafted = replace(self.placed(state), logprobs=None)
         hidden = forward(drafted, window, attention="full", adapter=self.adapter)
-        length = torch.where(open_, count, 0)
-        first = state.cursor.clamp(max=call.max_len - 1)
-        offsets = torch.arange(width - 1, dtype=torch.int32, device=start.device)
-        stats = statistics(
-            drafted,
-            hidden,
-            start,
-            Selection(first, length, width - 1),
-            suppress_ids=call.suppress_ids,
-            noise_offset=(state.cursor - state.prompt_length)[:, None] + offsets,
-            shifted=False,
-        )
-        guess = state.guess[:, : width - 1]
+        stats = self._statistics(drafted, hidden, row, length, width - 1)
         if self.threshold is None:
-            guess.copy_(stats.token)
-            state.nfe += open_
-            return
-        kept = guess.contiguous()
+            state.nfe += length > 0
+            return stats.token
+        guess = state.guess[:, : width - 1].contiguous()
         ops.unmask(
-            kept,
-            torch.zeros_like(kept, dtype=torch.int32),
+            guess,
+            torch.zeros_like(guess, dtype=torch.int32),
             state.nfe,
             stats.token,
             stats.prob,
-            mask_id=call.mask_id,
+            mask_id=state.call.mask_id,
             start=torch.zeros_like(length),
             length=length,
             rule="threshold",
             threshold=self.threshold,
-            backend=call.backend,
+            backend=state.call.backend,
         )
-        guess.copy_(kept)
+        state.guess[:, : width - 1] = guess
+        return guess
+
+
+def run_length(guess: Tensor, picks: Tensor, length: Tensor) -> Tensor:
+    """``(b,)`` how many of ``length (b,)`` picks ``(b, n + 1)`` are final: as many as there are
+    right drafts ``guess (b, n)`` before the first wrong one, and one more."""
+    width = picks.shape[1] - 1
+    offsets = torch.arange(width, device=picks.device)
+    right = (guess == picks[:, :width]) & (offsets < length[:, None] - 1)
+    return torch.minimum(right.cumprod(1).sum(1, dtype=torch.int32) + 1, length)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,40 +264,36 @@ class OneForwardDecoder(SpeculativeDecoder):
     The leaf's first mask stands where the verifier's own token goes and is not used.
     """
 
-    def _parts(self, first: bool, width: int, counts: Counts | None) -> tuple[bool, bool]:
-        if first or counts is None:
-            return True, True
-        # Where every sequence has its last drafts, nothing is drafted any more.
-        return any(count == self.drafts or count > 1 for count in counts[1]), True
-
-    def step(self, state: SpeculativeState, plan: RoundPlan) -> tuple[Tensor, None]:
-        if plan.is_first:
-            self.first(state, plan)
-        else:
-            self.verify(state, plan)
-        busy = torch.zeros_like(state.nfe).masked_fill(state.done, -1)
-        wanted = self.num_drafts(state)
-        return torch.stack((busy, wanted, torch.zeros_like(wanted))), None
+    def parts(self, first: bool, width: int, counts: Counts | None) -> dict[str, bool]:
+        leaves = first or counts is None
+        if counts is not None and not first:
+            # Where every sequence has its last drafts, nothing is drafted any more.
+            leaves = any(count > 1 or count == self.drafts for count in counts[1])
+        return {"drafts": False, "verifies": True, "leaves": leaves}
 
     def first(self, state: SpeculativeState, plan: RoundPlan) -> None:
         length = state.cursor.masked_fill(state.done, 0)
         window = Window.make(
             torch.zeros_like(length), length, length, width=plan.width, commit=length
         )
-        hidden = self._forward(state, window, 1)
-        self._commit_picks(state, self.pick(state, hidden, length - 1, (~state.done).int(), 1))
+        hidden, live = self._forward(state, window, 1), (~state.done).int()
+        commit_tokens(state, self.pick(state, hidden, length - 1, live, 1), live)
         self._next_drafts(state, hidden, torch.full_like(length, plan.width + 1))
 
-    def verify(self, state: SpeculativeState, plan: RoundPlan) -> None:
+    def verify(
+        self, state: SpeculativeState, plan: RoundPlan, count: Tensor, guess: Tensor | None
+    ) -> None:
         width = plan.width
-        window, length = self.verified(state, width)
-        leaves = width if plan.drafts else 0
-        hidden = self._forward(self.placed(state), window, leaves)
-        picks = self.pick(state, hidden, torch.zeros_like(length), length, width)
-        final = self.run_length(state, picks, length)
-        self._commit_picks(state, picks, final)
+        guess = state.guess[:, : width - 1]
+        window = self.verified(state, width, count)
+        leaves = width if plan.leaves else 0
+        hidden = self._forward(self.placed(state, guess, count), window, leaves)
+        picks = self.pick(state, hidden, torch.zeros_like(count), window.length, width)
+        final = run_length(guess, picks, window.length)
+        state.rounds += ~state.done
+        commit_tokens(state, picks, final)
         if leaves:
-            leaf = final - 1 + width - length  # behind the last row that was right
+            leaf = final - 1 + width - window.length  # behind the last row that was right
             self._next_drafts(state, hidden, width + leaf * (self.drafts + 1) + 1)
 
     def _forward(self, state: SpeculativeState, window: Window, leaves: int) -> Tensor:
@@ -307,6 +306,6 @@ class OneForwardDecoder(SpeculativeDecoder):
 
     def _next_drafts(self, state: SpeculativeState, hidden: Tensor, row: Tensor) -> None:
         """The rows from ``row (b,)`` on predict what follows the token that was written last."""
-        count = self.num_drafts(state)
+        count = self.num_drafts(state, self.drafts)
         drafted = replace(state, logprobs=None)
         state.guess.copy_(self.pick(drafted, hidden, row, count, self.drafts))

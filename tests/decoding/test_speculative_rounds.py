@@ -224,10 +224,8 @@ def test_what_is_stored_is_a_causal_prefill_of_the_answer(monkeypatch):
 
 
 CONTROLS = {
-    "a draft too many": lambda self, state, picks, length, plainly: torch.minimum(
-        plainly(self, state, picks, length) + 1, length
-    ),
-    "all drafts": lambda self, state, picks, length, plainly: length,
+    "a draft too many": lambda final, length: torch.minimum(final + 1, length),
+    "all drafts": lambda final, length: length,
 }
 
 
@@ -235,12 +233,12 @@ CONTROLS = {
 @pytest.mark.parametrize("kind", ["two", "one", "masked"])
 def test_a_round_that_keeps_too_much_is_noticed(kind, control, monkeypatch):
     causal, options = KINDS[kind]
-    plainly = speculative_rounds.SpeculativeDecoder.run_length
+    plainly = speculative_rounds.run_length
 
-    def eager(self, state, picks, length):
-        return CONTROLS[control](self, state, picks, length, plainly)
+    def eager(guess, picks, length):
+        return CONTROLS[control](plainly(guess, picks, length), length)
 
-    monkeypatch.setattr(speculative_rounds.SpeculativeDecoder, "run_length", eager)
+    monkeypatch.setattr(speculative_rounds, "run_length", eager)
     with pytest.raises(AssertionError):
         check_kind(kind, range(2, 5))
 
