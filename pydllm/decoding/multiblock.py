@@ -63,8 +63,9 @@ class MultiBlock(Algorithm):
         compat: None; ``"d2f"``: a prompt is one block, whatever its length, probabilities count the
             mask's, which may be predicted and then stays a mask, and after an EOS the open blocks
             are completed (its values: confidence, threshold 0.9, ``full_at`` 0.5,
-            ready); ``"diffulex"``: likewise completed, and the newest block is the newest that is
-            not complete (confidence, 0.95, ``full_at`` 0.9, ready, buffer 4).
+            ready); ``"diffulex"``: likewise completed, the newest block is the newest that is
+            not complete, and a prompt that fills ``add_at`` of its last block opens the next before
+            the first forward (confidence, 0.95, ``full_at`` 0.9, ready, buffer 4).
 
     On a block-causal model keys and values of finished blocks are exact, and ``delay``,
     ``refresh``, ``cache`` and ``tail`` stay at their defaults; the tokens are not those of

@@ -89,7 +89,12 @@ class OpenBlocksDecoder(Decoder):
             prompts,
             cache,
             stored=zero,
-            open_blocks=torch.ones_like(zero),
+            open_blocks=zero
+            + torch.tensor(
+                [self._first_blocks(call, max(prompt, 0)) for prompt in prompts],
+                dtype=torch.int32,
+                device=call.device,
+            ),
             last_end=zero.clone(),
         )
         first = torch.zeros_like(zero) if not at_prompt else state.prompt_length
@@ -101,7 +106,10 @@ class OpenBlocksDecoder(Decoder):
     def plan(self, state: OpenBlocksState, counts: Counts | None) -> OpenBlocksPlan:
         call, size = state.call, self.algorithm.block_length
         runner, first = call.runner, not any(state.forwards)
-        blocks = 1 if counts is None or first else max(max(counts[1]), 1)
+        if first:
+            blocks = max(self._first_blocks(call, prompt) for prompt in state.live_prompts)
+        else:
+            blocks = 1 if counts is None else max(max(counts[1]), 1)
         if runner.fixed_shapes:
             blocks = min(power_of_two(blocks), call.max_len // size)
         stores = 0
@@ -143,6 +151,16 @@ class OpenBlocksDecoder(Decoder):
     def finish(self, call: Call, results: Decoded) -> Decoded:
         fill_after_eos(call, results.x, results.step_map)
         return results
+
+    def _first_blocks(self, call: Call, prompt: int) -> int:
+        """Blocks of a prompt's first forward, as ``_open_next`` says of the prompt's tail."""
+        algorithm, size = self.algorithm, self.algorithm.block_length
+        if algorithm.compat != "diffulex":
+            return 1
+        start = call.first_positions[prompt]
+        tail = start % size
+        room = call.ends[prompt] > start - tail + size and (algorithm.buffer or 2) > 1
+        return 2 if room and tail / size >= algorithm.add_at else 1
 
     def _at_prompt(self, call: Call) -> bool:
         return call.model.spec.block_origin == "prompt"

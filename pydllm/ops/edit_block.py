@@ -100,9 +100,9 @@ def edit_block(
        ``length[b]``, or new masks fill it up.
 
     A position whose id changes gets ``step_map = nfe[b]``, or -1 if it holds a mask; then ``nfe[b]
-    += 1``. After its last step a block is complete and holds none of the three ids. A block that is
-    complete, or not inside of ``x``, is not touched. After at most ``length + max_post_steps + 1``
-    steps every block is complete, whatever the logits.
+    += 1``. After its last step a block is complete and holds no mask. A block that is complete, or
+    not inside of ``x``, is not touched. After at most ``length + max_post_steps + 1`` steps every
+    block is complete, whatever the logits.
 
     Args:
         x: ``(B, L)`` int64 token ids, **updated in place**.

@@ -88,6 +88,9 @@ def multibd(plain, prompt, *, threshold, add_at, full_at, buffer, ends=EOS):
     first, end = len(prompt) // BLOCK, -(-(len(prompt) + NEW) // BLOCK)
     x = prompt + [MASK] * ((first + 1) * BLOCK - len(prompt))
     resident, forwards, last = [first], 0, end - 1
+    if len(prompt) % BLOCK >= add_at * BLOCK and buffer > 1 and first < last:
+        resident.append(first + 1)
+        x += [MASK] * BLOCK
     stored = set(range(first))
 
     def masks(block):

@@ -10,6 +10,7 @@ The repositories lie side by side, each under its name on GitHub::
     dLLM-RL            github.com/Gen-Verse/dLLM-RL (modeling code of Dream and SDAR)
     dllm               github.com/ZHZisZZ/dllm (modeling code of LLaDA and LLaDA2.x)
     diffusers          github.com/huggingface/diffusers
+    Diffulex           github.com/SJTU-DENG-Lab/Diffulex at 184ba97
     sglang             github.com/sgl-project/sglang at 0.5.23 (its folder python is read)
     S2D2               github.com/phymhan/S2D2 (Fast-dLLM v2's modeling code)
     FreeDave           github.com/cychomatica/FreeDave
