@@ -197,7 +197,7 @@ class NativeModel:
         whole = whole and pad is None and leaves == 0
         window["shared"] = ops.SharedWindow(whole=whole, read_only=read_only)
         scale = self._query_scale(width, branches, window, slots)
-        adapted: Tensor | bool = adapter
+        adapted: Tensor | bool = bool(adapter)
         if adapter and leaves:
             row = torch.arange(ids.shape[1], device=self.device)
             adapted = (row >= width).to(self.dtype).repeat(ids.shape[0])[:, None]
