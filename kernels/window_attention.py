@@ -11,7 +11,9 @@ bits do not depend on the batch, on other branches, on padding, or on which keys
 Short windows sum their keys in splits, always the same positions, joined in order of position: by
 one program that walks all of them, or by a second kernel after several programs. Both do the same
 operations (``merge_split``), so that the bits do not depend on how many programs fill the device.
-Long windows rotate their keys in a pass of their own (``_attention_rotate.py``).
+Long windows rotate their keys in a pass of their own (``_attention_rotate.py``). Leaves are
+branches after the trunk, branch 0: on the window their keys are the trunk's as far as the root,
+then theirs.
 """
 
 from __future__ import annotations
@@ -70,6 +72,7 @@ def _window_attention_kernel(
     window,  # rows of a branch, or of the trunk
     branches,  # with leaves 1 more than there are
     leaf_rows,  # or None
+    first_tile,  # of the rows that the launch computes, or None: all
     slots,
     pages,  # of the cache, where there is a table
     block_size,  # of the block-causal mask, or None
@@ -114,6 +117,8 @@ def _window_attention_kernel(
 ):
     wait_for_previous(PDL)
     tile_m = tl.program_id(0) // groups
+    if first_tile is not None:
+        tile_m += first_tile
     group = tl.program_id(0) % groups
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
@@ -380,6 +385,15 @@ def window_attention(
         is_normed=k_norm is not None,
     )
     tile = plan.tile
+    first_tile, trunk = None, None
+    if leaves and width > _tiles.ATTENTION_SPLIT_ROWS:
+        # So long a trunk rotates its keys once, in a pass of its own. The leaves' programs follow.
+        first_tile = width * group // tile.block_m
+        own = (t[:, :width] for t in (q, k, v))
+        tables = cos, sin, pad, q_norm, k_norm, block_table, None
+        masks = scale, 1, True, None, window, softcap, eps
+        numbers = start, length, start, commit
+        trunk = window_attention(*own, k_cache, v_cache, *numbers, *tables, *masks, pdl=pdl)
     fresh_k = k
     if plan.is_rotated:
         fresh_k = torch.empty(k.shape, dtype=k.dtype, device=k.device)
@@ -387,7 +401,8 @@ def window_attention(
         rotate_and_commit(fresh_k, k, v, *caches, None, start, length, commit, *rope, 1, eps)
     is_stored = plan.split_tiles > 0 and plan.walk != "all"
     part, state = scratch(q, plan.splits) if is_stored else (out, out)
-    grid = (triton.cdiv(rows * group, tile.block_m) * plan.groups, kv_heads, batch)
+    tiles = triton.cdiv(rows * group, tile.block_m) - (first_tile or 0)
+    grid = (tiles * plan.groups, kv_heads, batch)
     _window_attention_kernel[grid](
         out_ptr=part,
         state_ptr=state,
@@ -407,6 +422,7 @@ def window_attention(
         window=width,
         branches=branches,
         leaf_rows=leaf_rows if leaves else None,
+        first_tile=first_tile,
         block_size=block_size,
         sliding_window=window,
         eps=eps,
@@ -436,4 +452,6 @@ def window_attention(
     )
     if is_stored:
         merge(out, part, state, pdl=pdl)
+    if trunk is not None:
+        out[:, :width] = trunk
     return out

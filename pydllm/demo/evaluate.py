@@ -89,20 +89,12 @@ def algorithms(model: str, verifier: Model | None) -> dict[str, Algorithm]:
             },
         }
     if model in ("sdar-tiny", "llada2-tiny"):
-        for n in (4, 8):
-            chosen[f"FreeDave pipelined, {n}"] = FreeDave(
+        return chosen | {
+            f"FreeDave pipelined, {n}": FreeDave(
                 draft_steps=n, block_length=block, mode="pipelined"
             )
-        for n in (2, 4):
-            chosen[f"MultiBlock, {n} blocks"] = MultiBlock(
-                threshold=0.9,
-                score="confidence",
-                forced="ready",
-                full_at=0.9,
-                buffer=n,
-                block_length=block,
-            )
-        return chosen
+            for n in (4, 8)
+        }
     return chosen | {
         "Static, dual cache": Static(block_length=block, cache="dual"),
         "Threshold 0.9, dual cache": Threshold(threshold=0.9, block_length=block, cache="dual"),

@@ -66,7 +66,7 @@ class Row:
         if family.context == "block" and not family.seeded:
             names = (*names, "MultiBlock")
         if self.family == "LLaDA2MoeModelLM":
-            names = (*names, "Editing", "LevenshteinEditing")
+            names = (*names, "Editing")
         if family.causal is not None:
             names = (*names, "Autoregressive", "SelfSpeculative", "APD")
         return names

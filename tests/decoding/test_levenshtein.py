@@ -16,6 +16,7 @@ from tests.ops.levenshtein import Block
 
 MASK, EOS, DELETE, SPLIT, BLOCK, NEW = 60, 58, 7, 8, 4, 11
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_experts": 8}
+IDS = {"delete_token_id": DELETE, "split_token_id": SPLIT}
 LENGTHS = (3, 1, 12, 8, 7, 4)
 ALGORITHM = pydllm.LevenshteinEditing(max_post_steps=3, block_length=BLOCK)
 
@@ -27,7 +28,7 @@ def prompts():
 
 def pair(folder, seed):
     """A model with block routing, and its forward without a cache."""
-    config = CONFIGS["llada2.2"] | SMALL | {"expert_capacity": 5, "block_size": BLOCK}
+    config = CONFIGS["llada2.2"] | SMALL | IDS | {"expert_capacity": 5, "block_size": BLOCK}
     weights = random_weights(config, seed, torch.float64)
     # Ids that delete, split or end are as likely as in a model that was trained to use them.
     weights["lm_head.weight"][[DELETE, SPLIT, MASK, EOS]] *= 1.7
@@ -173,7 +174,7 @@ def test_nan_ends():
     ids=str,
 )
 def test_configurations_that_are_refused(keys, message, tmp_path):
-    config = CONFIGS["llada2.2"] | SMALL | keys
+    config = CONFIGS["llada2.2"] | SMALL | IDS | keys
     folder = write_moe(tmp_path, config, random_weights(config, 0))
     with pytest.raises(pydllm.CheckpointError, match=message):
         load(folder, device="cpu")

@@ -95,7 +95,7 @@ _SDAR = _QWEN | {"architectures": ["SDARMoeForCausalLM"], "model_type": "sdar_mo
 CONFIGS = {
     "llada2": _LLADA2,
     "llada2-flat": _LLADA2 | {"n_group": 1, "topk_group": 1, "num_shared_experts": None},
-    "llada2.2": _LLADA2 | {"expert_capacity": 8, "delete_token_id": 7, "split_token_id": 8},
+    "llada2.2": _LLADA2 | {"expert_capacity": 8},
     "ling": _LLADA2 | {"architectures": ["BailingMoeV2ForCausalLM"], "mask_token_id": None},
     "sdar-moe": _SDAR,
     "sdar-moe-mixed": _SDAR | {"mlp_only_layers": [2]},

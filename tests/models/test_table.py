@@ -42,7 +42,6 @@ ALGORITHMS = {
     "Factor": lambda size: pydllm.Factor(factor=1.0, block_length=size),
     "EntropyBound": lambda size: pydllm.EntropyBound(bound=0.5, block_length=size),
     "Editing": lambda size: pydllm.Editing(threshold=0.5, edit_threshold=0.2, block_length=size),
-    "LevenshteinEditing": lambda size: pydllm.LevenshteinEditing(block_length=size),
     "FreeDave": lambda size: pydllm.FreeDave(draft_steps=3, block_length=size),
     "LeftToRight": lambda size: pydllm.LeftToRight(tokens_per_step=2),
     "MultiBlock": lambda size: pydllm.MultiBlock(threshold=0.5, block_length=size),
