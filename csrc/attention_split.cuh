@@ -102,6 +102,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
                                   const float* __restrict__ part,   // (splits, rows, head_dim)
                                   const float* __restrict__ state,  // (2, splits, rows)
                                   int64_t rows, int splits) {
+  ptx::wait_for_previous();
   constexpr int kThreadsRow = kHeadDim / 4;
   const int thread = static_cast<int>(threadIdx.x);
   const int64_t row =

@@ -147,7 +147,7 @@ PYBIND11_MODULE(_C, m) {
     define_call(m, "linear", pydllm::linear, FIELD(y), FIELD(partial), FIELD(x), FIELD(weight),
                 FIELD(scale), FIELD(bias), FIELD(dtype), FIELD(stored), FIELD(per_block),
                 FIELD(rows), FIELD(width), FIELD(depth), FIELD(splits), FIELD(stride_x_row),
-                FIELD(stride_weight_row), FIELD(stride_scale_row));
+                FIELD(stride_weight_row), FIELD(stride_scale_row), FIELD(pdl));
   }
   {
     using Call = pydllm::MixtureAccept;
@@ -194,7 +194,7 @@ PYBIND11_MODULE(_C, m) {
                 FIELD(stride_entropy_row));
   }
   define(m, "rms_norm", pydllm::rms_norm, "y", "residual", "x", "weight", "dtype", "rows", "width",
-         "eps", "stride_x_row", "stride_residual_row", "stream");
+         "eps", "stride_x_row", "stride_residual_row", "pdl", "stream");
   {
     using Call = pydllm::Route;
     define_call(m, "route", pydllm::route, FIELD(ids), FIELD(weights), FIELD(logits), FIELD(pool),
@@ -204,7 +204,7 @@ PYBIND11_MODULE(_C, m) {
                 FIELD(topk_groups), FIELD(capacity), FIELD(block_size), FIELD(blocks),
                 FIELD(scale));
   }
-  define(m, "swiglu", pydllm::swiglu, "y", "gate_up", "dtype", "rows", "width", "stream");
+  define(m, "swiglu", pydllm::swiglu, "y", "gate_up", "dtype", "rows", "width", "pdl", "stream");
   {
     using Call = pydllm::Unmask;
     define_call(m, "unmask", pydllm::unmask, FIELD(remaining), FIELD(accepted), FIELD(x),
@@ -247,6 +247,6 @@ PYBIND11_MODULE(_C, m) {
         FIELD(dtype), FIELD(batch), FIELD(rows), FIELD(heads), FIELD(kv_heads), FIELD(head_dim),
         FIELD(half), FIELD(branches), FIELD(leaf_rows), FIELD(slots), FIELD(page), FIELD(pages),
         FIELD(splits), FIELD(split_tiles), FIELD(stages), FIELD(block_size), FIELD(span),
-        FIELD(causal), FIELD(eps), FIELD(scale), FIELD(softcap));
+        FIELD(causal), FIELD(pdl), FIELD(eps), FIELD(scale), FIELD(softcap));
   }
 }

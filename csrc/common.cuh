@@ -5,6 +5,8 @@
 #ifdef PYDLLM_HOST_EMULATION
 #include "host_emulation.h"
 #define PYDLLM_CHECK_ALIGNED(address) emulation::check_aligned(address, 16)
+#define PYDLLM_LAUNCH_PDL(pdl, kernel, grid, block, shared, stream, ...) \
+  PYDLLM_LAUNCH(kernel, grid, block, shared, stream, __VA_ARGS__)
 #else
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -12,6 +14,10 @@
 // `shared`: bytes of dynamic shared memory; above 48 KiB the kernel has to be allowed to first.
 #define PYDLLM_LAUNCH(kernel, grid, block, shared, stream, ...) \
   kernel<<<grid, block, shared, stream>>>(__VA_ARGS__)
+// With `pdl` the kernel may begin before the one before it has ended (programmatic dependent
+// launch; compute capability 9.0): it starts with ptx::wait_for_previous().
+#define PYDLLM_LAUNCH_PDL(pdl, kernel, grid, block, shared, stream, ...) \
+  ::pydllm::launch_pdl(pdl, kernel, grid, block, shared, stream, __VA_ARGS__)
 // Names the dynamic shared memory of a kernel, unsigned char*, aligned to 16 bytes.
 #define PYDLLM_DYNAMIC_SHARED(name)                              \
   extern __shared__ __align__(16) unsigned char pydllm_shared[]; \
@@ -34,6 +40,25 @@ constexpr unsigned kFullWarp = 0xffffffffu;
 // A number that a launcher's switch hands to a kernel as a template argument.
 template <int kNumber>
 using Constant = std::integral_constant<int, kNumber>;
+
+#ifndef PYDLLM_HOST_EMULATION
+// The error of the launch is cudaGetLastError()'s, as after <<<>>>.
+template <typename... Parameters, typename... Arguments>
+void launch_pdl(bool pdl, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared,
+                cudaStream_t stream, Arguments... arguments) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = pdl ? 1 : 0;
+  cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+}
+#endif
 
 __device__ __forceinline__ float to_float(float x) {
   return x;

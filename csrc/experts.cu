@@ -56,7 +56,7 @@ __device__ __forceinline__ float activated(float gate, bool gelu) {
 // A block has 64 rows of one expert's weight and walks the expert's pairs 16 at a time. To expand,
 // of the two tiles of a warp one is of the gate and one of the same columns of up.
 template <typename T, Stored kStored, bool kPerBlock, bool kExpand>
-__global__ void __launch_bounds__(kThreads) experts_product_kernel(const Product call) {
+__global__ void __launch_bounds__(kThreads, 4) experts_product_kernel(const Product call) {
   constexpr int kWeightBytes = kStored == Stored::kPlain ? 2 : 1;
   constexpr int kX = kRows * kStep * 2, kStageBytes = kX + kColumns * kStep * kWeightBytes;
   constexpr int kTileColumns = kExpand ? kColumns / 2 : kColumns;

@@ -27,6 +27,7 @@ template <typename T, Stored kStored, bool kPerBlock, int kFragments>
 __global__ void __launch_bounds__(kThreads) linear_kernel(const Linear call, int row_blocks) {
   using Tile = Stage<T, kStored, kFragments>;
   PYDLLM_DYNAMIC_SHARED(shared);
+  ptx::wait_for_previous();
   const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarpSize;
   const unsigned lane = thread % kWarpSize, g = lane / 4, q = lane % 4;
   const int64_t block = blockIdx.x;
@@ -140,6 +141,7 @@ __global__ void __launch_bounds__(kThreads) linear_kernel(const Linear call, int
 // Adds the splits in ascending order; a thread has one element.
 template <typename T>
 __global__ void __launch_bounds__(kJoinThreads) linear_join_kernel(const Linear call) {
+  ptx::wait_for_previous();
   const int64_t index = int64_t{blockIdx.x} * kJoinThreads + threadIdx.x;
   const int64_t size = call.rows * call.width, column = index % call.width;
   if (index >= size) return;
@@ -162,12 +164,12 @@ cudaError_t launch(const Linear& call, cudaStream_t stream) {
   constexpr int kShared = kStages * Tile::kBytes;
   const cudaError_t allowed = allow_shared(kernel, kShared);
   if (allowed != cudaSuccess) return allowed;
-  PYDLLM_LAUNCH(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), kShared, stream, call,
-                static_cast<int>(row_blocks));
+  PYDLLM_LAUNCH_PDL(call.pdl, kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), kShared,
+                    stream, call, static_cast<int>(row_blocks));
   const cudaError_t launched = cudaGetLastError();
   if (launched != cudaSuccess || call.splits == 1) return launched;
-  PYDLLM_LAUNCH(linear_join_kernel<T>, dim3(static_cast<unsigned>(joins)), dim3(kJoinThreads), 0,
-                stream, call);
+  PYDLLM_LAUNCH_PDL(call.pdl, linear_join_kernel<T>, dim3(static_cast<unsigned>(joins)),
+                    dim3(kJoinThreads), 0, stream, call);
   return cudaGetLastError();
 }
 

@@ -24,6 +24,7 @@ struct Linear {
   int64_t rows, width, depth;  // depth is a multiple of 16
   int64_t splits;              // of the depth; by its shape, never by the rows
   int64_t stride_x_row, stride_weight_row, stride_scale_row;  // elements
+  bool pdl;                                                   // programmatic dependent launch
 };
 
 // y = x (scale * weight)^T + bias, accumulated in fp32 and rounded once.

@@ -18,6 +18,16 @@ __device__ __forceinline__ unsigned shared_address(const void* pointer) {
   return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
 }
 
+// Let the next kernel start, and wait until the kernels before this one have ended, if this one was
+// launched so (PYDLLM_LAUNCH_PDL); otherwise it waits for nothing. Stands before the first access
+// to global memory, in every thread.
+__device__ __forceinline__ void wait_for_previous() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // The thread's number in its warp. Read anew each time: what a loop makes of it is made in the
 // loop, where a register may be free, not kept in one of its own.
 __device__ __forceinline__ unsigned lane() {

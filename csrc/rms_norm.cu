@@ -1,6 +1,7 @@
 #include "rms_norm.h"
 
 #include "common.cuh"
+#include "ptx.cuh"
 
 namespace pydllm {
 namespace {
@@ -20,6 +21,7 @@ __global__ void __launch_bounds__(kThreads)
   constexpr int kWarps = kThreads / kWarpSize;
   __shared__ float shared_sum[kWarps];
 
+  ptx::wait_for_previous();
   const int64_t row = blockIdx.x;
   const int thread = static_cast<int>(threadIdx.x);
   x += row * stride_x_row;
@@ -96,7 +98,7 @@ __global__ void __launch_bounds__(kThreads)
 
 cudaError_t rms_norm(void* y, void* residual, const void* x, const void* weight, Dtype dtype,
                      int64_t rows, int64_t width, float eps, int64_t stride_x_row,
-                     int64_t stride_residual_row, cudaStream_t stream) {
+                     int64_t stride_residual_row, bool pdl, cudaStream_t stream) {
   if (rows < 0 || rows > INT_MAX || width < 0 || width > kRmsNormWidth)
     return cudaErrorInvalidValue;
   if (rows == 0 || width == 0) return cudaSuccess;
@@ -112,9 +114,10 @@ cudaError_t rms_norm(void* y, void* residual, const void* x, const void* weight,
       const bool aligned = width % Vector<T>::kSize == 0 && rows_are_aligned(out, width) &&
                            rows_are_aligned(in, stride_x_row) && rows_are_aligned(by, width) &&
                            (sum == nullptr || rows_are_aligned(sum, stride_residual_row));
-      PYDLLM_LAUNCH((rms_norm_kernel<T, kThreads, kVectors>), dim3(static_cast<unsigned>(rows)),
-                    dim3(kThreads), 0, stream, out, sum, in, by, static_cast<int>(width), eps,
-                    stride_x_row, stride_residual_row, aligned);
+      PYDLLM_LAUNCH_PDL(pdl, (rms_norm_kernel<T, kThreads, kVectors>),
+                        dim3(static_cast<unsigned>(rows)), dim3(kThreads), 0, stream, out, sum, in,
+                        by, static_cast<int>(width), eps, stride_x_row, stride_residual_row,
+                        aligned);
       return cudaGetLastError();
     };
     // One vector a thread where 1024 threads can hold the row so.

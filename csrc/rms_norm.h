@@ -20,6 +20,8 @@ cudaError_t rms_norm(void* y,             // (rows, width) contiguous, written
                      const void* weight,  // (width,)
                      Dtype dtype, int64_t rows, int64_t width, float eps,
                      int64_t stride_x_row,  // in elements, as the next
-                     int64_t stride_residual_row, cudaStream_t stream);
+                     int64_t stride_residual_row,
+                     bool pdl,  // programmatic dependent launch
+                     cudaStream_t stream);
 
 }  // namespace pydllm

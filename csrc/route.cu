@@ -59,7 +59,7 @@ __device__ __forceinline__ float choice_of(float score, const float* bias, int e
 
 // One block per block of positions of a window: an expert is admitted if fewer than `capacity` are
 // before it.
-__global__ void __launch_bounds__(kPoolThreads)
+__global__ void __launch_bounds__(kPoolThreads, 4)
     route_pool_kernel(uint8_t* __restrict__ pool,           // (windows, blocks, experts)
                       const float* __restrict__ logits,     // (windows, rows, experts)
                       const float* __restrict__ bias,       // (experts,) or null

@@ -1,6 +1,7 @@
 #include "swiglu.h"
 
 #include "common.cuh"
+#include "ptx.cuh"
 
 namespace pydllm {
 namespace {
@@ -17,6 +18,7 @@ __global__ void __launch_bounds__(kThreads)
     swiglu_kernel(T* __restrict__ y,              // (rows, width) contiguous
                   const T* __restrict__ gate_up,  // (rows, 2 width) contiguous
                   int64_t vectors, int64_t width, int64_t row_vectors, bool aligned) {
+  ptx::wait_for_previous();
   constexpr int kVector = Vector<T>::kSize;
   const int64_t index = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (index >= vectors) return;
@@ -39,7 +41,7 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-cudaError_t swiglu(void* y, const void* gate_up, Dtype dtype, int64_t rows, int64_t width,
+cudaError_t swiglu(void* y, const void* gate_up, Dtype dtype, int64_t rows, int64_t width, bool pdl,
                    cudaStream_t stream) {
   if (rows < 0 || width < 0) return cudaErrorInvalidValue;
   if (rows == 0 || width == 0) return cudaSuccess;
@@ -54,8 +56,8 @@ cudaError_t swiglu(void* y, const void* gate_up, Dtype dtype, int64_t rows, int6
     const int64_t blocks = (vectors + kThreads - 1) / kThreads;
     if (blocks > INT_MAX) return cudaErrorInvalidValue;
     const bool aligned = rows_are_aligned(out, width) && rows_are_aligned(in, width);
-    PYDLLM_LAUNCH(swiglu_kernel<T>, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, stream,
-                  out, in, vectors, width, row_vectors, aligned);
+    PYDLLM_LAUNCH_PDL(pdl, swiglu_kernel<T>, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0,
+                      stream, out, in, vectors, width, row_vectors, aligned);
     return cudaGetLastError();
   });
 }

@@ -12,6 +12,8 @@ namespace pydllm {
 // Elements are independent: the bits of one depend on its gate and up alone.
 cudaError_t swiglu(void* y,              // (rows, width) contiguous, written
                    const void* gate_up,  // (rows, 2 width) contiguous
-                   Dtype dtype, int64_t rows, int64_t width, cudaStream_t stream);
+                   Dtype dtype, int64_t rows, int64_t width,
+                   bool pdl,  // programmatic dependent launch
+                   cudaStream_t stream);
 
 }  // namespace pydllm

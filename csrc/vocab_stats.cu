@@ -127,7 +127,7 @@ __device__ __forceinline__ void take(Best& best, Sample& sample, float (&x)[kCou
 // One block a piece of a row. The logits stay in registers until the piece's largest is known:
 // relative to it no sum overflows, and the entropy does not cancel for large logits.
 template <typename T, bool kSampled>
-__global__ void __launch_bounds__(kThreads, kSampled || sizeof(T) == 4 ? 3 : 4)
+__global__ void __launch_bounds__(kThreads, 4 - kSampled - (sizeof(T) == 4))
     vocab_stats_kernel(float* __restrict__ values,                // (6 or 4, rows, pieces)
                        int32_t* __restrict__ ids,                 // (2 or 1, rows, pieces)
                        const T* __restrict__ logits,              // (sources, vocab)

@@ -185,6 +185,7 @@ __global__ void __launch_bounds__(kThreads, Shape<kHeadDim>::kBlocks)
     window_attention_kernel(const WindowAttention call) {
   using Tile = Shape<kHeadDim>;
   PYDLLM_DYNAMIC_SHARED(dynamic);
+  ptx::wait_for_previous();
   T* queries = reinterpret_cast<T*>(dynamic);
   T* shared = queries + kQueries * kHeadDim;  // stages: a tile of keys, then one of values
 
@@ -304,8 +305,8 @@ cudaError_t launch(const WindowAttention& call, cudaStream_t stream) {
   const cudaError_t error = allow_shared(window_attention_kernel<T, kHeadDim, kLeaves>, bytes);
   if (error != cudaSuccess) return error;
   const dim3 grid(static_cast<unsigned>(blocks)), block(kThreads);
-  PYDLLM_LAUNCH((window_attention_kernel<T, kHeadDim, kLeaves>), grid, block, bytes, stream,
-                staged);
+  PYDLLM_LAUNCH_PDL(call.pdl, (window_attention_kernel<T, kHeadDim, kLeaves>), grid, block, bytes,
+                    stream, staged);
   const cudaError_t launched = cudaGetLastError();
   if (launched != cudaSuccess || call.splits == 1) return launched;
 
@@ -313,8 +314,8 @@ cudaError_t launch(const WindowAttention& call, cudaStream_t stream) {
   const int64_t rows = int64_t{call.batch} * call.rows * call.heads;
   if ((rows + kRows - 1) / kRows > INT_MAX) return cudaErrorInvalidValue;
   const dim3 merge_grid(static_cast<unsigned>((rows + kRows - 1) / kRows));
-  PYDLLM_LAUNCH((window_attention_merge_kernel<T, kHeadDim>), merge_grid, block, 0, stream,
-                static_cast<T*>(call.out), call.part, call.state, rows, call.splits);
+  PYDLLM_LAUNCH_PDL(call.pdl, (window_attention_merge_kernel<T, kHeadDim>), merge_grid, block, 0,
+                    stream, static_cast<T*>(call.out), call.part, call.state, rows, call.splits);
   return cudaGetLastError();
 }
 

@@ -52,6 +52,7 @@ struct WindowAttention {
   int block_size;   // of the block-causal mask, 0: none
   int span;         // of the sliding window, 0: none
   bool causal;
+  bool pdl;  // programmatic dependent launch
   float eps;
   float scale;
   float softcap;  // 0: none

@@ -33,6 +33,9 @@ inline Warp& box() {
   return boxes[box_of[me]][me / 32];
 }
 
+// One kernel runs at a time.
+inline void wait_for_previous() {}
+
 inline unsigned lane() {
   return emulation::lane();
 }

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import triton
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -107,3 +110,24 @@ def test_the_environment_decides_what_launchers_are_given(value):
     assert done.stdout.split("\n")[0] == ("{'pdl': True} None" if value == "1" else "None None"), (
         done.stderr[-2000:]
     )
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize(
+    "source, arch", [("swiglu", "90a"), ("window_attention", "90a"), ("swiglu", "80")]
+)
+def test_cuda_kernels_wait_before_they_touch_memory(source, arch, tmp_path):
+    """Always: without the option of the launch they wait for nothing. Not before sm_90."""
+    cubin = tmp_path / "x.cubin"
+    command = ["nvcc", "-std=c++17", "-O3", f"-arch=sm_{arch}", "-cubin", "-o", cubin]
+    subprocess.run([*command, REPOSITORY / "csrc" / f"{source}.cu"], check=True)
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    done = subprocess.run(
+        [tools / "nvdisasm", "-c", cubin], check=True, capture_output=True, text=True
+    )
+    kernels = re.split(r"\n\.text\.", done.stdout)[1:]
+    assert kernels
+    for kernel in kernels:
+        wait, access = kernel.find("ACQBULK"), re.search(r"\b(LDG|STG|LDGSTS)\.", kernel)
+        assert access is not None
+        assert 0 < wait < access.start() if arch == "90a" else wait < 0, kernel[:100]

@@ -129,6 +129,13 @@ def call(
     _KERNELS.call(kernel, device, passed)
 
 
+def may_overlap(device: torch.device, wanted: bool) -> bool:
+    """Whether a launch may use programmatic dependent launch where it is wanted."""
+    return (
+        wanted and device.type == "cuda" and torch.cuda.get_device_capability(device.index)[0] >= 9
+    )
+
+
 def runs_on(arch: str, capability: int) -> bool:
     """Whether code for ``arch``, one of ``PYDLLM_CUDA_ARCHS``, runs on a compute capability."""
     base = arch.removesuffix("+PTX")

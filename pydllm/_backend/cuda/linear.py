@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pydllm._backend.cuda import call
+from pydllm._backend.cuda import call, may_overlap
 
 _DTYPES = (torch.float16, torch.bfloat16)
 STORED = {torch.float8_e4m3fn: 1, torch.int8: 2}  # Stored in csrc/linear.h; 0: as x
@@ -43,7 +43,14 @@ def splits(width: int, depth: int) -> int:
     return count
 
 
-def linear(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    *,
+    pdl: bool = False,
+) -> Tensor:
     """Launch the kernel; arguments as in ``pydllm.ops.linear``, a quantised weight in its parts."""
     width, depth = weight.shape
     y = x.new_empty((*x.shape[:-1], width))
@@ -73,5 +80,6 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None)
         stride_x_row=x.stride(-2) if x.ndim > 1 else depth,
         stride_weight_row=weight.stride(0),
         stride_scale_row=0 if scale is None or not per_block else scale.stride(0),
+        pdl=may_overlap(x.device, pdl),
     )
     return y

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pydllm._backend.cuda import DTYPES, call
+from pydllm._backend.cuda import DTYPES, call, may_overlap
 
 MAX_WIDTH = 32768  # kRmsNormWidth in csrc/rms_norm.h
 
@@ -35,7 +35,9 @@ def _is_rows(tensor: Tensor) -> bool:
     )
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> Tensor:
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, *, pdl: bool = False
+) -> Tensor:
     """Launch the kernel; arguments as in ``pydllm.ops.rms_norm``."""
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     width = x.shape[-1]
@@ -52,5 +54,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> 
         eps=eps,
         stride_x_row=x.stride(-2) if x.ndim > 1 else width,
         stride_residual_row=residual.stride(-2) if residual is not None and x.ndim > 1 else width,
+        pdl=may_overlap(x.device, pdl),
     )
     return y

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pydllm._backend.cuda import DTYPES, call
+from pydllm._backend.cuda import DTYPES, call, may_overlap
 
 
 def supports(gate_up: Tensor) -> str | None:
@@ -16,7 +16,7 @@ def supports(gate_up: Tensor) -> str | None:
     return None
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
+def swiglu(gate_up: Tensor, *, pdl: bool = False) -> Tensor:
     """Launch the kernel; arguments as in ``pydllm.ops.swiglu``."""
     width = gate_up.shape[-1] // 2
     y = gate_up.new_empty((*gate_up.shape[:-1], width))
@@ -28,5 +28,6 @@ def swiglu(gate_up: Tensor) -> Tensor:
         dtype=gate_up.dtype,
         rows=y.numel() // width if width else 0,
         width=width,
+        pdl=may_overlap(gate_up.device, pdl),
     )
     return y

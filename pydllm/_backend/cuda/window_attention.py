@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pydllm._backend.cuda import call
+from pydllm._backend.cuda import call, may_overlap
 
 KEYS = 64  # kAttentionKeys in csrc/window_attention.h
 QUERIES = 64  # query rows of a block
@@ -124,6 +124,8 @@ def window_attention(
     eps: float = 1e-6,
     leaves: int = 0,
     leaf_rows: int = 1,
+    *,
+    pdl: bool = False,
 ) -> Tensor:
     """Launch the kernel; arguments as in ``pydllm.ops.window_attention``."""
     batch, rows, heads, head_dim = q.shape
@@ -184,6 +186,7 @@ def window_attention(
         block_size=min(block_size or 0, _LARGEST),
         span=min(window or 0, _LARGEST),
         causal=causal and not leaves,  # a leaf's rows see each other
+        pdl=may_overlap(q.device, pdl),
         eps=eps,
         scale=scale,
         softcap=softcap or 0.0,
