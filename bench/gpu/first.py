@@ -121,6 +121,8 @@ def decisions(run: Run) -> Iterator[Row]:
     """What the tables of tiles and preferences wait for."""
     yield from _linear(run)
     yield from _attention(run)
+    if run.on_gpu:
+        yield from _dependent_launches(run)
 
 
 def _linear(run: Run) -> Iterator[Row]:
@@ -152,6 +154,43 @@ def _products(run: Run, what: str, x: torch.Tensor, weight: torch.Tensor) -> Ite
             row = run.tried(f"{what} {how}", partial(measured, small, backend))
             if row is not None:
                 yield {"what": what, "how": how} | row
+
+
+def _dependent_launches(run: Run) -> Iterator[Row]:
+    """The MLPs of four layers as a graph, with programmatic dependent launch and without."""
+    from pydllm.kernels import linear, rms_norm, swiglu
+
+    def random(*shape: int) -> torch.Tensor:
+        made = random_normal(*shape, seed=len(shape), dtype=DTYPES[run.dtype], device=run.device)
+        return made / shape[-1] ** 0.5
+
+    x, norm = random(32, 4096), random(4096)
+    layers = [(random(2 * 12288, 4096), random(4096, 12288)) for _ in range(4)]
+
+    def chain(pdl: bool) -> torch.Tensor:
+        y = x
+        for gate_up, down in layers:
+            y = rms_norm.rms_norm(y, norm, 1e-5, None, pdl=pdl)
+            y = swiglu.swiglu(linear.linear(y, gate_up, None, None, pdl=pdl), pdl=pdl)
+            y = linear.linear(y, down, None, None, pdl=pdl)
+        return y
+
+    expected = chain(False)
+
+    def measured(pdl: bool) -> Row:
+        chain(pdl)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = chain(pdl)
+        ms = run.milliseconds(graph.replay)
+        return {"ms": ms, "equal": torch.equal(y, expected)}
+
+    what = "graph of four MLPs, 32 rows"
+    for pdl in (False, True):
+        how = "dependent launches" if pdl else "launches in order"
+        row = run.tried(f"{what}, {how}", partial(measured, pdl))
+        if row is not None:
+            yield {"what": what, "how": how} | row
 
 
 def _attention(run: Run) -> Iterator[Row]:
