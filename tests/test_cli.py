@@ -9,6 +9,7 @@ from click.testing import CliRunner
 
 import pydllm
 from pydllm.cli import main
+from pydllm.decoding.settings import make_algorithm
 from pydllm.demo.evaluate import Score
 from pydllm.demo.sweep import frontier
 
@@ -95,6 +96,22 @@ def test_generate_takes_every_algorithm(algorithm, settings):
     result = _run("generate", "--prompt", PROMPT, "--algorithm", algorithm, *options, "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["text"].split()[-2:] == ["answer", "21"]
+
+
+def test_names_of_algorithms_are_read_in_every_spelling(tmp_path):
+    page, other = tmp_path / "page.html", "entropy_bound,block_length=2"
+    asked = ("--prompt", PROMPT, "--max-new-tokens", "4", "--set", "block_length=4")
+    shown = ("--html", str(page), "--beside", other, "--beside", "ENTROPY-bound,block_length=1")
+    result = _run("generate", *asked, "--algorithm", "EntropyBound", *shown)
+    assert result.exit_code == 0, result.output
+    assert f'"{other}"' in page.read_text()
+    for name in ("entropybound", "entropy_bound", "EntropyBound", "Entropy-Bound"):
+        swept = _run("compare", "--sweep", name, "--model", "no-such-model")
+        assert "--model: expected one of llada-tiny" in swept.output  # the check after the name's
+        unknown = _run("compare", "--sweep", f"{name}s")
+        assert "'entropy_bound'" in unknown.output and unknown.exit_code == 2
+    for name in ("self_speculative", "self-speculative", "SelfSpeculative", "selfspeculative"):
+        assert make_algorithm(name, {}) == pydllm.SelfSpeculative()
 
 
 def test_list_algorithms():
@@ -307,7 +324,10 @@ def test_generate_writes_a_page_of_several_algorithms(tmp_path):
     [
         (("--beside", "static"), "expected --html with --beside, got none"),
         (("--html", "x.html", "--infill"), "expected --html or --infill, got both"),
-        (("--html", "x.html", "--beside", "best"), "expected one of static, thresh"),
+        (
+            ("--html", "x.html", "--beside", "best"),
+            "Invalid value for --beside: algorithm: expected one of static, thresh",
+        ),
         (("--data", "x", "--out", "y", "--html", "z"), "expected no --html with --data"),
     ],
 )

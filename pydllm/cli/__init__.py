@@ -36,6 +36,16 @@ class _Group(click.Group):
             context.exit(130)  # 128 + SIGINT, as shells have it
 
 
+class _Sweep(click.Choice):
+    """A sweep, spelt as ``--algorithm`` takes it: case, ``_`` and ``-`` do not matter."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from pydllm.decoding.settings import plain_name
+
+        same = (name for name in SWEEPS if plain_name(name) == plain_name(value))
+        return super().convert(next(same, value), param, ctx)
+
+
 @click.group(cls=_Group)
 @click.version_option(package_name="pydllm")
 def main() -> None:
@@ -43,7 +53,7 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--sweep", "sweeps", multiple=True, type=click.Choice(SWEEPS))
+@click.option("--sweep", "sweeps", multiple=True, type=_Sweep(SWEEPS))
 @click.option("--original", metavar="MODULE:FUNCTION", help="A decoding function, and ...")
 @click.option("--patched", metavar="MODULE:FUNCTION", help="... the one to compare it with.")
 @click.option("--model", "source", default="llada-tiny", show_default=True, help="Bundled, or DIR.")

@@ -43,7 +43,7 @@ def read_beside(beside: tuple[str, ...], verifier: Callable[[], Any]) -> dict[st
     found = {}
     for text in beside:
         name, *settings = text.split(",")
-        found[text] = read_algorithm(name, tuple(settings), verifier)
+        found[text] = read_algorithm(name, tuple(settings), verifier, "--beside")
     return found
 
 

@@ -9,14 +9,19 @@ from typing import Any
 import click
 
 
-def read_algorithm(name: str, settings: tuple[str, ...], verifier: Callable[[], Any]) -> Any:
-    """Build an algorithm from ``NAME=VALUE`` strings."""
+def read_algorithm(
+    name: str,
+    settings: tuple[str, ...],
+    verifier: Callable[[], Any],
+    options: str = "--algorithm, --set",
+) -> Any:
+    """Build an algorithm from ``NAME=VALUE`` strings; ``options`` are what messages blame."""
     from pydllm.decoding.settings import SettingError, make_algorithm
 
     try:
         return make_algorithm(name, _pairs(settings), verifier)
     except SettingError as error:
-        raise click.BadParameter(str(error), param_hint="--algorithm, --set") from None
+        raise click.BadParameter(str(error), param_hint=options) from None
 
 
 def fit_algorithm(algorithm: Any, settings: tuple[str, ...], model: Any) -> Any:

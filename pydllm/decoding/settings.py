@@ -41,6 +41,11 @@ class SettingError(ValueError):
     """A name that does not exist, or a value that cannot be read."""
 
 
+def plain_name(name: str) -> str:
+    """A name in lower case, without ``_`` and ``-``: the keys of ``ALGORITHMS``."""
+    return re.sub("[-_]", "", name).lower()
+
+
 def parameters(kind: type) -> dict[str, tuple[str, ...]]:
     """The parameters of an algorithm that text can state, and the types that each may have."""
     found = {}
@@ -96,7 +101,7 @@ def make_algorithm(
     """An algorithm from its name and its parameters.
 
     Args:
-        name: one of ``ALGORITHMS``, in any case.
+        name: one of ``ALGORITHMS``; case, ``_`` and ``-`` do not matter.
         settings: parameters by name; values are text, or have the right type already. A parameter
             that is an algorithm itself (``baseline`` of FreeDave) is given by name, and its own
             parameters with a dot: ``{"baseline": "threshold", "baseline.threshold": "0.8"}``.
@@ -107,7 +112,7 @@ def make_algorithm(
             that the parameter has.
         ValueError, TypeError: a value that the algorithm refuses.
     """
-    kind = ALGORITHMS.get(name.lower())
+    kind = ALGORITHMS.get(plain_name(name))
     if kind is None:
         raise SettingError(f"algorithm: expected one of {', '.join(ALGORITHMS)}, got {name}")
     known = parameters(kind)

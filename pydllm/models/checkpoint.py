@@ -56,8 +56,9 @@ def read_json(folder: Path, name: str, *, required: bool = True) -> Any:
     """What a JSON file holds; None where it is missing and need not be there."""
     if not required and not (folder / name).exists():
         return None
+    text = read_text(folder, name)  # its errors are not those of JSON
     try:
-        return json.loads(read_text(folder, name))
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{name}: expected JSON, found {error}") from error
 
@@ -65,7 +66,7 @@ def read_json(folder: Path, name: str, *, required: bool = True) -> Any:
 def read_text(folder: Path, name: str) -> str:
     path = folder / name
     if not path.exists():
-        raise CheckpointError(f"{name}: expected this file in {folder}, found none")
+        raise CheckpointError(f"{folder}: expected {name}, found none")
     if not path.is_file():  # a FIFO would block
         raise CheckpointError(f"{name}: expected a file, found something else at {path}")
     try:

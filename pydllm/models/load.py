@@ -177,7 +177,11 @@ def find_folder(source: str | os.PathLike[str], revision: str | None = None) -> 
     if folder.exists():
         raise CheckpointError(f"{source}: expected a directory, found a file")
     if not isinstance(source, str) or not _HUB_ID.fullmatch(source):
-        raise CheckpointError(f"{source}: expected a directory or a hub id, found neither")
+        message = f"{source}: expected a directory or a hub id, found neither"
+        if Path(source).name == str(source):  # no path: perhaps a bundled model's name, misspelt
+            names = sorted(path.parent.name for path in _BUNDLED.glob("*/config.json"))
+            message += f"; the bundled models are {', '.join(names)}"
+        raise CheckpointError(message)
     try:
         from huggingface_hub import snapshot_download
     except ImportError:

@@ -107,12 +107,12 @@ def drop_layer(tensors):
 
 LLADA_CASES = {
     # config.json
-    "no config": (remove("config.json"), "config.json: expected this file in .*, found none"),
+    "no config": (remove("config.json"), "^/.*: expected config.json, found none"),
     "no JSON": (text("config.json", "{"), "config.json: expected JSON, found Expecting property"),
     "no object": (text("config.json", "[1]"), "config.json: expected a JSON object, found list"),
     "binary": (
         lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe"),
-        "config.json: expected JSON, found .*codec",
+        "^config.json: expected UTF-8 text, found .*codec",
     ),
     "no architecture": (
         config(architectures=None),
@@ -283,12 +283,18 @@ def test_message(tmp_path, monkeypatch, family, damage, message):
     [
         ("no/such/folder", {}, CheckpointError, "expected a directory or a hub id, found neither"),
         ("/nowhere", {}, CheckpointError, "expected a directory or a hub id, found neither"),
+        (
+            "llada_tiny",
+            {},
+            CheckpointError,
+            "the bundled models are .* llada-tiny, llada2",
+        ),
         (__file__, {}, CheckpointError, "expected a directory, found a file"),
         (7, {}, TypeError, "source: expected a path, a hub id or a module, got <class 'int'>"),
         ("x", {"dtype": torch.int8}, TypeError, "dtype: expected torch.float32, .* torch.int8"),
         (nn.Linear(2, 2), {}, CheckpointError, "Linear.config: expected the configuration"),
     ],
-    ids=["path", "absolute path", "file", "type", "dtype", "no config"],
+    ids=["path", "absolute path", "bundled, misspelt", "file", "type", "dtype", "no config"],
 )
 def test_sources(source, options, error, message):
     with pytest.raises(error, match=message):

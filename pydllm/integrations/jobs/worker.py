@@ -14,7 +14,7 @@ import torch
 from pydllm._backend.env import BACKENDS
 from pydllm._checks import FLOATS, check_choice, check_int, check_number, describe
 from pydllm.decoding import generate
-from pydllm.decoding.settings import ALGORITHMS, fit_blocks, make_algorithm
+from pydllm.decoding.settings import ALGORITHMS, fit_blocks, make_algorithm, plain_name
 from pydllm.integrations._arguments import check_temperature
 from pydllm.integrations.jobs.job import Row, part_name, write_whole
 from pydllm.models import load
@@ -92,7 +92,7 @@ class Recipe:
         return record
 
     def _has_verifier(self) -> bool:
-        kind = ALGORITHMS.get(self.algorithm.lower())
+        kind = ALGORITHMS.get(plain_name(self.algorithm))
         return kind is not None and "verifier" in {field.name for field in fields(kind)}
 
 
