@@ -17,6 +17,7 @@ from pydllm.models.families import Sizes
 from pydllm.models.native import NativeModel
 from pydllm.models.rope import Rope
 from tests.decoding.trajectories import EOS, HEADS, HIDDEN, MASK, SIZE, VOCAB, random_prompt
+from tests.models import moe_plain
 
 LAYERS, MAX_NEW = 2, (1, 2, 8, 13)
 
@@ -312,3 +313,36 @@ def test_models():
     refused(masked, r"prompts\[0\]: expected at least one token", prompt=())
     with pytest.raises(ValueError, match=r"prompts\[0\]: expected at least one token"):
         pydllm.generate(deep(0), [[]], pydllm.Autoregressive(), max_new_tokens=4)
+
+
+def mixture(folder, name, *, admits):
+    """A random mixture of experts, read with masks; ``admits``: experts are admitted by block."""
+    known = (c for c in moe_plain.CONFIGS.values() if name in c["architectures"])
+    config = next(c for c in known if ("expert_capacity" in c) == admits)
+    moe_plain.write_moe(folder, config, moe_plain.random_weights(config, 0, torch.float64))
+    return pydllm.load(folder, device="cpu", dtype=torch.float64, causal="masked")
+
+
+def test_experts_route_masks_after_drafts(tmp_path):
+    model, saved = mixture(tmp_path / "sdar", "SDARMoeForCausalLM", admits=False), 0
+    prompts = [random_prompt(row, length) for row, length in enumerate((5, 1, 9))]
+    for options in ({}, {"align": True}):
+        given = {"max_new_tokens": 9, "temperature": [0.0, 0.7, 1.0], "seed": 3}
+        want = pydllm.generate(model, prompts, pydllm.Autoregressive(), **given)
+        algorithm = pydllm.SelfSpeculative(drafts=4, **options)
+        got = pydllm.generate(model, prompts, algorithm, **given)
+        assert all(map(torch.equal, got.sequences, want.sequences))
+        saved += int((want.nfe - 1 - got.rounds).sum())
+    assert saved > 0
+
+
+def test_experts_that_are_admitted_by_block_have_no_leaves(tmp_path):
+    model = mixture(tmp_path / "llada2", "LLaDA2MoeModelLM", admits=True)
+    with pytest.raises(ValueError, match="SelfSpeculative: expected a model whose experts are not"):
+        pydllm.generate(model, [[3]], pydllm.SelfSpeculative(drafts=2), max_new_tokens=4)
+    with pytest.raises(ValueError, match="verifier: expected a model whose experts are not admi"):
+        pydllm.APD(model, window=0)
+    n = torch.ones(1, dtype=torch.int32)
+    options = {"length": n, "kv_len": n, "commit": n * 0, "attention": "causal", "leaves": 1}
+    with pytest.raises(ValueError, match="leaves: expected 0 with experts that are admitted by bl"):
+        model.forward(torch.tensor([[3, MASK]]), n * 0, model.new_cache(1, 4), **options)
