@@ -11,6 +11,7 @@ from click.testing import CliRunner
 import pydllm
 from pydllm.cli import main
 from pydllm.cli.watch import Watch
+from pydllm.demo import WEIGHTS
 
 PROMPT = "sam has 7 coins . he finds 5 . they double . he loses 3 . how many coins ? in order"
 TEMPLATE = "{% for m in messages if m.role != 'system' %}{{ m.content }} {% endfor %}"
@@ -169,8 +170,26 @@ def test_what_is_refused(arguments, message):
 
 
 def test_a_chat_needs_a_template():
-    result = run("chat", "--model", "llada-tiny")
+    folder = str(WEIGHTS)
+    result = run("chat", "--model", folder)
     assert result.exit_code == 1
     assert (
-        "expected a checkpoint with a chat template, or --template, got llada-tiny" in result.output
+        f"expected a checkpoint with a chat template, or --template, got {folder}" in result.output
     )
+
+
+def test_a_chat_with_a_bundled_model(answer):
+    """The prompt of each answer is the line itself, and --max-new-tokens fits."""
+    result = run("chat", stdin=f"{PROMPT}\n{PROMPT}\n{f'{PROMPT} ' * 5}\n{f'{PROMPT} ' * 9}\n")
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    greeting = "[llada-tiny has no chat template: the prompt is your last line, without history]"
+    assert lines[0] == greeting
+    assert lines.count(answer) == 2
+    words = len(PROMPT.split())
+    assert words * 5 + 48 > 128 > words * 5  # more than 48 do not fit after the third
+    assert len(re.findall(r"^\[\d+ tokens, ", result.stdout, re.MULTILINE)) == 3
+    refused = f"expected at most 128 positions, got {words * 9} of the prompt and 1 of the answer"
+    assert f"[prompts: {refused}: shorten the line, or /reset]" in lines
+    asked = run("chat", "--model", "sdar-tiny", "--max-new-tokens", "120", stdin=PROMPT)
+    assert "120 of the answer: lower --max-new-tokens]" in asked.stdout

@@ -13,7 +13,13 @@ import click
 from pydllm._options import BACKEND, DEVICE
 from pydllm.cli.sampling import read_sampling, sampling_options
 from pydllm.cli.settings import fit_algorithm, read_algorithm, read_template
+from pydllm.demo import WEIGHTS
 
+# The bundled models were trained on single questions: a system prompt and the last line.
+_PLAIN = (
+    "{% for m in messages if m.role == 'system' %}{{ m.content }} {% endfor %}"
+    "{{ messages[-1].content }}"
+)
 _HELP = """\
 /algorithm NAME [KEY=VALUE ...]  decode with another algorithm
 /system TEXT                     another system prompt, and a new conversation
@@ -24,7 +30,7 @@ _HELP = """\
 
 
 @click.command()
-@click.option("--model", "source", required=True, help="A checkpoint with a chat template.")
+@click.option("--model", "source", help="Checkpoint folder or hub id; default: the bundled model.")
 @click.option("--verifier", help="Checkpoint of APD's causal model.")
 @click.option("--algorithm", default="threshold", show_default=True)
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Its parameters.")
@@ -32,19 +38,23 @@ _HELP = """\
 @click.option(
     "--template", type=click.Path(path_type=Path), help="A jinja file, instead of the model's."
 )
-@click.option("--max-new-tokens", default=256, show_default=True, help="Of each answer.")
+@click.option(
+    "--max-new-tokens",
+    type=int,
+    help="Of each answer. Default: 256 (a bundled model: 48), or what the model's positions leave.",
+)
 @sampling_options
 @DEVICE
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16", "float64"]))
 @BACKEND
 def chat(
-    source: str,
+    source: str | None,
     verifier: str | None,
     algorithm: str,
     settings: tuple[str, ...],
     system: str | None,
     template: Path | None,
-    max_new_tokens: int,
+    max_new_tokens: int | None,
     device: str | None,
     dtype: str | None,
     backend: str | None,
@@ -53,7 +63,8 @@ def chat(
     """Talk with a model; answers appear as they are decoded. /help lists the commands."""
     import torch
 
-    from pydllm.models import load
+    from pydllm.models import ChatTemplate, load
+    from pydllm.models.load import bundled
 
     options: dict[str, Any] = {
         "device": device,
@@ -66,16 +77,22 @@ def chat(
         return load(verifier, **options)
 
     chosen = read_algorithm(algorithm, settings, load_verifier)
-    model = load(source, **options)
+    name = WEIGHTS.name if source is None else source
+    is_bundled = source is None or bundled(source) is not None
+    model = load(WEIGHTS if source is None else source, **options)
     chosen = fit_algorithm(chosen, settings, model)
     if template is not None:
         model.chat_template = read_template(template)
     if model.chat_template is None:
-        raise ValueError(
-            f"--model: expected a checkpoint with a chat template, or --template, got {source}"
-        )
-    decoding = read_sampling(values) | {"max_new_tokens": max_new_tokens, "backend": backend}
-    Conversation(model, chosen, decoding, load_verifier, system).run()
+        if not is_bundled:
+            raise ValueError(
+                f"--model: expected a checkpoint with a chat template, or --template, got {name}"
+            )
+        model.chat_template = ChatTemplate({"default": _PLAIN}, {})
+        click.echo(f"[{name} has no chat template: the prompt is your last line, without history]")
+    decoding = read_sampling(values) | {"backend": backend}
+    most = 48 if is_bundled else 256
+    Conversation(model, chosen, decoding, load_verifier, system, max_new_tokens, most).run()
 
 
 @dataclass
@@ -87,6 +104,8 @@ class Conversation:
     options: dict[str, Any]
     verifier: Any
     system: str | None
+    max_new_tokens: int | None  # None: at most `most`, and what the positions leave
+    most: int
     messages: list[dict[str, str]] = field(default_factory=list)
 
     def run(self) -> None:
@@ -137,7 +156,10 @@ class Conversation:
         self.messages.append({"role": "user", "content": text})
         started = time.perf_counter()
         try:
-            pieces = stream(self.model, [self.messages], self.algorithm, **self.options)
+            new = self.fit_new_tokens()
+            pieces = stream(
+                self.model, [self.messages], self.algorithm, max_new_tokens=new, **self.options
+            )
             for _, piece in pieces:
                 click.echo(piece, nl=False)
         except (ValueError, KeyboardInterrupt) as error:
@@ -156,6 +178,28 @@ class Conversation:
             f"{made.tokens_per_forward[0]:.2f} per forward, {made.nfe[0]} forwards, "
             f"{made.finish_reason[0]}]"
         )
+
+    def fit_new_tokens(self) -> int:
+        """How many tokens the next answer may have.
+
+        Raises:
+            ValueError: the conversation leaves no position, or fewer than ``--max-new-tokens``.
+        """
+        from pydllm.decoding.prompts import encode_prompts
+
+        length = len(encode_prompts(self.model, [self.messages])[0])
+        positions = self.model.spec.max_positions
+        new = self.max_new_tokens
+        if new is None:
+            new = max(1, min(self.most, positions - length))
+        if length + new > positions:
+            fits = length < positions
+            advice = "lower --max-new-tokens" if fits else "shorten the line, or /reset"
+            raise ValueError(
+                f"prompts: expected at most {positions} positions, got {length} of the prompt and "
+                f"{new} of the answer: {advice}"
+            )
+        return new
 
 
 def _read_line() -> str | None:
