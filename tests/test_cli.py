@@ -308,6 +308,7 @@ def test_generate_writes_a_page_of_several_algorithms(tmp_path):
     asked = ("--prompt", PROMPT, "--prompt", PROMPT, "--html", str(page))
     result = _run("generate", *asked, "--beside", other, "--beside", "apd", "--json")
     assert result.exit_code == 0, result.output
+    assert f"written: {page}" in result.stderr.replace("\n", "")
     data = re.search(r'id="data">(.*?)</script>', page.read_text()).group(1)
     scenes = json.loads(data)["scenes"]
     assert [scene["prompt"] for scene in scenes] == [PROMPT] * 2

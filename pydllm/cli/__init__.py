@@ -53,12 +53,21 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--sweep", "sweeps", multiple=True, type=_Sweep(SWEEPS))
-@click.option("--original", metavar="MODULE:FUNCTION", help="A decoding function, and ...")
-@click.option("--patched", metavar="MODULE:FUNCTION", help="... the one to compare it with.")
+@click.option(
+    "--sweep",
+    "sweeps",
+    multiple=True,
+    type=_Sweep(SWEEPS),
+    help="Decode with settings of this algorithm from careful to fast; repeat for several.",
+)
+@click.option("--original", metavar="MODULE:FUNCTION", help="The decoding function to begin with.")
+@click.option("--patched", metavar="MODULE:FUNCTION", help="The function to compare it with.")
 @click.option("--model", "source", default="llada-tiny", show_default=True, help="Bundled, or DIR.")
 @click.option(
-    "--loader", metavar="MODULE:FUNCTION", help="Makes the model of DIR; it is called so."
+    "--loader",
+    metavar="MODULE:FUNCTION",
+    help="This function is called with DIR and returns the model for both functions. It has a "
+    "`device` and, where they call it, must be callable. Default: pydllm.load, made callable.",
 )
 @click.option("--prepare", metavar="MODULE:FUNCTION", help="Called with the model for --patched.")
 @click.option("--prompts", type=click.Path(path_type=Path), help="A line each: text, or JSON.")

@@ -149,6 +149,8 @@ def generate(
             results[name] = other, _decode(model, texts, other, arguments, plain)[0]
         title = Path(source or WEIGHTS).name
         write_player(model, texts, results, title, values["html"], write=first, backend=backend)
+        if first:
+            click.echo(f"written: {values['html']}", err=True)
     leave_processes()
     if first:
         shown = values["streams"]

@@ -167,7 +167,8 @@ def compare(
 
     Raises:
         ValueError: no prompts, or not two functions.
-        PydllmError: a result that is no token ids, or of another number of sequences.
+        PydllmError: a result that is no token ids, or of another number of sequences; a model
+            without a device, or one that a function calls and that cannot be called.
     """
     if len(functions) != 2 or not prompts:
         raise ValueError(
@@ -176,6 +177,10 @@ def compare(
         )
     if repeat < 1 or batch_size < 1:
         raise ValueError(f"repeat, batch_size: expected at least 1, got {repeat}, {batch_size}")
+    if not hasattr(model, "device"):
+        raise PydllmError(
+            f"--loader: expected a model with a `device`, got {type(model).__name__} without"
+        )
     sides = []
     device = torch.device(model.device)
     for index, (name, function) in enumerate(functions.items()):
@@ -216,11 +221,11 @@ class _Caller:
                 ids = torch.tensor([list(prompts[i]) for i in group], device=self.device)
                 if counting:
                     with _Forwards(model) as counter:
-                        value = self.function(model, ids, **self.settings)
+                        value = self._call(model, ids)
                     self._keep(value, counter.count, prompts, group)
                 else:
                     started = time.perf_counter()
-                    self.function(model, ids, **self.settings)
+                    self._call(model, ids)
                     if self.device.type == "cuda":
                         torch.cuda.synchronize(self.device)
                     seconds += time.perf_counter() - started
@@ -230,6 +235,17 @@ class _Caller:
                 prepared.restore()
         if not counting:
             self.seconds.append(seconds)
+
+    def _call(self, model: Any, ids: Tensor) -> Any:
+        try:
+            return self.function(model, ids, **self.settings)
+        except TypeError as error:
+            if callable(model) or f"'{type(model).__name__}' object is not" not in str(error):
+                raise
+            raise PydllmError(
+                f"{self.name}: expected a callable model from --loader, since this function calls "
+                f"it, got {type(model).__name__}, which is not"
+            ) from error
 
     def _keep(
         self,

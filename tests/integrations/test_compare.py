@@ -65,6 +65,14 @@ def load(folder):
     return load_callable(folder, "cpu")
 
 
+def plain_load(folder):
+    return pydllm.load(folder, device="cpu")
+
+
+def without_device(folder):
+    return object()
+
+
 NUMBER = 3
 '''
 
@@ -271,6 +279,19 @@ def test_the_command(file, tmp_path):
         ("{}:ours", ("--prompts", "/no/prompts"), 1, "/no/prompts: expected a text file"),
         ("{}:ours", ("--prompts", "{bad}"), 1, ":2: expected text or token ids, got '[1, 2.5]'"),
         ("{}:ours", ("--model", "/no/model"), 2, "expected --prompts with --model /no/model"),
+        (
+            "{}:published",
+            ("--loader", "{file}:plain_load"),
+            1,
+            "{}:published: expected a callable model from --loader, since this function calls it, "
+            "got NativeModel",
+        ),
+        (
+            "{}:ours",
+            ("--loader", "{file}:without_device"),
+            1,
+            "expected a model with a `device`, got",
+        ),
         ("{}:ours", ("--sweep", "static"), 2, "expected --sweep, or --original and --patched"),
     ],
 )
@@ -278,7 +299,7 @@ def test_what_goes_wrong_is_said(file, tmp_path, original, more, code, message):
     twice, bad = tmp_path / "twice.txt", tmp_path / "bad.txt"
     twice.write_text("[20, 21]\n[20, 22]\n")
     bad.write_text("[20, 21]\n[1, 2.5]\n")
-    more = [str(part).format(twice=twice, bad=bad) for part in more]
+    more = [str(part).format(twice=twice, bad=bad, file=file) for part in more]
     patched = f"{file}:Bound.wrong"
     result = _run(
         *("--original", original.format(file), "--patched", patched, "--problems", 1),
