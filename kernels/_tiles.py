@@ -185,7 +185,7 @@ WINDOW_ATTENTION = {
     (INTERPRETER, 4, 512): AttentionTile(128, 64, 4, 1),
     (80, 2, 64): AttentionTile(64, 32, 4, 3, 224),
     (80, 2, 128): AttentionTile(64, 32, 8, 3),
-    (80, 2, 256): AttentionTile(32, 32, 8, 2),
+    (80, 2, 256): AttentionTile(32, 32, 8, 2, 255),
     (80, 2, 512): AttentionTile(16, 32, 8, 1),
     (80, 4, 64): AttentionTile(32, 32, 8, 2),
     (80, 4, 128): AttentionTile(32, 16, 8, 2),
