@@ -317,7 +317,7 @@ def arguments(inputs, backend):
     names = ("q", "k", "v", "k_cache", "v_cache", "start", "length", "kv_len", "commit")
     tensors = (inputs[n] for n in (*names, "cos", "sin", "pad"))
     extra = (inputs.get(n) for n in ("q_norm", "k_norm", "block_table", "block_offset"))
-    return (*tensors, *extra, 0.125, 1, False, None, None, None, 1e-6, backend)
+    return (*tensors, *extra, 0.125, 1, False, None, None, None, 1e-6, 0, 1, backend)
 
 
 def small(form="padded", dtype=torch.float32):
