@@ -312,5 +312,5 @@ def _check_positions(model: Model, ends: Sequence[int], max_new_tokens: Any) -> 
     if most is not None and max(ends) > most:
         raise ValueError(
             f"prompts: expected at most {most} positions with "
-            f"max_new_tokens={max_new_tokens}, got {max(ends)}"
+            f"max_new_tokens={max_new_tokens}, got {max(ends)}: lower max_new_tokens"
         )

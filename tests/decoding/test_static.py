@@ -258,7 +258,7 @@ def _call(model, **changes):
             r"expected shape \(n,\), got \(1, 2\)",
         ),
         ({"max_new_tokens": 0}, ValueError, "max_new_tokens: expected an int of at least 1, got 0"),
-        ({"max_new_tokens": 127}, ValueError, "expected at most 128 positions .* got 129"),
+        ({"max_new_tokens": 127}, ValueError, "128 positions .* got 129: lower max_new_tokens"),
         (
             {"temperature": -1.0},
             ValueError,

@@ -252,6 +252,11 @@ BAD = {
     "its check": ({"settings": (("threshold", "7"),)}, ValueError, "threshold"),
     "parameter": ({"settings": (("treshold", "0.9"),)}, ValueError, "got 'treshold'"),
     "model": ({"model": "no/such/folder"}, PydllmError, "expected a directory or a hub id"),
+    "verifier": (
+        {"algorithm": "A_P-D", "settings": (), "verifier": "no/such/folder"},
+        PydllmError,
+        "no/such/folder: expected a directory or a hub id",
+    ),
     "temperature": ({"temperature": -1.0}, ValueError, "temperature: expected 0 or at least"),
     "tokens": ({"max_new_tokens": 0}, ValueError, "max_new_tokens: expected an int of at least 1"),
 }
