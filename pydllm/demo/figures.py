@@ -146,7 +146,7 @@ def accuracy(scores: list[Score], theme: Theme) -> Figure:
             seen[family(score.algorithm)] = axis.scatter(
                 score.tokens_per_forward,
                 score.exact_percent,
-                s=34,
+                s=70 if marker == "*" else 34,  # a star fills little of its size
                 color=colour,
                 marker=marker,
                 edgecolors=theme.page,
@@ -279,7 +279,8 @@ def forwards(scores: list[Score], theme: Theme) -> Figure:
             )
             dark = sum(shade[:3]) < 1.7
             ink = theme.ink if not good else "#ffffff" if dark else "#000000"
-            label = f"{fewer:.1f} x" if good else f"{fewer:.1f} x, \u2212{lost:.0f} points"
+            points = f"{lost:.0f}" if lost >= 10 else f"{lost:.1f}"
+            label = f"{fewer:.1f} x" if good else f"{fewer:.1f} x, \u2212{points} points"
             box = None if good else {"facecolor": theme.page, "edgecolor": "none", "pad": 1}
             axis.text(
                 column + 0.5,
