@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) edit_tokens_kernel(const EditT
   call.filled[sequence] = filled;
   call.edited[sequence] = edited;
   if (!takes_part) return;
-  call.nfe[sequence] = nfe + 1;
+  call.nfe[sequence] = static_cast<int32_t>(static_cast<uint32_t>(nfe) + 1u);  // may wrap
   call.post_steps[sequence] = post_steps;
   const bool spent = !call.confirm && remaining == 0 && post_steps >= call.max_post_steps;
   if (spent || (masks == 0 && edited == 0)) call.complete[sequence] = true;

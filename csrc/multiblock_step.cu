@@ -23,6 +23,11 @@ __device__ __forceinline__ bool any_of(bool value) {
   return __syncthreads_or(value) != 0;
 }
 
+// As in torch: numbers of a state may be out of range.
+__device__ __forceinline__ int wrapped(int64_t number) {
+  return static_cast<int>(static_cast<uint32_t>(number));
+}
+
 // One block per sequence. A thread has the same positions and blocks in every pass; what it learns
 // of others' comes from reductions, and from shared memory after a barrier.
 template <typename Entropy>
@@ -102,7 +107,7 @@ __global__ void __launch_bounds__(kThreads) multiblock_step_kernel(const Multibl
     if (accept) {
       id = token[static_cast<int64_t>(prompt) + j - first];
       x[j] = id;
-      step_map[j] = nfe - 1;
+      step_map[j] = wrapped(int64_t{nfe} - 1);
     }
     accepted += accept;
     any_mask |= id == call.mask_id;
@@ -110,7 +115,7 @@ __global__ void __launch_bounds__(kThreads) multiblock_step_kernel(const Multibl
       if (id == call.eos[end]) last = min(last, j);
     }
   }
-  decoded += reduce_block(accepted, 0, Sum());
+  decoded = wrapped(int64_t{decoded} + reduce_block(accepted, 0, Sum()));
   any_mask = any_of(any_mask);
   last = first_of(last);
 
@@ -176,7 +181,7 @@ __global__ void __launch_bounds__(kThreads) multiblock_step_kernel(const Multibl
     const bool fresh = some && due;
     mode = fresh ? kRefresh : grows ? kCommit : some ? kCached : kFull;
     start = fresh ? 0 : shifted ? prefix - some : prefix;
-    if (mode == kCommit || fresh) commit = upto - start;
+    if (mode == kCommit || fresh) commit = wrapped(int64_t{upto} - start);
     prefix = upto;
   }
 

@@ -68,14 +68,15 @@ __global__ void __launch_bounds__(kPoolThreads, 4)
                       int64_t branches, int rows, int experts, int block_size, int capacity) {
   __shared__ uint64_t keys[kRouteExperts];
   const int64_t window = blockIdx.x, sequence = window / branches;
-  const int start = starts[sequence];
-  const int live = lengths == nullptr ? rows : min(rows, lengths[sequence]);
-  const int number = max(start, 0) / block_size + static_cast<int>(blockIdx.y);
-  const int first = max(max(number * block_size - start, -start), 0);
-  const int last = min((number + 1) * block_size - start, live);
+  // A start may be out of range, and 32 bits too few for its negative.
+  const int64_t start = starts[sequence];
+  const int64_t live = lengths == nullptr ? rows : min(rows, lengths[sequence]);
+  const int64_t number = max(start, int64_t{0}) / block_size + blockIdx.y;
+  const int64_t first = max(max(number * block_size - start, -start), int64_t{0});
+  const int64_t last = min((number + 1) * block_size - start, live);
   for (int e = static_cast<int>(threadIdx.x); e < experts; e += kPoolThreads) {
     float best = -INFINITY;
-    for (int row = first; row < last; ++row) {
+    for (int64_t row = first; row < last; ++row) {
       const float logit = logits[(window * rows + row) * experts + e];
       best = fmaxf(best, choice_of(sigmoid(logit), bias, e));
     }
@@ -109,7 +110,7 @@ __global__ void __launch_bounds__(kWarpSize) route_select_kernel(Route call, int
   const int lane = static_cast<int>(threadIdx.x), experts = static_cast<int>(call.experts);
   const int64_t row = blockIdx.x, window = row / window_rows, sequence = window / call.branches;
   const int at = static_cast<int>(row % window_rows);
-  const int start = call.start == nullptr ? 0 : call.start[sequence];
+  const int64_t start = call.start == nullptr ? 0 : call.start[sequence];
   const int top_k = static_cast<int>(call.top_k);
   int32_t* const ids = call.ids + row * top_k;
   float* const weights = call.weights + row * top_k;
@@ -124,7 +125,7 @@ __global__ void __launch_bounds__(kWarpSize) route_select_kernel(Route call, int
   const float* const logits = call.logits + row * experts;
   const uint8_t* pool = nullptr;
   if (call.pool != nullptr) {
-    const int64_t block = (start + at) / call.block_size - max(start, 0) / call.block_size;
+    const int64_t block = (start + at) / call.block_size - max(start, int64_t{0}) / call.block_size;
     pool = call.pool + (window * call.blocks + block) * experts;
   }
   float largest = -INFINITY;

@@ -185,7 +185,8 @@ __global__ void __launch_bounds__(kMaxThreads) unmask_kernel(const Unmask call) 
   if (thread != 0) return;
   call.remaining[sequence] = remaining;
   call.accepted[sequence] = accepted;
-  if (part > 0) call.nfe[sequence] = nfe + 1;
+  // As in torch, the last number wraps; what wraps is unsigned.
+  if (part > 0) call.nfe[sequence] = static_cast<int32_t>(static_cast<uint32_t>(nfe) + 1u);
   if (finished) call.done[sequence] = true;
 }
 
