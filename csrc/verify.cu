@@ -132,9 +132,8 @@ __global__ void __launch_bounds__(kThreads)
     accepted_of[batch] = changed;
     remaining_of[batch] = masks_left;
     complete_of[batch] = static_cast<int>(max(whole - span.start, int64_t{0}));
-    if (masks_before > 0) {
-      nfe[batch] = static_cast<int32_t>(static_cast<uint32_t>(nfe[batch]) + 1u);  // may wrap
-    }
+    const uint32_t counted = masks_before > 0 ? 1u : 0u;
+    nfe[batch] = static_cast<int32_t>(static_cast<uint32_t>(nfe[batch]) + counted);  // may wrap
   }
   write_candidate(following + int64_t{blockIdx.x} * slots, x, window, token, span, slots, number);
 }

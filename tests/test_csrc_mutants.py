@@ -267,7 +267,7 @@ CASES = {
             "while (leads_on[branch] && !branch) ++branch;",
         ),
         "a mask is chosen": ("pick != mask_id && j + 1 < branches", "j + 1 < branches"),
-        "every forward counts": ("masks_before > 0", "true"),
+        "every forward counts": ("masks_before > 0 ? 1u : 0u", "1u"),
         "first candidate's statistics": ("  token += branch * rows;", ""),
         "no barrier": (
             "  __syncthreads();\n  int branch = 0;",
