@@ -193,6 +193,7 @@ def test_an_error_in_a_kernel_is_an_exception_and_the_next_launch_works(cuda_on_
             eps=0.0,
             stride_x_row=8,
             stride_residual_row=8,
+            pdl=False,
         )
     assert torch.equal(ops.rms_norm(x, x[0], 0.0, backend="cuda"), x)
 

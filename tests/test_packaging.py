@@ -213,7 +213,7 @@ def test_cuda_wheel_holds_what_was_asked_for_and_needs_nothing(built, no_torch, 
         "before = [_C.version(), _C.archs(), [name for name in dir(_C) if name[0] != '_']]\n"
         "names = 'y residual x weight dtype eps stride_x_row stride_residual_row stream'\n"
         "zeros = dict.fromkeys(names.split(), 0)\n"
-        "try:\n    _C.rms_norm(rows=1, width=1, **zeros)\n"
+        "try:\n    _C.rms_norm(rows=1, width=1, pdl=False, **zeros)\n"
         "except RuntimeError as error:\n    before.append(str(error))\n"
         "print(json.dumps(before))"
     )

@@ -311,8 +311,8 @@ def split(request, monkeypatch):
 def halved(plan):
     """The plan with the splits of a row shared by two programs, the first with one more."""
 
-    def change(*arguments):
-        made = plan(*arguments)
+    def change(*arguments, **options):
+        made = plan(*arguments, **options)
         if made.walk != "all":
             return made
         return made._replace(groups=2, walk="each" if made.splits > 2 else "one")
