@@ -13,7 +13,7 @@ __device__ __forceinline__ int count_block(int count) {
   return reduce_block(count, 0, Sum());
 }
 
-// One block a sequence. A mask's key is what it costs and then its position, so that keys differ
+// One block per sequence. A mask's key is what it costs and then its position, so that keys differ
 // and sorting them is the order of the definition, ties included.
 template <typename Score, int kRows>
 __global__ void __launch_bounds__(kMaxThreads, 1) edit_tokens_kernel(const EditTokens call) {

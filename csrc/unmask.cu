@@ -49,8 +49,8 @@ __device__ __forceinline__ int count_within(const uint64_t* order, int size, flo
   return count_block(passed);
 }
 
-// One block a sequence. A row's key is what it costs and then its position, so that keys differ and
-// sorting them is the order of the rule, ties included.
+// One block per sequence. A row's key is what it costs and then its position, so that keys differ
+// and sorting them is the order of the rule, ties included.
 template <typename Score, int kRows>
 __global__ void __launch_bounds__(kMaxThreads) unmask_kernel(const Unmask call) {
   __shared__ uint64_t order[kRows];

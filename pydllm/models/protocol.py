@@ -92,7 +92,7 @@ class Model(Protocol):
             read_only: a promise: ``commit`` is 0 everywhere.
             rows: ``(N,)`` int64, or None for all: the rows, counted through the batch, whose hidden
                 states are wanted.
-            leaves, leaf_rows: groups of rows in ``ids`` after the window's, each behind one of its
+            leaves, leaf_rows: groups of rows in ``ids`` after the window's, each after one of its
                 last rows, as in ``pydllm.ops.window_attention``; with ``attention="causal"``.
                 ``start``, ``length`` and ``commit`` are of the window without them, and an
                 ``adapter`` is that of the leaves alone.

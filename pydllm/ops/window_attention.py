@@ -162,7 +162,7 @@ def window_attention(
             counted from position ``P``, the end of the prompt, on.
         leaves: groups of rows after the trunk's in ``q``, ``k``, ``v``: ``T`` is the trunk's rows
             plus ``leaves * leaf_rows``, and ``start``, ``length``, ``commit`` are of the trunk.
-            Leaf ``t`` stands behind row ``j = length - leaves + t`` of the trunk, at the slots
+            Leaf ``t`` comes after row ``j = length - leaves + t`` of the trunk, at the slots
             after it; where ``j`` is negative it is not in use. Its rows see the cached slots
             ``[pad, start)``, rows 0 to ``j`` of the trunk and each other. They are never written;
             their slots may be past the end of the cache. ``kv_len`` means nothing. Only with
