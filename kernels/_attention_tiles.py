@@ -29,7 +29,7 @@ class Limits(NamedTuple):
 
 
 class Leaves(NamedTuple):
-    """Groups of rows, each behind a row of the trunk; they count as branches 1, 2, ..."""
+    """Groups of rows, each after a row of the trunk; they count as branches 1, 2, ..."""
 
     first_root: tl.tensor  # the trunk row that the first one is behind, below 0: not in use
     rows: tl.tensor  # of each

@@ -8,7 +8,7 @@ the drafts before it are right. Its picks are written, never the drafts, so the 
 noise of the same position, and a bad draft costs speed alone. Rows stored for wrong drafts are
 overwritten by the next round, which begins there.
 
-A round of one forward verifies the drafts and, in the same forward, drafts the next round behind
+A round of one forward verifies the drafts and, in the same forward, drafts the next round after
 each of them, for every outcome that the verification may have.
 """
 

@@ -259,9 +259,9 @@ def run_length(guess: Tensor, picks: Tensor, length: Tensor) -> Tensor:
 class OneForwardDecoder(SpeculativeDecoder):
     """Rounds of one forward: it verifies the drafts and drafts the next round for every outcome.
 
-    Behind each of the verified rows stands a leaf of masks, which see the tokens as far as that row
-    and each other. The row that turns out to be the last right one has the next drafts in its leaf.
-    The leaf's first mask stands where the verifier's own token goes and is not used.
+    Each verified row has a leaf: masks that attend to the tokens up to that row and to each other.
+    The next drafts are in the leaf of the last accepted row. The leaf's first mask is at the
+    position of the verifier's own token and is not used.
     """
 
     def parts(self, first: bool, width: int, counts: Counts | None) -> dict[str, bool]:
@@ -293,7 +293,7 @@ class OneForwardDecoder(SpeculativeDecoder):
         state.rounds += ~state.done
         commit_tokens(state, picks, final)
         if leaves:
-            leaf = final - 1 + width - window.length  # behind the last row that was right
+            leaf = final - 1 + width - window.length  # of the last accepted row
             self._next_drafts(state, hidden, width + leaf * (self.drafts + 1) + 1)
 
     def _forward(self, state: SpeculativeState, window: Window, leaves: int) -> Tensor:

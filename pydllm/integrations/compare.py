@@ -167,7 +167,7 @@ def compare(
 
     Raises:
         ValueError: no prompts, or not two functions.
-        PydllmError: a result that is no token ids, or of another number of sequences; a model
+        PydllmError: a result that is not token ids, or has another number of sequences; a model
             without a device, or one that a function calls and that cannot be called.
     """
     if len(functions) != 2 or not prompts:
