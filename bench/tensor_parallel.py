@@ -2,6 +2,7 @@
 
     python -m bench.tensor_parallel --model tiny --tp 2 --tp 4
     python -m bench.tensor_parallel --model llada-100m --tp 2 --new 32
+    python -m bench.tensor_parallel --model llada2-200m --tp 2 --tp 4 --expert-parallel
 
 Random weights of a named shape are written to a temporary checkpoint first, so that each process
 reads its part of it as it would of a real one. Peak memory is that of the process while it loads
@@ -57,14 +58,17 @@ def _peak_bytes() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
-def decode(rank: int, size: int, folder: str, source: str, dtype: str, new: int) -> None:
+def decode(
+    rank: int, size: int, folder: str, source: str, dtype: str, new: int, expert_parallel: bool
+) -> None:
     """One process's decoding; leaves what it saw in ``folder``."""
     torch.set_num_threads(1)
     if size > 1:
         store = f"file://{folder}/store-{size}"
         distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
     before = _peak_bytes()
-    model = pydllm.load(source, device="cpu", dtype=DTYPES[dtype], tp=size)
+    spread = {"tp": size, "expert_parallel": expert_parallel}
+    model = pydllm.load(source, device="cpu", dtype=DTYPES[dtype], **spread)
     parts = [part for layer in model._layers for part in (layer, layer.experts) if part is not None]
     values = [value for part in parts for value in vars(part).values()]
     tensors = [value for value in values if isinstance(value, torch.Tensor)]
@@ -99,9 +103,10 @@ def decode(rank: int, size: int, folder: str, source: str, dtype: str, new: int)
 @click.command()
 @click.option("--model", "name", default="tiny", type=click.Choice(["tiny", *CONFIGS]))
 @click.option("--tp", "sizes", multiple=True, type=int, help="Processes; repeat for several.")
+@click.option("--expert-parallel", is_flag=True, help="Spread experts whole, not their columns.")
 @click.option("--dtype", default="fp64", type=click.Choice(sorted(DTYPES)))
 @click.option("--new", default=32, show_default=True, help="Tokens to decode.")
-def main(name: str, sizes: tuple[int, ...], dtype: str, new: int) -> None:
+def main(name: str, sizes: tuple[int, ...], expert_parallel: bool, dtype: str, new: int) -> None:
     """Print what each process holds and sends; exit with 1 where the tokens differ."""
     table = Table(
         "processes", "same tokens", "forwards", "weights MB", "peak MB", "calls a forward",
@@ -113,7 +118,7 @@ def main(name: str, sizes: tuple[int, ...], dtype: str, new: int) -> None:
         source = WEIGHTS if name == "tiny" else write_checkpoint(name, folder)
         alone = None
         for size in (1, *(sizes or (2,))):
-            settings = (size, temporary, str(source), dtype, new)
+            settings = (size, temporary, str(source), dtype, new, expert_parallel)
             multiprocessing.start_processes(decode, settings, nprocs=size, start_method="spawn")
             parts = [torch.load(folder / f"{size}-{rank}.pt") for rank in range(size)]
             first = parts[0]

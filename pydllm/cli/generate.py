@@ -51,6 +51,11 @@ PATH = click.Path(path_type=Path)
 @click.option("--watch", is_flag=True, help="Show the sequences after every forward.")
 @player_options
 @DEVICE
+@click.option(
+    "--expert-parallel",
+    is_flag=True,
+    help="Spread a mixture's experts whole over the processes of torchrun.",
+)
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16", "float64"]))
 @click.option("--data", type=PATH, help="Prompts, a JSON object a line; with --out.")
 @click.option("--out", type=PATH, help="Folder of the answers to --data; a cut off job goes on.")
@@ -68,6 +73,7 @@ def generate(
     list_algorithms: bool,
     max_new_tokens: int | None,
     device: str | None,
+    expert_parallel: bool,
     dtype: str | None,
     data: Path | None,
     out: Path | None,
@@ -109,6 +115,7 @@ def generate(
             **sampling,
         }
         plan = {"engine": engine or "process", "batch_size": batch_size, "workers": workers}
+        plan["expert_parallel"] = expert_parallel
         _run_job(data, out, recipe, device, plan, as_json)
         return
     _check_display(values, as_json)
@@ -118,6 +125,7 @@ def generate(
         "dtype": None if dtype is None else getattr(torch, dtype),
         "tp": None,
     }
+    spread = options | {"expert_parallel": expert_parallel}
 
     def load_verifier() -> Any:
         return load(_verifier(verifier), **options)
@@ -129,7 +137,7 @@ def generate(
     texts = list(prompts) or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not texts:
         raise click.UsageError("expected --prompt or lines on standard input, got neither")
-    model = load(WEIGHTS if source is None else source, **options)
+    model = load(WEIGHTS if source is None else source, **spread)
     chosen, beside = fit_algorithm(chosen, settings, model), fit_beside(beside, model)
     if values["template"] is not None:
         model.chat_template = read_template(values["template"])

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pydllm import ops
@@ -21,7 +22,8 @@ class Experts:
 
     Attributes:
         router: ``(E, hidden)``, fp32 for sigmoid scores, otherwise in the model's dtype.
-        gate_up, down: ``(E, 2I, hidden)`` and ``(E, hidden, I)``; quantised both or none.
+        gate_up, down: ``(E, 2I, hidden)`` and ``(E, hidden, I)``, of the experts that are held
+            here; quantised both or none.
         router_bias: ``(E,)`` fp32.
         shared_gate_up, shared_down: ``(2S, hidden)`` and ``(hidden, S)``.
     """
@@ -43,8 +45,8 @@ class Experts:
         gate_up, down = tensors["gate_up"], tensors["down"]
         if not isinstance(gate_up, QuantizedWeight):  # which has three
             hidden = gate_up.shape[1]
-            gate_up = gate_up.view(sizes.experts, -1, hidden)
-            down = down.view(sizes.experts, hidden, -1)
+            gate_up = gate_up.view(sizes.stored, -1, hidden)
+            down = down.view(sizes.stored, hidden, -1)
         return cls(sizes, gate_up=gate_up, down=down, **own)
 
     def __call__(
@@ -87,6 +89,9 @@ class Experts:
         )
         if routed is not None:
             routed.append(routes.ids)
+        backend = window["backend"]
+        if sizes.held is not None:
+            return self._held(hidden, routes, sizes.held, backend)
         return ops.experts(
             hidden,
             self.gate_up,
@@ -94,5 +99,22 @@ class Experts:
             *routes,
             shared_gate_up=self.shared_gate_up,
             shared_down=self.shared_down,
-            backend=window["backend"],
+            backend=backend,
         )
+
+    def _held(self, hidden: Tensor, routes: ops.Routes, held: range, backend: str | None) -> Tensor:
+        """The sum over the experts that are held here, and this process's part of the shared one.
+
+        The shared expert is for every row in use, also for one whose experts are all elsewhere,
+        so it is a mixture of its own, of one expert.
+        """
+        ids, weights = routes
+        own = ops.experts(
+            hidden, self.gate_up, self.down, ids - held.start, weights, backend=backend
+        )
+        if self.shared_gate_up is None or self.shared_down is None:
+            return own
+        unused = (ids[..., :1] >= self.sizes.experts).int()  # 1 is no expert of one
+        one = torch.ones_like(weights[..., :1])
+        shared = self.shared_gate_up[None], self.shared_down[None]
+        return own + ops.experts(hidden, *shared, unused, one, backend=backend)

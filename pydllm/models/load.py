@@ -54,6 +54,7 @@ def load(
     revision: str | None = None,
     weights: str | None = None,
     tp: int | None = 1,
+    expert_parallel: bool = False,
     check: bool = False,
 ) -> NativeModel:
     """Load a diffusion language model.
@@ -90,6 +91,8 @@ def load(
             default process group, or that ``torchrun`` started, one where there are none. Each
             process reads and holds its part alone, on the CUDA device of its rank if there is one,
             and makes the same calls with the same arguments. For checkpoints only.
+        expert_parallel: each of the ``tp`` processes holds ``E / tp`` of a mixture's E experts
+            whole, instead of a part of every expert. The rest is spread as without it.
         check: compare with the module's own forward on some random tokens, ``pydllm.models.check``.
 
     Returns:
@@ -104,8 +107,8 @@ def load(
             forward is another; says by how much.
         TypeError: ``source`` or ``dtype`` is of no accepted type.
         ValueError: another device or dtype than the module's, a check of something else, a model
-            that ``tp`` processes cannot share, or an override that is impossible: an id that is not
-            in the vocabulary, a block size without blocks.
+            that ``tp`` processes cannot share, ``expert_parallel`` without experts, or an override
+            that is impossible: an id that is not in the vocabulary, a block size without blocks.
         PydllmError: there are not ``tp`` processes; says how to start them.
 
     EOS ids are those of config.json, then those of generation_config.json, then the tokenizer's. A
@@ -126,6 +129,7 @@ def load(
         )
     if tp is not None:
         check_int("tp", tp, 1)
+    check_bool("expert_parallel", expert_parallel)
     check_bool("check", check)
     if adapter is not None and not isinstance(adapter, str | os.PathLike):
         raise TypeError(f"adapter: expected a path or a hub id, got {describe(adapter)}")
@@ -135,6 +139,8 @@ def load(
     if isinstance(source, nn.Module):
         if tp not in (None, 1):
             raise ValueError(f"tp: expected 1 for a loaded module, which is whole, got {tp}")
+        if expert_parallel:
+            raise ValueError("expert_parallel: expected False for a loaded module, which is whole")
         given = {"revision": revision, "adapter": adapter, "weights": weights}
         for name, value in given.items():
             if value is not None:
@@ -157,7 +163,8 @@ def load(
             raise ValueError(f"adapter: expected None for {folder}, which is one, got {adapter}")
         folder, adapter = find_folder(*base_of(folder)), folder
     own = None if adapter is None else find_folder(adapter)
-    return _load_folder(folder, device, dtype, processes, overrides, own, weights)
+    spread = processes, expert_parallel
+    return _load_folder(folder, device, dtype, spread, overrides, own, weights)
 
 
 def bundled(source: str | os.PathLike[str]) -> Path | None:
@@ -209,7 +216,7 @@ def _load_folder(
     folder: Path,
     device: torch.device,
     dtype: torch.dtype | None,
-    processes: int,
+    spread: tuple[int, bool],
     overrides: Overrides,
     adapter: Path | None,
     kind: str | None,
@@ -218,6 +225,9 @@ def _load_folder(
     check_scheme(config)
     family = find_family(config, quantized=True)
     sizes = family.sizes(config, family)
+    processes, expert_parallel = spread
+    if expert_parallel and sizes.moe is None:
+        raise ValueError("expert_parallel: expected a mixture of experts, got a dense model")
     tokenizer = read_tokenizer(folder)
     named = {} if tokenizer is None else special_tokens(folder)
     spec = make_spec(
@@ -240,22 +250,23 @@ def _load_folder(
         dtype = _stored_dtype(config, shards.found[embedding])
         if device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
             dtype = torch.float32
+    shapes = {name: shape for slot in wanted for name, shape in slot.sources}
+    partition = None
     if processes > 1:
         rank = torch.distributed.get_rank()
         if device == torch.device("cuda"):
             device = torch.device("cuda", rank % torch.cuda.device_count())
-        partition = Partition(rank, processes, sizes, spec.vocab_size)
-    else:
-        partition = None
+        partition = Partition(rank, processes, sizes, spec.vocab_size, expert_parallel)
+        wanted = [partition.own(slot) for slot in wanted]
     draft = None if family.draft_adapter is None else folder / family.draft_adapter
     if adapter is not None and draft is not None and adapter.name == draft.name:
         adapter, draft = None, adapter
-    shapes = {name: shape for slot in wanted for name, shape in slot.sources}
     updates = None if adapter is None else read_adapter(adapter, shapes)
     beside = {}
     if draft is not None and draft.is_dir():
         beside = kept_beside(read_adapter(draft, shapes), wanted, device, dtype, partition)
-    experts = None if sizes.moe is None else sizes.moe.experts
+    moe = sizes.moe if partition is None else partition.local.moe
+    experts = None if moe is None else moe.stored
     small = load_quantized(shards, wanted, scales, kind, device, partition, updates, experts)
     wanted = [slot for slot in wanted if slot.name not in small]
     tensors = shards.load(wanted, device, dtype, partition, updates)

@@ -26,6 +26,7 @@ class MoeSizes:
         shared: inner columns of the shared expert; 0: there is none.
         sparse: for each layer, whether it has experts instead of one MLP.
         score, renormalize, scale, groups, topk_groups, capacity, block_size: as in ``ops.route``.
+        held: the experts whose weights this process has (expert parallel); None: all of them.
     """
 
     experts: int
@@ -40,6 +41,12 @@ class MoeSizes:
     topk_groups: int = 1
     capacity: int | None = None
     block_size: int | None = None
+    held: range | None = None
+
+    @property
+    def stored(self) -> int:
+        """How many experts' weights this process has."""
+        return self.experts if self.held is None else len(self.held)
 
     @property
     def sigmoid(self) -> bool:

@@ -1,8 +1,9 @@
-"""Which part of every weight one of N processes holds (tensor parallel).
+"""Which part of every weight one of N processes holds (tensor and expert parallel).
 
 Attention is spread over its heads, MLP and experts over their inner columns, embedding and LM head
-over the vocabulary. The matrices that lead back to the hidden states (attention output, MLP down)
-hold columns, so that each process has a term of a sum.
+over the vocabulary. With expert parallelism a process holds some experts whole instead. The
+matrices that lead back to the hidden states (attention output, MLP down) hold columns, so that each
+process has a term of a sum.
 """
 
 from __future__ import annotations
@@ -23,12 +24,18 @@ class Partition:
     Where there are more processes than heads, several compute the same head and each takes its
     share of the head's values to the output; where there are more than K/V heads, several store
     the same.
+
+    Attributes:
+        expert_parallel: whether a process holds ``E / size`` experts whole, instead of a part of
+            each; the shared expert and dense layers are spread over their inner columns all the
+            same.
     """
 
     rank: int
     size: int
     sizes: Sizes
     vocab: int
+    expert_parallel: bool = False
 
     def __post_init__(self) -> None:
         sizes, size = self.sizes, self.size
@@ -43,6 +50,11 @@ class Partition:
             raise ValueError(
                 f"tp: expected a divisor or a multiple of the {sizes.kv_heads} key-value heads, "
                 f"got {size}"
+            )
+        if self.expert_parallel and sizes.moe is not None and sizes.moe.experts % size:
+            raise ValueError(
+                f"expert_parallel: expected a divisor of the {sizes.moe.experts} experts, "
+                f"got {size} processes"
             )
         for name, columns in self._inner():
             if columns % size:
@@ -60,11 +72,19 @@ class Partition:
         moe = self.sizes.moe
         dense = moe is None or not all(moe.sparse)
         inner = [("MLP", self.sizes.intermediate)] if dense else []
-        return (
-            inner
-            if moe is None
-            else [*inner, ("experts", moe.width), ("shared expert", moe.shared)]
-        )
+        if moe is not None:
+            inner.append(("shared expert", moe.shared))
+            if not self.expert_parallel:
+                inner.append(("experts", moe.width))
+        return inner
+
+    @property
+    def held(self) -> range | None:
+        """The experts that this process holds; None: a part of each, or there are none."""
+        if not self.expert_parallel or self.sizes.moe is None:
+            return None
+        share = self.sizes.moe.experts // self.size
+        return range(self.rank * share, (self.rank + 1) * share)
 
     @property
     def local(self) -> Sizes:
@@ -72,7 +92,8 @@ class Partition:
         sizes = self.sizes
         rows, moe = self.vocab_rows, sizes.moe
         if moe is not None:
-            moe = replace(moe, width=moe.width // self.size, shared=moe.shared // self.size)
+            width = moe.width if self.expert_parallel else moe.width // self.size
+            moe = replace(moe, width=width, shared=moe.shared // self.size, held=self.held)
         return replace(
             sizes,
             moe=moe,
@@ -101,10 +122,23 @@ class Partition:
         first = self.rank * share % whole
         return slice(first, first + share)
 
+    def own(self, slot: Slot) -> Slot:
+        """The slot without the sources of experts that other processes hold."""
+        held, moe = self.held, self.sizes.moe
+        if held is None or moe is None or not slot.of_experts:
+            return slot
+        each = len(slot.sources) // moe.experts
+        return replace(slot, sources=slot.sources[held.start * each : held.stop * each])
+
     def index(self, slot: Slot) -> tuple[Index, ...] | None:
-        """What to take of each of a slot's sources; None: another process adds this bias."""
+        """What to take of each of a slot's sources; None: another process adds this bias.
+
+        The slot is one that ``own`` returned.
+        """
         name = slot.name.rpartition(".")[2]
         shapes = [shape for _, shape in slot.sources]
+        if self.expert_parallel and slot.of_experts:
+            return slot.index
         if name in ("out_bias", "down_bias"):
             return tuple(_all(shape) for shape in shapes) if self.rank == 0 else None
         if name in ("out", "down", "shared_down"):

@@ -86,8 +86,8 @@ def load_quantized(
 ) -> dict[str, QuantizedWeight]:
     """The linear layers with 8-bit weights: those that are stored so, and with ``kind`` all.
 
-    One layer at a time: nothing else of the model is in memory twice. Of ``experts``, which a slot
-    has one after the other, each is a matrix of its own: ``(experts, N, K)``.
+    One layer at a time: nothing else of the model is in memory twice. Each of the ``experts`` that
+    a slot has one after the other is a matrix of its own: ``(experts, N, K)``.
     """
     loaded = {}
     for slot in wanted:
@@ -95,20 +95,16 @@ def load_quantized(
         if stored:
             _check_stored(slot, stored, updates)
             small = _read(shards, slot, scales, device, partition)
-            loaded[slot.name] = _each_expert(small, experts) if _has_experts(slot) else small
+            loaded[slot.name] = _each_expert(small, experts) if slot.of_experts else small
         elif kind is not None and slot.name.rpartition(".")[2] in _LINEAR:
             whole = shards.load([slot], device, torch.float32, partition, updates)[slot.name]
-            if _has_experts(slot) and experts is not None:
+            if slot.of_experts and experts is not None:
                 whole = whole.view(experts, -1, whole.shape[1])
             try:
                 loaded[slot.name] = quantize(whole, kind)
             except ValueError as error:
                 raise CheckpointError(f"{slot.sources[0][0]}: {error}") from error
     return loaded
-
-
-def _has_experts(slot: Slot) -> bool:
-    return ".mlp.experts." in slot.sources[0][0]
 
 
 def _each_expert(stacked: QuantizedWeight, experts: int | None) -> QuantizedWeight:

@@ -57,6 +57,11 @@ class Slot:
         return torch.promote_types(model, torch.float32) if self.wide else model
 
     @property
+    def of_experts(self) -> bool:
+        """Whether the sources are those of one expert after the other."""
+        return ".mlp.experts." in self.sources[0][0]
+
+    @property
     def index(self) -> tuple[Index, ...]:
         """What to take of each source: all of it."""
         return tuple((slice(None),) * len(shape) for _, shape in self.sources)

@@ -128,7 +128,7 @@ def job() -> dict[str, Any]:
     data.write_text('{"prompt": "tom has 3"}\n')
     recipe = Recipe("llada-tiny", "static", (), "verifier-tiny", 4, 0.0, 0, None, None)
     usual = {"data": data, "out": folder / "out", "recipe": recipe, "engine": "process"}
-    return usual | {"batch_size": 2, "device": "cpu"}
+    return usual | {"batch_size": 2, "device": "cpu", "expert_parallel": False}
 
 
 def recipe() -> dict[str, Any]:
@@ -279,6 +279,7 @@ CASES = (
             "revision": None,
             "weights": "int8",
             "tp": 1,
+            "expert_parallel": False,
             "check": False,
         },
         "device dtype attention mask_id eos_ids shift_logits weights tp",

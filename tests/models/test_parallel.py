@@ -203,6 +203,7 @@ def test_torchrun_generates_once(tmp_path):
     """Two processes, one answer, that of one process."""
     prompt = held_out_problems(1)[0].prompt
     generate = ["pydllm", "generate", "--prompt", prompt, "--device", "cpu", "--dtype", "float64"]
+    generate += ["--model", "llada2-tiny", "--expert-parallel"]
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     outputs = []
     for command in (generate, [*launcher, *generate]):
@@ -224,6 +225,7 @@ def test_torchrun_runs_a_job(tmp_path):
     for out, start in (("one", []), ("two", launcher), ("two", launcher)):
         job = ["pydllm", "generate", "--data", str(data), "--out", str(tmp_path / out), "--json"]
         job += ["--batch-size", "1", "--max-new-tokens", "16", "--device", "cpu"]
+        job += ["--model", "llada2-tiny", "--expert-parallel"]
         done = subprocess.run(
             [sys.executable, "-m", *start, *job, "--dtype", "float64"],
             capture_output=True,

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydllm._backend.errors import PydllmError
 from pydllm._backend.signatures import check_called
-from pydllm._checks import check_choice, check_int, check_usable, describe
+from pydllm._checks import check_bool, check_choice, check_int, check_usable, describe
 from pydllm.integrations.jobs.job import Job, Row, Summary, claim
 from pydllm.integrations.jobs.worker import Recipe, Worker
 from pydllm.models.parallel import wait_for_all_processes
@@ -27,6 +27,7 @@ def run_job(
     batch_size: int = 16,
     workers: int | None = None,
     device: str | None = None,
+    expert_parallel: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Summary:
     """Answer the prompts of a file; run again, it goes on where it was cut off.
@@ -41,6 +42,8 @@ def run_job(
             prompts: those that wait take the slots of finished ones.
         workers: actors; default: as many as Ray has GPUs, or else CPUs.
         device: of each worker; default: the GPU if there is one.
+        expert_parallel: how the model is spread where processes share it, see ``pydllm.load``; not
+            with Ray, whose actors each hold all of it.
         progress: called with the rows done so far and those that failed of them.
 
     Returns:
@@ -62,6 +65,9 @@ def run_job(
         raise ValueError(f"workers: expected None, or at least 1 with Ray, got {workers!r}")
     if device is not None:
         check_usable("device", device)
+    check_bool("expert_parallel", expert_parallel)
+    if expert_parallel and engine == "ray":
+        raise ValueError("expert_parallel: expected False with Ray, whose actors share no model")
     recipe.check()
     job = Job(data, out, recipe.as_json())
     done, failed = job.resumed + len(job.unreadable), len(job.unreadable)
@@ -69,7 +75,8 @@ def run_job(
         run = _on_ray(job, recipe, batch_size, workers, device)
     else:
         batches = job.batches(CALL * batch_size)
-        worker = Worker(recipe, job.parts, batch_size, device) if batches else None
+        spread = device, expert_parallel
+        worker = Worker(recipe, job.parts, batch_size, *spread) if batches else None
         job.claim()  # what the model or the algorithm refuses has left no trace
         run = (worker(batch) for batch in batches if worker is not None)
     for rows, errors in run:

@@ -133,12 +133,17 @@ class Worker:
     """
 
     def __init__(
-        self, recipe: Recipe, parts: Path, max_batch: int, device: str | None = None
+        self,
+        recipe: Recipe,
+        parts: Path,
+        max_batch: int,
+        device: str | None = None,
+        expert_parallel: bool = False,
     ) -> None:
         options: dict[str, Any] = {"device": device, "tp": None}
         options["dtype"] = None if recipe.dtype is None else getattr(torch, recipe.dtype)
         self.recipe, self.parts, self.max_batch = recipe, parts, max_batch
-        self.model = load(recipe.model, **options)
+        self.model = load(recipe.model, expert_parallel=expert_parallel, **options)
         settings = dict(recipe.settings)
         algorithm = make_algorithm(
             recipe.algorithm, settings, lambda: load(recipe.verifier, **options)
