@@ -15,7 +15,7 @@ from pydllm import ops, reference
 VOCAB = 262144
 SHAPES = {
     f"{batch}x{rows}": {"batch": batch, "rows": rows}
-    for batch, rows in ((1, 32), (1, 256), (32, 256), (8, 4096))
+    for batch, rows in ((1, 32), (1, 256), (32, 256), (8, 2048))
 }
 
 
@@ -63,6 +63,6 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
     """Every tile, and a canvas shorter than a block."""
     from pydllm.kernels import renoise as kernel
 
-    for rows in (20, 128, 1024, 4096):
+    for rows in (20, 128, 1024, 2048):
         inputs = make(torch.float32, "meta", batch=4, rows=rows)
         yield str(rows), lambda inputs=inputs: kernel.renoise(**inputs)

@@ -23,7 +23,7 @@ RULES = ("quota", "left_to_right", "random", *NUMBERS)
 SHAPES = {
     f"{rule}-{batch}x{rows}": {"rule": rule, "batch": batch, "rows": rows}
     for rule in RULES
-    for batch, rows in ((1, 32), (32, 32), (32, 256), (8, 4096))
+    for batch, rows in ((1, 32), (32, 32), (32, 256), (8, 2048))
 }
 
 
@@ -94,7 +94,7 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
     from pydllm.kernels import unmask as kernel
 
     for rule in ("quota", "left_to_right", "threshold"):
-        for rows in (20, 4096):
+        for rows in (20, 2048):
             inputs = make(torch.float32, "meta", rule=rule, batch=4, rows=rows)
             arguments = _positional(inputs)[:-5]
             done, eos = inputs["nfe"].bool(), inputs["x"][0, :3]
@@ -104,7 +104,7 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
                 lambda arguments=(*arguments, *ending): kernel.unmask(*arguments),
             )
 
-    for rows in (20, 128, 1024, 4096):
+    for rows in (20, 128, 1024, 2048):
         for rule in RULES:
             inputs = make(torch.float32, "meta", rule=rule, batch=4, rows=rows)
             arguments = _positional(inputs)
