@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -12,6 +13,9 @@ from pathlib import Path
 
 import pytest
 import triton
+
+from pydllm import ops
+from pydllm._backend.library import Op
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -92,6 +96,19 @@ def test_elsewhere_nothing_of_it_is_there(compiled):
     for row in rows:
         assert not row["option"], row
         assert row["waits"] == row["starts_next"] == row["prefetches"] == 0, row
+
+
+def test_ops_name_the_backends_whose_launcher_takes_it():
+    modules = [module for name, module in sys.modules.items() if name.startswith(ops.__name__)]
+    found = [value for module in modules for value in vars(module).values()]
+    declared = {op.name: op for op in found if isinstance(op, Op)}
+    assert len(declared) > 20
+    for op in declared.values():
+        for backend in ("triton", "cuda"):
+            op._load(backend)
+            kernel = getattr(op, backend)
+            takes = kernel is not None and "pdl" in inspect.signature(kernel.launch).parameters
+            assert takes == (backend in op.pdl), (op.name, backend)
 
 
 @pytest.mark.parametrize("value", ["0", "1"])

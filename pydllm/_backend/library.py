@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -45,6 +44,7 @@ class Op:
         file: the kernels' file; the op's name by default.
         supports: the name of ``supports`` in that file.
         opaque: torch runs as one op, too: under ``torch.compile`` it would be hundreds of nodes.
+        pdl: backends whose launcher takes ``pdl``, programmatic dependent launch.
     """
 
     # Set by _load. Attributes, not a dictionary: the compiler looks at them after the load.
@@ -60,9 +60,10 @@ class Op:
         file: str | None = None,
         supports: str = "supports",
         opaque: bool = False,
+        pdl: tuple[str, ...] = (),
     ) -> None:
         self.name = name = schema.partition("(")[0]
-        self._reference, self._opaque = reference, opaque
+        self._reference, self._opaque, self.pdl = reference, opaque, pdl
         loaded = set()
 
         @constant_result  # the compiler runs it instead of tracing an import
@@ -73,7 +74,7 @@ class Op:
             module = importlib.import_module(room)
             if hasattr(module, name):
                 launch = getattr(module, name)
-                if env.PDL and "pdl" in inspect.signature(launch).parameters:
+                if env.PDL and backend in pdl:
                     launch = partial(launch, pdl=True)
                 setattr(self, backend, Kernel(getattr(module, supports), launch))
             loaded.add(backend)

@@ -266,7 +266,11 @@ _OPTIONS = (
 )
 _STATS = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 _HEAD_STATS = Op(
-    f"head_stats({_OPTIONS}, str backend) -> {_STATS}", _fake, reference.head_stats, opaque=True
+    f"head_stats({_OPTIONS}, str backend) -> {_STATS}",
+    _fake,
+    reference.head_stats,
+    opaque=True,
+    pdl=("triton",),
 )
 _PARTIAL = Op(
     f"head_stats_partial({_OPTIONS}, int vocab_offset, str backend) -> (Tensor, Tensor)",
@@ -274,6 +278,7 @@ _PARTIAL = Op(
     reference.head_stats_partial,
     file="head_stats",
     opaque=True,
+    pdl=("triton",),
 )
 _MERGE = Op(
     f"merge_stats(Tensor values, Tensor ids, str backend) -> {_STATS}",
@@ -282,4 +287,5 @@ _MERGE = Op(
     file="head_stats",
     supports="merge_supports",
     opaque=True,
+    pdl=("triton",),
 )

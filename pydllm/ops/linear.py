@@ -190,4 +190,5 @@ _OP = Op(
     "linear(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, str backend) -> Tensor",
     _fake,
     reference.linear,
+    pdl=("triton", "cuda"),
 )

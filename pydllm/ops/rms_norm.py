@@ -76,4 +76,5 @@ OP = Op(
     "rms_norm(Tensor x, Tensor weight, float eps, Tensor(a!)? residual, str backend) -> Tensor",
     _fake,
     reference.rms_norm,
+    pdl=("triton", "cuda"),
 )

@@ -51,4 +51,9 @@ def _fake(gate_up: Tensor, backend: str) -> Tensor:
     return gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
 
 
-OP = Op("swiglu(Tensor gate_up, str backend) -> Tensor", _fake, reference.swiglu)
+OP = Op(
+    "swiglu(Tensor gate_up, str backend) -> Tensor",
+    _fake,
+    reference.swiglu,
+    pdl=("triton", "cuda"),
+)

@@ -416,4 +416,5 @@ _OP = Op(
     "float eps, int leaves, int leaf_rows, str backend) -> Tensor",
     _fake,
     reference.window_attention,
+    pdl=("triton", "cuda"),
 )
