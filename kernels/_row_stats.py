@@ -86,8 +86,9 @@ def tile_statistics(
     if SAMPLED:
         counter_ptrs = counter_ptr + offs_r * stride_counter_row
         position = tl.load(counter_ptrs, mask=mask_r, other=0)
-        request = tl.load(counter_ptrs + stride_counter_word, mask=mask_r, other=0)
-        draw = tl.load(counter_ptrs + 2 * stride_counter_word, mask=mask_r, other=0)
+        counter_ptrs += stride_counter_word
+        request = tl.load(counter_ptrs, mask=mask_r, other=0)
+        draw = tl.load(counter_ptrs + stride_counter_word, mask=mask_r, other=0)
         quads = first // 4 + tl.arange(0, BLOCK_V // 4)[None, :]
         noise = quad_gumbel(
             quads, position[:, None], request[:, None], draw[:, None], seed_lo, seed_hi

@@ -86,7 +86,7 @@ def _edit_block_repeats_kernel(
     before = tl.load(x_ptr + offs_b * stride_x_row + start + offs_t, mask=inside, other=0)
     found = tl.zeros((BLOCK_B, 1, 1), tl.int32)
     for first in range(0, tl.max(count), BLOCK_U):
-        offs_u = first + tl.arange(0, BLOCK_U)[None, :, None]
+        offs_u = first + tl.arange(0, BLOCK_U).to(tl.int64)[None, :, None]
         used = inside & (offs_u < count)
         # [BLOCK_B, BLOCK_U, BLOCK_T]
         entry_ptr = seen_ptr + offs_b * stride_seen_block + offs_u * rows + offs_t
@@ -172,7 +172,8 @@ def _edit_block_candidates_kernel(
         if most > 0:
             allowed = there & (keeps_mask | (ids != mask_id))
             for u in range(0, most):
-                past = tl.load(written_ptrs + u * rows, mask=own & (u < tried), other=-1)
+                past_ptrs = written_ptrs + tl.cast(u, tl.int64) * rows
+                past = tl.load(past_ptrs, mask=own & (u < tried), other=-1)
                 allowed = allowed & (ids != past)
             best, best_id = _largest(value, ids, allowed)
             unwritten, new_token = _better(unwritten, new_token, best, best_id)
@@ -253,7 +254,8 @@ def _edit_block_kernel(
     old = masked & original
 
     # Merge the splits; the three special ids are candidates of their own.
-    logits_row = logits_ptr + offs_b * stride_logits_block + offs_t * stride_logits_row
+    logits_row = logits_ptr + offs_b * stride_logits_block
+    logits_row += offs_t.to(tl.int64) * stride_logits_row
     mask_value = _number(tl.load(logits_row + mask_id, mask=own, other=0.0).to(tl.float32))
     delete_value = _number(tl.load(logits_row + delete_id, mask=own, other=0.0).to(tl.float32))
     split_value = _number(tl.load(logits_row + split_id, mask=own, other=0.0).to(tl.float32))

@@ -129,8 +129,9 @@ def _mixture_accept_tile_kernel(
             if SAMPLED:
                 counter_ptr += row * stride_counter_row
                 position = tl.load(counter_ptr)
-                request = tl.load(counter_ptr + stride_counter_word)
-                draw = tl.load(counter_ptr + 2 * stride_counter_word)
+                counter_ptr += stride_counter_word
+                request = tl.load(counter_ptr)
+                draw = tl.load(counter_ptr + stride_counter_word)
                 quads = tile * (BLOCK_V // 4) + tl.arange(0, BLOCK_V // 4)
                 noise = quad_gumbel(quads, position, request, draw, seed_lo, seed_hi)
                 if HAS_TEMPERATURES:

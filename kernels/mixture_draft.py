@@ -186,9 +186,11 @@ def _mixture_draft_kernel(
     score = tl.full((), float("-inf"), tl.float32)
     token = tl.full((), 0, tl.int32)
     size = tl.full((), 0, tl.int32)
-    position = tl.load(counter_ptr + row * stride_counter_row)
-    request = tl.load(counter_ptr + row * stride_counter_row + stride_counter_word)
-    draw = tl.load(counter_ptr + row * stride_counter_row + 2 * stride_counter_word)
+    counter_ptr += row * stride_counter_row
+    position = tl.load(counter_ptr)
+    counter_ptr += stride_counter_word
+    request = tl.load(counter_ptr)
+    draw = tl.load(counter_ptr + stride_counter_word)
     if filtered & (found <= SCRATCH):
         limit = total * top_p
         threshold = _nucleus_cut(

@@ -85,6 +85,9 @@ def _multiblock_step_kernel(
     BLOCK_N: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
+    # A row of the state is up to ten strides away.
+    stride_numbers_row = tl.cast(stride_numbers_row, tl.int64)
+    stride_blocks_plane = tl.cast(stride_blocks_plane, tl.int64)
     numbers_ptr += row
     mode = tl.load(numbers_ptr + 4 * stride_numbers_row)
     if mode == _FINISHED:

@@ -51,7 +51,7 @@ def _route_logits_kernel(
         )
         # [BLOCK_H, BLOCK_E]
         router = tl.load(
-            router_ptr + offs_e[None, :] * width + (offs_h + first)[:, None],
+            router_ptr + offs_e.to(tl.int64)[None, :] * width + (offs_h + first)[:, None],
             mask=mask_e[None, :] & mask_h[:, None],
             other=0.0,
         )
@@ -270,7 +270,8 @@ def supports(
     """None if the kernel can run this call, otherwise why not."""
     if hidden.dtype not in _DTYPES:
         return f"the kernel takes fp32, fp16 and bf16, got {hidden.dtype}"
-    for name, tensor in {"hidden": hidden, "router": router, "bias": bias}.items():
+    named = {"hidden": hidden, "router": router, "bias": bias, "length": length, "start": start}
+    for name, tensor in named.items():
         if tensor is not None and not tensor.is_contiguous():
             return f"{name} must be contiguous, got strides {tensor.stride()}"
     experts = router.shape[0]

@@ -6,7 +6,6 @@ of its own, because a wrong read may end it. ``linear``, ``rms_norm`` and ``swig
 that says where.
 """
 
-import os
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,6 +14,7 @@ import torch
 
 from pydllm import ops
 from pydllm.ops.multiblock_step import ROWS
+from tests.isolation import outcome
 
 INT32 = torch.int32
 VALUES = (-(2**31), -1000, -1, 0, 1, 3, 1000, 2**31 - 1)
@@ -355,17 +355,6 @@ RUNS = [
     for case in CASES
     for backend in case.backends
 ]
-
-
-def outcome(run):
-    """How ``run`` ends in a process of its own: 0, 1 for an error, or minus a signal."""
-    child = os.fork()
-    if child == 0:
-        try:
-            os._exit(run())
-        finally:
-            os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 @pytest.mark.parametrize("case, backend", RUNS)

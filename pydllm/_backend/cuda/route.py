@@ -31,7 +31,8 @@ def supports(
     """None if the kernel can run this call, otherwise why not."""
     if hidden.dtype not in DTYPES:
         return f"the kernel takes fp32, fp16 and bf16, got {hidden.dtype}"
-    for name, tensor in {"hidden": hidden, "router": router, "bias": bias}.items():
+    named = {"hidden": hidden, "router": router, "bias": bias, "length": length, "start": start}
+    for name, tensor in named.items():
         if tensor is not None and not tensor.is_contiguous():
             return f"{name} must be contiguous, got strides {tensor.stride()}"
     if router.shape[0] > MAX_EXPERTS:
