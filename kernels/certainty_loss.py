@@ -16,9 +16,14 @@ _NO_ID = tl.constexpr(2**31 - 1)
 
 @triton.jit
 def _below(x, best):
-    """``x - best``, finite where either is -inf; a NaN comes through."""
-    shift = x - tl.where(best == float("-inf"), 0.0, best)
-    return tl.where(shift < _NEGLIGIBLE, _NEGLIGIBLE, shift)
+    """``x - best``, -inf where ``x`` is."""
+    return x - tl.where(best == float("-inf"), 0.0, best)
+
+
+@triton.jit
+def _finite(exponent):
+    """The exponent of a term, finite where the term is 0; a NaN comes through."""
+    return tl.where(exponent < _NEGLIGIBLE, _NEGLIGIBLE, exponent)
 
 
 @triton.jit
@@ -57,10 +62,10 @@ def _certainty_loss_forward_kernel(
         new_best = tl.maximum(best, tile_best)
         # Sums so far are relative to the old maximum.
         drop = _below(best, new_best)
-        drop_tempered = drop * inverse_temperature
+        drop_tempered = _finite(drop * inverse_temperature)
         scale = tl.exp(drop_tempered)
         shift = _below(x, new_best)
-        tempered = shift * inverse_temperature
+        tempered = _finite(shift * inverse_temperature)
         terms = tl.exp(tempered)
         mass = mass * tl.exp(drop) + tl.sum(tl.exp(shift), 0)
         weighted = scale * (weighted + drop_tempered * mass_tempered) + tl.sum(terms * tempered, 0)
@@ -115,8 +120,7 @@ def _certainty_loss_backward_kernel(
     prob = tl.exp(shift - tl.load(log_sum_ptr + row))
     slope = tl.load(grad_cross_entropy_ptr + row) * (prob - (offs_v == target).to(tl.float32))
     if tl.load(correct_ptr + row) != 0:
-        log_q = shift * inverse_temperature - tl.load(log_sum_tempered_ptr + row)
-        log_q = tl.where(log_q < _NEGLIGIBLE, _NEGLIGIBLE, log_q)
+        log_q = _finite(shift * inverse_temperature - tl.load(log_sum_tempered_ptr + row))
         weight = tl.load(grad_entropy_ptr + row) * inverse_temperature
         slope -= weight * tl.exp(log_q) * (log_q + tl.load(entropy_ptr + row))
     tl.store(grad_ptr + row * vocab + offs_v, slope.to(grad_ptr.dtype.element_ty), mask=mask_v)

@@ -49,7 +49,7 @@ def linear_certainty_loss(
         weight: ``(V, D)`` of the head; cast to the dtype of ``hidden`` where it has another.
         target: ``(R,)`` int64, ids in [0, V).
         bias: ``(V,)`` or None.
-        temperature: of the entropy, above 0.
+        temperature: of the entropy, in [1e-6, 1e18].
         chunk: rows of a chunk; None: as many as 64 Mi logits hold.
         backend: as in ``pydllm.ops``.
 

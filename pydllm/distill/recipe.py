@@ -65,7 +65,7 @@ class Recipe:
                 lambda v: len(v) == 2 and 0 <= v[0] <= v[1] <= 1,
             ),
             "entropy_weight": ("a number of at least 0", lambda v: 0 <= v < math.inf),
-            "entropy_temperature": ("a number above 0", lambda v: 0 < v < math.inf),
+            "entropy_temperature": ("a number in [1e-6, 1e18]", lambda v: 1e-6 <= v <= 1e18),
             "learning_rate": ("a number above 0", lambda v: 0 < v < math.inf),
             "schedule": ("constant or cosine", lambda v: v in ("constant", "cosine")),
             "warmup": ("a number in [0, 1)", lambda v: 0 <= v < 1),

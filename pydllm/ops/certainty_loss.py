@@ -10,6 +10,7 @@ from torch import Tensor
 from pydllm import reference
 from pydllm._backend.library import Op
 from pydllm._checks import FLOATS, check_number, check_tensor
+from pydllm.ops.vocab_stats import MAX_TEMPERATURE, MIN_TEMPERATURE
 
 
 def certainty_loss(
@@ -29,7 +30,7 @@ def certainty_loss(
     Args:
         logits: ``(R, V)`` fp32, fp16, bf16 or (torch backend) fp64; may require a gradient.
         target: ``(R,)`` int64, ids in [0, V). The cross-entropy of any other id is NaN.
-        temperature: of the entropy, above 0.
+        temperature: of the entropy, in [1e-6, 1e18].
         backend: None (``PYDLLM_BACKEND``), ``"auto"``, ``"triton"`` or ``"torch"``.
 
     Returns:
@@ -42,7 +43,7 @@ def certainty_loss(
         correct.sum()``.
 
     Raises:
-        ValueError: shapes or devices differ, no vocabulary, a temperature not above 0.
+        ValueError: shapes or devices differ, no vocabulary, a temperature out of its range.
         TypeError: a dtype that is not supported.
         BackendError: the named backend cannot run the call.
 
@@ -59,7 +60,7 @@ def certainty_loss(
     if logits.shape[1] == 0:
         raise ValueError("logits: expected a vocabulary of at least 1 id, got none")
     check_tensor("target", target, logits.shape[:1], torch.int64, logits, "logits")
-    check_number("temperature", temperature, 0, above=True)
+    check_number("temperature", temperature, MIN_TEMPERATURE, MAX_TEMPERATURE)
     chosen = _FORWARD.choose(logits, target, float(temperature), backend=backend)
     return _CertaintyLoss.apply(logits, target, float(temperature), chosen)
 
