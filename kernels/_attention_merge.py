@@ -60,7 +60,7 @@ def merge(
     head_dim = out.shape[-1]
     rows = out.numel() // head_dim
     block_m, num_warps = _tiles.ATTENTION_MERGE
-    _window_attention_merge_kernel[(triton.cdiv(rows, block_m),)](
+    _window_attention_merge_kernel[(_tiles.cdiv(rows, block_m),)](
         out_ptr=out,
         values_ptr=values,
         state_ptr=state,
@@ -68,7 +68,7 @@ def merge(
         splits=values.shape[0],
         HEAD_DIM=head_dim,
         BLOCK_M=block_m,
-        BLOCK_D=max(triton.next_power_of_2(head_dim), 32),
+        BLOCK_D=max(_tiles.next_power_of_2(head_dim), 32),
         num_warps=num_warps,
         **_tiles.pdl(out.device, pdl),
     )

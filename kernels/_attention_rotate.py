@@ -128,9 +128,9 @@ def rotate_and_commit(
     batch, rows, kv_heads, head_dim = k.shape
     window = rows // branches
     size, num_warps = _tiles.ATTENTION_ROTATE if out is not None else _tiles.COMMIT_BRANCH
-    block_d = max(triton.next_power_of_2(head_dim), 32)
+    block_d = max(_tiles.next_power_of_2(head_dim), 32)
     block_rows = max(size // (block_d * k.itemsize), 1)
-    _window_attention_rotate_kernel[(triton.cdiv(window, block_rows), kv_heads, batch)](
+    _window_attention_rotate_kernel[(_tiles.cdiv(window, block_rows), kv_heads, batch)](
         out_ptr=out,
         k_ptr=k,
         v_ptr=v,

@@ -33,9 +33,10 @@ def cache_arguments(
 
 def alignment(*tensors: torch.Tensor) -> int:
     """Bytes, at most 16, that every head begins at a multiple of."""
-    aligned = all(
-        tensor.data_ptr() % 16 == 0
-        and all(stride * tensor.itemsize % 16 == 0 for stride in tensor.stride()[:-1])
-        for tensor in tensors
-    )
-    return 16 if aligned else tensors[0].itemsize
+    size = tensors[0].itemsize
+    offsets = 0  # their bits, or-ed: those below 16 are of one that is no multiple of it
+    for tensor in tensors:
+        offsets |= tensor.data_ptr()
+        for stride in tensor.stride()[:-1]:
+            offsets |= stride * size
+    return size if offsets % 16 else 16

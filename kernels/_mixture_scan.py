@@ -131,7 +131,7 @@ class Pieces:
                 FIRST_FREE=first_free,
                 CRITICAL=self.critical,
                 BLOCK_M=block_m,
-                BLOCK_T=triton.next_power_of_2(self.tiles),
+                BLOCK_T=_tiles.next_power_of_2(self.tiles),
                 num_warps=num_warps,
                 enable_fp_fusion=True,
             )

@@ -266,7 +266,7 @@ def merge(
     token = torch.empty(rows, dtype=torch.int64, device=values.device)
     statistics = [torch.empty(rows, dtype=torch.float32, device=values.device) for _ in range(4)]
     if rows:
-        _row_stats_merge_kernel[(triton.cdiv(rows, block_r),)](
+        _row_stats_merge_kernel[(_tiles.cdiv(rows, block_r),)](
             token_ptr=token,
             prob_ptr=statistics[0],
             entropy_ptr=statistics[1],
@@ -278,7 +278,7 @@ def merge(
             tiles=tiles,
             SAMPLED=values.shape[0] == 6,
             BLOCK_R=block_r,
-            BLOCK_T=triton.next_power_of_2(tiles),
+            BLOCK_T=_tiles.next_power_of_2(tiles),
             num_warps=1 if tiles <= 128 else 4,
             enable_fp_fusion=True,
             **_tiles.pdl(values.device, pdl),

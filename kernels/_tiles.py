@@ -26,6 +26,17 @@ def pdl(device: torch.device, wanted: bool) -> dict[str, bool]:
     return {"PDL": True, "launch_pdl": True} if wanted and arch(device) >= 90 else {}
 
 
+# For launchers: triton.cdiv and triton.next_power_of_2 take 2 us on the host, to unwrap constexprs.
+def cdiv(size: int, block: int) -> int:
+    """Blocks that hold ``size``."""
+    return -(-size // block)
+
+
+def next_power_of_2(size: int) -> int:
+    """Least power of two that is not below ``size``."""
+    return 1 << max(size - 1, 0).bit_length()
+
+
 GRID = 65535  # most programs along the second and the third dimension of a grid
 
 

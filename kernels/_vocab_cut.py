@@ -163,7 +163,7 @@ def smallest_kept(
     """
     logits, rows, vocab = (arguments[name] for name in ("logits_ptr", "rows", "vocab"))
     tile = _tiles.vocab_stats_cut_tile(logits.device, vocab)
-    splits = triton.cdiv(vocab, tile.block_v)
+    splits = _tiles.cdiv(vocab, tile.block_v)
     turns = KEY_BITS[logits.dtype] // DIGIT_BITS
 
     def room(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -194,7 +194,7 @@ def smallest_kept(
             top_p=1.0 if top_p is None else top_p,
             HAS_TOP_K=has_top_k,
             HAS_TOP_P=has_top_p,
-            BLOCK_S=triton.next_power_of_2(splits),
+            BLOCK_S=_tiles.next_power_of_2(splits),
             BLOCK_V=tile.block_v,
             num_warps=tile.num_warps,
             enable_fp_fusion=True,

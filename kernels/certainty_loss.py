@@ -185,7 +185,7 @@ def certainty_loss_backward(
     grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
     if rows:
         block, warps = _tiles.certainty_loss_tile(logits.device, "backward")
-        _certainty_loss_backward_kernel[(rows, triton.cdiv(vocab, block))](
+        _certainty_loss_backward_kernel[(rows, _tiles.cdiv(vocab, block))](
             grad_ptr=grad,
             logits_ptr=logits,
             target_ptr=target,

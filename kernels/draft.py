@@ -196,7 +196,7 @@ def draft(
         stride_token_row=token.stride(0),
         stride_score_row=score.stride(0),
         BLOCK_SIZE=block_size or 0,
-        BLOCK_D=triton.next_power_of_2(branches),
+        BLOCK_D=_tiles.next_power_of_2(branches),
         BLOCK_T=tile.block_t,
         BLOCK_L=_tiles.DRAFT_COPY,
         num_warps=tile.num_warps,

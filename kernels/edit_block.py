@@ -431,11 +431,11 @@ def edit_block(
     tried = torch.empty_like(nfe)
     value = torch.empty(batch, rows, tile.splits, 4, dtype=torch.float32, device=x.device)
     token = torch.empty(batch, rows, tile.splits, 2, dtype=torch.int32, device=x.device)
-    block_t = max(16, triton.next_power_of_2(rows))
+    block_t = max(16, _tiles.next_power_of_2(rows))
     places = {"complete_ptr": complete, "start_ptr": start, "length_ptr": length}
     sizes = {"slots": x.shape[1], "rows": rows, "stride_x_row": x.stride(0)}
     ids = {"mask_id": mask_id, "delete_id": delete_id, "split_id": split_id}
-    _edit_block_repeats_kernel[(triton.cdiv(batch, tile.block_b),)](
+    _edit_block_repeats_kernel[(_tiles.cdiv(batch, tile.block_b),)](
         tried_ptr=tried,
         x_ptr=x,
         updates_ptr=updates,
@@ -450,7 +450,7 @@ def edit_block(
         **places,
         **sizes,
     )
-    _edit_block_candidates_kernel[(triton.cdiv(batch * rows, tile.block_r), tile.splits)](
+    _edit_block_candidates_kernel[(_tiles.cdiv(batch * rows, tile.block_r), tile.splits)](
         value_ptr=value,
         token_ptr=token,
         tried_ptr=tried,
@@ -473,7 +473,7 @@ def edit_block(
         **sizes,
         **ids,
     )
-    _edit_block_kernel[(triton.cdiv(batch, tile.block_b),)](
+    _edit_block_kernel[(_tiles.cdiv(batch, tile.block_b),)](
         remaining_ptr=remaining,
         changed_ptr=changed,
         x_ptr=x,

@@ -160,7 +160,7 @@ def edit_tokens(
     if batch == 0 or rows == 0:
         return remaining.zero_(), filled.zero_(), edited.zero_()
     tile = _tiles.unmask_tile(x.device, rows)
-    _edit_tokens_kernel[(triton.cdiv(batch, tile.block_b),)](
+    _edit_tokens_kernel[(_tiles.cdiv(batch, tile.block_b),)](
         remaining_ptr=remaining,
         filled_ptr=filled,
         edited_ptr=edited,
@@ -188,7 +188,7 @@ def edit_tokens(
         stride_score_row=score.stride(0),
         CONFIRM=confirm,
         BLOCK_B=tile.block_b,
-        BLOCK_T=max(32, triton.next_power_of_2(rows)),
+        BLOCK_T=max(32, _tiles.next_power_of_2(rows)),
         num_warps=tile.num_warps,
     )
     return remaining, filled, edited

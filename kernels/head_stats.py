@@ -153,7 +153,7 @@ def supports(
 def tile_count(hidden: torch.Tensor, weight: torch.Tensor) -> int:
     """Pieces that the vocabulary is cut into."""
     tile = _tiles.head_stats_tile(hidden.device, hidden.element_size())
-    return triton.cdiv(weight.shape[0], tile.block_v)
+    return _tiles.cdiv(weight.shape[0], tile.block_v)
 
 
 def head_stats_partial(
@@ -179,7 +179,7 @@ def head_stats_partial(
     is_plain = hidden.stride(0) % 16 == 0 and weight.stride(0) % 16 == 0 and not tempered
     tile = _tiles.head_stats_tile(hidden.device, hidden.element_size(), count if is_plain else 1)
     tiles = tile_count(hidden, weight)
-    row_blocks = triton.cdiv(count, tile.block_r)
+    row_blocks = _tiles.cdiv(count, tile.block_r)
     sampled = is_sampled(counter, temperature, temperatures)
     values, ids = empty_partial(count, tiles, sampled, hidden.device)
     if count == 0:

@@ -346,7 +346,7 @@ def mixture_accept(
 ) -> tuple[torch.Tensor, ...]:
     """Launch the kernels; ``mixtures`` and ``temperatures`` are tensors that may stand for one."""
     tile = _tiles.mixture_accept_tile(logits.device)
-    tiles = triton.cdiv(shared, tile.block_v)
+    tiles = _tiles.cdiv(shared, tile.block_v)
     sampled = counter is not None and (temperatures is not None or temperature > 0)
     pieces = Pieces(token, length, tiles, critical)
     if token.shape[0]:
@@ -398,7 +398,7 @@ def mixture_accept_sparse(
     """Launch the kernels on lists of candidates."""
     tile = _tiles.mixture_accept_tile(hidden.device)
     capacity = ids.shape[1]
-    tiles = triton.cdiv(capacity, tile.block_c)
+    tiles = _tiles.cdiv(capacity, tile.block_c)
     pieces = Pieces(token, length, tiles, critical)
     if token.shape[0]:
         _mixture_accept_sparse_kernel[(token.shape[0] * tiles,)](
@@ -418,7 +418,7 @@ def mixture_accept_sparse(
             HAS_BIAS=bias is not None,
             HAS_SOFTCAP=softcap is not None,
             CAPACITY=capacity,
-            CAPACITY_BLOCK=triton.next_power_of_2(capacity),
+            CAPACITY_BLOCK=_tiles.next_power_of_2(capacity),
             BLOCK_C=tile.block_c,
             BLOCK_H=tile.block_h,
             num_warps=tile.num_warps,

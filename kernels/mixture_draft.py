@@ -331,7 +331,7 @@ def mixture_draft(
             HAS_TOP_PS=top_ps is not None,
             HAS_ROWS=rows is not None,
             CAPACITY=capacity,
-            CAPACITY_BLOCK=triton.next_power_of_2(max(capacity, 1)),
+            CAPACITY_BLOCK=_tiles.next_power_of_2(max(capacity, 1)),
             BITS=KEY_BITS[logits.dtype],
             SCRATCH=tile.scratch,
             BLOCK_V=tile.block_v,

@@ -270,7 +270,7 @@ def supports(
 
 def _shape(new: int, size: int) -> tuple[int, int]:
     """Blocks and positions of the tile."""
-    return triton.next_power_of_2(triton.cdiv(new, size)), triton.next_power_of_2(min(size, new))
+    return _tiles.next_power_of_2(_tiles.cdiv(new, size)), _tiles.next_power_of_2(min(size, new))
 
 
 def multiblock_step(

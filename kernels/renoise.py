@@ -95,7 +95,7 @@ def renoise(
     if batch == 0 or rows == 0:
         return accepted
     tile = _tiles.unmask_tile(x.device, rows)
-    _renoise_kernel[(triton.cdiv(batch, tile.block_b),)](
+    _renoise_kernel[(_tiles.cdiv(batch, tile.block_b),)](
         accepted_ptr=accepted,
         x_ptr=x,
         token_ptr=token,
@@ -112,7 +112,7 @@ def renoise(
         stride_token_row=token.stride(0),
         stride_entropy_row=entropy.stride(0),
         BLOCK_B=tile.block_b,
-        BLOCK_T=max(32, triton.next_power_of_2(rows)),
+        BLOCK_T=max(32, _tiles.next_power_of_2(rows)),
         num_warps=tile.num_warps,
     )
     return accepted

@@ -316,9 +316,9 @@ def route(
     is_precise = score == "sigmoid"
     tensor_cores = hidden.element_size() == 2 and not is_precise
     tile = _tiles.route_tile(hidden.device, tensor_cores=tensor_cores)
-    splits = triton.cdiv(width, tile.split)
+    splits = _tiles.cdiv(width, tile.split)
     partial = torch.empty(splits, rows, experts, dtype=torch.float32, device=hidden.device)
-    grid = (triton.cdiv(experts, tile.block_e), triton.cdiv(rows, tile.block_r), splits)
+    grid = (_tiles.cdiv(experts, tile.block_e), _tiles.cdiv(rows, tile.block_r), splits)
     _route_logits_kernel[grid](
         partial_ptr=partial,
         hidden_ptr=hidden,
@@ -345,7 +345,7 @@ def route(
         "experts": experts,
         "splits": splits,
         "block_size": block_size or 1,
-        "BLOCK_E": triton.next_power_of_2(experts),
+        "BLOCK_E": _tiles.next_power_of_2(experts),
         # A sigmoid must have the same bits in both.
         "enable_fp_fusion": False,
     }
@@ -362,7 +362,7 @@ def route(
             BLOCK_R=tile.pool_rows,
             num_warps=tile.pool_warps,
         )
-    _route_select_kernel[(triton.cdiv(rows, tile.select_rows),)](
+    _route_select_kernel[(_tiles.cdiv(rows, tile.select_rows),)](
         **shared,
         ids_ptr=ids,
         weights_ptr=weights,
@@ -376,7 +376,7 @@ def route(
         TOPK_GROUPS=topk_groups,
         TOP_K=top_k,
         BLOCK_R=tile.select_rows,
-        BLOCK_K=triton.next_power_of_2(top_k),
+        BLOCK_K=_tiles.next_power_of_2(top_k),
         num_warps=tile.select_warps,
     )
     return ids, weights

@@ -150,7 +150,7 @@ def vocab_stats(
     sources, vocab = logits.shape
     count = sources if rows is None else rows.shape[0]
     tile = _tiles.vocab_stats_tile(logits.device, vocab)
-    tiles = triton.cdiv(vocab, tile.block_v)
+    tiles = _tiles.cdiv(vocab, tile.block_v)
     sampled = is_sampled(counter, temperature, temperatures)
     values, ids = empty_partial(count, tiles, sampled, logits.device)
     if count:
@@ -172,7 +172,7 @@ def vocab_stats(
             unwanted = ("counter", "seed", "SAMPLED", "TEMPERED", "stride_counter")
             rest = {name: value for name, value in common.items() if not name.startswith(unwanted)}
             cut = smallest_kept(rest, top_k, top_p, top_ks, top_ps)
-        _vocab_stats_tile_kernel[(triton.cdiv(count, tile.block_r) * tiles,)](
+        _vocab_stats_tile_kernel[(_tiles.cdiv(count, tile.block_r) * tiles,)](
             **common,
             values_ptr=values,
             ids_ptr=ids,

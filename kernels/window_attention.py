@@ -401,7 +401,7 @@ def window_attention(
         rotate_and_commit(fresh_k, k, v, *caches, None, start, length, commit, *rope, 1, eps)
     is_stored = plan.split_tiles > 0 and plan.walk != "all"
     part, state = scratch(q, plan.splits) if is_stored else (out, out)
-    tiles = triton.cdiv(rows * group, tile.block_m) - (first_tile or 0)
+    tiles = _tiles.cdiv(rows * group, tile.block_m) - (first_tile or 0)
     grid = (tiles * plan.groups, kv_heads, batch)
     _window_attention_kernel[grid](
         out_ptr=part,
@@ -442,8 +442,8 @@ def window_attention(
         HALF=cos.shape[1],
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
-        BLOCK_D=max(triton.next_power_of_2(head_dim), 32),
-        BLOCK_COMMIT=triton.next_power_of_2(triton.cdiv(tile.block_m, group)),
+        BLOCK_D=max(_tiles.next_power_of_2(head_dim), 32),
+        BLOCK_COMMIT=_tiles.next_power_of_2(_tiles.cdiv(tile.block_m, group)),
         SPLIT_TILES=plan.split_tiles,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
