@@ -146,8 +146,8 @@ PYBIND11_MODULE(_C, m) {
     using Call = pydllm::Linear;
     define_call(m, "linear", pydllm::linear, FIELD(y), FIELD(partial), FIELD(x), FIELD(weight),
                 FIELD(scale), FIELD(bias), FIELD(dtype), FIELD(stored), FIELD(per_block),
-                FIELD(rows), FIELD(width), FIELD(depth), FIELD(splits), FIELD(stride_x_row),
-                FIELD(stride_weight_row), FIELD(stride_scale_row), FIELD(pdl));
+                FIELD(swiglu), FIELD(rows), FIELD(width), FIELD(depth), FIELD(splits),
+                FIELD(stride_x_row), FIELD(stride_weight_row), FIELD(stride_scale_row), FIELD(pdl));
   }
   {
     using Call = pydllm::MixtureAccept;

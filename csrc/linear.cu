@@ -2,6 +2,7 @@
 
 #include "common.cuh"
 #include "ptx.cuh"
+#include "swiglu.cuh"
 #include "weight_tile.cuh"
 
 namespace pydllm {
@@ -9,7 +10,8 @@ namespace {
 
 constexpr int kThreads = 128, kWarps = kThreads / kWarpSize;
 constexpr int kColumns = 64, kStep = 64, kStages = 4, kScaleBlock = 128;
-constexpr int kTiles = kColumns / kWarps / 8;  // of 8 columns, each warp
+constexpr int kTiles = 2;  // of 8 columns, each warp
+static_assert(kColumns == kWarps * kTiles * 8);
 constexpr int kJoinThreads = 256;
 
 template <typename T, Stored kStored, int kFragments>
@@ -23,6 +25,9 @@ struct Stage {
 // that a weight is converted once. Of a step of 64, lane q of four holds elements 16 q to 16 q +
 // 15, four for each of four instructions, of x and weight alike: a sum does not mind which are
 // together.
+//
+// Of the 16 columns of a warp, the second eight follow the first; with swiglu the first are the
+// gate's and the second the up-projection's, so that a thread has both factors of an output.
 template <typename T, Stored kStored, bool kPerBlock, int kFragments>
 __global__ void __launch_bounds__(kThreads) linear_kernel(const Linear call, int row_blocks) {
   using Tile = Stage<T, kStored, kFragments>;
@@ -34,6 +39,11 @@ __global__ void __launch_bounds__(kThreads) linear_kernel(const Linear call, int
   const int64_t first_row = block % row_blocks * Tile::kRows;
   const int64_t split = block / row_blocks % call.splits;
   const int64_t tile = block / row_blocks / call.splits;
+  const bool fused = call.swiglu && call.partial == nullptr;
+  const int64_t half = fused ? call.width / 2 : 8;  // from a warp's first columns to its second
+  const auto column_of = [&](int i) {               // row of the weight of a tile's column
+    return (tile * kWarps + i / 16) * (fused ? 8 : 16) + i % 8 + (i / 8 % 2) * half;
+  };
   const int64_t all = (call.depth + kStep - 1) / kStep;
   const int64_t span = (all + call.splits - 1) / call.splits;
   const int64_t first_step = split * span;
@@ -56,7 +66,7 @@ __global__ void __launch_bounds__(kThreads) linear_kernel(const Linear call, int
       constexpr int kChunks = 4 * Tile::kWeightBytes, kElements = kStep / kChunks;
 #pragma unroll
       for (int i = thread; i < kColumns * kChunks; i += kThreads) {
-        const int64_t row = tile * kColumns + i / kChunks, at = k + i % kChunks * kElements;
+        const int64_t row = column_of(i / kChunks), at = k + i % kChunks * kElements;
         const bool read = row < call.width && at < call.depth;
         const unsigned place = kStored == Stored::kPlain ? swizzle(i / 8, i % 8) : i * 16;
         const int64_t from = (row * call.stride_weight_row + at) * Tile::kWeightBytes;
@@ -88,10 +98,14 @@ __global__ void __launch_bounds__(kThreads) linear_kernel(const Linear call, int
         for (int i = 0; i < 4; ++i) widen<T, kStored>(bytes.lane[i], b[n][2 * i], b[n][2 * i + 1]);
       }
     }
-    float scale = 1.f;
+    float scale[kTiles];
     if constexpr (kPerBlock) {
-      scale = call.scale[tile * kColumns / kScaleBlock * call.stride_scale_row +
-                         (first_step + step) * kStep / kScaleBlock];
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+        const int64_t row = column_of((warp * kTiles + n) * 8) / kScaleBlock;
+        scale[n] =
+            call.scale[row * call.stride_scale_row + (first_step + step) * kStep / kScaleBlock];
+      }
     }
 #pragma unroll
     for (int f = 0; f < kFragments; ++f) {
@@ -109,30 +123,40 @@ __global__ void __launch_bounds__(kThreads) linear_kernel(const Linear call, int
         }
         if constexpr (kPerBlock) {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) acc[f][n][i] = fmaf(scale, part[i], acc[f][n][i]);
+          for (int i = 0; i < 4; ++i) acc[f][n][i] = fmaf(scale[n], part[i], acc[f][n][i]);
         }
       }
     }
   }
 
-  const auto* const bias = static_cast<const T*>(call.bias);
+  const auto finished = [&](float value, int64_t column) {
+    if (!kPerBlock && call.scale != nullptr) value *= call.scale[column];
+    const auto* const bias = static_cast<const T*>(call.bias);
+    return from_float<T>(bias == nullptr ? value : value + to_float(bias[column]));
+  };
+  auto* const y = static_cast<T*>(call.y);
 #pragma unroll
   for (int f = 0; f < kFragments; ++f) {
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
+    for (int i = 0; i < 4; ++i) {
+      const int64_t row = first_row + 16 * f + g + i / 2 * 8;
+      if (row >= call.rows) continue;
+      const int64_t first = column_of(warp * 16) + 2 * q + i % 2;
+      if (fused) {
+        if (first >= half) continue;
+        const T gate = finished(acc[f][0][i], first), up = finished(acc[f][1][i], half + first);
+        y[row * half + first] = silu_times(gate, up);
+        continue;
+      }
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int64_t row = first_row + 16 * f + g + i / 2 * 8;
-        const int64_t column = tile * kColumns + (warp * kTiles + n) * 8 + 2 * q + i % 2;
-        if (row >= call.rows || column >= call.width) continue;
-        float value = acc[f][n][i];
-        if (call.splits > 1) {
-          call.partial[(split * call.rows + row) * call.width + column] = value;
-          continue;
+      for (int n = 0; n < kTiles; ++n) {
+        const int64_t column = first + n * 8;
+        if (column >= call.width) continue;
+        if (call.partial != nullptr) {
+          call.partial[(split * call.rows + row) * call.width + column] = acc[f][n][i];
+        } else {
+          y[row * call.width + column] = finished(acc[f][n][i], column);
         }
-        if (!kPerBlock && call.scale != nullptr) value *= call.scale[column];
-        if (bias != nullptr) value += to_float(bias[column]);
-        static_cast<T*>(call.y)[row * call.width + column] = from_float<T>(value);
       }
     }
   }
@@ -143,13 +167,20 @@ template <typename T>
 __global__ void __launch_bounds__(kJoinThreads) linear_join_kernel(const Linear call) {
   ptx::wait_for_previous();
   const int64_t index = int64_t{blockIdx.x} * kJoinThreads + threadIdx.x;
-  const int64_t size = call.rows * call.width, column = index % call.width;
-  if (index >= size) return;
-  float total = call.partial[index];
-  for (int64_t split = 1; split < call.splits; ++split) total += call.partial[split * size + index];
-  if (call.scale != nullptr && !call.per_block) total *= call.scale[column];
-  if (call.bias != nullptr) total += to_float(static_cast<const T*>(call.bias)[column]);
-  static_cast<T*>(call.y)[index] = from_float<T>(total);
+  const int64_t inner = call.swiglu ? call.width / 2 : call.width;
+  if (index >= call.rows * inner) return;
+  const int64_t size = call.rows * call.width, row = index / inner;
+  const auto joined = [&](int64_t column) {
+    const float* const partial = call.partial + row * call.width + column;
+    float total = partial[0];
+    for (int64_t split = 1; split < call.splits; ++split) total += partial[split * size];
+    if (call.scale != nullptr && !call.per_block) total *= call.scale[column];
+    if (call.bias != nullptr) total += to_float(static_cast<const T*>(call.bias)[column]);
+    return from_float<T>(total);
+  };
+  const T value = joined(index % inner);
+  static_cast<T*>(call.y)[index] =
+      call.swiglu ? silu_times(value, joined(inner + index % inner)) : value;
 }
 
 template <typename T, Stored kStored, bool kPerBlock, int kFragments>
@@ -159,7 +190,8 @@ cudaError_t launch(const Linear& call, cudaStream_t stream) {
   const int64_t row_blocks = (call.rows + Tile::kRows - 1) / Tile::kRows;
   const int64_t tiles = (call.width + kColumns - 1) / kColumns;
   const int64_t blocks = row_blocks * tiles * call.splits;
-  const int64_t joins = (call.rows * call.width + kJoinThreads - 1) / kJoinThreads;
+  const int64_t outputs = call.rows * call.width / (call.swiglu ? 2 : 1);
+  const int64_t joins = (outputs + kJoinThreads - 1) / kJoinThreads;
   if (blocks > INT_MAX || joins > INT_MAX) return cudaErrorInvalidValue;
   constexpr int kShared = kStages * Tile::kBytes;
   const cudaError_t allowed = allow_shared(kernel, kShared);
@@ -167,7 +199,7 @@ cudaError_t launch(const Linear& call, cudaStream_t stream) {
   PYDLLM_LAUNCH_PDL(call.pdl, kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), kShared,
                     stream, call, static_cast<int>(row_blocks));
   const cudaError_t launched = cudaGetLastError();
-  if (launched != cudaSuccess || call.splits == 1) return launched;
+  if (launched != cudaSuccess || call.partial == nullptr) return launched;
   PYDLLM_LAUNCH_PDL(call.pdl, linear_join_kernel<T>, dim3(static_cast<unsigned>(joins)),
                     dim3(kJoinThreads), 0, stream, call);
   return cudaGetLastError();
@@ -200,7 +232,11 @@ cudaError_t linear(const Linear& call, cudaStream_t stream) {
   const bool small = call.stored != Stored::kPlain;
   if (call.rows < 0 || call.width < 1 || call.depth < 1 || call.depth % 16 != 0 ||
       call.splits < 1 || (call.splits > 1 && call.partial == nullptr) ||
-      small != (call.scale != nullptr) || (call.per_block && call.stored != Stored::kE4m3)) {
+      small != (call.scale != nullptr) || (call.per_block && call.stored != Stored::kE4m3) ||
+      (call.swiglu && call.width % 2 != 0)) {
+    return cudaErrorInvalidValue;
+  }
+  if (call.swiglu && call.per_block && call.width % 16 != 0 && call.partial == nullptr) {
     return cudaErrorInvalidValue;
   }
   if (call.rows == 0) return cudaSuccess;

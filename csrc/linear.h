@@ -12,8 +12,8 @@ namespace pydllm {
 enum class Stored : int { kPlain = 0, kE4m3 = 1, kInt8 = 2 };
 
 struct Linear {
-  void* y;             // (rows, width), written
-  float* partial;      // (splits, rows, width), or null for one split
+  void* y;             // (rows, width), or (rows, width / 2) with swiglu, written
+  float* partial;      // (splits, rows, width); null for one split that needs no second kernel
   const void* x;       // (rows, depth), rows at multiples of 16 bytes
   const void* weight;  // (width, depth), rows at multiples of 16 bytes
   const float* scale;  // (width,), (width / 128, depth / 128) if per_block, or null
@@ -21,6 +21,7 @@ struct Linear {
   Dtype dtype;         // fp16 or bf16
   Stored stored;
   bool per_block;              // e4m3 alone
+  bool swiglu;                 // of the halves of a row of results; width is even
   int64_t rows, width, depth;  // depth is a multiple of 16
   int64_t splits;              // of the depth; by its shape, never by the rows
   int64_t stride_x_row, stride_weight_row, stride_scale_row;  // elements
@@ -31,6 +32,9 @@ struct Linear {
 //
 // A sum runs over steps of 64 in ascending order, each four instructions of 16; splits are added in
 // ascending order by a second kernel. None of it depends on the number of rows.
+//
+// With swiglu, y = silu(gate) up of the halves of that row, each rounded first. One split and
+// per_block need a partial where width / 2 is not a multiple of 8.
 cudaError_t linear(const Linear& call, cudaStream_t stream);
 
 }  // namespace pydllm

@@ -2,15 +2,12 @@
 
 #include "common.cuh"
 #include "ptx.cuh"
+#include "swiglu.cuh"
 
 namespace pydllm {
 namespace {
 
 constexpr int kThreads = 256;
-
-__device__ __forceinline__ float silu(float x) {
-  return x / (1.f + expf(-x));
-}
 
 // One thread per vector of a row; the rest of a row after its last whole vector is a shorter one.
 template <typename T>
@@ -25,17 +22,15 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t row = index / row_vectors, first = index % row_vectors * kVector;
   const T* const gate = gate_up + row * 2 * width + first;
   T* const out = y + row * width + first;
-  const auto one = [](T gate, T up) {
-    return from_float<T>(rounded<T>(silu(to_float(gate))) * to_float(up));
-  };
   if (aligned) {
     const Vector<T> gates = load_vector(gate), ups = load_vector(gate + width);
     Vector<T> result;
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) result.lane[i] = one(gates.lane[i], ups.lane[i]);
+    for (int i = 0; i < kVector; ++i) result.lane[i] = silu_times(gates.lane[i], ups.lane[i]);
     store_vector(out, result);
   } else {
-    for (int i = 0; i < kVector && first + i < width; ++i) out[i] = one(gate[i], gate[width + i]);
+    for (int i = 0; i < kVector && first + i < width; ++i)
+      out[i] = silu_times(gate[i], gate[width + i]);
   }
 }
 

@@ -6,6 +6,9 @@ of steps, and rows that are not there are zeros. So the bits of a row do not dep
 rows. Splits leave fp32 sums, which a second launch adds in ascending order.
 
 Eight-bit weights are converted exactly to the dtype of ``x`` in registers.
+
+``linear_swiglu`` multiplies by the gate's and the up-projection's rows in turn: a thread then has
+the two results that one output is made of, and neither is stored.
 """
 
 from __future__ import annotations
@@ -15,18 +18,29 @@ import triton
 import triton.language as tl
 
 from . import _tiles
+from ._linear_join import join
 from ._primitives import are_rows, fetch_to_l2, wait_for_previous
 from ._weights import SCALE_BLOCK, decoding, load_weight, stored
+from .swiglu import silu_times
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PREFETCH_STEPS = tl.constexpr(4)  # of the depth, whose weights are fetched before x is there
+
+
+@triton.jit
+def _load_block_scale(scale_ptr, up_scale_ptr, is_up, step, mask, SWIGLU: tl.constexpr):
+    """Scale of a step: one number, or one of two for each column of a tile of gate and up."""
+    scale = tl.load(scale_ptr + step, mask=mask, other=0.0)
+    if SWIGLU:
+        scale = tl.where(is_up, tl.load(up_scale_ptr + step, mask=mask, other=0.0), scale)[None, :]
+    return scale
 
 
 # A new batch size must not compile the kernel again.
 @triton.jit(do_not_specialize=["rows", "row_blocks"])
 def _linear_tile_kernel(
     # pointers
-    y_ptr,  # (rows, width), or (SPLITS, rows, width) fp32
+    y_ptr,  # (rows, width), (rows, width / 2) with SWIGLU; or (SPLITS, rows, width) fp32
     x_ptr,  # (rows, depth)
     weight_ptr,  # (width, depth)
     scale_ptr,  # (width,), (width / 128, depth / 128) or None
@@ -45,6 +59,8 @@ def _linear_tile_kernel(
     DECODE: tl.constexpr,  # "plain", "e4m3" or "int8"
     EVEN_K: tl.constexpr,
     SPLITS: tl.constexpr,
+    PARTIAL: tl.constexpr,  # store fp32 sums of the splits
+    SWIGLU: tl.constexpr,  # the tile's columns are gate and up in turn
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -56,9 +72,15 @@ def _linear_tile_kernel(
     tile = tl.program_id(0) // row_blocks // SPLITS
     offs_m = row_block.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    is_up = offs_n % 2 == 1
+    inner = width // 2
+    if SWIGLU:
+        mask_n = offs_n < width
+        offs_n = offs_n // 2 + tl.where(is_up, inner, 0)
+    else:
+        mask_n = offs_n < width
     offs_k = tl.arange(0, BLOCK_K)
     mask_m = offs_m < rows
-    mask_n = offs_n < width
     x_ptrs = x_ptr + offs_m[:, None] * stride_x_row + offs_k[None, :]
     weight_ptrs = weight_ptr + offs_n.to(tl.int64)[None, :] * stride_weight_row + offs_k[:, None]
 
@@ -73,8 +95,12 @@ def _linear_tile_kernel(
             fetch_to_l2(weight_ptr + column + tl.minimum(first + step * BLOCK_K, depth - 1))
     wait_for_previous(PDL)
     if BLOCK_SCALED:
-        scale_ptrs = scale_ptr + (tile * BLOCK_N // SCALE_BLOCK).to(tl.int64) * stride_scale_row
-        scale = tl.load(scale_ptrs + first // SCALE_BLOCK, mask=first < last, other=0.0)
+        first_n = tile * (BLOCK_N // 2 if SWIGLU else BLOCK_N)
+        scale_ptrs = scale_ptr + (first_n // SCALE_BLOCK).to(tl.int64) * stride_scale_row
+        up_ptrs = scale_ptr + ((inner + first_n) // SCALE_BLOCK).to(tl.int64) * stride_scale_row
+        scale = _load_block_scale(
+            scale_ptrs, up_ptrs, is_up, first // SCALE_BLOCK, first < last, SWIGLU
+        )
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(first, last, BLOCK_K):
         mask_x = mask_m[:, None]
@@ -88,55 +114,33 @@ def _linear_tile_kernel(
         w = load_weight(weight_ptrs + start, mask_w, x.dtype, DECODE)
         if BLOCK_SCALED:
             following = start + BLOCK_K  # its scale is loaded a step ahead
-            upcoming = tl.load(
-                scale_ptrs + following // SCALE_BLOCK, mask=following < last, other=0.0
+            upcoming = _load_block_scale(
+                scale_ptrs, up_ptrs, is_up, following // SCALE_BLOCK, following < last, SWIGLU
             )
             acc += scale * tl.dot(x, w, input_precision="ieee")
             scale = upcoming
         else:
             acc = tl.dot(x, w, acc, input_precision="ieee")
 
-    offs = offs_m[:, None] * width + offs_n[None, :]
     mask = mask_m[:, None] & mask_n[None, :]
-    if SPLITS == 1:
+    if PARTIAL:
+        offs = offs_m[:, None] * width + offs_n[None, :]
+        tl.store(y_ptr + split * tl.cast(rows, tl.int64) * width + offs, acc, mask=mask)
+    else:
         if scale_ptr is not None and not BLOCK_SCALED:
             acc *= tl.load(scale_ptr + offs_n, mask=mask_n, other=0.0)[None, :]
         if bias_ptr is not None:
             acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-        tl.store(y_ptr + offs, acc.to(y_ptr.dtype.element_ty), mask=mask)
-    else:
-        tl.store(y_ptr + split * tl.cast(rows, tl.int64) * width + offs, acc, mask=mask)
-
-
-@triton.jit(do_not_specialize=["rows"])
-def _linear_join_kernel(
-    # pointers
-    y_ptr,  # (rows, width)
-    partial_ptr,  # (SPLITS, rows, width) fp32
-    scale_ptr,  # (width,) or None
-    bias_ptr,  # (width,) or None
-    # sizes
-    rows,
-    width,
-    # constexprs
-    SPLITS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PDL: tl.constexpr = False,
-):
-    wait_for_previous(PDL)
-    row = tl.program_id(0).to(tl.int64)
-    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask = offs_n < width
-    partial_ptrs = partial_ptr + row * width + offs_n
-    stride_split = tl.cast(rows, tl.int64) * width
-    total = tl.load(partial_ptrs, mask=mask, other=0.0)
-    for split in tl.static_range(1, SPLITS):
-        total += tl.load(partial_ptrs + split * stride_split, mask=mask, other=0.0)
-    if scale_ptr is not None:
-        total *= tl.load(scale_ptr + offs_n, mask=mask, other=0.0)
-    if bias_ptr is not None:
-        total += tl.load(bias_ptr + offs_n, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y_ptr + row * width + offs_n, total.to(y_ptr.dtype.element_ty), mask=mask)
+        y = acc.to(y_ptr.dtype.element_ty)
+        if SWIGLU:
+            gate, up = tl.split(tl.reshape(y, (BLOCK_M, BLOCK_N // 2, 2)))
+            y = silu_times(gate, up)  # [BLOCK_M, BLOCK_N / 2]
+            offs_h = tile * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+            offs = offs_m[:, None] * inner + offs_h[None, :]
+            mask = mask_m[:, None] & (offs_h < inner)[None, :]
+        else:
+            offs = offs_m[:, None] * width + offs_n[None, :]
+        tl.store(y_ptr + offs, y, mask=mask)
 
 
 def supports(
@@ -165,16 +169,48 @@ def linear(
 
     ``tile`` and ``height`` are those of ``_tiles`` if None.
     """
-    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    return _launch(x, weight, scale, bias, tile, height, swiglu=False, pdl=pdl)
+
+
+def linear_swiglu(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    tile: _tiles.LinearTile | None = None,
+    height: int | None = None,
+    *,
+    pdl: bool = False,
+) -> torch.Tensor:
+    """Launch the kernels of ``pydllm.ops.linear_swiglu``; arguments as of ``linear``."""
+    return _launch(x, weight, scale, bias, tile, height, swiglu=True, pdl=pdl)
+
+
+def _launch(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    tile: _tiles.LinearTile | None,
+    height: int | None,
+    *,
+    swiglu: bool,
+    pdl: bool,
+) -> torch.Tensor:
     (width, depth), sizes = weight.shape, (weight.element_size(), x.element_size())
-    rows = y.numel() // width
+    y = x.new_empty((*x.shape[:-1], width // 2 if swiglu else width))
+    rows = x.numel() // depth
     if rows == 0:
         return y
     tile = _tiles.linear_tile(x.device, width, depth, *sizes) if tile is None else tile
     height = _tiles.linear_height(x.device, rows, *sizes) if height is None else height
-    sums = y if tile.splits == 1 else y.new_empty(tile.splits, rows, width, dtype=torch.float32)
-    decode, per_block = decoding(x, weight), scale is not None and scale.ndim == 2
-    row_blocks, launch = triton.cdiv(rows, height), _tiles.pdl(x.device, pdl)
+    per_block, sums = scale is not None and scale.ndim == 2, y
+    # A tile of both halves of the weight has two scales, if each half's rows lie in one block.
+    partial = tile.splits > 1 or (swiglu and per_block and width // 2 % (tile.block_n // 2) != 0)
+    if partial:
+        sums = y.new_empty(tile.splits, rows, width, dtype=torch.float32)
+    decode, launch = decoding(x, weight), _tiles.pdl(x.device, pdl)
+    row_blocks = triton.cdiv(rows, height)
     _linear_tile_kernel[(triton.cdiv(width, tile.block_n) * tile.splits * row_blocks,)](
         y_ptr=sums,
         x_ptr=x,
@@ -192,6 +228,8 @@ def linear(
         DECODE=decode,
         EVEN_K=depth % tile.block_k == 0,
         SPLITS=tile.splits,
+        PARTIAL=partial,
+        SWIGLU=swiglu and not partial,
         BLOCK_M=height,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
@@ -200,19 +238,6 @@ def linear(
         enable_fp_fusion=True,
         **launch,
     )
-    if tile.splits > 1:
-        block, warps = _tiles.LINEAR_JOIN
-        _linear_join_kernel[(rows, triton.cdiv(width, block))](
-            y_ptr=y,
-            partial_ptr=sums,
-            scale_ptr=None if per_block else scale,
-            bias_ptr=bias,
-            rows=rows,
-            width=width,
-            SPLITS=tile.splits,
-            BLOCK_N=block,
-            num_warps=warps,
-            enable_fp_fusion=True,
-            **launch,
-        )
+    if partial:
+        join(y, sums, None if per_block else scale, bias, swiglu=swiglu, launch=launch)
     return y

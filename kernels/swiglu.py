@@ -13,6 +13,14 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @triton.jit
+def silu_times(gate, up):
+    """``silu(gate) * up``, both in one dtype; the first factor is rounded to it."""
+    wide = gate.to(tl.float32)
+    activated = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype).to(tl.float32)
+    return (activated * up.to(tl.float32)).to(gate.dtype)
+
+
+@triton.jit
 def _swiglu_kernel(
     # pointers
     y_ptr,  # (rows, H) contiguous
@@ -29,10 +37,8 @@ def _swiglu_kernel(
     mask_h = offs_h < width
     gate_ptrs = gate_up_ptr + row * 2 * width + offs_h  # [BLOCK_H]
     gate = tl.load(gate_ptrs, mask=mask_h, other=0.0)
-    up = tl.load(gate_ptrs + width, mask=mask_h, other=0.0).to(tl.float32)
-    wide = gate.to(tl.float32)
-    activated = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype).to(tl.float32)
-    tl.store(y_ptr + row * width + offs_h, (activated * up).to(gate.dtype), mask=mask_h)
+    up = tl.load(gate_ptrs + width, mask=mask_h, other=0.0)
+    tl.store(y_ptr + row * width + offs_h, silu_times(gate, up), mask=mask_h)
 
 
 def supports(gate_up: torch.Tensor) -> str | None:

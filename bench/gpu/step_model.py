@@ -114,9 +114,14 @@ OFF = Launching()
 def gemm(
     gpu: Gpu, name: str, count: int, size: tuple[int, int, int], how: Launching
 ) -> list[Kernel]:
-    """A product of all layers, and the join of its splits, if it has any."""
+    """A product of all layers, and the join of its splits, if it has any.
+
+    ``ops.linear_swiglu`` stores half of what it computes.
+    """
     rows, inputs, outputs = size
-    moved = 2 * (inputs * outputs + rows * (inputs + outputs))
+    fused = how.linear and name == "gate_up"
+    stored = outputs // 2 if fused else outputs
+    moved = 2 * (inputs * outputs + rows * (inputs + stored))
     flops = 2 * rows * inputs * outputs
     most = max(moved / (STREAM * gpu.bandwidth), flops / (GEMM * gpu.flops))
     if not how.linear:
@@ -129,9 +134,10 @@ def gemm(
     read = 2 * inputs * (blocks * outputs + columns * blocks * min(rows, height))
     ramp = how.gap + (OWN_RAMP_PDL if how.pdl else OWN_RAMP)
     note = f"{columns * tile.splits * blocks} programs"
-    found = [Kernel(f"ops.linear {name}", count, ramp + max(most, read / L2), note)]
+    op = "ops.linear_swiglu" if fused else f"ops.linear {name}"
+    found = [Kernel(op, count, ramp + max(most, read / L2), note)]
     if tile.splits > 1:
-        joined = (4 * tile.splits + 2) * rows * outputs / L2
+        joined = (4 * tile.splits * outputs + 2 * stored) * rows / L2
         found.append(Kernel("  join", count, how.gap + 1.5e-6 + joined))
     return found
 
@@ -185,11 +191,12 @@ def step(gpu: Gpu, model: Model, batch: int, slots: int, how: Launching = OFF) -
     qkv = hidden + 2 * model.kv_heads * model.head_dim
     products = {"qkv": (width, qkv), "out": (hidden, width)}
     products |= {"gate_up": (width, 2 * inner), "down": (inner, width)}
+    swiglu = Kernel("swiglu", layers, how.gap + 1.2e-6 + 6 * rows * inner / L2)
     return [
         *(k for n, size in products.items() for k in gemm(gpu, n, layers, (rows, *size), how)),
         *attention(gpu, model, batch, slots, how),
         Kernel("rms_norm", 2 * layers + 1, how.gap + 1.5e-6 + 8 * rows * width / L2),
-        Kernel("swiglu", layers, how.gap + 1.2e-6 + 6 * rows * inner / L2),
+        *([] if how.linear else [swiglu]),  # else in the product of gate and up
         *head_stats(gpu, model, rows, how),
         Kernel("unmask", 1, GAP + 3.5e-6),
         Kernel("small kernels of torch", SMALL_KERNELS, GAP + 0.7e-6),

@@ -306,9 +306,12 @@ class NativeModel:
         if layer.experts is not None:
             rows = self._windows(hidden, window)
             return layer.experts(rows, window, self.routed).flatten(0, 1)
-        backend = window["backend"]
-        hidden = self._linear(hidden, layer.gate_up, layer.gate_up_bias, backend)
-        return self._contract(layer, SWIGLU(hidden, backend=backend), backend)
+        backend, weight, bias = window["backend"], layer.gate_up, layer.gate_up_bias
+        if not isinstance(weight, Tensor) or self._takes_ops_linear(hidden):
+            inner = ops.linear_swiglu(hidden, weight, bias, backend=backend)
+        else:
+            inner = SWIGLU(F.linear(hidden, weight, bias), backend=backend)
+        return self._contract(layer, inner, backend)
 
     def _mask(self, attention: str | None, block_offset: Tensor | None) -> dict[str, Any]:
         """The mask of a forward, in the words of ``ops.window_attention``."""
@@ -392,9 +395,13 @@ class NativeModel:
         self, x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None, backend: str | None
     ) -> Tensor:
         """Every matrix product: the library's, or ``ops.linear`` where bits or speed ask for it."""
-        if self.batch_invariant or not isinstance(weight, Tensor) or prefers_linear(x):
+        if not isinstance(weight, Tensor) or self._takes_ops_linear(x):
             return ops.linear(x, weight, bias, backend=backend)
         return F.linear(x, weight, bias)
+
+    def _takes_ops_linear(self, x: Tensor) -> bool:
+        """Whether ``ops.linear`` multiplies ``x`` by weights that the library could take."""
+        return self.batch_invariant or prefers_linear(x)
 
     def _check(
         self,

@@ -162,6 +162,55 @@ def linear(
         >>> linear(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
         tensor([[11.,  2.]])
     """
+    return _OP(*_checked("linear", x, weight, bias), backend=backend)
+
+
+def linear_swiglu(
+    x: Tensor,
+    weight: Tensor | QuantizedWeight,
+    bias: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Multiply rows by the weights of gate and up, and apply the gated activation.
+
+    ``y = swiglu(linear(x, weight, bias))``, bit for bit on each backend. The kernels store ``y``
+    alone, not the gate and the up-projection that it is made of.
+
+    Args:
+        x: ``(..., K)`` fp32, fp16, bf16 or (torch backend) fp64.
+        weight: ``(2H, K)``, the gate's weight over the up-projection's, as ``linear`` takes it.
+        bias: ``(2H,)`` in the dtype of ``x``, or None.
+        backend: None (``PYDLLM_BACKEND``), ``"auto"``, ``"cuda"``, ``"triton"`` or ``"torch"``.
+
+    Returns:
+        ``(..., H)`` contiguous, dtype of ``x``.
+
+    Raises:
+        ValueError: shapes or devices do not fit, a gradient is wanted, or an unknown backend.
+        TypeError: a dtype that is not supported.
+        BackendError: the named backend cannot run the call.
+
+    Determinism: as ``linear``; bits of a row depend on no other row. CUDA graphs: safe.
+    ``torch.compile``: one op.
+
+    Kernels: ``kernels/linear.py``, ``csrc/linear.cu`` (fp16 and bf16, depths of a multiple of 16).
+    One launch where ``linear`` has one, two where it splits the depth.
+
+    Example:
+        >>> linear_swiglu(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
+        tensor([[21.9996]])
+    """
+    parts = _checked("linear_swiglu", x, weight, bias)
+    if parts[1].shape[0] % 2:
+        raise ValueError(f"weight: expected shape (2H, K), got {tuple(parts[1].shape)}")
+    return _SWIGLU_OP(*parts, backend=backend)
+
+
+def _checked(
+    name: str, x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """``x``, the weight's values and scale, and ``bias``."""
     check_is_tensor("x", x)
     check_dtype("x", x, *FLOATS)
     if x.ndim == 0:
@@ -176,8 +225,8 @@ def linear(
         raise ValueError(f"weight: expected N and K of at least 1, got {tuple(weight.shape)}")
     if bias is not None:
         check_tensor("bias", bias, (weight.shape[0],), x.dtype, x, "x")
-    check_no_grad("linear", x=x, weight=weight, bias=bias)
-    return _OP(x, weight, scale, bias, backend=backend)
+    check_no_grad(name, x=x, weight=weight, bias=bias)
+    return x, weight, scale, bias
 
 
 def _fake(
@@ -191,4 +240,18 @@ _OP = Op(
     _fake,
     reference.linear,
     pdl=("triton", "cuda"),
+)
+
+
+def _swiglu_fake(
+    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, backend: str
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0] // 2))
+
+
+_SWIGLU_OP = Op(
+    "linear_swiglu(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, str backend) -> Tensor",
+    _swiglu_fake,
+    reference.linear_swiglu,
+    file="linear",
 )

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pydllm.reference.swiglu import swiglu
+
 SCALE_BLOCK = 128  # rows and columns of a weight that share one scale
 # A matrix library chooses its kernel, and with it the order of a sum, from the number of rows. It
 # always gets this many: 32 costs what F.linear costs from 32 rows on, and 4 to 8 times at one row.
@@ -33,6 +35,11 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None)
             pieces.append(torch.cat([F.linear(tile, piece, added) for tile in wide_tiles]))
         y = torch.cat(pieces, 1).to(x.dtype)
     return y[:count].view(*x.shape[:-1], weight.shape[0])
+
+
+def linear_swiglu(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    """``swiglu`` of the product's rows ``[gate | up]``."""
+    return swiglu(linear(x, weight, scale, bias))
 
 
 def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -278,6 +278,13 @@ CASES = (
         free="x",
     ),
     Case(
+        ops.linear_swiglu,
+        lambda: {"x": torch.randn(3, 8), "weight": torch.randn(6, 8), "bias": torch.randn(6)},
+        "bias",
+        (("weight", torch.randn(5, 8)),),
+        free="x",
+    ),
+    Case(
         ops.quantize,
         lambda: {"weight": torch.randn(5, 8), "kind": "fp8"},
         extra=(("weight", torch.full((5, 8), float("nan"))),),

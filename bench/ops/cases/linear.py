@@ -1,4 +1,5 @@
-"""``linear`` at the layers of LLaDA-8B and Dream-7B, with bf16 and 8-bit weights."""
+"""``linear`` at the layers of LLaDA-8B and Dream-7B, with bf16 and 8-bit weights, and
+``linear_swiglu`` at those of gate and up."""
 
 from __future__ import annotations
 
@@ -36,21 +37,35 @@ SHAPES |= {
     for layer in LAYERS["llada-8b"]
     for kind in ("fp8", "fp8_channel", "int8")
 }
+SHAPES |= {
+    f"{model}-gate_up-{rows}-swiglu": SHAPES[f"{model}-gate_up-{rows}"] | {"swiglu": True}
+    for model in LAYERS
+    for rows in (1, 32, 64, 256)
+}
 SHAPES["tiny-32"] = {"rows": 32, "width": 384, "depth": 128}
 
 
 def make(
-    dtype: torch.dtype, device: str, *, rows: int, width: int, depth: int, kind: str | None = None
+    dtype: torch.dtype,
+    device: str,
+    *,
+    rows: int,
+    width: int,
+    depth: int,
+    kind: str | None = None,
+    swiglu: bool = False,
 ) -> dict[str, object]:
     weight = random_normal(width, depth, seed=1, dtype=dtype, device=device) / depth**0.5
     return {
         "x": random_normal(rows, depth, seed=0, dtype=dtype, device=device),
         "weight": weight if kind is None else ops.quantize(weight, kind),
+        "swiglu": swiglu,
     }
 
 
 def call(inputs: dict[str, object], backend: str) -> Tensor:
-    return ops.linear(inputs["x"], inputs["weight"], backend=backend)
+    op = ops.linear_swiglu if inputs["swiglu"] else ops.linear
+    return op(inputs["x"], inputs["weight"], backend=backend)
 
 
 def _dense() -> Callable[[dict[str, object]], Tensor]:
@@ -63,17 +78,19 @@ def _dense() -> Callable[[dict[str, object]], Tensor]:
             if not wide or wide[0][0] is not weight or wide[0][1].dtype != x.dtype:
                 wide[:] = [(weight, weight.dequantize(x.dtype))]
             weight = wide[0][1]
-        return F.linear(x, weight)
+        y = F.linear(x, weight)
+        return ops.swiglu(y) if inputs["swiglu"] else y
 
     return run
 
 
-BASELINES = {"F.linear": _dense}
+BASELINES = {"F.linear": _dense}  # then ops.swiglu, where both are one op
 
 
 def bytes_moved(inputs: dict[str, object]) -> int:
     x, weight = inputs["x"], inputs["weight"]
-    return weight.nbytes + x.nbytes + x.shape[0] * weight.shape[0] * x.element_size()
+    outputs = weight.shape[0] // (2 if inputs["swiglu"] else 1)
+    return weight.nbytes + x.nbytes + x.shape[0] * outputs * x.element_size()
 
 
 def operations(inputs: dict[str, object]) -> int:
@@ -91,6 +108,9 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
     jobs = [(*kind, layer, rows) for kind in kinds for layer in ("qkv", "out") for rows in (1, 256)]
     jobs += [(fp16, fp16, 0, "out", 100), (fp16, fp8, 2, "out", 1)]
     jobs += [(fp32, fp32, 0, "out", 1), (fp32, fp8, 2, "out", 1)]
+    both = [(bf16, bf16, 0, 32), (bf16, bf16, 0, 256), (bf16, fp8, 2, 32), (bf16, fp8, 1, 256)]
+    both += [(bf16, torch.int8, 1, 32), (fp16, fp8, 2, 100), (fp32, fp32, 0, 1)]
+    jobs += [(*kind, "gate_up", rows) for *kind, rows in both]
     for dtype, stored, scales, layer, rows in jobs:
         width, depth = LAYERS["llada-8b"][layer]
         shapes = {0: None, 1: (width,), 2: (-(-width // 128), -(-depth // 128))}
@@ -99,4 +119,5 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
         bias = empty(width, dtype=dtype) if layer == "qkv" else None
         arguments = (empty(rows, depth, dtype=dtype), weight, scale, bias)
         label = f"llada-8b {layer} {rows} {dtype} {stored} {scales}"
-        yield label, lambda arguments=arguments: kernel.linear(*arguments)
+        launch = kernel.linear_swiglu if layer == "gate_up" else kernel.linear
+        yield label, lambda launch=launch, arguments=arguments: launch(*arguments)

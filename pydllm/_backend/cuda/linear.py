@@ -52,15 +52,39 @@ def linear(
     pdl: bool = False,
 ) -> Tensor:
     """Launch the kernel; arguments as in ``pydllm.ops.linear``, a quantised weight in its parts."""
+    return _launch(x, weight, scale, bias, swiglu=False, pdl=pdl)
+
+
+def linear_swiglu(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    *,
+    pdl: bool = False,
+) -> Tensor:
+    """Launch the kernel of ``pydllm.ops.linear_swiglu``; arguments as of ``linear``."""
+    return _launch(x, weight, scale, bias, swiglu=True, pdl=pdl)
+
+
+def _launch(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    *,
+    swiglu: bool,
+    pdl: bool,
+) -> Tensor:
     width, depth = weight.shape
-    y = x.new_empty((*x.shape[:-1], width))
-    rows, count = y.numel() // width, splits(width, depth)
+    y = x.new_empty((*x.shape[:-1], width // 2 if swiglu else width))
+    rows, count = x.numel() // depth, splits(width, depth)
     if rows == 0:
         return y
-    partial = None
-    if count > 1:
+    per_block, partial = scale is not None and scale.ndim == 2, None
+    # Eight columns of gate or up have one scale, if each half's rows begin with such eight.
+    if count > 1 or (swiglu and per_block and width // 2 % 8):
         partial = torch.empty(count, rows, width, dtype=torch.float32, device=x.device)
-    per_block = scale is not None and scale.ndim == 2
     call(
         "linear",
         x.device,
@@ -73,6 +97,7 @@ def linear(
         dtype=x.dtype,
         stored=STORED.get(weight.dtype, 0),
         per_block=per_block,
+        swiglu=swiglu,
         rows=rows,
         width=width,
         depth=depth,
