@@ -150,6 +150,27 @@ def test_all_rows_on_one_expert_and_an_expert_without_rows(backend):
     assert_right(ops.experts(**case, backend=backend), case)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("width, inner", [(48, 24), (520, 24), (24, 520)])
+def test_every_small_number_of_rows_of_an_expert(width, inner, dtype):
+    """Expert ``e`` has ``e`` rows, the last one a single row; then two rows have no expert."""
+    case = make(48, experts=11, top_k=1, width=width, inner=inner)
+    case["ids"][:, 0] = torch.tensor([e for e in range(10) for _ in range(e)] + [10, 11, -1])
+    case["hidden"][46:] = float("nan")
+    case = widened(case) if dtype == torch.float64 else case
+    got = ops.experts(**case, backend="torch")
+    assert (got[46:] == 0).all()
+    case["hidden"][46:], case["ids"][47] = 0, 11
+    if dtype == torch.float64:
+        assert (got - plain(case)).abs().max() < 1e-12
+    else:
+        assert_right(got, case)
+    close = {"rtol": 0, "atol": 1e-4 if dtype == torch.float32 else 1e-12}
+    for rows in (slice(45, 46), slice(0, 46)):  # the single row alone, and as the last one
+        some = {name: case[name][rows] for name in ("hidden", "ids", "weights")}
+        torch.testing.assert_close(ops.experts(**case | some), got[rows], **close)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # NumPy's
 def test_gelu(backend):
@@ -276,7 +297,8 @@ def test_the_grouped_product_is_the_loop(dtype):
     got = reference.experts_grouped(*arguments, "silu")
     routed = (case["ids"] < 5)[..., None]
     weighted = got.to(case["weights"].dtype) * case["weights"][..., None]
-    assert_right(weighted.masked_fill(~routed, 0.0).sum(1).to(dtype), case)
+    assert_right(weighted.sum(1).to(dtype), case)
+    assert (got[~routed.expand(got.shape)] == 0).all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
