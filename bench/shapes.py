@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import Any
 
+import click
 import torch
 
 import pydllm
@@ -142,6 +145,7 @@ def make_model(name: str, device: str, dtype: torch.dtype) -> NativeModel:
     """The bundled model, or one of the named shape with random weights."""
     if name == "tiny":
         return pydllm.load(WEIGHTS, device=device, dtype=dtype)
+    check_memory(name, device, dtype)
     return random_model(CONFIGS[name], device, dtype)
 
 
@@ -153,11 +157,33 @@ def make_verifier(name: str, device: str, dtype: torch.dtype) -> NativeModel:
     return random_model(shape | vocab, device, dtype)
 
 
+def check_memory(name: str, device: str, dtype: torch.dtype) -> None:
+    """Refuse a shape whose weights do not fit, before the machine runs out of memory."""
+    config = Config(CONFIGS[name])
+    family = find_family(config)
+    wanted = sum(
+        math.prod(slot.shape) * slot.dtype(dtype).itemsize
+        for slot in slots(family.names, family.sizes(config, family))
+    )
+    if device.startswith("cuda"):
+        free = torch.cuda.mem_get_info(device)[0]
+    elif not Path("/proc/meminfo").exists():
+        return
+    else:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if "MemAvailable" in line)
+    if wanted > free:
+        raise click.UsageError(
+            f"--model {name}: expected {wanted / 1e9:.1f} GB of free memory on {device} for its "
+            f"{dtype} weights, got {free / 1e9:.1f} GB"
+        )
+
+
 def random_model(settings: dict[str, Any], device: str, dtype: torch.dtype) -> NativeModel:
     config = Config(settings)
     family = find_family(config)
     sizes = family.sizes(config, family)
-    generator = torch.Generator(device).manual_seed(0)
+    generator = None if device == "meta" else torch.Generator(device).manual_seed(0)
     weights = {}
     for slot in slots(family.names, sizes):
         tensor = torch.empty(slot.shape, dtype=slot.dtype(dtype), device=device)

@@ -3,22 +3,25 @@
     python -m bench.steps --model llada-8b --device cuda --batch 1 --prompt 1024
     python -m bench.steps --model tiny --device cpu --prompt 16 --new 32
     python -m bench.steps --model dream-7b --algorithm threshold --trace out/trace.json
+    python -m bench.steps --model llada2-mini --device cuda --batch 1 --prompt 1024
 
 The weights are random, of the named model's shape. Each algorithm decodes through
 ``pydllm.generate`` with captured steps (on a CPU: ``bench.recorder``); what is timed are the
 replays, alone, by kind: the first forward of a block, its others, the verification of candidates.
 
 ``floor_ms`` is the longer of two times: weights, and keys and values that are seen, over the
-measured copy rate; multiplications over the measured rate of a large matrix product. ``host_us`` is
-what the host spends on a replay; ``launches`` are kernels (on a CPU: operators). ``run_ms`` is a
-forward of the same decoding with ``graph=False``, host and device together.
+measured copy rate; multiplications over the measured rate of a large matrix product. Of a mixture
+the weights are those of the experts that even and independent routes would touch: rows that share
+experts read fewer. ``host_us`` is what the host spends on a replay; ``launches`` are kernels (on a
+CPU: operators). ``run_ms`` is a forward of the same decoding with ``graph=False``, host and device
+together.
 
 A random model predicts no better than chance, so few tokens are accepted a forward:
 ``tokens_per_s`` is for ``--tokens-per-forward``, at the mean forward of the whole decoding.
 
 Baselines, same run and weights: the plain forward of bench/baselines over the whole sequence and
 over a block with the keys and values before it, the same compiled, and a Hugging Face Llama of the
-same sizes.
+same sizes if the model is dense.
 """
 
 from __future__ import annotations
@@ -46,6 +49,8 @@ from bench.recorder import Recording
 from bench.shapes import CONFIGS, make_model, make_verifier
 from pydllm.decoding.graph import Graphs
 from pydllm.models import ModelSpec, NativeModel
+from pydllm.models.config import Config
+from pydllm.models.moe import has_experts
 
 COLUMNS = (
     *("model", "dtype", "batch", "prompt", "new", "algorithm", "step", "rows", "seen", "count"),
@@ -173,7 +178,9 @@ def baselines(
 
 
 def make_llama(model: NativeModel) -> Any:
-    """A causal model of the same sizes, or None without transformers."""
+    """A causal model of the same sizes; None for a mixture, or without transformers."""
+    if model.sizes.moe is not None:
+        return None
     try:
         from transformers import LlamaConfig, LlamaForCausalLM
     except ImportError:
@@ -253,6 +260,11 @@ def main(
 ) -> None:
     """Time the steps of each algorithm on one model's shape."""
     dtype = dtype or ("bf16" if device.startswith("cuda") else "fp32")
+    if not device.startswith("cuda") and has_experts(Config(CONFIGS.get(name, {}))):
+        raise click.UsageError(
+            f"--model {name}: expected a GPU for a mixture of experts, got {device}: on a CPU its "
+            "routes are read by the host, and no step is recorded"
+        )
     model = make_model(name, device, DTYPES[dtype])
     # The work is to be the same whatever is predicted; the rotary tables are as long as need be.
     longest = max(model.spec.max_positions or 0, prompt_length + new)

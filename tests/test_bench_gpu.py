@@ -4,14 +4,18 @@ import csv
 import json
 from types import SimpleNamespace
 
+import click
 import pytest
+import torch
 from click.testing import CliRunner
 
-from bench import steps
+from bench import shapes, steps
+from bench.baselines import loops
 from bench.gpu import first
 from bench.gpu import roofline as watch
 from bench.gpu import suite as gpu
 from bench.ops import run
+from tests.models import moe_plain
 
 ROOT = gpu.ROOT
 
@@ -167,6 +171,52 @@ def test_the_floor_counts_weights_keys_and_products():
     operations = 2 * 8 * (layers + head) + 4 * sizes.layers * sizes.heads * sizes.head_dim * 8 * 54
     milliseconds, bound = kind.floor(watch.Rates(copy=1e15, matmul=1e6))
     assert bound == "flops" and milliseconds == pytest.approx(1e3 * operations / 1e6)
+
+
+# Distinct experts and GB of a forward of LLaDA2.0-mini in bf16 by rows, when routes are even and
+# independent, worked out by hand from its dimensions: 0.64 GB that every row reads, the head's
+# 0.64, and 6.29 MB for an expert of each of 19 layers.
+MINI = {1: (8, 2.24), 8: (57, 8.2), 16: (102, 13.5), 32: (163, 20.8), 64: (222, 27.9)}
+MINI |= {128: (252, 31.4), 256: (256, 31.9)}
+
+
+@pytest.mark.parametrize("rows", MINI)
+def test_the_floor_of_a_mixture(rows):
+    dtype = run.DTYPES["bf16"]
+    model = shapes.random_model(shapes.CONFIGS["llada2-mini"], "meta", dtype)
+    distinct, gigabytes = MINI[rows]
+    read, used = watch.experts(model, rows)
+    one = 3 * 2048 * 512
+    assert round(read / one / 19) == distinct and used == 8 * one * 19
+    kind = watch.Kind(work=[watch.Work(model, 1, rows, 0)], heads=[(model, rows)])
+    milliseconds, bound = kind.floor(watch.Rates(copy=1e12, matmul=1e30))
+    rounding = 0.006 if rows == 1 else 0.051
+    assert bound == "bytes" and milliseconds == pytest.approx(gigabytes, abs=rounding)
+    routers = 19 * 256 * 2048
+    assert watch.weight_bytes(model, 0) - 2 * watch.parameters(model)[0] == 2 * (routers + 19 * 256)
+
+
+def test_what_does_not_fit_is_refused_before_it_is_made():
+    result = CliRunner().invoke(steps.main, ["--model", "llada2-mini", "--device", "cpu"])
+    assert result.exit_code == 2 and "expected a GPU for a mixture of experts" in result.output
+    shape = shapes.CONFIGS["llada2-mini"] | {"num_hidden_layers": 2000}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(shapes.CONFIGS, "large", shape)
+        message = "--model large: expected 6[0-9]+.. GB of free memory on cpu for its torch.float32"
+        with pytest.raises(click.UsageError, match=message):
+            shapes.make_model("large", "cpu", run.DTYPES["fp32"])
+
+
+@pytest.mark.parametrize("name", ["llada2", "llada-moe-mixed"])
+def test_the_plain_forward_takes_mixtures(name):
+    config = moe_plain.CONFIGS[name] | {"block_size": 32}
+    model = shapes.random_model(config, "cpu", run.DTYPES["fp32"])
+    ids = torch.arange(18).view(2, 9)
+    got, _ = loops.PlainForward(model)(ids)
+    at, zero = torch.full((2,), 9, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
+    cache = model.new_cache(2, 0)
+    hidden = model.forward(ids, zero, cache, length=at, kv_len=at, commit=zero)
+    torch.testing.assert_close(got, model.head(hidden), rtol=0, atol=1e-5)
 
 
 def test_the_first_six_minutes_are_rehearsed_on_a_cpu(tmp_path, monkeypatch):

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pydllm import reference
 from pydllm.models import NativeModel
+from pydllm.models.experts import Experts
 
 # Keys, rotated, and values of every layer, each (B, Hkv, positions, D).
 Past = list[tuple[Tensor, Tensor]]
@@ -61,6 +63,8 @@ class PlainForward:
         for number, layer in enumerate(model._layers):
             qkv = F.linear(norm(hidden, layer.attn_norm), layer.qkv, layer.qkv_bias)
             q, k, v = qkv.unflatten(-1, (-1, sizes.head_dim)).transpose(1, 2).split(heads, 1)
+            if layer.q_norm is not None:
+                q, k = norm(q, layer.q_norm), norm(k, layer.k_norm)
             q, k = rotate(q), rotate(k)
             if past:
                 k, v = (torch.cat(pair, 2) for pair in zip(past[number], (k, v), strict=True))
@@ -68,12 +72,43 @@ class PlainForward:
             k, v = (t.repeat_interleave(sizes.heads // sizes.kv_heads, 1) for t in (k, v))
             attended = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
             hidden = hidden + F.linear(attended.transpose(1, 2).flatten(2), layer.out)
-            gate, up = F.linear(norm(hidden, layer.mlp_norm), layer.gate_up).chunk(2, -1)
-            hidden = hidden + F.linear(F.silu(gate) * up, layer.down)
+            rows = norm(hidden, layer.mlp_norm)
+            if layer.experts is None:
+                hidden = hidden + _mlp(rows, layer.gate_up, layer.down)
+            else:
+                hidden = hidden + _published_experts(rows, layer.experts)
         logits = F.linear(norm(hidden, model._norm), model._head)
         if model.spec.shift_logits:
             logits = torch.cat((logits[:, :1], logits[:, :-1]), 1)
         return logits, present
+
+
+def _mlp(rows: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    gate, up = F.linear(rows, gate_up).chunk(2, -1)
+    return F.linear(F.silu(gate) * up, down)
+
+
+def _published_experts(hidden: Tensor, layer: Experts) -> Tensor:
+    """As the class of LLaDA2.0 does it: rows sorted by expert, a loop over those that have some."""
+    moe, rows = layer.sizes, hidden.flatten(0, 1)
+    options = (moe.score, moe.renormalize, moe.scale, moe.groups, moe.topk_groups)
+    ids, weights = reference.route(
+        hidden, layer.router, layer.router_bias, None, None, moe.top_k, *options, None, None, 1
+    )
+    order = ids.flatten().argsort()
+    counts = ids.flatten().bincount(minlength=moe.experts).tolist()
+    taken, parts, first = rows[order // moe.top_k], [], 0
+    for expert, count in enumerate(counts):
+        if count:
+            own = taken[first : first + count]
+            parts.append(_mlp(own, layer.gate_up[expert], layer.down[expert]))
+            first += count
+    y = torch.empty_like(taken)
+    y[order] = torch.cat(parts)
+    out = (y.view(*ids.shape, -1).to(weights.dtype) * weights[..., None]).sum(2).to(hidden.dtype)
+    if layer.shared_gate_up is None:
+        return out
+    return out + _mlp(hidden, layer.shared_gate_up, layer.shared_down)
 
 
 @dataclass

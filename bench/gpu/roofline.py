@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -53,9 +53,10 @@ class Kind:
         moved = operations = 0
         for work in self.work:
             sizes, layers = work.model.sizes, parameters(work.model)[0]
-            read, used = experts(work.model, work.rows)
+            used = experts(work.model, work.rows)[1]
             slot = 2 * sizes.layers * sizes.kv_heads * sizes.head_dim
-            moved += work.model.dtype.itemsize * (layers + read + slot * (work.seen + work.rows))
+            moved += weight_bytes(work.model, work.rows)
+            moved += work.model.dtype.itemsize * slot * (work.seen + work.rows)
             pairs = work.rows * (work.seen + work.rows) // work.batch
             operations += 2 * (layers + used) * work.rows
             operations += 4 * sizes.layers * sizes.heads * sizes.head_dim * pairs
@@ -69,13 +70,22 @@ class Kind:
 
 def parameters(model: NativeModel) -> tuple[int, int]:
     """Of the layers but for experts, and of the head; the embedding is looked up."""
-    count = 0
+    return sum(t.numel() for t in _every_row(model)), model._head.numel()
+
+
+def _every_row(model: NativeModel) -> Iterator[Tensor]:
+    """Tensors of the layers that every row goes through: all but the experts'."""
     for layer in model._layers:
         own = dict(vars(layer))
         if layer.experts is not None:
             own |= vars(layer.experts) | {"gate_up": None, "down": None}
-        count += sum(t.numel() for t in own.values() if isinstance(t, Tensor))
-    return count, model._head.numel()
+        yield from (t for t in own.values() if isinstance(t, Tensor))
+
+
+def weight_bytes(model: NativeModel, rows: int) -> float:
+    """Bytes of weights that a forward reads, but for the head; a router may be fp32."""
+    every = sum(t.nbytes for t in _every_row(model))
+    return every + model.dtype.itemsize * experts(model, rows)[0]
 
 
 def experts(model: NativeModel, rows: int) -> tuple[float, int]:
