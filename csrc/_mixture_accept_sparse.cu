@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     critical = {score_of(values[slot], noise), score_of(y, noise), y == -INFINITY};
   }
 
-  uint64_t best = kNobody;
+  uint64_t best = kNoKey;
   float least = 0.f;
   const int end = min(static_cast<int>((tile + 1) * kCandidateTile), size);
   for (int i = static_cast<int>(tile * kCandidateTile) + warp; i < end; i += kWarps) {
@@ -114,7 +114,7 @@ cudaError_t mixture_accept_sparse(const MixtureAcceptSparse& call, cudaStream_t 
                     round.tiles == (call.capacity + kCandidateTile - 1) / kCandidateTile;
   if (!fits) return cudaErrorInvalidValue;
   if (round.batch == 0) return cudaSuccess;
-  if (blocks == 0) return mixture_accept_join(round, stream);
+  if (blocks == 0) return mixture_accept_scan(round, stream);
   const dim3 grid(static_cast<unsigned>(blocks)), block(kThreads);
   return with_type(call.dtype, [&](auto* typed) {
     using T = std::remove_pointer_t<decltype(typed)>;
@@ -123,7 +123,7 @@ cudaError_t mixture_accept_sparse(const MixtureAcceptSparse& call, cudaStream_t 
     } else {
       PYDLLM_LAUNCH((mixture_accept_sparse_kernel<T, false>), grid, block, 0, stream, call);
     }
-    return mixture_accept_join(round, stream);
+    return mixture_accept_scan(round, stream);
   });
 }
 

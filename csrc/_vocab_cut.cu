@@ -24,10 +24,10 @@ struct Found {
 // The digit that the launch before looked for, by one warp. Its lanes below 16 have the counts of
 // the sixteen keys, the others the masses; both fall from key to key.
 __device__ __forceinline__ Found next_digit(const VocabCut& call, int64_t row, int pieces,
-                                            float inverse, int turn) {
+                                            float inverse, int radix_pass) {
   const int lane = static_cast<int>(threadIdx.x), digit = lane % kDigits;
   const bool of_mass = lane >= kDigits;
-  const int64_t before = (turn - 1) % 2 * call.rows + row;
+  const int64_t before = (radix_pass - 1) % 2 * call.rows + row;
   const float* const best_of = call.best + row * pieces;
   float best = -INFINITY;
   for (int piece = lane; piece < pieces; piece += kWarpSize) best = fmaxf(best, best_of[piece]);
@@ -51,22 +51,22 @@ __device__ __forceinline__ Found next_digit(const VocabCut& call, int64_t row, i
       call.has_top_p && top_p > 0.f && top_p < 1.f ? __fmul_rn(total, top_p) : INFINITY;
   const bool taken = digit > 0 && (of_mass ? mass > limit : count >= least);
   const unsigned taken_of = __ballot_sync(kFullWarp, taken);
-  const uint32_t unit = 0x10000000u >> (4 * (turn - 1));
+  const uint32_t unit = 0x10000000u >> (4 * (radix_pass - 1));
   const uint32_t* const known = call.keys + before * 2;
   return {known[0] + unit * static_cast<uint32_t>(__popc(taken_of & 0xFFFFu)),
           known[1] + unit * static_cast<uint32_t>(__popc(taken_of >> kDigits))};
 }
 
-// One block a piece of a row; in the last turn one a row.
+// One block per piece of a row; in the last pass one per row.
 template <typename T>
 __global__ void __launch_bounds__(kPieceThreads, 2)
-    vocab_cut_kernel(const VocabCut call, int pieces, int turn, bool aligned) {
+    vocab_cut_kernel(const VocabCut call, int pieces, int radix_pass, bool aligned) {
   __shared__ Found shared_found;
   __shared__ float shared_best[kWarps];
   __shared__ int shared_counts[kWarps][kDigits];
   __shared__ float shared_masses[kWarps][kDigits];
 
-  const bool last = turn == digits_of<T>();
+  const bool last = radix_pass == digits_of<T>();
   const auto blocks = static_cast<unsigned>(last ? 1 : pieces);
   const int64_t row = blockIdx.x / blocks;
   const int number = static_cast<int>(blockIdx.x % blocks);
@@ -78,12 +78,12 @@ __global__ void __launch_bounds__(kPieceThreads, 2)
                                                      : inverse_of(call.temperatures[row]).value;
   if (warp == 0) {
     Found found{0, 0};
-    if (turn > 0) found = next_digit(call, row, pieces, inverse, turn);
+    if (radix_pass > 0) found = next_digit(call, row, pieces, inverse, radix_pass);
     if (lane == 0) shared_found = found;
   }
   __syncthreads();
   const Found found = shared_found;
-  const int64_t now = turn % 2 * call.rows + row;
+  const int64_t now = radix_pass % 2 * call.rows + row;
   if (last) {
     const uint32_t key = max(found.by_count, found.by_mass);
     // Key 0, of no filter, is not that of a number.
@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kPieceThreads, 2)
   const float base = best == -INFINITY ? 0.f : best;
 
   // What lies after the row's end counts as -inf, which no filter leaves out.
-  const uint32_t unit = 0x10000000u >> (4 * turn);
+  const uint32_t unit = 0x10000000u >> (4 * radix_pass);
   int counts[kDigits] = {};
   float masses[kDigits] = {};
 #pragma unroll
@@ -170,10 +170,10 @@ cudaError_t vocab_cut(const VocabCut& call, cudaStream_t stream) {
     using T = std::remove_pointer_t<decltype(type)>;
     const bool aligned =
         rows_are_aligned(static_cast<const T*>(call.logits), call.stride_logits_row);
-    for (int turn = 0; turn <= digits_of<T>(); ++turn) {
-      const int64_t blocks = turn < digits_of<T>() ? call.rows * pieces : call.rows;
+    for (int radix_pass = 0; radix_pass <= digits_of<T>(); ++radix_pass) {
+      const int64_t blocks = radix_pass < digits_of<T>() ? call.rows * pieces : call.rows;
       PYDLLM_LAUNCH(vocab_cut_kernel<T>, dim3(static_cast<unsigned>(blocks)), dim3(kPieceThreads),
-                    0, stream, call, static_cast<int>(pieces), turn, aligned);
+                    0, stream, call, static_cast<int>(pieces), radix_pass, aligned);
       const cudaError_t error = cudaGetLastError();
       if (error != cudaSuccess) return error;
     }

@@ -1,8 +1,8 @@
-// The splits of window_attention's keys: what is kept of one, and how it is joined to the others.
+// The splits of window_attention's keys: what is kept of one, and how it is merged with the others.
 #pragma once
 
+#include "attention_schedule.cuh"
 #include "attention_tile.cuh"
-#include "attention_walk.cuh"
 
 namespace pydllm {
 
@@ -22,12 +22,12 @@ __device__ __forceinline__ float row_sum(float sum) {
   return sum + __shfl_xor_sync(kFullWarp, sum, 2);
 }
 
-// Join a split to those before it, whose values begin at `before`, or null for none: after this
+// Merge a split into those before it, whose values begin at `before`, or null for none: after this
 // `online.acc` has the values of all and `total` their sums. A split without keys has sum 0 and
 // changes nothing; a NaN is not 0. window_attention_merge_kernel does the same, to the bit.
 template <int kHeadDim>
-__device__ __forceinline__ void join(Online<kHeadDim>& online, Total& total,
-                                     const float* const (&before)[2]) {
+__device__ __forceinline__ void merge_split(OnlineSoftmax<kHeadDim>& online, Total& total,
+                                            const float* const (&before)[2]) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const float sum = row_sum(online.sum[r]);
@@ -55,18 +55,19 @@ __device__ __forceinline__ void join(Online<kHeadDim>& online, Total& total,
 // 1 that 8 after it. Null: there is no such row, or nothing is split.
 template <int kHeadDim, typename T, bool kLeaves>
 __device__ __forceinline__ float* part_row(const WindowAttention& call,
-                                           const Sequence<T, kLeaves>& sequence, const Walk& walk,
-                                           int warp_m, int r) {
+                                           const Sequence<T, kLeaves>& sequence,
+                                           const KeyTileSchedule& schedule, int warp_m, int r) {
   const int lane = static_cast<int>(ptx::lane());
   const Query query(call, sequence, warp_m + lane / 4 + 8 * r);
   if (call.part == nullptr || query.row >= call.rows) return nullptr;
   const int64_t rows = int64_t{call.batch} * call.rows * call.heads;
-  return call.part + (walk.split * rows + query.index(call, sequence)) * kHeadDim + 2 * (lane % 4);
+  return call.part + (schedule.split * rows + query.index(call, sequence)) * kHeadDim +
+         2 * (lane % 4);
 }
 
 template <int kHeadDim>
 __device__ __forceinline__ void store_part(float* const (&rows)[2],
-                                           const Online<kHeadDim>& online) {
+                                           const OnlineSoftmax<kHeadDim>& online) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     if (rows[r] == nullptr) continue;
@@ -80,8 +81,9 @@ __device__ __forceinline__ void store_part(float* const (&rows)[2],
 // Maximum and sum of a block's split of its rows; rows that are not used have sum 0.
 template <int kHeadDim, typename T, bool kLeaves>
 __device__ __forceinline__ void store_state(const WindowAttention& call,
-                                            const Sequence<T, kLeaves>& sequence, const Walk& walk,
-                                            int warp_m, const Online<kHeadDim>& online) {
+                                            const Sequence<T, kLeaves>& sequence,
+                                            const KeyTileSchedule& schedule, int warp_m,
+                                            const OnlineSoftmax<kHeadDim>& online) {
   const int lane = static_cast<int>(ptx::lane());
   const int64_t rows = int64_t{call.batch} * call.rows * call.heads;
 #pragma unroll
@@ -89,13 +91,14 @@ __device__ __forceinline__ void store_state(const WindowAttention& call,
     const float sum = row_sum(online.sum[r]);
     const Query query(call, sequence, warp_m + lane / 4 + 8 * r);
     if (query.row >= call.rows || lane % 4 != 0) continue;
-    const int64_t row = walk.split * rows + query.index(call, sequence);
+    const int64_t row = schedule.split * rows + query.index(call, sequence);
     call.state[row] = online.best[r];
     call.state[call.splits * rows + row] = query.used ? sum : 0.f;
   }
 }
 
-// Splits joined in order of position, as join does it. A thread has four dimensions of a row.
+// Splits merged in order of position, as merge_split does it. A thread has four dimensions of a
+// row.
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kAttentionThreads)
     window_attention_merge_kernel(T* __restrict__ out,              // (rows, head_dim)

@@ -24,23 +24,24 @@ __device__ __forceinline__ unsigned swizzled(unsigned n, unsigned row, unsigned 
   return row * kHeadDim + ((chunk ^ row % 8) ^ 2 * k) * kChunk + 16 * n * kHeadDim;
 }
 
-// RoPE turns chunk `first` of a head with chunk `second`; after the pairs that it turns come pairs
-// that it leaves. A unit is one pair of chunks: head_dim / 16 neighbouring threads hold a head.
+// RoPE rotates chunk `first` of a head with chunk `second`; after the pairs that it rotates come
+// pairs that it leaves. A unit is one pair of chunks: head_dim / 16 neighbouring threads hold a
+// head.
 template <int kHeadDim>
 struct Unit {
   static constexpr int kCount = kHeadDim / (2 * kChunk);
   int index, first, second;
-  bool turns;
+  bool rotates;
   __device__ __forceinline__ Unit(int index, int half)
-      : index(index), turns(index < half / kChunk) {
-    first = turns ? index : index + half / kChunk;
-    second = turns ? index + half / kChunk : index + kCount;
+      : index(index), rotates(index < half / kChunk) {
+    first = rotates ? index : index + half / kChunk;
+    second = rotates ? index + half / kChunk : index + kCount;
   }
 };
 
 // What rotates rows: tables and norm of a call.
 template <typename T>
-struct Turn {
+struct RopeParams {
   const float* cos;  // (positions, half)
   const float* sin;
   int half;
@@ -52,9 +53,9 @@ struct Turn {
 // spelled out, so that a committed key has the bits of the one that was attended to. All lanes of a
 // warp have to be here.
 template <typename T, int kHeadDim>
-__device__ __forceinline__ void load_turned(Vector<T>& a, Vector<T>& b, const T* row, bool used,
-                                            int position, const Unit<kHeadDim>& unit,
-                                            const Turn<T>& turn) {
+__device__ __forceinline__ void load_rotated(Vector<T>& a, Vector<T>& b, const T* row, bool used,
+                                             int position, const Unit<kHeadDim>& unit,
+                                             const RopeParams<T>& rope) {
   float wide_a[kChunk], wide_b[kChunk];
   if (used) {
     a = load_vector(row + unit.first * kChunk);
@@ -64,8 +65,8 @@ __device__ __forceinline__ void load_turned(Vector<T>& a, Vector<T>& b, const T*
   }
 #pragma unroll
   for (int i = 0; i < kChunk; ++i) wide_a[i] = to_float(a.lane[i]), wide_b[i] = to_float(b.lane[i]);
-  if (turn.norm != nullptr) {
-    // By chunks in their order, whichever RoPE turns: commit_branch sums alike.
+  if (rope.norm != nullptr) {
+    // By chunks in their order, whichever of them RoPE rotates: commit_branch sums alike.
     const int chunks[2] = {unit.index, unit.index + Unit<kHeadDim>::kCount};
     float sums[2] = {0.f, 0.f};
 #pragma unroll
@@ -82,9 +83,9 @@ __device__ __forceinline__ void load_turned(Vector<T>& a, Vector<T>& b, const T*
     for (int lanes = Unit<kHeadDim>::kCount / 2; lanes > 0; lanes /= 2) {
       squares += __shfl_xor_sync(kFullWarp, squares, lanes);
     }
-    const float factor = rsqrtf(fmaf(squares, 1.f / kHeadDim, turn.eps));
-    const auto weight_a = load_vector(turn.norm + unit.first * kChunk);
-    const auto weight_b = load_vector(turn.norm + unit.second * kChunk);
+    const float factor = rsqrtf(fmaf(squares, 1.f / kHeadDim, rope.eps));
+    const auto weight_a = load_vector(rope.norm + unit.first * kChunk);
+    const auto weight_b = load_vector(rope.norm + unit.second * kChunk);
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
       const float normed_a = rounded<T>(wide_a[i] * factor);
@@ -94,13 +95,13 @@ __device__ __forceinline__ void load_turned(Vector<T>& a, Vector<T>& b, const T*
       wide_a[i] = to_float(a.lane[i]), wide_b[i] = to_float(b.lane[i]);
     }
   }
-  if (!used || !unit.turns) return;
-  const int64_t from = static_cast<int64_t>(position) * turn.half + unit.index * kChunk;
+  if (!used || !unit.rotates) return;
+  const int64_t from = static_cast<int64_t>(position) * rope.half + unit.index * kChunk;
   Vector<float> cos[2], sin[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    cos[i] = load_vector(turn.cos + from + 4 * i);
-    sin[i] = load_vector(turn.sin + from + 4 * i);
+    cos[i] = load_vector(rope.cos + from + 4 * i);
+    sin[i] = load_vector(rope.sin + from + 4 * i);
   }
 #pragma unroll
   for (int i = 0; i < kChunk; ++i) {
@@ -133,7 +134,7 @@ __device__ __forceinline__ float capped(float s, float softcap) {
 // What a warp carries over its key tiles: 16 query rows, of which a lane holds rows lane / 4 and
 // lane / 4 + 8, as in the accumulator of mma_m16n8k16.
 template <int kHeadDim>
-struct Online {
+struct OnlineSoftmax {
   float acc[kHeadDim / 8][4] = {};
   float best[2] = {-INFINITY, -INFINITY};  // of the row, in base 2
   float sum[2] = {0.f, 0.f};               // of this lane's columns
@@ -164,8 +165,9 @@ __device__ __forceinline__ void multiply_keys(float (&s)[kKeys / 8][4], const T*
 // One key tile of the online softmax. `s` are scores in base 2, -inf where a row does not see a
 // key. A row that is not `mine` stays as it is, NaN or not.
 template <typename T, int kHeadDim, int kKeys>
-__device__ __forceinline__ void add_values(Online<kHeadDim>& online, float (&s)[kKeys / 8][4],
-                                           const T* values, const bool (&mine)[2]) {
+__device__ __forceinline__ void add_values(OnlineSoftmax<kHeadDim>& online,
+                                           float (&s)[kKeys / 8][4], const T* values,
+                                           const bool (&mine)[2]) {
   const unsigned lane = ptx::lane();
   float alpha[2];
 #pragma unroll

@@ -246,7 +246,7 @@ PYBIND11_MODULE(_C, m) {
         FIELD(stride_v_cache_batch), FIELD(stride_v_cache_row), FIELD(stride_v_cache_head),
         FIELD(dtype), FIELD(batch), FIELD(rows), FIELD(heads), FIELD(kv_heads), FIELD(head_dim),
         FIELD(half), FIELD(branches), FIELD(leaf_rows), FIELD(slots), FIELD(page), FIELD(pages),
-        FIELD(splits), FIELD(split_tiles), FIELD(stages), FIELD(block_size), FIELD(span),
+        FIELD(splits), FIELD(split_tiles), FIELD(stages), FIELD(block_size), FIELD(sliding_window),
         FIELD(causal), FIELD(pdl), FIELD(eps), FIELD(scale), FIELD(softcap));
   }
 }

@@ -53,7 +53,7 @@ __device__ __forceinline__ T reduce_block(T value, T identity, Operation operati
 
 // The sum of the values of the threads before.
 template <typename T>
-__device__ __forceinline__ T sum_before(T value) {
+__device__ __forceinline__ T exclusive_scan(T value) {
   __shared__ T of_warps[kMaxWarps];
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   T upto = value;
@@ -103,11 +103,11 @@ __device__ __forceinline__ float from_ordered(uint32_t key) {
   return __int_as_float(bits ^ ((bits >> 31) & 0x7FFFFFFF));
 }
 
-// The smallest of these has the largest score and, of a tie, the lowest id. Any is below kNobody,
+// The smallest of these has the largest score and, of a tie, the lowest id. Any is below kNoKey,
 // and above 0 if the score is neither NaN nor infinite.
-constexpr uint64_t kNobody = ~uint64_t{0};
+constexpr uint64_t kNoKey = ~uint64_t{0};
 
-__device__ __forceinline__ uint64_t contender(float score, int id) {
+__device__ __forceinline__ uint64_t argmax_key(float score, int id) {
   // Adding 0 makes a zero of a negative zero.
   return static_cast<uint64_t>(~ordered(__fadd_rn(score, 0.f))) << 32 | static_cast<uint32_t>(id);
 }

@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kThreads)
   cos += position * sizes.half;
   sin += position * sizes.half;
 
-  // A head is one turn or two of these loops: unrolled further they only take registers.
+  // A head is one or two iterations of these loops: unrolled further they only take registers.
   float factor = 1.f;
   if (k_norm != nullptr) {
     float squares = 0.f;

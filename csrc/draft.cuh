@@ -10,13 +10,13 @@ namespace pydllm {
 constexpr int kNoBlock = INT_MAX;
 
 // When a mask is filled: the smallest is first.
-struct Turn {
+struct FillOrder {
   int block;
   uint32_t cost;
   int row;
 };
 
-__device__ __forceinline__ bool comes_before(const Turn& a, const Turn& b) {
+__device__ __forceinline__ bool comes_before(const FillOrder& a, const FillOrder& b) {
   if (a.block != b.block) return a.block < b.block;
   if (a.cost != b.cost) return a.cost < b.cost;
   return a.row < b.row;
@@ -53,7 +53,7 @@ struct Window {
   uint32_t cost[kDraftRows];
   int block[kDraftRows];
 
-  __device__ __forceinline__ Turn turn(int row) const { return {block[row], cost[row], row}; }
+  __device__ __forceinline__ FillOrder order(int row) const { return {block[row], cost[row], row}; }
 };
 
 // Write candidate `number`: the window with its first masks filled, and x beside it. Every thread
@@ -67,10 +67,10 @@ __device__ __forceinline__ void write_candidate(int64_t* candidate,    // (slots
   for (int row = span.first + thread; row < span.end; row += threads) {
     bool fills = false;
     if (window.block[row] != kNoBlock) {
-      const Turn own = window.turn(row);
+      const FillOrder own = window.order(row);
       int rank = 0;
       for (int other = span.first; other < span.end; ++other) {
-        rank += comes_before(window.turn(other), own);
+        rank += comes_before(window.order(other), own);
       }
       fills = rank < number;
     }

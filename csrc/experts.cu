@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kOrderThreads)
   for (int first = 0; first < pairs; first += kOrderThreads) {
     const int i = first + thread;
     const int hit = i < pairs && ids[i] == expert;
-    const int place = begin + sum_before(hit);
+    const int place = begin + exclusive_scan(hit);
     if (hit != 0) order[place] = i;
     begin += reduce_block(hit, 0, Sum{});
   }

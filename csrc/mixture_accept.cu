@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kThreads, 2) mixture_accept_kernel(const Mixtu
     if (needs_y && inside[u]) y[u] = ids_y.load(first);
   }
 
-  uint64_t best = kNobody;
+  uint64_t best = kNoKey;
   float least = 0.f;
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) {
@@ -128,7 +128,7 @@ cudaError_t mixture_accept(const MixtureAccept& call, cudaStream_t stream) {
                     call.suppress_count <= kMaxSuppressIds;
   if (!fits) return cudaErrorInvalidValue;
   if (round.batch == 0) return cudaSuccess;
-  if (blocks == 0) return mixture_accept_join(round, stream);
+  if (blocks == 0) return mixture_accept_scan(round, stream);
   const dim3 grid(static_cast<unsigned>(blocks)), block(kThreads);
   return with_type(call.dtype, [&](auto* typed) {
     using T = std::remove_pointer_t<decltype(typed)>;
@@ -137,7 +137,7 @@ cudaError_t mixture_accept(const MixtureAccept& call, cudaStream_t stream) {
     } else {
       PYDLLM_LAUNCH((mixture_accept_kernel<T, false>), grid, block, 0, stream, call);
     }
-    return mixture_accept_join(round, stream);
+    return mixture_accept_scan(round, stream);
   });
 }
 

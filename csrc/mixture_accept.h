@@ -56,10 +56,10 @@ struct MixtureAcceptSparse : MixtureRound {
   int64_t stride_hidden_row, stride_head_row;
 };
 
-// Joins what blocks have found of the tiles.
-cudaError_t mixture_accept_join(const MixtureRound& round, cudaStream_t stream);
+// Merges what blocks have found in the tiles, then scans the rows.
+cudaError_t mixture_accept_scan(const MixtureRound& round, cudaStream_t stream);
 
-// Two launches each: blocks look at pieces of the rows in use, warps join what they found and look
+// Two launches each: blocks look at pieces of the rows in use, warps merge what they found and look
 // for the first row whose draft is another. What pydllm/reference/mixture_accept.py gives, the
 // dense form bit for bit. Returns the first error of a launch.
 cudaError_t mixture_accept(const MixtureAccept& call, cudaStream_t stream);

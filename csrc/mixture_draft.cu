@@ -110,8 +110,8 @@ template <int kBits, typename Each>
 __device__ __forceinline__ uint32_t nucleus_cut(Each each, float best, float inverse,
                                                 uint64_t limit) {
   uint32_t cut = 0;
-  for (int turn = 0; turn < (kBits + 1) / 2; ++turn) {  // two bits of it a turn
-    const uint32_t unit = 0x40000000u >> (2 * turn);
+  for (int radix_pass = 0; radix_pass < (kBits + 1) / 2; ++radix_pass) {  // two bits per pass
+    const uint32_t unit = 0x40000000u >> (2 * radix_pass);
     uint64_t mass_1 = 0, mass_2 = 0, mass_3 = 0;
     each([&](int, float x) {
       const uint32_t key = ordered(__fadd_rn(x, 0.f));
@@ -272,10 +272,10 @@ __global__ void __launch_bounds__(kThreads) mixture_draft_kernel(const MixtureDr
     threshold = number_of<kBits>(cut);
   }
 
-  uint64_t chosen = kNobody;
+  uint64_t chosen = kNoKey;
   const auto consider = [&](int id, float x, float noise) {
     const float score = __fadd_rn(__fmul_rn(x, draft.inverse), noise);
-    const uint64_t own_best = contender(score, id);
+    const uint64_t own_best = argmax_key(score, id);
     chosen = own_best < chosen ? own_best : chosen;
     if (!filtered) return;
     const int slot = atomicAdd(&listed, 1);
@@ -299,7 +299,7 @@ __global__ void __launch_bounds__(kThreads) mixture_draft_kernel(const MixtureDr
       }
     }
   }
-  chosen = reduce_block(chosen, kNobody, Minimum());
+  chosen = reduce_block(chosen, kNoKey, Minimum());
 
   const int capacity = static_cast<int>(call.capacity);
   const bool overflow = !filtered || listed > capacity;
@@ -318,7 +318,7 @@ __global__ void __launch_bounds__(kThreads) mixture_draft_kernel(const MixtureDr
     call.noise[at] = used ? draft.key.of(id) : 0.f;
   }
   if (thread != 0) return;
-  call.token[row] = usable && chosen != kNobody ? static_cast<uint32_t>(chosen) : 0;
+  call.token[row] = usable && chosen != kNoKey ? static_cast<uint32_t>(chosen) : 0;
   call.logsumexp[row] = poisoned ? NAN
                         : usable ? __fmul_rn(best, inverse) + logf(total)
                                  : -INFINITY;

@@ -8,7 +8,7 @@
 
 namespace pydllm {
 
-// Sorts before every contender: an id that counts is NaN or infinite.
+// Sorts before every key: an id that counts is NaN or infinite.
 constexpr uint64_t kPoison = 0;
 
 // weight * x + (1 - weight) * y, such that equal numbers give that number.
@@ -22,7 +22,7 @@ __device__ __forceinline__ float mix(float x, float y, float weight) {
 // What a score stands for among all: of NaN and infinity nothing can be said, -inf is nobody.
 __device__ __forceinline__ uint64_t entry(float score, int id) {
   if (!(score < INFINITY)) return kPoison;
-  return score == -INFINITY ? kNobody : contender(score, id);
+  return score == -INFINITY ? kNoKey : argmax_key(score, id);
 }
 
 __device__ __forceinline__ float weight_of(const MixtureRound& round, int64_t sequence) {
@@ -45,7 +45,7 @@ struct Critical {
 // A block has looked at its tile of a row.
 __device__ __forceinline__ void store_tile(const MixtureRound& round, int64_t at, uint64_t best,
                                            float least) {
-  best = reduce_block(best, kNobody, Minimum());
+  best = reduce_block(best, kNoKey, Minimum());
   if (round.least != nullptr) least = reduce_block(least, 0.f, Maximum());
   if (threadIdx.x != 0) return;
   round.best[at] = static_cast<int64_t>(best);

@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kThreads) multiblock_step_kernel(const Multibl
   focus = first_of(focus);
   const float bound = rounded<Entropy>(call.limit);
   // The least (cost, position) of all and of the focus; costs are no NaN.
-  uint64_t best = kNobody, best_in_focus = kNobody;
+  uint64_t best = kNoKey, best_in_focus = kNoKey;
   bool accepts_in_focus = false;
   for (int j = thread; j < positions; j += kThreads) {
     const int64_t column = static_cast<int64_t>(prompt) + j - first;
@@ -91,13 +91,12 @@ __global__ void __launch_bounds__(kThreads) multiblock_step_kernel(const Multibl
     }
     marks[j] = (candidate ? kCandidate : 0) | (accept ? kAccepted : 0);
   }
-  best = reduce_block(best, kNobody, Minimum());
-  best_in_focus = reduce_block(best_in_focus, kNobody, Minimum());
+  best = reduce_block(best, kNoKey, Minimum());
+  best_in_focus = reduce_block(best_in_focus, kNoKey, Minimum());
   // That the best of all is accepted, too, makes no difference: it is then the focus's own.
   const bool forced = !any_of(accepts_in_focus);
-  const int always = shifted || best == kNobody ? kNone : static_cast<int>(best);
-  const int otherwise =
-      forced && best_in_focus != kNobody ? static_cast<int>(best_in_focus) : kNone;
+  const int always = shifted || best == kNoKey ? kNone : static_cast<int>(best);
+  const int otherwise = forced && best_in_focus != kNoKey ? static_cast<int>(best_in_focus) : kNone;
 
   int accepted = 0, last = kNone;
   bool any_mask = false;

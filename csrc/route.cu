@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kPoolThreads, 4)
       const float logit = logits[(window * rows + row) * experts + e];
       best = fmaxf(best, choice_of(sigmoid(logit), bias, e));
     }
-    keys[e] = contender(best, e);
+    keys[e] = argmax_key(best, e);
   }
   __syncthreads();
   for (int e = static_cast<int>(threadIdx.x); e < experts; e += kPoolThreads) {
@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kPoolThreads, 4)
 
 // The least key of a warp.
 __device__ __forceinline__ uint64_t least_key(const uint64_t* keys, int count, int lane) {
-  uint64_t least = kNobody;
+  uint64_t least = kNoKey;
   for (int i = lane; i < count; i += kWarpSize) least = keys[i] < least ? keys[i] : least;
   return reduce_warp(least, Minimum{});
 }
@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(kWarpSize) route_select_kernel(Route call, int
       largest = fmaxf(largest, choice);
     }
     if (pool != nullptr && pool[e] == 0) choice = -INFINITY;
-    keys[e] = contender(choice, e);
+    keys[e] = argmax_key(choice, e);
   }
   if (!call.sigmoid) {
     largest = reduce_warp(largest, Maximum{});
@@ -157,23 +157,23 @@ __global__ void __launch_bounds__(kWarpSize) route_select_kernel(Route call, int
   if (call.groups > 1 && pool == nullptr) {
     const int groups = static_cast<int>(call.groups), size = experts / groups;
     for (int group = lane; group < groups; group += kWarpSize) {
-      uint64_t best = kNobody, second = kNobody;
+      uint64_t best = kNoKey, second = kNoKey;
       for (int e = group * size; e < (group + 1) * size; ++e) {
         const uint64_t key = keys[e];
         second = key < best ? best : key < second ? key : second;
         best = key < best ? key : best;
       }
-      group_keys[group] = contender(value_of(best) + value_of(second), group);
+      group_keys[group] = argmax_key(value_of(best) + value_of(second), group);
     }
     __syncwarp();
     for (int i = 0; i < static_cast<int>(call.topk_groups); ++i) {
       const uint64_t best = least_key(group_keys, groups, lane);
       __syncwarp();
-      if (lane == 0) group_keys[static_cast<uint32_t>(best)] = kNobody;  // kept
+      if (lane == 0) group_keys[static_cast<uint32_t>(best)] = kNoKey;  // kept
       __syncwarp();
     }
     for (int e = lane; e < experts; e += kWarpSize) {
-      if (group_keys[e / size] != kNobody) keys[e] = contender(-INFINITY, e);
+      if (group_keys[e / size] != kNoKey) keys[e] = argmax_key(-INFINITY, e);
     }
     __syncwarp();
   }
@@ -185,7 +185,7 @@ __global__ void __launch_bounds__(kWarpSize) route_select_kernel(Route call, int
     total += scores[expert];
     __syncwarp();
     if (lane == 0) {
-      keys[expert] = kNobody;
+      keys[expert] = kNoKey;
       ids[k] = expert;
     }
     __syncwarp();

@@ -38,7 +38,7 @@ __device__ __forceinline__ int count_within(const uint64_t* order, int size, flo
   const int first = min(thread * each, size), end = min(first + each, size);
   int64_t own = 0;
   for (int i = first; i < end; ++i) own += units_of(order[i]);
-  int64_t spent = sum_before(own);
+  int64_t spent = exclusive_scan(own);
   int passed = 0;
   for (int i = first; i < end; ++i) {
     const uint64_t key = order[i];

@@ -8,15 +8,15 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpSize;
 
-__device__ __forceinline__ Turn first_of_warp(Turn turn) {
+__device__ __forceinline__ FillOrder first_of_warp(FillOrder order) {
 #pragma unroll
   for (int lanes = kWarpSize / 2; lanes > 0; lanes /= 2) {
-    const Turn other = {__shfl_xor_sync(kFullWarp, turn.block, lanes),
-                        __shfl_xor_sync(kFullWarp, turn.cost, lanes),
-                        __shfl_xor_sync(kFullWarp, turn.row, lanes)};
-    if (comes_before(other, turn)) turn = other;
+    const FillOrder other = {__shfl_xor_sync(kFullWarp, order.block, lanes),
+                             __shfl_xor_sync(kFullWarp, order.cost, lanes),
+                             __shfl_xor_sync(kFullWarp, order.row, lanes)};
+    if (comes_before(other, order)) order = other;
   }
-  return turn;
+  return order;
 }
 
 // One block a following candidate. The decision is made in each of a sequence's blocks, from what
@@ -62,25 +62,25 @@ __global__ void __launch_bounds__(kThreads)
   for (int j = warp; j < branches; j += kWarps) {
     const int64_t* const ids = candidates + int64_t{j} * slots + span.start;
     const T* const scores = score + j * rows;
-    Turn turn = {kNoBlock, 0, INT_MAX};
+    FillOrder order = {kNoBlock, 0, INT_MAX};
     for (int row = span.first + lane; row < span.end; row += kWarpSize) {
       if (ids[row] != mask_id) continue;
-      const Turn other = {block_of(span.start + row, block_size), cost_of(to_float(scores[row])),
-                          row};
-      if (comes_before(other, turn)) turn = other;
+      const FillOrder other = {block_of(span.start + row, block_size),
+                               cost_of(to_float(scores[row])), row};
+      if (comes_before(other, order)) order = other;
     }
-    turn = first_of_warp(turn);
-    const bool any = turn.block != kNoBlock;
-    const int64_t pick = any ? token[j * rows + turn.row] : mask_id;
+    order = first_of_warp(order);
+    const bool any = order.block != kNoBlock;
+    const int64_t pick = any ? token[j * rows + order.row] : mask_id;
     bool same = pick != mask_id && j + 1 < branches;
     if (same) {
       for (int row = span.first + lane; row < span.end; row += kWarpSize) {
-        same &= ids[slots + row] == (row == turn.row ? pick : ids[row]);
+        same &= ids[slots + row] == (row == order.row ? pick : ids[row]);
       }
     }
     same = __all_sync(kFullWarp, same);
     if (lane == 0) {
-      place_of[j] = any ? turn.row : -1;
+      place_of[j] = any ? order.row : -1;
       leads_on[j] = same;
     }
   }
@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kThreads)
   int branch = 0;
   while (leads_on[branch]) ++branch;  // the last candidate leads nowhere
 
-  // The state after it, its masks, and their turns by its own statistics.
+  // The state after it, its masks, and their order by its own statistics.
   token += branch * rows;
   score += branch * rows;
   const int place = place_of[branch];

@@ -8,7 +8,7 @@
 // on its position alone, and a tile that a row does not see leaves it as it was: a row's bits do
 // not depend on the batch, on other branches, on padding, or on which keys are cached.
 //
-// Keys are summed in splits, always the same positions, and splits are joined in order of position:
+// Keys are summed in splits, always the same positions, and splits are merged in order of position:
 // by the block that walks over all of them, or, where there would be too few blocks for the device,
 // by a second kernel after a block for each split. Both do the same operations, so that the bits
 // do not depend on which it is.
@@ -17,9 +17,9 @@
 #include <climits>
 #include <type_traits>
 
+#include "attention_schedule.cuh"
 #include "attention_split.cuh"
 #include "attention_tile.cuh"
-#include "attention_walk.cuh"
 
 namespace pydllm {
 namespace {
@@ -68,17 +68,17 @@ __device__ __forceinline__ void fetch(T* keys, T* values, const WindowAttention&
   if (branch < 0) return;
   constexpr int kUnits = Unit<kHeadDim>::kCount;
   const Unit<kHeadDim> unit(thread % kUnits, call.half);
-  const Turn<T> turn = {call.cos, call.sin, call.half, static_cast<const T*>(call.k_norm),
-                        call.eps};
+  const RopeParams<T> rope = {call.cos, call.sin, call.half, static_cast<const T*>(call.k_norm),
+                              call.eps};
 #pragma unroll 1
   for (int i = 0; i < kKeys * kUnits / kThreads; ++i) {
     const int key = thread / kUnits + i * (kThreads / kUnits);
     const int row = first_slot + key - sequence.start;
     const bool fresh = row >= 0 && row < length;
     Vector<T> a, b;
-    load_turned<T, kHeadDim>(
+    load_rotated<T, kHeadDim>(
         a, b, sequence.k + (kLeaves ? leaf.row_of(row) : first_row + row) * call.stride_k_row,
-        fresh, tile * kKeys + key, unit, turn);
+        fresh, tile * kKeys + key, unit, rope);
     if (!fresh) continue;
     store_vector(keys + swizzled<kHeadDim>(key, unit.first), a);
     store_vector(keys + swizzled<kHeadDim>(key, unit.second), b);
@@ -93,8 +93,8 @@ __device__ __forceinline__ void commit_rows(const WindowAttention& call,
   const int group = sequence.group;
   const int thread = static_cast<int>(threadIdx.x);
   const Unit<kHeadDim> unit(thread % kUnits, call.half);
-  const Turn<T> turn = {call.cos, call.sin, call.half, static_cast<const T*>(call.k_norm),
-                        call.eps};
+  const RopeParams<T> rope = {call.cos, call.sin, call.half, static_cast<const T*>(call.k_norm),
+                              call.eps};
   const int end = min((first_m + kQueries + group - 1) / group, sequence.commit);
 #pragma unroll 1
   for (int first = (first_m + group - 1) / group; first < end; first += kThreads / kUnits) {
@@ -102,8 +102,8 @@ __device__ __forceinline__ void commit_rows(const WindowAttention& call,
     const int slot = sequence.start + row, position = slot - sequence.pad;
     const bool kept = row < end && position >= 0;
     Vector<T> a, b;
-    load_turned<T, kHeadDim>(a, b, sequence.k + row * call.stride_k_row, kept, position, unit,
-                             turn);
+    load_rotated<T, kHeadDim>(a, b, sequence.k + row * call.stride_k_row, kept, position, unit,
+                              rope);
     if (!kept) continue;
     const Place to = place(sequence, call, slot);
     if (!to.exists) continue;
@@ -127,8 +127,8 @@ __device__ __forceinline__ void fetch_queries(T* tile, const WindowAttention& ca
   constexpr int kUnits = Unit<kHeadDim>::kCount;
   const int thread = static_cast<int>(threadIdx.x);
   const Unit<kHeadDim> unit(thread % kUnits, call.half);
-  const Turn<T> turn = {call.cos, call.sin, call.half, static_cast<const T*>(call.q_norm),
-                        call.eps};
+  const RopeParams<T> rope = {call.cos, call.sin, call.half, static_cast<const T*>(call.q_norm),
+                              call.eps};
 #pragma unroll 1
   for (int i = 0; i < kQueries * kUnits / kThreads; ++i) {
     const int m = thread / kUnits + i * (kThreads / kUnits);
@@ -136,7 +136,7 @@ __device__ __forceinline__ void fetch_queries(T* tile, const WindowAttention& ca
     const T* row = static_cast<const T*>(call.q) + sequence.batch * call.stride_q_batch +
                    query.row * call.stride_q_row + query.head * call.stride_q_head;
     Vector<T> a, b;
-    load_turned<T, kHeadDim>(a, b, row, query.used, query.position, unit, turn);
+    load_rotated<T, kHeadDim>(a, b, row, query.used, query.position, unit, rope);
     store_vector(tile + swizzled<kHeadDim>(m, unit.first), a);
     store_vector(tile + swizzled<kHeadDim>(m, unit.second), b);
   }
@@ -190,19 +190,19 @@ __global__ void __launch_bounds__(kThreads, Shape<kHeadDim>::kBlocks)
   T* shared = queries + kQueries * kHeadDim;  // stages: a tile of keys, then one of values
 
   __shared__ Sequence<T, kLeaves> sequence;
-  __shared__ Walk walk;
+  __shared__ KeyTileSchedule schedule;
   if (threadIdx.x == 0) {
     const int tiles = (call.rows * (call.heads / call.kv_heads) + kQueries - 1) / kQueries;
     const int tile = static_cast<int>(blockIdx.x) % tiles;
     const int split = static_cast<int>(blockIdx.x) / tiles % call.splits;
     const int of_batch = static_cast<int>(blockIdx.x) / tiles / call.splits;
     sequence.read(call, of_batch / call.kv_heads, of_batch % call.kv_heads);
-    walk.plan(call, sequence, tile * kQueries, split);
+    schedule.plan(call, sequence, tile * kQueries, split);
   }
   __syncthreads();
-  const int steps = walk.steps();
+  const int steps = schedule.steps();
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-  const int warp_m = walk.first_m + static_cast<int>(threadIdx.x) / kWarpSize * 16;
+  const int warp_m = schedule.first_m + static_cast<int>(threadIdx.x) / kWarpSize * 16;
   Limits limits[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -213,10 +213,10 @@ __global__ void __launch_bounds__(kThreads, Shape<kHeadDim>::kBlocks)
   const int high_branch = sequence.branch_of(call, (warp_m + 15) / sequence.group);
   const float softcap = call.softcap * kLog2E;
   const float factor = call.softcap == 0.f ? call.scale * kLog2E : call.scale / call.softcap;
-  Online<kHeadDim> online;
+  OnlineSoftmax<kHeadDim> online;
   Total total;
-  int split = walk.split;  // that is being computed
-  bool joined = false;     // splits before it are in memory
+  int split = schedule.split;  // that is being computed
+  bool merged = false;         // splits before it are in memory
 
   // Of the ring of stages, the one that a step reads, and the one that it fills: that of the step
   // before. Steps before the first fill the others.
@@ -229,7 +229,7 @@ __global__ void __launch_bounds__(kThreads, Shape<kHeadDim>::kBlocks)
     }
     int tile, branch;
     if (step + call.stages - 1 < steps) {
-      walk.find(step + call.stages - 1, tile, branch);
+      schedule.find(step + call.stages - 1, tile, branch);
       T* stage = shared + fills * 2 * Tile::kTile;
       fetch<T, kHeadDim>(stage, stage + Tile::kTile, call, sequence, tile, branch);
     }
@@ -237,43 +237,43 @@ __global__ void __launch_bounds__(kThreads, Shape<kHeadDim>::kBlocks)
     fills = fills + 1 == call.stages ? 0 : fills + 1;
     if (step < 0) {
       if (step < -1) continue;
-      if (steps > 0) fetch_queries<T, kHeadDim>(queries, call, sequence, walk.first_m);
-      if (walk.split == 0) commit_rows<T, kHeadDim>(call, sequence, walk.first_m);
+      if (steps > 0) fetch_queries<T, kHeadDim>(queries, call, sequence, schedule.first_m);
+      if (schedule.split == 0) commit_rows<T, kHeadDim>(call, sequence, schedule.first_m);
       continue;
     }
     const T* keys = shared + reads * 2 * Tile::kTile;
     reads = reads + 1 == call.stages ? 0 : reads + 1;
-    walk.find(step, tile, branch);
+    schedule.find(step, tile, branch);
     if (warp_m >= call.rows * sequence.group) continue;
     if (branch >= 0 && (branch < low_branch || branch > high_branch)) continue;
     if (call.splits == 1 && tile / call.split_tiles != split) {
-      float* rows[2] = {part_row<kHeadDim>(call, sequence, walk, warp_m, 0),
-                        part_row<kHeadDim>(call, sequence, walk, warp_m, 1)};
-      join(online, total, {joined ? rows[0] : nullptr, joined ? rows[1] : nullptr});
+      float* rows[2] = {part_row<kHeadDim>(call, sequence, schedule, warp_m, 0),
+                        part_row<kHeadDim>(call, sequence, schedule, warp_m, 1)};
+      merge_split(online, total, {merged ? rows[0] : nullptr, merged ? rows[1] : nullptr});
       store_part(rows, online);
       online = {};
-      joined = true;
+      merged = true;
       split = tile / call.split_tiles;
     }
     const bool mine[2] = {branch < 0 || branch == limits[0].branch,
                           branch < 0 || branch == limits[1].branch};
     float s[kKeys / 8][4];
-    multiply_keys<T, kHeadDim, kKeys>(s, queries + (warp_m - walk.first_m) * kHeadDim, keys);
-    const bool all_seen = (branch < 0 || low_branch == high_branch) &&
-                          tile * kKeys >= walk.all_begin && (tile + 1) * kKeys <= walk.all_end &&
-                          (tile + 1) * kKeys <= sequence.visible_end;
+    multiply_keys<T, kHeadDim, kKeys>(s, queries + (warp_m - schedule.first_m) * kHeadDim, keys);
+    const bool all_seen =
+        (branch < 0 || low_branch == high_branch) && tile * kKeys >= schedule.all_begin &&
+        (tile + 1) * kKeys <= schedule.all_end && (tile + 1) * kKeys <= sequence.visible_end;
     mask(s, sequence, limits, mine, tile, all_seen, factor, softcap);
     add_values<T, kHeadDim, kKeys>(online, s, keys + Tile::kTile, mine);
   }
 
-  float* rows[2] = {part_row<kHeadDim>(call, sequence, walk, warp_m, 0),
-                    part_row<kHeadDim>(call, sequence, walk, warp_m, 1)};
+  float* rows[2] = {part_row<kHeadDim>(call, sequence, schedule, warp_m, 0),
+                    part_row<kHeadDim>(call, sequence, schedule, warp_m, 1)};
   if (call.splits > 1) {
-    store_state(call, sequence, walk, warp_m, online);
+    store_state(call, sequence, schedule, warp_m, online);
     if (steps > 0) store_part(rows, online);  // nobody reads what has sum 0
     return;
   }
-  join(online, total, {joined ? rows[0] : nullptr, joined ? rows[1] : nullptr});
+  merge_split(online, total, {merged ? rows[0] : nullptr, merged ? rows[1] : nullptr});
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const Query query(call, sequence, warp_m + lane / 4 + 8 * r);

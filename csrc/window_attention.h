@@ -40,17 +40,17 @@ struct WindowAttention {
   int heads;  // a multiple of kv_heads
   int kv_heads;
   int head_dim;     // 64 or 128
-  int half;         // pairs of dimensions that RoPE turns: a multiple of 8, at most head_dim / 2
+  int half;         // pairs of dimensions that RoPE rotates: a multiple of 8, at most head_dim / 2
   int branches;     // a divisor of rows; with leaves 1 more than there are, the trunk being one
   int slots;        // of a sequence
   int page;         // slots of a page, where there is a table
   int pages;        // of the cache, where there is a table
   int splits;       // blocks for each one's keys, or 1: a block walks over all of them. With part
                     // unless the slots are one split, with state unless 1
-  int split_tiles;  // key tiles that are summed before they are joined to the others
+  int split_tiles;  // key tiles that are summed before they are merged with the others
   int stages;       // key tiles in shared memory: 2, 3, or 0: as many as leave room for two blocks
   int block_size;   // of the block-causal mask, 0: none
-  int span;         // of the sliding window, 0: none
+  int sliding_window;  // positions on either side, 0: all
   bool causal;
   bool pdl;  // programmatic dependent launch
   float eps;

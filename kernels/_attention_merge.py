@@ -26,7 +26,7 @@ def _window_attention_merge_kernel(
     BLOCK_D: tl.constexpr,
     PDL: tl.constexpr = False,
 ):
-    """Splits joined in order of position."""
+    """Splits merged in order of position."""
     wait_for_previous(PDL)
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)[None, :]
@@ -56,7 +56,7 @@ def scratch(q: torch.Tensor, splits: int) -> tuple[torch.Tensor, torch.Tensor]:
 def merge(
     out: torch.Tensor, values: torch.Tensor, state: torch.Tensor, *, pdl: bool = False
 ) -> None:
-    """Join ``values`` (splits, ..., D), not yet divided by their sums, with ``state``."""
+    """Merge ``values`` (splits, ..., D), not yet divided by their sums, with ``state``."""
     head_dim = out.shape[-1]
     rows = out.numel() // head_dim
     block_m, num_warps = _tiles.ATTENTION_MERGE

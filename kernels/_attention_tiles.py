@@ -113,7 +113,7 @@ def attend(
 
 @triton.jit
 def merge_split(total, split):
-    """Join a split to those before it; one without keys has sum 0 and changes nothing."""
+    """Merge a split into those before it; one without keys has sum 0 and changes nothing."""
     used = split.l_i != 0.0  # a NaN is not 0
     m_split = tl.where(used, split.m_i, float("-inf"))
     m_new = tl.maximum(total.m_i, m_split)

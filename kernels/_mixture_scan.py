@@ -1,7 +1,7 @@
-"""How the partial results of ``mixture_accept`` are joined.
+"""The second pass of ``mixture_accept``: merges the pieces of each row, then scans the rows.
 
-One program per sequence takes the best of each row's pieces and looks for the first row whose draft
-is another.
+One program per sequence takes the best of each row's pieces as its target, and looks for the first
+row whose draft is another token.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _mixture_accept_scan_kernel(
 
 
 class Pieces:
-    """The partial results of all rows, and how they are joined."""
+    """The partial results of all rows, and the launch that merges them."""
 
     def __init__(
         self, token: torch.Tensor, length: torch.Tensor, tiles: int, critical: bool

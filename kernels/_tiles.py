@@ -247,7 +247,7 @@ ATTENTION_SPLIT_ROWS = 128
 ATTENTION_SPLIT = 256
 ATTENTION_SPLIT_BYTES = 512
 
-# Joining of the splits: rows of a program, num_warps. Rotation of a long window, and of what
+# Merge of the splits: rows of a program, num_warps. Rotation of a long window, and of what
 # commit_branch writes: bytes of keys, num_warps.
 ATTENTION_MERGE = (4, 4)
 ATTENTION_ROTATE = (8192, 4)
@@ -261,12 +261,12 @@ class AttentionPlan(NamedTuple):
     splits: int  # of the keys
     split_tiles: int  # key tiles of one, 0: keys are not split
     groups: int  # programs that share the splits of a tile of rows
-    walk: str  # "one" split a program, "each" of several is stored, "all" are joined in a program
+    walk: str  # "one" split a program, "each" of several is stored, "all" are merged in a program
     is_rotated: bool  # the keys of the window are rotated by a pass before
 
 
 def multiprocessors(device: torch.device) -> int:
-    """How many the device has; 0, one program for all splits, where programs run in turn."""
+    """How many the device has; 0 where programs run one after the other: one has all splits."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).multi_processor_count)
     return 0 if arch(device) == INTERPRETER else 132
@@ -385,7 +385,7 @@ class MixtureAcceptTile(NamedTuple):
 MIXTURE_ACCEPT = MixtureAcceptTile(4096, 8, 128, 4)
 MIXTURE_ACCEPT_INTERPRETER = MixtureAcceptTile(1024, 32, 128, 4)
 
-# Rows that are joined at a time, num_warps.
+# Rows that are merged at a time, num_warps.
 MIXTURE_ACCEPT_SCAN = (16, 4)
 
 

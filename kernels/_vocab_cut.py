@@ -35,10 +35,10 @@ def load_keys(
 
 
 # A new batch size or another digit must not compile the kernel again.
-@triton.jit(do_not_specialize=["rows", "sources", "top_k", "turn", "programs"])
+@triton.jit(do_not_specialize=["rows", "sources", "top_k", "radix_pass", "programs"])
 def _vocab_stats_cut_kernel(
     # pointers
-    cut_ptr,  # (rows,) fp32: the smallest logit kept, written in the last turn
+    cut_ptr,  # (rows,) fp32: the smallest logit kept, written in the last pass
     keys_ptr,  # (2, rows, 2) int32: bits of the key found so far, by count and by mass
     counts_ptr,  # (2, rows, splits, 16) int32: ids at a key or above
     masses_ptr,  # (2, rows, splits, 16) fp32: their mass, relative to the piece's largest logit
@@ -54,9 +54,9 @@ def _vocab_stats_cut_kernel(
     sources,
     vocab,
     splits,  # of a row
-    programs,  # of a row: splits, in the last turn 1
-    turn,  # digits that are known before this launch, less the one of the last launch
-    turns,
+    programs,  # of a row: splits, in the last pass 1
+    radix_pass,  # digits known before this launch, not counting that of the launch before
+    radix_passes,
     top_k,
     top_p,
     inverse_temperature,
@@ -81,13 +81,13 @@ def _vocab_stats_cut_kernel(
         if HAS_TEMPERATURES:
             inverse, noisy = inverse_of(tl.load(temperature_ptr + row))
         offs_j = tl.arange(0, 16)
-        now, before = turn % 2, (turn + 1) % 2
+        now, before = radix_pass % 2, (radix_pass + 1) % 2
         by_count = tl.full((), 0, tl.uint32)
         by_mass = tl.full((), 0, tl.uint32)
-        if turn > 0:
+        if radix_pass > 0:
             # The digit of the launch before: the largest key that a filter keeps has k ids or more
             # at it or above, or the mass above it is still more than p. Both fall from key to key.
-            unit = tl.full((), 0x10000000, tl.uint32) >> (4 * (turn - 1))
+            unit = tl.full((), 0x10000000, tl.uint32) >> (4 * (radix_pass - 1))
             offs_s = tl.arange(0, BLOCK_S)
             mask_s = offs_s < splits
             at = ((before * rows + row) * splits + offs_s[:, None]) * 16 + offs_j[None, :]
@@ -113,7 +113,7 @@ def _vocab_stats_cut_kernel(
                 digit = tl.sum(((offs_j > 0) & (masses > limit)).to(tl.int32), 0)
                 known = tl.load(found + 1).to(tl.uint32, bitcast=True)
                 by_mass = known + digit.to(tl.uint32) * unit
-        if turn == turns:
+        if radix_pass == radix_passes:
             last = tl.maximum(by_count, by_mass)
             # Key 0, of no filter, is not that of a number.
             tl.store(cut_ptr + row, tl.where(last == 0, float("-inf"), sort_value(last)))
@@ -130,7 +130,7 @@ def _vocab_stats_cut_kernel(
                 x = cap(x, softcap)
             best = tl.max(x, 0)
             terms = tl.exp((x - tl.where(best == float("-inf"), 0.0, best)) * inverse)
-            unit = tl.full((), 0x10000000, tl.uint32) >> (4 * turn)
+            unit = tl.full((), 0x10000000, tl.uint32) >> (4 * radix_pass)
             counts = tl.zeros((16,), tl.int32)
             masses = tl.where(offs_j == 0, tl.sum(terms, 0), 0.0)
             for j in tl.static_range(1, 16):
@@ -164,7 +164,7 @@ def smallest_kept(
     logits, rows, vocab = (arguments[name] for name in ("logits_ptr", "rows", "vocab"))
     tile = _tiles.vocab_stats_cut_tile(logits.device, vocab)
     splits = _tiles.cdiv(vocab, tile.block_v)
-    turns = KEY_BITS[logits.dtype] // DIGIT_BITS
+    radix_passes = KEY_BITS[logits.dtype] // DIGIT_BITS
 
     def room(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=logits.device)
@@ -179,8 +179,8 @@ def smallest_kept(
         "masses_ptr": room(2, rows if has_top_p else 0, splits, 16, dtype=torch.float32),
         "best_ptr": room(rows, splits, dtype=torch.float32),
     }
-    for turn in range(turns + 1):
-        programs = splits if turn < turns else 1
+    for radix_pass in range(radix_passes + 1):
+        programs = splits if radix_pass < radix_passes else 1
         _vocab_stats_cut_kernel[(rows * programs,)](
             **memory,
             **arguments,
@@ -188,8 +188,8 @@ def smallest_kept(
             top_p_ptr=top_ps,
             splits=splits,
             programs=programs,
-            turn=turn,
-            turns=turns,
+            radix_pass=radix_pass,
+            radix_passes=radix_passes,
             top_k=1 if top_k is None else min(top_k, vocab),
             top_p=1.0 if top_p is None else top_p,
             HAS_TOP_K=has_top_k,

@@ -1,4 +1,4 @@
-"""FreeDave's candidates: a program is a sequence, its window's masks are ranked by comparing pairs.
+"""FreeDave's candidates: one program per sequence ranks its window's masks by comparing pairs.
 
 ``order_keys`` and ``write_candidates`` serve ``verify`` too, which drafts in the same launch.
 """

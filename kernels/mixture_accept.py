@@ -1,7 +1,7 @@
 """Targets of a mixture and the leading run of drafts that they equal.
 
 A program takes a piece of a row, of the vocabulary or of a list of candidates, and stores its best;
-``_mixture_scan.py`` joins the pieces.
+``_mixture_scan.py`` merges the pieces.
 """
 
 from __future__ import annotations

@@ -36,8 +36,8 @@ def _nucleus_cut(
 ):
     """The largest number at or above which the mass exceeds ``limit``; -inf if there is none."""
     cut_key = tl.full((), 0, tl.uint32)
-    for turn in range((BITS + 1) // 2):  # two bits of it a turn
-        unit = tl.full((), 0x40000000, tl.uint32) >> (2 * turn)
+    for radix_pass in range((BITS + 1) // 2):  # two bits per pass
+        unit = tl.full((), 0x40000000, tl.uint32) >> (2 * radix_pass)
         mass_1 = tl.zeros((BLOCK_V,), tl.float32)
         mass_2 = tl.zeros((BLOCK_V,), tl.float32)
         mass_3 = tl.zeros((BLOCK_V,), tl.float32)

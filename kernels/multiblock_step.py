@@ -1,6 +1,6 @@
-"""A sequence is one program, its generation region a tile of blocks by positions.
+"""``multiblock_step``: one program per sequence, whose tile is blocks by positions.
 
-So what is known of a block is a vector, and what decides between forwards are reductions of it.
+What is known of blocks are vectors; the decisions between two forwards are reductions of them.
 """
 
 from __future__ import annotations

@@ -67,9 +67,9 @@ def _verify_kernel(
 
     # The token that a step writes from each candidate, [BLOCK_D, 1].
     block = tl.where(masked, block_of(start + offs_t, BLOCK_SIZE), slots)
-    able = masked & (block == tl.min(block, 1, keep_dims=True))
-    best = tl.min(tl.where(able, key, 0xFFFFFFFF), 1, keep_dims=True)
-    place = tl.min(tl.where(able & (key == best), offs_t, BLOCK_T), 1, keep_dims=True)
+    eligible = masked & (block == tl.min(block, 1, keep_dims=True))
+    best = tl.min(tl.where(eligible, key, 0xFFFFFFFF), 1, keep_dims=True)
+    place = tl.min(tl.where(eligible & (key == best), offs_t, BLOCK_T), 1, keep_dims=True)
     pick = tl.sum(tl.where(offs_t == place, token, 0), 1, keep_dims=True)
     moves = (place < BLOCK_T) & (pick != mask_id)
     next_ptr = candidates_ptr + (offs_d + 1) * slots + place

@@ -8,7 +8,7 @@ K/V or from the cache through one pointer. Window slots of the cache are never r
 needs no order between programs. Where a key sits in its tile depends on its position alone: a row's
 bits do not depend on the batch, on other branches, on padding, or on which keys are cached.
 
-Short windows sum their keys in splits, always the same positions, joined in order of position: by
+Short windows sum their keys in splits, always the same positions, merged in order of position: by
 one program that walks all of them, or by a second kernel after several programs. Both do the same
 operations (``merge_split``), so that the bits do not depend on how many programs fill the device.
 Long windows rotate their keys in a pass of their own (``_attention_rotate.py``). Leaves are

@@ -404,7 +404,7 @@ MUTANTS = {
             ),
         },
     ),
-    "_mixture_accept_join.cu": (
+    "_mixture_accept_scan.cu": (
         "check_mixture_accept",
         {
             "every row is free": ("round.first_free && index == 0", "round.first_free"),

@@ -198,7 +198,10 @@ CASES = {
             "call.masses[at] * expf((best_of[piece] - best) * inverse)",
             "call.masses[at]",
         ),
-        "digits of the launch before": ("(turn - 1) % 2 * call.rows", "turn % 2 * call.rows"),
+        "digits of the launch before": (
+            "(radix_pass - 1) % 2 * call.rows",
+            "radix_pass % 2 * call.rows",
+        ),
         "mass at the limit": ("mass > limit", "mass >= limit * 0.98f"),
         "one id less": ("count >= least", "count > least"),
         "one warp is left out": ("w < kWarps; ++w) {", "w < kWarps - MUTANT; ++w) {"),
@@ -220,8 +223,8 @@ CASES = {
     },
     "route": {
         "scores are perturbed to break ties": (
-            "keys[e] = contender(choice, e);",
-            "keys[e] = contender(choice + 3e-7f * e, e);",
+            "keys[e] = argmax_key(choice, e);",
+            "keys[e] = argmax_key(choice + 3e-7f * e, e);",
         ),
         "bias in the weights": (
             "scores[e] = sigmoid(logits[e]);",

@@ -151,7 +151,7 @@ def assert_right_rows(case):
 
 MUTANTS = {
     "an expert's pairs begin early": ("ids[i] >= 0 && ids[i] < expert", "ids[i] < expert - 1"),
-    "a pair twice": ("begin + sum_before(hit)", "begin"),
+    "a pair twice": ("begin + exclusive_scan(hit)", "begin"),
     "up before gate": ("i / 8 % 2 == 0", "i / 8 % 2 == 1"),
     "row of the slot": ("row / call.top_k", "row % call.rows"),
     "shared pairs from the start": ("row - routed", "row"),

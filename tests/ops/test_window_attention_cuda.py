@@ -143,7 +143,7 @@ def test_numbers_that_make_no_sense_write_nothing(cuda_on_cpu):
 def test_the_tiles_of_both_sides_agree():
     for file, name, value in (
         ("window_attention.h", "kAttentionKeys", launcher.KEYS),
-        ("attention_walk.cuh", "kQueries", launcher.QUERIES),
+        ("attention_schedule.cuh", "kQueries", launcher.QUERIES),
     ):
         assert f"constexpr int {name} = {value};" in (emulation.CSRC / file).read_text()
 
@@ -216,12 +216,13 @@ def check():
     agrees(inputs | {"block_table": table})
 
 
-TILE, WALK, SPLIT, KERNEL = (
+TILE, SCHEDULE, SPLIT, KERNEL = (
     "attention_tile.cuh",
-    "attention_walk.cuh",
+    "attention_schedule.cuh",
     "attention_split.cuh",
     "window_attention.cu",
 )
+BEFORE = "{merged ? rows[0] : nullptr, merged ? rows[1] : nullptr}"
 MUTANTS = {
     "keys: lanes of a fragment": (TILE, "lane / 16 * 8 + lane % 8", "lane % 16"),
     "keys: dimensions of a fragment": (TILE, "lane / 8 % 2", "lane / 16"),
@@ -236,9 +237,9 @@ MUTANTS = {
         "fmaf(wide_b[i], c, wide_a[i] * s)",
         "fmaf(wide_b[i], c, -(wide_a[i] * s))",
     ),
-    "rope: partner of a partial turn": (
+    "rope: partner of a partial rotation": (
         TILE,
-        "turns ? index + half / kChunk : index + kCount",
+        "rotates ? index + half / kChunk : index + kCount",
         "index + kCount",
     ),
     "norm: of half a head": (TILE, "1.f / kHeadDim", "2.f / kHeadDim"),
@@ -249,25 +250,37 @@ MUTANTS = {
         "online.sum[r] + sum",
     ),
     "branches: NaN of another": (TILE, "mine[i % 4 / 2]", "true"),
-    "walk: no last tile of the window": (
-        WALK,
+    "schedule: no last tile of the window": (
+        SCHEDULE,
         "(max(sequence.window_end, 0) + kKeys - 1) / kKeys",
         "max(sequence.window_end, 0) / kKeys",
     ),
-    "walk: a split too long": (
-        WALK,
+    "schedule: a split too long": (
+        SCHEDULE,
         "(split + 1) * call.split_tiles",
         "(split + 2) * call.split_tiles",
     ),
-    "walk: a causal row sees one more": (WALK, "min(end, position + 1)", "min(end, position + 2)"),
-    "walk: blocks without their offset": (WALK, "int64_t{position} + block_offset", "position"),
-    "walk: a block's end without its offset": (
-        WALK,
+    "schedule: a causal row sees one more": (
+        SCHEDULE,
+        "min(end, position + 1)",
+        "min(end, position + 2)",
+    ),
+    "schedule: blocks without their offset": (
+        SCHEDULE,
+        "int64_t{position} + block_offset",
+        "position",
+    ),
+    "schedule: a block's end without its offset": (
+        SCHEDULE,
         "(shifted / call.block_size + 1) * call.block_size - block_offset",
         "(shifted / call.block_size + 1) * call.block_size",
     ),
-    "walk: the window begins late": (WALK, "position - call.span + 1", "position - call.span + 2"),
-    "pages: slot of the sequence in the page": (WALK, "slot % call.page", "slot"),
+    "schedule: the window begins late": (
+        SCHEDULE,
+        "position - call.sliding_window + 1",
+        "position - call.sliding_window + 2",
+    ),
+    "pages: slot of the sequence in the page": (SCHEDULE, "slot % call.page", "slot"),
     "copy: one slot too many": (
         KERNEL,
         "tile * kKeys + key < sequence.visible_end",
@@ -278,13 +291,13 @@ MUTANTS = {
         "(kLeaves ? leaf.row_of(row) : first_row + row) * call.stride_v_row",
         "row * call.stride_v_row",
     ),
-    "copy: keys without their turn": (KERNEL, "if (branch < 0) return;", "return;"),
+    "copy: keys without rotation": (KERNEL, "if (branch < 0) return;", "return;"),
     "commit: all rows": (KERNEL, "sequence.commit", "sequence.length"),
     "commit: position of the slot": (KERNEL, "slot - sequence.pad", "slot"),
     "mask: none": (KERNEL, "if (!seen) s[n][i] = -INFINITY;", ";"),
     "mask: a tile at the edge taken for full": (
         KERNEL,
-        "(tile + 1) * kKeys <= walk.all_end",
+        "(tile + 1) * kKeys <= schedule.all_end",
         "true",
     ),
     "ring: no wait for the copy": (KERNEL, "wait_for_oldest(call.stages);", ";"),
@@ -297,12 +310,12 @@ MUTANTS = {
     "split: not closed at its end": (KERNEL, "tile / call.split_tiles != split", "false"),
     "split: what came before forgotten": (
         KERNEL,
-        "join(online, total, {joined ? rows[0] : nullptr, joined ? rows[1] : nullptr});\n#pragma",
-        "if (MUTANT) join(online, total, {nullptr, nullptr}); else join(online, total, "
-        "{joined ? rows[0] : nullptr, joined ? rows[1] : nullptr});\n#pragma",
+        f"merge_split(online, total, {BEFORE});\n#pragma",
+        "if (MUTANT) merge_split(online, total, {nullptr, nullptr}); "
+        f"else merge_split(online, total, {BEFORE});\n#pragma",
     ),
     "split: sum of half a row": (SPLIT, "sum + __shfl_xor_sync(kFullWarp, sum, 2)", "sum"),
-    "split: joined without its scale": (
+    "split: merged without its scale": (
         SPLIT,
         "alpha, sum * beta",
         "alpha, MUTANT ? sum : sum * beta",

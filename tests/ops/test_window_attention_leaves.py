@@ -337,62 +337,62 @@ def check():
 # Planted by test_window_attention_cuda.py, with those of the other forms: one build for all.
 MUTANTS = {
     "trunk: as wide as all rows": (
-        "attention_walk.cuh",
+        "attention_schedule.cuh",
         "call.rows - (call.branches - 1) * call.leaf_rows",
         "call.rows",
     ),
     "roots: from the first row on": (
-        "attention_walk.cuh",
+        "attention_schedule.cuh",
         "return length - call.branches + branch;",
         "return branch - 1;",
     ),
     "roots: a row late": (
-        "attention_walk.cuh",
+        "attention_schedule.cuh",
         "return length - call.branches + branch;",
         "return length - call.branches + branch + 1;",
     ),
     "keys: all of the trunk": (
-        "attention_walk.cuh",
+        "attention_schedule.cuh",
         "sequence.root_of(call, branch) + 1",
         "length",
     ),
     "keys: of the first leaf": (
-        "attention_walk.cuh",
+        "attention_schedule.cuh",
         "int64_t{sequence.window} + (branch - 1) * call.leaf_rows - trunk",
         "int64_t{sequence.window} - trunk",
     ),
     "keys: one of the leaf too few": (
-        "attention_walk.cuh",
+        "attention_schedule.cuh",
         "trunk > 0 ? trunk + call.leaf_rows : 0",
         "trunk > 0 ? trunk + call.leaf_rows - 1 : 0",
     ),
     "keys: a leaf that is not in use": (
-        "attention_walk.cuh",
+        "attention_schedule.cuh",
         "branch == 0 ? own < sequence.length : root >= 0",
         "branch == 0 ? own < sequence.length : true",
     ),
     "position: of the row": (
-        "attention_walk.cuh",
+        "attention_schedule.cuh",
         "branch == 0 ? row : root + 1 + row - first",
         "branch == 0 ? row : row",
     ),
     "mask: causal in a leaf": (
-        "attention_walk.cuh",
+        "attention_schedule.cuh",
         "branch == 0 ? own : root + call.leaf_rows",
         "own",
     ),
     "cache: one slot too few": (
-        "attention_walk.cuh",
+        "attention_schedule.cuh",
         "visible_end = start - pad;",
         "visible_end = start - 1 - pad;",
     ),
-    "walk: to the end of the trunk": (
-        "attention_walk.cuh",
+    "schedule: to the end of the trunk": (
+        "attention_schedule.cuh",
         "window_end += call.leaf_rows;",
         ";",
     ),
-    "walk: the last leaf's tiles alone": (
-        "attention_walk.cuh",
+    "schedule: the last leaf's tiles alone": (
+        "attention_schedule.cuh",
         "high = max(high, last_root + call.leaf_rows)",
         "high = max(high, last_root)",
     ),

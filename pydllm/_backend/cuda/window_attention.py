@@ -17,8 +17,8 @@ _HEAD_DIMS = (64, 128)
 _VECTOR = 8  # elements of 16 bytes
 _LARGEST = 2**31 - 1
 
-# Positions whose keys are summed before they are joined to the others: the same for every call, or
-# a row's bits would depend on it. Kernels join them in one order whether a block has one or all.
+# Positions of a split of the keys: the same for every call, or a row's bits would depend on it.
+# Kernels merge splits in one order, whether a block has one or all.
 SPLIT = 512
 
 # Key tiles in shared memory, 2 or 3; 0: as many as leave room for two blocks on a multiprocessor.
@@ -184,7 +184,7 @@ def window_attention(
         splits=splits,
         split_tiles=SPLIT // KEYS,
         block_size=min(block_size or 0, _LARGEST),
-        span=min(window or 0, _LARGEST),
+        sliding_window=min(window or 0, _LARGEST),
         causal=causal and not leaves,  # a leaf's rows see each other
         pdl=may_overlap(q.device, pdl),
         eps=eps,

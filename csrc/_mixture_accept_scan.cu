@@ -3,13 +3,13 @@
 namespace pydllm {
 namespace {
 
-constexpr int kJoinThreads = 128;
+constexpr int kScanThreads = 128;
 
 // One warp a sequence, a lane a row.
-__global__ void __launch_bounds__(kJoinThreads)
-    mixture_accept_join_kernel(const MixtureRound round) {
+__global__ void __launch_bounds__(kScanThreads)
+    mixture_accept_scan_kernel(const MixtureRound round) {
   const int64_t sequence =
-      int64_t{blockIdx.x} * (kJoinThreads / kWarpSize) + threadIdx.x / kWarpSize;
+      int64_t{blockIdx.x} * (kScanThreads / kWarpSize) + threadIdx.x / kWarpSize;
   if (sequence >= round.batch) return;
   const int lane = threadIdx.x % kWarpSize;
   const int rows = static_cast<int>(round.rows);
@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(kJoinThreads)
     int64_t target = -1;
     float least = 0.f;
     if (used) {
-      uint64_t best = kNobody;
+      uint64_t best = kNoKey;
       for (int64_t tile = 0; tile < round.tiles; ++tile) {
         const auto found = static_cast<uint64_t>(round.best[row * round.tiles + tile]);
         best = found < best ? found : best;
@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kJoinThreads)
           least = fmaxf(least, round.least_of_tiles[row * round.tiles + tile]);
         }
       }
-      if (best != kNobody && best != kPoison) target = static_cast<uint32_t>(best);
+      if (best != kNoKey && best != kPoison) target = static_cast<uint32_t>(best);
     }
     if (index < rows) {
       round.target[row] = target;
@@ -54,12 +54,12 @@ __global__ void __launch_bounds__(kJoinThreads)
 
 }  // namespace
 
-cudaError_t mixture_accept_join(const MixtureRound& round, cudaStream_t stream) {
+cudaError_t mixture_accept_scan(const MixtureRound& round, cudaStream_t stream) {
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) return error;
-  constexpr int64_t kSequences = kJoinThreads / kWarpSize;
+  constexpr int64_t kSequences = kScanThreads / kWarpSize;
   const dim3 grid(static_cast<unsigned>((round.batch + kSequences - 1) / kSequences));
-  PYDLLM_LAUNCH(mixture_accept_join_kernel, grid, dim3(kJoinThreads), 0, stream, round);
+  PYDLLM_LAUNCH(mixture_accept_scan_kernel, grid, dim3(kScanThreads), 0, stream, round);
   return cudaGetLastError();
 }
 

@@ -170,9 +170,9 @@ struct Query {
       const int64_t block_end = (shifted / call.block_size + 1) * call.block_size - block_offset;
       end = block_end < end ? static_cast<int>(block_end) : end;
     }
-    if (call.span > 0) {
-      end = call.span < end - position ? position + call.span : end;
-      begin = max(position - call.span + 1, 0);
+    if (call.sliding_window > 0) {
+      end = call.sliding_window < end - position ? position + call.sliding_window : end;
+      begin = max(position - call.sliding_window + 1, 0);
     }
   }
 };
@@ -184,7 +184,7 @@ struct Limits {
 
 // The key tiles of a block, in order: [first, before) cached, [before, after) each once for every
 // one of its branches, [after, last) cached.
-struct Walk {
+struct KeyTileSchedule {
   int first_m, split;  // the block's first query row, and its split of the keys
   int first, before, after, last;
   int first_branch, branches;
@@ -241,7 +241,7 @@ struct Walk {
     low = max(low, sequence.pad - sequence.start);
     if (low > high) return;
     const int origin = sequence.start - sequence.pad;
-    const int span = call.span > 0 ? call.span : INT_MAX / 2;
+    const int span = call.sliding_window > 0 ? call.sliding_window : INT_MAX / 2;
     all_begin = max(origin + high - span + 1, 0);
     all_end = sequence.visible_end;
     first = max(origin + low - span + 1, 0) / kKeys;
