@@ -68,9 +68,9 @@ __global__ void __launch_bounds__(kThreads, 2)
   };
 
   Critical critical = {};
-  int token = -1;
+  int64_t token = -1;
   if (kCritical && size > 0) {
-    token = static_cast<int>(round.token[row]);
+    token = round.token[row];
     int slot = -1;  // where the token is in the list
     for (int i = lane; i < size; i += kWarpSize) slot = ids[i] == token ? i : slot;
     slot = reduce_warp(slot, Maximum());

@@ -101,6 +101,28 @@ def test_sparse_in_low_precision_where_the_margin_decides(backend, dtype):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_draft_that_is_no_int32_is_in_no_list(backend):
+    """Its low 32 bits are an id of the list."""
+    counter = torch.arange(12, dtype=torch.int32).view(4, 3)
+    options = {"temperature": 1.0, "counter": counter, "top_p": 0.9, "capacity": 40}
+    drafted = ops.mixture_draft(random_normal(4, 40, seed=1), **options, backend="torch")
+    hidden, weight = random_normal(4, 16, seed=2), random_normal(40, 16, seed=3)
+    sizes = drafted.candidates.size.long()
+    last = drafted.candidates.ids.gather(1, sizes[:, None] - 1)[:, 0]
+    assert (sizes > 1).all()
+    length, rest = torch.tensor([4], dtype=torch.int32), {"mixture": 0.5, "temperature": 1.0}
+    given = {"length": length, **rest, "critical": True, "emit": "target"}
+    got, expected = (
+        ops.mixture_accept_sparse(
+            drafted.candidates, hidden, weight, last.long() + 2**32, **given, backend=b
+        )
+        for b in (backend, "torch")
+    )
+    assert got.accepted.item() == expected.accepted.item() == 0
+    torch.testing.assert_close(got.critical, expected.critical, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_run_ends_before_a_row_without_a_list(backend):
     logits, _, draft, shared = make(2, 4, 60, top_p=0.8, dtype=torch.float32)
     hidden, weight = heads(2, 4, 60, dtype=torch.float32)
