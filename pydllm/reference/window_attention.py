@@ -211,12 +211,14 @@ def commit_rows(
 
 def write_pages(cache: Tensor, fresh: Tensor, table: Tensor, slot: Tensor, kept: Tensor) -> None:
     """Rows of ``fresh`` (B, W, Hkv, D) that are ``kept``, written through the block table."""
-    flat, size = cache.flatten(2), cache.shape[1]
+    if kept.numel() == 0:
+        return
+    pages, size = cache.shape[:2]
     page = table.long().gather(1, (slot // size).clamp(0, max(table.shape[1] - 1, 0)).long())
-    kept = kept & (page >= 0) & (page < flat.shape[0])
-    index = torch.where(kept, page * size + slot % size, flat.shape[0] * size)
+    kept = kept & (page >= 0) & (page < pages)
+    index = torch.where(kept, page * size + slot % size, pages * size)
     # Row of `fresh` that each slot of the cache takes, -1 for none; the last entry is for the rest.
-    source = index.new_full((flat.shape[0] * size + 1,), -1)
+    source = index.new_full((pages * size + 1,), -1)
     source[index.flatten()] = torch.arange(index.numel(), device=index.device)
     source = source[:-1].view(cache.shape[:2])
     taken = fresh.flatten(0, 1)[source.clamp(min=0)]
