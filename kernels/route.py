@@ -282,9 +282,9 @@ def supports(
             f"the kernel takes groups where experts and groups are powers of two, got {experts} "
             f"experts in {groups} groups"
         )
-    batch, rows, _ = hidden.shape
-    exceeds, block = _tiles.exceeds_grid, _tiles.route_tile(hidden.device).block_r
-    reason = exceeds("rows", batch * rows, block)
+    batch, rows, width = hidden.shape
+    exceeds, tile = _tiles.exceeds_grid, _tiles.route_tile(hidden.device)
+    reason = exceeds("rows", batch * rows, tile.block_r) or exceeds("columns", width, tile.split)
     if reason is None and capacity is not None:
         reason = exceeds("blocks in a window", rows // branches // (block_size or 1) + 2)
     return reason

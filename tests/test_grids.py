@@ -37,9 +37,9 @@ def commit(batch, heads):
     return commit_branch.supports(*[k] * 4, *[each] * 3, table, table, None, None, None)
 
 
-def routed(kernel, rows, capacity=None):
+def routed(kernel, rows, capacity=None, width=8):
     options = (2, "softmax", True, 1.0, 1, 1, capacity, 1, 1)
-    return kernel.supports(meta(1, rows, 8), meta(4, 8), None, None, None, *options)
+    return kernel.supports(meta(1, rows, width), meta(4, width), None, None, None, *options)
 
 
 def mlp(width, inner):
@@ -53,6 +53,7 @@ CASES = {
     "window_attention, heads": (attention, (1, MOST), (1, MOST + 1)),
     "commit_branch": (commit, (MOST, MOST), (MOST + 1, 1)),
     "route, rows": (routed, (route, 2**19), (route, 2**23)),
+    "route, columns": (routed, (route, 1, None, 2**23), (route, 1, None, 2**25)),
     "route, blocks": (routed, (route, MOST - 2, 4), (route, MOST - 1, 4)),
     "route in CUDA, rows": (routed, (cuda_route, 8 * MOST), (cuda_route, 8 * MOST + 1)),
     "route in CUDA, blocks": (routed, (cuda_route, MOST - 2, 4), (cuda_route, MOST - 1, 4)),
