@@ -46,6 +46,14 @@ def exceeds_grid(what: str, size: int, block: int = 1) -> str | None:
     return None if size <= most else f"the kernel takes up to {most} {what}, got {size}"
 
 
+MAX_VOCAB = 2**30  # ids, and those past the last that a tile or a loop's step reaches, are int32
+
+
+def exceeds_vocab(size: int, most: int = MAX_VOCAB) -> str | None:
+    """Why a kernel does not take a vocabulary of ``size`` ids; None if it does."""
+    return None if size <= most else f"the kernel takes up to {most} ids, got {size}"
+
+
 # rms_norm: largest row (elements) -> num_warps; a row is one block.
 RMS_NORM = ((1024, 2), (4096, 4), (8192, 8), (32768, 16))
 

@@ -398,7 +398,7 @@ def supports(
     for name, tensor in {"seen": seen, "written": written}.items():
         if tensor.shape[0] and not tensor[0].is_contiguous():
             return f"{name} must have a contiguous table, got strides {tensor.stride()}"
-    return None
+    return _tiles.exceeds_vocab(logits.shape[2])
 
 
 def edit_block(

@@ -145,9 +145,8 @@ def supports(
         if matrix.shape[1] > 1 and matrix.stride(1) != 1:
             return f"{name} must be rows of contiguous elements, got strides {matrix.stride()}"
     largest = MAX_TILES * _tiles.head_stats_tile(hidden.device, hidden.element_size()).block_v
-    if weight.shape[0] > largest:
-        return f"the kernel takes up to {largest} ids, got {weight.shape[0]}"
-    return contiguous(bias=bias, suppress_ids=suppress_ids, temperature=temperatures, rows=rows)
+    lists = {"suppress_ids": suppress_ids, "temperature": temperatures, "rows": rows}
+    return _tiles.exceeds_vocab(weight.shape[0], largest) or contiguous(bias=bias, **lists)
 
 
 def tile_count(hidden: torch.Tensor, weight: torch.Tensor) -> int:

@@ -13,7 +13,7 @@ import triton.language as tl
 from . import _tiles
 from ._mixture_scan import NO_ID, Pieces
 from ._primitives import id_gumbel, quad_gumbel
-from ._row_stats import cap, inverse_of, signed_word
+from ._row_stats import MAX_TILES, cap, inverse_of, signed_word
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -287,7 +287,8 @@ def supports(
 ) -> str | None:
     """None if the kernel can run this call, otherwise why not."""
     lists = (token, length, mixtures, threshold, temperatures, suppress_ids)
-    return _why_not(logits, verifier, lists)
+    most = MAX_TILES * _tiles.mixture_accept_tile(logits.device).block_v
+    return _why_not(logits, verifier, lists) or _tiles.exceeds_vocab(shared, most)
 
 
 def sparse_supports(

@@ -269,7 +269,8 @@ def supports(
         return f"the kernel takes fp32, fp16 and bf16, got {logits.dtype}"
     if logits.shape[1] > 1 and logits.stride(1) != 1:
         return f"logits must be rows of contiguous elements, got strides {logits.stride()}"
-    return contiguous(suppress_ids=suppress_ids, temperature=temperatures, rows=rows, top_p=top_ps)
+    lists = {"suppress_ids": suppress_ids, "temperature": temperatures, "rows": rows}
+    return contiguous(**lists, top_p=top_ps) or _tiles.exceeds_vocab(logits.shape[1])
 
 
 def mixture_draft(

@@ -121,11 +121,8 @@ def supports(
     if vocab > 1 and logits.stride(1) != 1:
         return f"logits must be rows of contiguous elements, got strides {logits.stride()}"
     largest = MAX_TILES * _tiles.vocab_stats_tile(logits.device, vocab).block_v
-    if vocab > largest:
-        return f"the kernel takes up to {largest} ids, got {vocab}"
-    return contiguous(
-        suppress_ids=suppress_ids, temperature=temperatures, rows=rows, top_k=top_ks, top_p=top_ps
-    )
+    lists = {"suppress_ids": suppress_ids, "temperature": temperatures, "rows": rows}
+    return _tiles.exceeds_vocab(vocab, largest) or contiguous(**lists, top_k=top_ks, top_p=top_ps)
 
 
 def vocab_stats(

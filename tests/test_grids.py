@@ -1,4 +1,5 @@
-"""A grid has up to 65,535 programs along its second and third dimension; more are refused."""
+"""What exceeds a grid (65,535 programs along its second and third dimension), a tile, or the int32
+that ids are: it is refused."""
 
 from __future__ import annotations
 
@@ -9,8 +10,11 @@ from pydllm._backend.cuda import route as cuda_route
 from pydllm.kernels import (
     certainty_loss,
     commit_branch,
+    edit_block,
     experts,
     linear,
+    mixture_accept,
+    mixture_draft,
     route,
     swiglu,
     window_attention,
@@ -42,6 +46,24 @@ def routed(kernel, rows, capacity=None, width=8):
     return kernel.supports(meta(1, rows, width), meta(4, width), None, None, None, *options)
 
 
+def drafted(vocab):
+    given = meta(1, vocab), 1.0, 0, numbers(1, 3)
+    return mixture_draft.supports(*given, None, None, None, vocab, 0.9, None, 4)
+
+
+def mixed(vocab):
+    given = meta(1, vocab), meta(1, vocab), meta(1, dtype=torch.int64), numbers(1)
+    options = 0.0, None, 0, None, None, vocab, True, False
+    return mixture_accept.supports(*given, 0.5, None, None, *options)
+
+
+def edited(vocab):
+    x, flag, each = meta(1, 4, dtype=torch.int64), meta(1, 4, dtype=torch.bool), numbers(1)
+    table, logits = numbers(1, 5, 4), meta(1, 4, vocab)
+    state = x, numbers(1, 4), each, flag, each, each, table, table, each, logits
+    return edit_block.supports(*state, 0, 1, 2, each, each, each, 0.5, 0.5, 1)
+
+
 def mlp(width, inner):
     halves = meta(4, 2 * inner, width), meta(4, width, inner)
     routes = numbers(1, 2), meta(1, 2, dtype=torch.float32)
@@ -60,6 +82,9 @@ CASES = {
     "experts": (mlp, (64 * MOST, 1), (1, 64 * MOST + 1)),
     "linear": (lambda n: linear.supports(meta(1, 1), meta(n, 1), None, None), (2**25,), (2**27,)),
     "swiglu": (lambda n: swiglu.supports(meta(1, 2 * n)), (2**25,), (2**27,)),
+    "mixture_draft": (drafted, (2**30,), (2**30 + 1,)),
+    "mixture_accept": (mixed, (2**21,), (2**26,)),
+    "edit_block": (edited, (2**30,), (2**30 + 1,)),
     "certainty_loss": (
         lambda n: certainty_loss.supports(meta(1, n), meta(1, dtype=torch.int64), 1.0),
         (2**26,),
