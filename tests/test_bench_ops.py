@@ -55,6 +55,20 @@ def test_several_ops_have_a_plot_and_rows_in_the_table_each(tmp_path):
     }
 
 
+def test_a_baseline_that_fails_is_noted_and_a_backend_that_fails_is_not(monkeypatch):
+    def broken(inputs, backend=None):
+        raise NotImplementedError("a layout\nand more")
+
+    monkeypatch.setitem(CASES["linear"].BASELINES, "broken", lambda: broken)
+    lines = bench("linear", "--shape", "tiny-32", "--json").splitlines()
+    rows = {row["backend"]: row for row in map(json.loads, lines)}
+    assert rows["broken"]["note"] == "NotImplementedError: a layout"
+    assert rows["F.linear"]["ms_p50"] > 0
+    monkeypatch.setattr(CASES["linear"], "call", broken)
+    with pytest.raises(NotImplementedError, match="a layout"):
+        list(run.measure("linear", ("torch",), "fp32", "cpu", "tiny-32", 0.001))
+
+
 def test_without_an_op_all_that_have_the_shape_are_timed(monkeypatch):
     seen = []
     monkeypatch.setattr(run, "measure", lambda op, *_: seen.append(op) or [timed(op=op, shape="s")])

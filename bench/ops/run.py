@@ -110,8 +110,13 @@ def measure(
             row |= {"bytes": case.bytes_moved(inputs), "operations": count(inputs)}
             try:
                 right = is_right(case, inputs, function, strict=label in backends)
-            except BackendError as error:
-                yield row | {"note": str(error)}
+            except Exception as error:
+                # Whatever a baseline raises, the run goes on.
+                known = isinstance(error, BackendError)
+                if label in backends and not known:
+                    raise
+                reason = str(error) if known else f"{type(error).__name__}: {error}"
+                yield row | {"note": reason.partition("\n")[0]}
                 continue
             if not right:
                 yield row | {"note": "✗ too far from fp64"}

@@ -1,8 +1,9 @@
 """``window_attention`` at the shapes of LLaDA-8B, Dream-7B, SDAR-8B, a 100M and the tiny model.
 
 A name says the model, sequences, the window's rows and the cache's slots; ``refresh`` is a window
-over all of it, ``8of32`` is 8 branches of 32 rows. ``python -m bench.ops.attention_bytes`` prints
-the bytes that the kernel moves against the least.
+over all of it, ``8of32`` is 8 branches of 32 rows, ``8+8of8`` a causal window of 8 rows with 8
+leaves of 8 rows each, one forward of self-speculation. ``python -m bench.ops.attention_bytes``
+prints the bytes that the kernel moves against the least.
 """
 
 from __future__ import annotations
@@ -74,6 +75,17 @@ SHAPES |= {
     for name, rows in (("llada-8b", 32), ("sdar-8b", 4))
     for batch in (1, 32)
 }
+SHAPES |= {
+    f"{name}-{batch}x8+8of8-2048": {
+        "batch": batch,
+        "rows": 8,
+        "slots": 2048,
+        "leaves": 8,
+        "leaf_rows": 8,
+        **_MODELS[name],
+    }
+    for name, batch in (("llada-8b", 1), ("sdar-8b", 1), ("sdar-8b", 8))
+}
 
 
 def make(
@@ -87,17 +99,22 @@ def make(
     kv_heads: int,
     head_dim: int,
     branches: int = 1,
+    leaves: int = 0,
+    leaf_rows: int = 0,
 ) -> dict[str, Tensor | int]:
     """A dual-cache step: the window ends at three quarters of the cache, a branch is committed."""
-    shape = batch, branches * rows, heads + 2 * kv_heads, head_dim
+    attached = leaves * leaf_rows
+    shape = batch, branches * rows + attached, heads + 2 * kv_heads, head_dim
     qkv = random_normal(*shape, seed=0, dtype=dtype, device=device)
     q, k, v = qkv.split((heads, kv_heads, kv_heads), 2)
     cache = (batch, slots, kv_heads, head_dim)
-    cos, sin = rotary_tables(slots, head_dim, device)
+    cos, sin = rotary_tables(slots + leaf_rows, head_dim, device)
+    start = max(0, slots * 3 // 4 - rows)
+    tree = {"leaves": leaves, "leaf_rows": leaf_rows, "causal": True} if leaves else {}
     numbers = {
-        "start": max(0, slots * 3 // 4 - rows),
+        "start": start,
         "length": rows,
-        "kv_len": slots,
+        "kv_len": start + rows if leaves else slots,
         "commit": rows,
     }
     return {
@@ -112,7 +129,9 @@ def make(
         },
         "cos": cos,
         "sin": sin,
-    } | ({"branches": branches} if branches > 1 else {})
+        **({"branches": branches} if branches > 1 else {}),
+        **tree,
+    }
 
 
 def rotary_tables(positions: int, head_dim: int, device: str) -> tuple[Tensor, Tensor]:
@@ -136,6 +155,8 @@ def _prepared(inputs: dict[str, Tensor], start: int) -> tuple[Tensor, Tensor, Te
     def spread(cache: Tensor, branches: int) -> Tensor:
         return cache.repeat_interleave(branches, 0) if branches > 1 else cache
 
+    if "leaves" in inputs:
+        raise BackendError("no baseline but torch.compile has leaves")
     q, k, v = inputs["q"], inputs["k"], inputs["v"]
     branches = inputs.get("branches", 1)
     q, k, v = (x.unflatten(1, (branches, -1)).flatten(0, 1) for x in (q, k, v))
@@ -252,16 +273,30 @@ BASELINES = {
 def bytes_moved(inputs: dict[str, Tensor]) -> int:
     """Each visible cached row once, the fresh rows once, the output, and the committed rows."""
     q, k, cache = inputs["q"], inputs["k"], inputs["k_cache"]
-    branches = inputs.get("branches", 1)
-    rows, slots = k.shape[1] // branches, cache.shape[1]
-    cached = 2 * cache.numel() * (slots - rows) // slots
-    fresh, committed = 2 * k.numel(), 2 * k.numel() // branches
+    rows = _window_rows(inputs)
+    slots, visible = cache.shape[1], _visible(inputs)
+    cached = 2 * cache.numel() * (visible - rows) // slots
+    fresh, committed = 2 * k.numel(), 2 * k.numel() // k.shape[1] * rows
     return (2 * q.numel() + cached + fresh + committed) * q.element_size()
 
 
 def operations(inputs: dict[str, Tensor]) -> int:
-    """Two products per visible key; a branch sees its own rows and the cache around them."""
-    return 4 * inputs["q"].numel() * inputs["k_cache"].shape[1]
+    """Two products per visible key. A branch sees its own rows and the cache around them; a leaf
+    also the rows of the window before it, counted as if these were all.
+    """
+    seen = _visible(inputs) + inputs.get("leaf_rows", 0)
+    return 4 * inputs["q"].numel() * seen
+
+
+def _window_rows(inputs: dict[str, Tensor]) -> int:
+    attached = inputs.get("leaves", 0) * inputs.get("leaf_rows", 0)
+    return (inputs["k"].shape[1] - attached) // inputs.get("branches", 1)
+
+
+def _visible(inputs: dict[str, Tensor]) -> int:
+    """Cached slots of a window that is committed, up to the last visible one."""
+    slots = inputs["k_cache"].shape[1]
+    return slots * 3 // 4 if "leaves" in inputs else slots
 
 
 def launches() -> Iterator[tuple[str, Callable[[], object]]]:
