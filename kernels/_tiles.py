@@ -394,7 +394,7 @@ MIXTURE_ACCEPT = MixtureAcceptTile(4096, 8, 128, 4)
 MIXTURE_ACCEPT_INTERPRETER = MixtureAcceptTile(1024, 32, 128, 4)
 
 # Rows that are merged at a time, num_warps.
-MIXTURE_ACCEPT_SCAN = (16, 4)
+MIXTURE_ACCEPT_SCAN = (16, 8)
 
 
 def mixture_accept_tile(device: torch.device) -> MixtureAcceptTile:
@@ -403,7 +403,7 @@ def mixture_accept_tile(device: torch.device) -> MixtureAcceptTile:
 
 
 # certainty_loss: ids of a tile and num_warps. Forward a program is a row, read tile by tile.
-CERTAINTY_LOSS = {"forward": (4096, 8), "backward": (2048, 4)}
+CERTAINTY_LOSS = {"forward": (4096, 8), "backward": (2048, 8)}
 CERTAINTY_LOSS_INTERPRETER = (16384, 4)
 
 
