@@ -176,14 +176,11 @@ __global__ void __launch_bounds__(kMaxThreads) unmask_kernel(const Unmask call) 
         x[j] = call.eos_ids[0];
         step_map[j] = -1;
       }
-      __syncthreads();
-      remaining = 0;
-      for (int j = thread; j < size; j += threads) remaining += inside(j) && x[j] == call.mask_id;
     }
   }
   remaining = count_block(remaining);
   if (thread != 0) return;
-  call.remaining[sequence] = remaining;
+  call.remaining[sequence] = was_done || finished ? -1 : remaining;
   call.accepted[sequence] = accepted;
   // As in torch, the last number wraps; what wraps is unsigned.
   if (part > 0) call.nfe[sequence] = static_cast<int32_t>(static_cast<uint32_t>(nfe) + 1u);

@@ -22,7 +22,7 @@ enum class Rule : int {
 
 struct Unmask {
   // Pointers; null for what the rule does not have.
-  int32_t* remaining;        // (batch,)
+  int32_t* remaining;        // (batch,), -1 where done
   int32_t* accepted;         // (batch,)
   int64_t* x;                // (batch, slots), read and written
   int32_t* step_map;         // (batch, slots), written

@@ -120,7 +120,8 @@ def _unmask_kernel(
     length = tl.load(length_ptr + offs_b, mask=mask_b, other=0)
     nfe = tl.load(nfe_ptr + offs_b, mask=mask_b, other=0)
     if HAS_END:
-        length = tl.where(tl.load(done_ptr + offs_b, mask=mask_b, other=0) != 0, 0, length)
+        done = tl.load(done_ptr + offs_b, mask=mask_b, other=0) != 0
+        length = tl.where(done, 0, length)
     end = tl.minimum(tl.minimum(length, rows), slots - start)
     inside = (offs_t >= -start) & (offs_t < end) & mask_b
     x_row = x_ptr + offs_b * stride_x_row + start
@@ -181,6 +182,7 @@ def _unmask_kernel(
     written, step = keep, tl.broadcast_to(nfe, keep.shape)
     if HAS_END:
         token = tl.where(keep, token, before)
+        remaining = _count(inside & (token == mask_id))
         counted = inside
         if HAS_ENDS_FROM:
             first = tl.load(ends_from_ptr + offs_b, mask=mask_b, other=0)
@@ -211,7 +213,7 @@ def _unmask_kernel(
                 tl.store(x_all + at, tl.zeros_like(token) + fill, mask=at < stop)
                 tl.store(step_map_all + at, tl.zeros_like(step) - 1, mask=at < stop)
         tl.store(done_ptr + offs_b, finished, mask=finished)
-        remaining = _count(inside & (token == mask_id))
+        remaining = tl.where(done | finished, -1, remaining)
     else:
         remaining = n_masks - _count(keep & (token != mask_id))
     tl.store(x_row + offs_t, token, mask=written)

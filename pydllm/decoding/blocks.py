@@ -7,13 +7,13 @@ where the first position to decode is. A block-causal model's blocks are those o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from pydllm.decoding.state import Selection, State, Window
+from pydllm.decoding.state import Places, Selection, State, Window
 
 if TYPE_CHECKING:
     from pydllm.decoding.blockwise import BlockwiseAlgorithm
@@ -33,6 +33,8 @@ class Block:
         first_decides_block, decides_block: whether these are the block's and no others.
         skips_first: nothing is stored or forced, and the first forward is left out.
         ends_from: ``(b,)`` int32, the first position that may hold an EOS.
+        first_places, places: of the first forward, and of the others; None where sequences may
+            leave the batch before the block is over.
     """
 
     steps: int
@@ -47,6 +49,8 @@ class Block:
     first_decides_block: bool = True
     decides_block: bool = True
     skips_first: bool = False
+    first_places: Places | None = None
+    places: Places | None = None
 
 
 @dataclass
@@ -75,12 +79,36 @@ def open_block(algorithm: BlockwiseAlgorithm, state: BlockState) -> Block:
         block = _layout_seeded(algorithm, state)
     else:
         block = _layout_block_causal(algorithm, state)
-    buffers = state.call.runner.static_buffer
-    state.block = buffers("block", block) if state.call.runner.fixed_shapes else block
+    if state.call.runner.fixed_shapes:
+        block = state.call.runner.static_buffer("block", _with_places(state, block))
+    state.block = block
     state.next_start += algorithm.block_length
     state.blocks = [index + 1 for index in state.blocks]
     state.steps_done = int(block.skips_first)
     return state.block
+
+
+def _with_places(state: State, block: Block) -> Block:
+    """The block with its places, which a recorded step would compute each time."""
+
+    def places(window: Window, selection: Selection, *, first: bool) -> Places:
+        shifted = reading(state, first=first).get("shifted", state.call.model.spec.shift_logits)
+        return Places.of(window.start, window.width, selection, int(shifted))
+
+    return replace(
+        block,
+        first_places=places(block.refresh, block.first_selection, first=True),
+        places=places(block.window, block.selection, first=False),
+    )
+
+
+def reading(state: State, *, first: bool) -> dict[str, Any]:
+    """How a forward attends and what its rows predict, where it is not as the model's own."""
+    spec = state.call.model.spec
+    if spec.context == "block":
+        return {}
+    # Causal forwards store blocks and predict the next token; a mask predicts itself.
+    return {"attention": "causal", "shifted": True} if first else {"attention": "full"}
 
 
 def _limit(algorithm: BlockwiseAlgorithm, masks: Sequence[int], forced: bool) -> tuple[int, bool]:

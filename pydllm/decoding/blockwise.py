@@ -26,10 +26,10 @@ from torch import Tensor
 
 from pydllm import ops
 from pydllm._checks import check_choice, check_int
-from pydllm.decoding.blocks import Block, BlockState, open_block
+from pydllm.decoding.blocks import Block, BlockState, open_block, reading
 from pydllm.decoding.call import Call
 from pydllm.decoding.driver import Algorithm, Counts, Decoder, Plan
-from pydllm.decoding.state import Selection, State, Window
+from pydllm.decoding.state import Places, Selection, State, Window
 from pydllm.decoding.step import busy, forward, pick, statistics, write
 from pydllm.models import Model
 from pydllm.models.spec import ModelSpec
@@ -171,9 +171,9 @@ class BlockwiseDecoder(Decoder):
         window = block.refresh if first else block.window
         selection = block.first_selection if first else block.selection
         forced = first and block.is_forced
-        stats = window_stats(
-            self.algorithm, state, window, selection, **reading(state, first=first)
-        )
+        places = block.first_places if first else block.places
+        options = reading(state, first=first)
+        stats = window_stats(self.algorithm, state, window, selection, places=places, **options)
         if first:
             count_blocks_without_masks(state, block)
             if state.call.model.spec.seeded:
@@ -182,10 +182,10 @@ class BlockwiseDecoder(Decoder):
         # One forced token does not complete a block.
         ending = None if forced and not last else block_ending(state, block, last=last)
         unmasked = write(state, stats, selection, accept, ending=ending)
-        if last:
-            return busy(state, torch.zeros_like(state.nfe)), None
         decides_block = block.first_decides_block if first else block.decides_block
-        left = unmasked.remaining if decides_block else masks_left(state, block)
+        if decides_block and not last and ending is not None and not state.call.has_infill:
+            return unmasked.remaining[None], None
+        left = torch.zeros_like(state.nfe) if last else masks_left(state, block)
         return busy(state, left), None
 
 
@@ -225,15 +225,6 @@ def is_over(state: BlockState, counts: Counts | None) -> bool:
     return counts is not None and max(counts[0]) <= 0 and not state.call.warm
 
 
-def reading(state: State, *, first: bool) -> dict[str, Any]:
-    """How a forward attends and what its rows predict, where it is not as the model's own."""
-    spec = state.call.model.spec
-    if spec.context == "block":
-        return {}
-    # Causal forwards store blocks and predict the next token; a mask predicts itself.
-    return {"attention": "causal", "shifted": True} if first else {"attention": "full"}
-
-
 def window_stats(
     algorithm: BlockwiseAlgorithm,
     state: State,
@@ -244,6 +235,7 @@ def window_stats(
     noise_offset: Tensor | None = None,
     attention: str | None = None,
     shifted: bool | None = None,
+    places: Places | None = None,
 ) -> ops.VocabStats:
     """One forward of the window and the statistics of the selected positions ``(b, S)``.
 
@@ -252,8 +244,8 @@ def window_stats(
     """
     call = state.call
     start = window.start if branches == 1 else window.start.repeat_interleave(branches)
-    places: dict[str, Any] = {"noise_offset": noise_offset, "shifted": shifted}
-    picked = pick(state, window.width, start, selection, **places)
+    own: dict[str, Any] = {"noise_offset": noise_offset, "shifted": shifted}
+    picked = pick(state, window.width, start, selection, places=places, **own)
     # Nothing depends on the last layer's other rows.
     rows = picked.rows if picked.live is not None and call.guidance == 0 else None
     hidden = forward(state, window, branches=branches, attention=attention, rows=rows)
@@ -264,7 +256,7 @@ def window_stats(
         selection,
         suppress_ids=call.suppress_but_mask if algorithm.compat else call.suppress_ids,
         picked=picked,
-        **places,
+        **own,
     )
 
 

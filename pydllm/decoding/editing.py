@@ -202,7 +202,7 @@ def predict(
         start,
         selection,
         suppress_ids=call.suppress_ids,
-        tempered=isinstance(state.temperature, Tensor) or state.temperature > 0,
+        tempered=state.draws,
         picked=picked,
         **places,
     )

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pydllm import ops
 from pydllm._checks import check_choice, check_int
-from pydllm.decoding.blocks import Block, BlockState, open_block
+from pydllm.decoding.blocks import Block, BlockState, open_block, reading
 from pydllm.decoding.blockwise import (
     BlockwiseAlgorithm,
     begin_blocks,
@@ -32,7 +32,6 @@ from pydllm.decoding.blockwise import (
     count_only_stored,
     force_first,
     masks_left,
-    reading,
     window_stats,
 )
 from pydllm.decoding.call import Call

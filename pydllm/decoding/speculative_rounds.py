@@ -198,7 +198,7 @@ class SpeculativeDecoder(Decoder):
         autoregressive decoding would write."""
         call, noise_offset = state.call, None
         first = state.cursor.clamp(max=call.max_len - 1)
-        if isinstance(state.temperature, Tensor) or state.temperature > 0:
+        if state.draws:
             offsets = torch.arange(width, dtype=torch.int32, device=first.device)
             noise_offset = (state.cursor - state.prompt_length)[:, None] + offsets
         return statistics(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -82,6 +82,30 @@ class Selection:
         """The selection of ``times`` copies of each sequence, the copies side by side."""
         start, length = (t.repeat_interleave(times) for t in (self.start, self.length))
         return Selection(start, length, self.width)
+
+
+class Places(NamedTuple):
+    """Where selected positions are, and the rows of windows that predict them.
+
+    Attributes:
+        position: ``(b, S)`` int32.
+        rows: ``(b * S,)`` int64, counted through the batch.
+    """
+
+    position: Tensor
+    rows: Tensor
+
+    @classmethod
+    def of(cls, start: Tensor, width: int, selection: Selection, lead: int) -> Places:
+        """Those of windows of ``width`` rows at ``start``: position p is predicted by the row of
+        position ``p - lead``.
+        """
+        batch, device = start.shape[0], start.device
+        position = selection.start[:, None] + torch.arange(selection.width, device=device)
+        index = (position - (start + lead)[:, None]).clamp_(0, width - 1)
+        if batch > 1:
+            index = index + torch.arange(0, batch * width, width, device=device)[:, None]
+        return cls(position, index.flatten())
 
 
 @dataclass
@@ -194,6 +218,11 @@ class State:
         }
         values = {f.name: getattr(self, f.name) for f in fields(State)}
         return State(**values | own)
+
+    @property
+    def draws(self) -> bool:
+        """Whether a sequence may be at a temperature."""
+        return isinstance(self.temperature, Tensor) or self.temperature > 0
 
     def sampling(self, repeats: int) -> dict[str, Any]:
         """``temperature``, ``top_k`` and ``top_p`` of ``repeats`` rows per sequence."""

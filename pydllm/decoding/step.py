@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pydllm import ops
 from pydllm.decoding.call import Call
-from pydllm.decoding.state import Selection, State, Window
+from pydllm.decoding.state import Places, Selection, State, Window
 from pydllm.models import Model
 from pydllm.models.protocol import Fresh
 
@@ -125,21 +125,19 @@ def pick(
     noise_offset: Tensor | None = None,
     eligible: Tensor | None = None,
     shifted: bool | None = None,
+    places: Places | None = None,
 ) -> Picked:
     """What ``statistics`` needs of windows of ``width`` rows at ``start``; arguments as there.
 
-    Position p is predicted by row p of an unshifted forward and by row p - 1 of a shifted one; by
-    default ``shifted`` is the model's.
+    ``shifted``: as in a forward that predicts the next token; by default the model's. ``places``:
+    the windows', where they were made before.
     """
     call, batch, size = state.call, start.shape[0], selection.width
-    offsets = torch.arange(size, device=start.device)
-    position = selection.start[:, None] + offsets
-    lead = int(call.model.spec.shift_logits if shifted is None else shifted)
-    index = (position - (start + lead)[:, None]).clamp_(0, width - 1)
-    if batch > 1:
-        index = index + torch.arange(0, batch * width, width, device=start.device)[:, None]
-    rows, sampling = index.flatten(), {"counter": None, **state.sampling(size)}
-    if isinstance(state.temperature, Tensor) or state.temperature > 0:
+    if places is None:
+        lead = int(call.model.spec.shift_logits if shifted is None else shifted)
+        places = Places.of(start, width, selection, lead)
+    (position, rows), sampling = places, {"counter": None, **state.sampling(size)}
+    if state.draws:
         last = state.noise_offset if noise_offset is None else noise_offset
         words = (t.view(batch, -1).expand(-1, size) for t in (state.request_id, last))
         sampling["counter"] = torch.stack((position.int(), *words), -1).reshape(-1, 3)
@@ -147,6 +145,7 @@ def pick(
         return Picked(rows, None, sampling)
     inside = position.clamp_(max=state.x.shape[1] - 1)
     wanted = state.x == call.mask_id if eligible is None else eligible
+    offsets = torch.arange(size, device=start.device)
     wanted = wanted.gather(1, inside) & (offsets < selection.length[:, None])
     live = wanted.flatten().nonzero().squeeze(1)
     sampling = {n: v[live] if isinstance(v, Tensor) else v for n, v in sampling.items()}
@@ -179,8 +178,8 @@ def statistics(
     """
     call, rows = state.call, None
     if picked is None:
-        places: dict[str, Any] = {"noise_offset": noise_offset, "eligible": eligible}
-        picked = pick(state, hidden.shape[1], start, selection, **places, shifted=shifted)
+        own: dict[str, Any] = {"noise_offset": noise_offset, "eligible": eligible}
+        picked = pick(state, hidden.shape[1], start, selection, **own, shifted=shifted)
     if hidden.ndim == 3:
         rows, hidden = picked.rows, hidden.reshape(-1, hidden.shape[2])
     options = {
@@ -279,7 +278,8 @@ def write(
         masked = (state.x == state.call.mask_id) & (position < state.prompt_length[:, None])
         length = selection.length.masked_fill(masked.any(1), 0)
         close(state, replace(selection, length=length), block_end)
-    state.noise_offset += unmasked.accepted
+    if state.draws:
+        state.noise_offset += unmasked.accepted
     return unmasked
 
 
@@ -325,7 +325,7 @@ def close(state: State, selection: Selection, ending: ops.Ending) -> None:
 
 
 def busy(state: State, count: Tensor) -> Tensor:
-    """Counts for the host ``(1, b)`` int32: ``count``, and -1 where a sequence is finished."""
+    """Counts for the host ``(1, b)`` int32: ``count``, and -1 where a sequence is done."""
     return torch.where(state.done, -1, count)[None]
 
 

@@ -37,7 +37,7 @@ _COUNTED = ("quota", "left_to_right", "random")
 class Unmasked(NamedTuple):
     """What ``unmask`` did, per sequence."""
 
-    remaining: Tensor  # (B,) int32: masks left in the window
+    remaining: Tensor  # (B,) int32: masks left in the window, -1 if the sequence is done
     accepted: Tensor  # (B,) int32: tokens written
 
 
@@ -142,7 +142,8 @@ def unmask(
 
     Returns:
         ``Unmasked(remaining, accepted)``, both ``(B,)`` int32. What an ``ending`` fills does not
-        remain and does not count as accepted; of a sequence that was done both are 0.
+        remain and does not count as accepted. With one, ``remaining`` is -1 for a sequence that was
+        done or is now: all that a host has to read after a step.
 
     Raises:
         ValueError: shapes or devices do not fit, a rule is unknown, an option is

@@ -83,8 +83,10 @@ def unmask(
         if eos_ids is not None:
             first = start if ends_from is None else torch.maximum(start, ends_from)
             _fill(x, step_map, first, stop, complete, done, end, eos_ids)
-            left = inside & (x.gather(1, slot) == mask_id)
-    return left.sum(1, dtype=torch.int32), keep.sum(1, dtype=torch.int32)
+    remaining = left.sum(1, dtype=torch.int32)
+    if done is not None:
+        remaining.masked_fill_(done, -1)
+    return remaining, keep.sum(1, dtype=torch.int32)
 
 
 def _fill(

@@ -22,7 +22,7 @@ def finish(case, before, counts, ending):
         if was_done[b]:
             for name in FIELDS:
                 rows[name][b] = before[name][b].tolist()
-            remaining[b] = accepted[b] = 0
+            remaining[b], accepted[b] = -1, 0
             continue
         start, end = case["start"][b].item(), ending["end"][b].item()
         length = min(case["length"][b].item(), case["token"].shape[1])
@@ -38,7 +38,7 @@ def finish(case, before, counts, ending):
             done[b] = True
             for p in range(ends[0] + 1, min(end, slots)):
                 x[p], steps[p] = eos_ids[0], -1
-            remaining[b] = sum(x[p] == MASK for p in window)
+    remaining = [-1 if over else count for over, count in zip(done, remaining, strict=True)]
     return (*(torch.tensor(rows[name]) for name in FIELDS), remaining, accepted, done)
 
 
@@ -116,7 +116,7 @@ def test_by_hand(backend):
     # Three of four equal scores are taken from the left: a mask is left, so nobody looks yet.
     assert x[0].tolist() == [eos, 1, 4, other, eos, MASK, MASK, 0]
     assert ending.done.tolist() == [False, False, True]
-    assert [n.tolist() for n in first] == [[1, 0, 0], [3, 4, 0]]
+    assert [n.tolist() for n in first] == [[1, 0, -1], [3, 4, 0]]
     ops.unmask(x, steps, nfe, token, score, quota=numbers([3, 4, 9]), **call)
     assert x.tolist() == [
         [eos, 1, 4, other, eos, eos, eos, 0],
