@@ -254,4 +254,5 @@ _SWIGLU_OP = Op(
     _swiglu_fake,
     reference.linear_swiglu,
     file="linear",
+    pdl=("triton", "cuda"),
 )
