@@ -2,6 +2,7 @@
 
     python -m bench.dropin --device cpu --model llada-100m
     python -m bench.dropin --only llada --only fast_dllm_dual --csv out/dropin.csv
+    python -m bench.dropin --only llada2 --only llada2_forward --model llada2-200m --device cpu
     PYDLLM_UPSTREAM_DIR=/checkouts python -m bench.dropin    # bench/baselines/upstream.py
 
 The original is the repository's function where PYDLLM_UPSTREAM_DIR has it, otherwise our
@@ -27,6 +28,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,7 +42,12 @@ from torch.nn import functional as F
 import pydllm
 from bench.baselines import gemma, upstream
 from bench.baselines.cached_loops import PublishedDream, PublishedDual
-from bench.baselines.loops import PlainForward, PublishedLoop, PublishedMultiBlock
+from bench.baselines.loops import (
+    PlainForward,
+    PublishedLLaDA2,
+    PublishedLoop,
+    PublishedMultiBlock,
+)
 from bench.decode import PROBE
 from bench.ops.run import DTYPES, provenance
 from bench.shapes import CONFIGS, make_model, random_model
@@ -276,6 +283,80 @@ def d3llm(job: Job) -> list[Contender]:
     ]
 
 
+def llada2_models(job: Job) -> tuple[Any, NativeModel]:
+    """LLaDA2.0's own class where it is found, otherwise a model of ours; and the native model."""
+    if job.name == "tiny":
+        model = pydllm.load("llada2-tiny", device=job.device, dtype=job.dtype)
+        return model, without_ends(model)
+    settings = CONFIGS[job.name if job.name.startswith("llada2") else "llada2-200m"]
+    root = upstream.find("dllm/dllm/pipelines/llada2")
+    if root is None:
+        model = without_ends(random_model(settings, job.device, job.dtype))
+        model.spec = replace(model.spec, block_size=job.block)
+        widen(model)
+        return model, model
+    torch.manual_seed(0)
+    theirs = upstream.LLaDA2(root, settings, job.device, job.dtype)
+    with torch.no_grad():
+        for parameter in theirs.module.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(0.0, 0.02 * WIDER)
+    return theirs, without_ends(pydllm.load(theirs.module, block_size=job.block))
+
+
+def llada2(job: Job) -> list[Contender]:
+    """LLaDA2.0's generate, without a cache, on its own class."""
+    theirs, model = llada2_models(job)
+    ids = job.prompt(model)
+    arguments = {"block_length": job.block, "steps": job.block // job.per_step}
+    arguments |= {"gen_length": job.new, "threshold": 1.0}
+    arguments |= {"mask_id": model.spec.mask_id, "eos_id": model.spec.vocab_size}  # never predicted
+
+    def call(function: Any) -> tuple[Tensor, int]:
+        return torch.cat((ids, function(ids, **arguments)), 1), job.steps
+
+    if isinstance(theirs, NativeModel):
+        loop = PublishedLLaDA2(model, job.block, job.per_step)
+        original, module = Contender("restatement", lambda: loop.decode(ids, job.new)), model
+    else:
+        original = Contender("LLaDA2MoeModelLM.generate", lambda: call(theirs.generate))
+        module = theirs.module
+    algorithm = pydllm.Static(block_length=job.block, tokens_per_step=job.per_step)
+    ours = job.ours(model, algorithm)
+    return [
+        original,
+        ours,
+        *drop_in("llada2", "generate", lambda function: call(partial(function, module))),
+    ]
+
+
+def llada2_forward(job: Job) -> list[Contender]:
+    """One forward of LLaDA2.0 over one block without a cache: what each position predicts."""
+    theirs, model = llada2_models(job)
+    ids = job.prompt(model)
+    block = ids.repeat(1, -(-job.block // ids.shape[1]))[:, : job.block]
+    at = torch.full((1,), job.block, dtype=torch.int32, device=ids.device)
+    zero, cache = torch.zeros_like(at), model.new_cache(1, 0)
+    plain = PlainForward(model)
+
+    def found(logits: Tensor) -> tuple[Tensor, int]:
+        return torch.cat((ids, logits.argmax(-1)), 1), 1
+
+    def ours() -> tuple[Tensor, int]:
+        hidden = model.forward(block, zero, cache, length=at, kv_len=at, commit=zero)
+        return found(model.head(hidden))
+
+    @torch.no_grad()
+    def original() -> tuple[Tensor, int]:
+        if isinstance(theirs, NativeModel):
+            return found(plain(block)[0])
+        mask = torch.zeros(1, 1, job.block, job.block, device=ids.device)
+        return found(theirs.forward(block, attention_mask=mask).logits)
+
+    label = "restatement" if isinstance(theirs, NativeModel) else "LLaDA2MoeModelLM"
+    return [Contender(label, original), Contender("pydllm model", ours)]
+
+
 def diffusion_gemma(job: Job) -> list[Contender]:
     """transformers' DiffusionGemma and its step on kernels; the model: bench/baselines/gemma.py."""
     if importlib.util.find_spec("pydllm.integrations.diffusion_gemma") is None:
@@ -299,6 +380,8 @@ CASES = {
     "fast_dllm_dual": fast_dllm_dual,
     "dream": dream,
     "d3llm": d3llm,
+    "llada2": llada2,
+    "llada2_forward": llada2_forward,
     "diffusion_gemma": diffusion_gemma,
 }
 

@@ -29,15 +29,17 @@ def test_smoke(tmp_path):
     assert result.exit_code == 0, result.output
     rows = list(csv.DictReader(file.open()))
     # DiffusionGemma needs transformers 5.12.
-    loops = set(dropin.CASES) - {"diffusion_gemma"}
+    loops = set(dropin.CASES) - {"diffusion_gemma", "llada2_forward"}
     assert loops <= {row["case"] for row in rows}
+    assert all(row["same_tokens"] == "1.0" for row in rows if row["case"].startswith("llada2"))
     ours = [row for row in rows if row["decoder"] == "pydllm.generate"]
     assert {row["case"] for row in ours} == loops and all(float(row["speedup"]) > 0 for row in ours)
     exact = [row for row in rows if row["decoder"].startswith("pydllm.integrations")]
     assert all(float(row["same_tokens"]) == 1 for row in exact)
     # Dream's schedule writes nothing in its first step and two tokens in its last.
     assert all(float(row["same_tokens"]) == 1 for row in ours if row["case"] != "dream")
-    assert all(row["forwards"] == "16" for row in ours if row["case"] != "d3llm")
+    others = ("d3llm", "llada2")  # the latter fills what is left of the prompt's block first
+    assert all(row["forwards"] == "16" for row in ours if row["case"] not in others)
     counted = {row["case"]: float(row["fewer_mults"]) for row in ours if row["fewer_mults"]}
     assert counted["llada"] > counted["fast_dllm_dual"] > 1
 

@@ -57,6 +57,9 @@ class PlainForward:
         seen = None
         if model.spec.attention == "causal":
             seen = torch.ones(ids.shape[1], stop, dtype=torch.bool, device=ids.device).tril(start)
+        elif model.spec.block_size:
+            block = torch.arange(stop, device=ids.device) // model.spec.block_size
+            seen = block[start:, None] >= block
         hidden = F.embedding(ids, model._embedding)
         heads = (sizes.heads, sizes.kv_heads, sizes.kv_heads)
         present = []
@@ -109,6 +112,33 @@ def _published_experts(hidden: Tensor, layer: Experts) -> Tensor:
     if layer.shared_gate_up is None:
         return out
     return out + _mlp(hidden, layer.shared_gate_up, layer.shared_down)
+
+
+@dataclass
+class PublishedLLaDA2:
+    """LLaDA2.0's loop at no threshold: every step computes all tokens up to its block's end."""
+
+    model: NativeModel
+    block: int
+    per_step: int
+
+    @torch.no_grad()
+    def decode(self, prompts: Tensor, new: int) -> tuple[Tensor, int]:
+        """``(1, P + new)`` tokens after ``prompts`` ``(1, P)``, and forwards."""
+        forward, mask_id, forwards = PlainForward(self.model), self.model.spec.mask_id, 0
+        first, total = prompts.shape[1] // self.block, prompts.shape[1] + new
+        blocks = -(-total // self.block)
+        x = F.pad(prompts, (0, blocks * self.block - prompts.shape[1]), value=mask_id)
+        for stop in range((first + 1) * self.block, x.shape[1] + 1, self.block):
+            active = x[:, stop - self.block : stop]
+            while (masked := active == mask_id).any():
+                logits, _ = forward(x[:, :stop])
+                best, token = logits[:, -self.block :].softmax(-1).max(-1)
+                count = min(self.per_step, int(masked.sum()))
+                chosen = torch.where(masked, best, -torch.inf)[0].topk(count).indices
+                active[0, chosen] = token[0, chosen]
+                forwards += 1
+        return x[:, :total], forwards
 
 
 @dataclass

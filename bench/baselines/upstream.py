@@ -3,6 +3,7 @@
     $PYDLLM_UPSTREAM_DIR/LLaDA       github.com/ML-GSAI/LLaDA
     $PYDLLM_UPSTREAM_DIR/Fast-dLLM   github.com/NVlabs/Fast-dLLM (June 2025, or its v1 folder)
     $PYDLLM_UPSTREAM_DIR/d3LLM       github.com/hao-ai-lab/d3LLM
+    $PYDLLM_UPSTREAM_DIR/dllm        github.com/ZHZisZZ/dllm (LLaDA2.0's class, as on the hub)
 
 Their models need transformers below 5. Nothing of theirs is part of this package.
 """
@@ -47,7 +48,7 @@ def _importing_from(root: Path) -> Iterator[None]:
     finally:
         sys.path[:] = before
         for name in set(sys.modules) - modules:
-            if name.partition(".")[0] in ("model", "utils"):
+            if name.partition(".")[0] in ("model", "models", "utils"):
                 del sys.modules[name]
 
 
@@ -78,3 +79,29 @@ def llada(
     fixed |= {"layer_norm_with_affine": True, "bias_for_layer_norm": False, "pad_token_id": 126081}
     config = configuration.LLaDAConfig(**(fixed | known))
     return modeling.LLaDAModelLM(config, init_params=True).to(device, dtype).eval()
+
+
+class LLaDA2:
+    """Their LLaDA2.0 of the shape of a config.json, with random weights, and its ``generate``."""
+
+    def __init__(
+        self, root: Path, settings: dict[str, Any], device: str, dtype: torch.dtype
+    ) -> None:
+        with _importing_from(root):
+            configuration = importlib.import_module("models.configuration_llada2_moe")
+            modeling = importlib.import_module("models.modeling_llada2_moe")
+        fixed = {"use_bias": False, "norm_topk_prob": True, "pad_token_id": 0}
+        config = configuration.LLaDA2MoeConfig(**(fixed | settings))
+        config._attn_implementation = "sdpa"
+        self.module = modeling.LLaDA2MoeModelLM(config).to(device, dtype).eval()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)
+
+    def forward(self, *arguments: Any, attention_mask: torch.Tensor, **options: Any) -> Any:
+        """Theirs, whose mask is bf16 whatever the weights are."""
+        mask = attention_mask.to(self.module.dtype)
+        return self.module(*arguments, attention_mask=mask, **options)
+
+    def generate(self, ids: torch.Tensor, **options: Any) -> torch.Tensor:
+        return type(self.module).generate(self, ids, **options)
