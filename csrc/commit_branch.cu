@@ -8,12 +8,6 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarpSize;
 
-// Elements that a lane has in one access: 16 bytes where everything is aligned to them, or one.
-template <typename T, int kSize>
-struct alignas(sizeof(T) * kSize) Chunk {
-  T lane[kSize];
-};
-
 struct Strides {
   int64_t batch, row, head;
 };
@@ -22,16 +16,8 @@ struct Sizes {
   int batch, window, branches, kv_heads, head_dim, half, slots, page, pages;
 };
 
-template <typename T, int kSize>
-__device__ __forceinline__ Chunk<T, kSize> load_chunk(const T* p) {
-  return *reinterpret_cast<const Chunk<T, kSize>*>(p);
-}
-template <typename T, int kSize>
-__device__ __forceinline__ void store_chunk(T* p, const Chunk<T, kSize>& chunk) {
-  *reinterpret_cast<Chunk<T, kSize>*>(p) = chunk;
-}
-
-// One warp a row of a head: its key and its value.
+// One warp per row of a head: its key and its value. kSize elements are one access of a lane: 16
+// bytes where everything is aligned to them, or one element.
 template <typename T, int kSize>
 __global__ void __launch_bounds__(kThreads)
     commit_branch_kernel(T* __restrict__ k_cache,  // (batch, slots, kv_heads, head_dim), or

@@ -4,7 +4,7 @@
 
 #ifdef PYDLLM_HOST_EMULATION
 #include "host_emulation.h"
-#define PYDLLM_CHECK_ALIGNED(address) emulation::check_aligned(address, 16)
+#define PYDLLM_CHECK_ALIGNED(address, bytes) emulation::check_aligned(address, bytes)
 #define PYDLLM_LAUNCH_PDL(pdl, kernel, grid, block, shared, stream, ...) \
   PYDLLM_LAUNCH(kernel, grid, block, shared, stream, __VA_ARGS__)
 #else
@@ -22,7 +22,7 @@
 #define PYDLLM_DYNAMIC_SHARED(name)                              \
   extern __shared__ __align__(16) unsigned char pydllm_shared[]; \
   unsigned char* const name = pydllm_shared
-#define PYDLLM_CHECK_ALIGNED(address)
+#define PYDLLM_CHECK_ALIGNED(address, bytes)
 #endif
 
 #include <climits>
@@ -96,14 +96,32 @@ struct alignas(16) Vector {
 
 template <typename T>
 __device__ __forceinline__ Vector<T> load_vector(const T* p) {
-  PYDLLM_CHECK_ALIGNED(p);
+  PYDLLM_CHECK_ALIGNED(p, 16);
   return *reinterpret_cast<const Vector<T>*>(p);
 }
 
 template <typename T>
 __device__ __forceinline__ void store_vector(T* p, const Vector<T>& vector) {
-  PYDLLM_CHECK_ALIGNED(p);
+  PYDLLM_CHECK_ALIGNED(p, 16);
   *reinterpret_cast<Vector<T>*>(p) = vector;
+}
+
+// Elements of one access, aligned to their size together.
+template <typename T, int kSize>
+struct alignas(sizeof(T) * kSize) Chunk {
+  T lane[kSize];
+};
+
+template <typename T, int kSize>
+__device__ __forceinline__ Chunk<T, kSize> load_chunk(const T* p) {
+  PYDLLM_CHECK_ALIGNED(p, sizeof(T) * kSize);
+  return *reinterpret_cast<const Chunk<T, kSize>*>(p);
+}
+
+template <typename T, int kSize>
+__device__ __forceinline__ void store_chunk(T* p, const Chunk<T, kSize>& chunk) {
+  PYDLLM_CHECK_ALIGNED(p, sizeof(T) * kSize);
+  *reinterpret_cast<Chunk<T, kSize>*>(p) = chunk;
 }
 
 // How many elements lie before the first 16-byte boundary at or after `p`.

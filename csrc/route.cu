@@ -9,16 +9,36 @@ constexpr int kLogitThreads = 256;
 constexpr int kLogitRows = 8;  // rows that a warp computes one expert's logits of
 constexpr int kPoolThreads = 256;
 
-// One warp computes the logits of an expert for kLogitRows rows. A lane adds up every 32nd vector,
-// then the lanes are added: the order of a sum depends on the width alone.
+// Elements of one row and of the other that a lane reads at a time: of neither more than 16 bytes.
 template <typename T, typename Weight>
+constexpr int kLogitVector =
+    Vector<T>::kSize < Vector<Weight>::kSize ? Vector<T>::kSize : Vector<Weight>::kSize;
+
+// Elements first .. first + kSize - 1 of a row; zeros after its end, which an aligned row has at a
+// multiple of kSize.
+template <int kSize, bool kAligned, typename T>
+__device__ __forceinline__ Chunk<T, kSize> load_part(const T* row, int64_t first, int64_t size) {
+  if constexpr (kAligned) {
+    return load_chunk<T, kSize>(row + first);
+  } else {
+    Chunk<T, kSize> part;
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) {
+      part.lane[i] = first + i < size ? row[first + i] : from_float<T>(0.f);
+    }
+    return part;
+  }
+}
+
+// One warp computes the logits of an expert for kLogitRows rows. A lane adds up every 32nd vector,
+// then the lanes are added: the order of a sum depends on the width alone, not on alignment.
+template <typename T, typename Weight, bool kAligned>
 __global__ void __launch_bounds__(kLogitThreads)
     route_logits_kernel(float* __restrict__ logits,         // (rows, experts)
                         const T* __restrict__ hidden,       // (rows, width)
                         const Weight* __restrict__ router,  // (experts, width)
                         int64_t rows, int64_t width, int experts) {
-  constexpr int kVector =
-      Vector<T>::kSize < Vector<Weight>::kSize ? Vector<T>::kSize : Vector<Weight>::kSize;
+  constexpr int kVector = kLogitVector<T, Weight>;
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const int expert = static_cast<int>(blockIdx.x) * (kLogitThreads / kWarpSize) +
                      static_cast<int>(threadIdx.x) / kWarpSize;
@@ -27,16 +47,14 @@ __global__ void __launch_bounds__(kLogitThreads)
   router += expert * width;
   float sum[kLogitRows] = {};
   for (int64_t h = int64_t{lane} * kVector; h < width; h += int64_t{kWarpSize} * kVector) {
-    float weight[kVector];
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) weight[i] = h + i < width ? to_float(router[h + i]) : 0.f;
+    const auto weight = load_part<kVector, kAligned>(router, h, width);
 #pragma unroll
     for (int r = 0; r < kLogitRows; ++r) {
       if (first + r >= rows) continue;
-      const T* const row = hidden + (first + r) * width + h;
+      const auto part = load_part<kVector, kAligned>(hidden + (first + r) * width, h, width);
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
-        if (h + i < width) sum[r] += weight[i] * to_float(row[i]);
+        sum[r] += to_float(weight.lane[i]) * to_float(part.lane[i]);
       }
     }
   }
@@ -206,10 +224,18 @@ cudaError_t launch_logits(const Route& call, int64_t rows, cudaStream_t stream) 
   if (blocks > 65535) return cudaErrorInvalidValue;
   const dim3 grid(static_cast<unsigned>((call.experts + kWarps - 1) / kWarps),
                   static_cast<unsigned>(blocks));
-  PYDLLM_LAUNCH((route_logits_kernel<T, Weight>), grid, dim3(kLogitThreads), 0, stream, call.logits,
-                static_cast<const T*>(call.hidden), static_cast<const Weight*>(call.router), rows,
-                call.width, static_cast<int>(call.experts));
-  return cudaGetLastError();
+  constexpr int kVector = kLogitVector<T, Weight>;
+  const bool aligned = call.width % kVector == 0 &&
+                       reinterpret_cast<uintptr_t>(call.hidden) % (sizeof(T) * kVector) == 0 &&
+                       reinterpret_cast<uintptr_t>(call.router) % (sizeof(Weight) * kVector) == 0;
+  const auto launch = [&](auto* kernel) {
+    PYDLLM_LAUNCH(kernel, grid, dim3(kLogitThreads), 0, stream, call.logits,
+                  static_cast<const T*>(call.hidden), static_cast<const Weight*>(call.router), rows,
+                  call.width, static_cast<int>(call.experts));
+    return cudaGetLastError();
+  };
+  return aligned ? launch(route_logits_kernel<T, Weight, true>)
+                 : launch(route_logits_kernel<T, Weight, false>);
 }
 
 }  // namespace

@@ -331,6 +331,26 @@ def test_a_row_depends_on_itself_alone(backend, options):
             assert torch.equal(part.weights, whole.weights[:, list(rows)])
 
 
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("score", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("width", [40, 43])
+def test_bits_do_not_depend_on_alignment(backend, score, dtype, width):
+    """Rows are loaded a vector at a time where all begin at one, element by element elsewhere."""
+    hidden = random_normal(2, 9, width, seed=0, dtype=dtype)
+    router = random_normal(8, width, seed=1)
+    router = router if score == "sigmoid" else router.to(dtype)
+
+    def moved(tensor):
+        memory = tensor.new_zeros(tensor.numel() + 1)
+        return memory[1:].view(tensor.shape).copy_(tensor)
+
+    options = {"top_k": 8, "score": score, "backend": backend}
+    expected = ops.route(hidden, router, **options)
+    for given in ((moved(hidden), router), (hidden, moved(router))):
+        assert all(map(torch.equal, ops.route(*given, **options), expected))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", [(0, 4), (2, 0)], ids=str)
 def test_no_rows(backend, shape):
