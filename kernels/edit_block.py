@@ -1,7 +1,7 @@
 """``edit_block``: what each row of a block could become, then one step of the block.
 
-The first kernel asks whether the block was there before. The second reads the logits once, a part
-of a row to a program. The third merges the parts and does the rest, a block to a program, without
+The first kernel asks whether the block was there before. The second reads the logits once, several
+programs per row. The third, one program per block, merges their results and does the rest without
 sorting: masks are ranked as in ``unmask``, and a token's new position is the number of positions
 that those before it take.
 """
@@ -13,178 +13,16 @@ import triton
 import triton.language as tl
 
 from . import _tiles
+from ._edit_block_passes import (
+    NO_ID,
+    _edit_block_candidates_kernel,
+    _edit_block_repeats_kernel,
+    better,
+    block_of,
+    number,
+)
 from ._primitives import sort_key
 from .unmask import _count, _first
-
-_NONE = tl.constexpr(2**31 - 1)  # the id where there is none
-
-
-@triton.jit
-def _better(value, token, other_value, other):
-    """The larger logit and its id; of equals the lower id; an id of _NONE is no candidate."""
-    larger = (other_value > value) | ((other_value == value) & (other < token))
-    take = (other != _NONE) & ((token == _NONE) | larger)
-    return tl.where(take, other_value, value), tl.where(take, other, token)
-
-
-@triton.jit
-def _largest(value, ids, allowed):
-    """The largest of the allowed logits along the vocabulary, and the lowest id that has it."""
-    among = tl.where(allowed, value, -float("inf"))
-    best = tl.max(among, 1, keep_dims=True)
-    at_best = allowed & (among == best)
-    return best, tl.min(tl.where(at_best, ids, _NONE), 1, keep_dims=True)
-
-
-@triton.jit
-def _number(value):
-    """The logit, and -inf for a NaN."""
-    return tl.where(value == value, value, -float("inf"))
-
-
-@triton.jit
-def _block(start_ptr, length_ptr, complete_ptr, offs_b, mask_b, rows, slots):
-    """Where blocks begin and their lengths, 0 where one is not to be touched."""
-    start = tl.load(start_ptr + offs_b, mask=mask_b, other=0).to(tl.int64)
-    length = tl.load(length_ptr + offs_b, mask=mask_b, other=0)
-    complete = tl.load(complete_ptr + offs_b, mask=mask_b, other=1)
-    fits = (start >= 0) & (length <= rows) & (start + length <= slots)
-    return start, tl.where(fits & (complete == 0), length, 0)
-
-
-@triton.jit(do_not_specialize=["batch"])
-def _edit_block_repeats_kernel(
-    # pointers
-    tried_ptr,  # (B,), steps before this one, 0 where none of them began with the same block
-    x_ptr,  # (B, L)
-    updates_ptr,  # (B,)
-    seen_ptr,  # (B, S, T)
-    complete_ptr,  # (B,)
-    start_ptr,  # (B,)
-    length_ptr,  # (B,)
-    # sizes
-    batch,
-    slots,
-    rows,
-    kept,
-    # strides
-    stride_x_row,
-    stride_seen_block,
-    # constexprs
-    BLOCK_B: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_U: tl.constexpr,
-):
-    offs_b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)[:, None, None]
-    mask_b = offs_b < batch
-    start, length = _block(start_ptr, length_ptr, complete_ptr, offs_b, mask_b, rows, slots)
-    updates = tl.load(updates_ptr + offs_b, mask=mask_b, other=0)
-    count = tl.minimum(tl.maximum(updates, 0), kept)
-    offs_t = tl.arange(0, BLOCK_T)[None, None, :]
-    inside = offs_t < length
-    # [BLOCK_B, 1, BLOCK_T]
-    before = tl.load(x_ptr + offs_b * stride_x_row + start + offs_t, mask=inside, other=0)
-    found = tl.zeros((BLOCK_B, 1, 1), tl.int32)
-    for first in range(0, tl.max(count), BLOCK_U):
-        offs_u = first + tl.arange(0, BLOCK_U).to(tl.int64)[None, :, None]
-        used = inside & (offs_u < count)
-        # [BLOCK_B, BLOCK_U, BLOCK_T]
-        entry_ptr = seen_ptr + offs_b * stride_seen_block + offs_u * rows + offs_t
-        entry = tl.load(entry_ptr, mask=used, other=0)
-        differs = used & (entry != before)
-        same = 1 - tl.max(differs.to(tl.int32), 2, keep_dims=True)
-        same = tl.where(offs_u < count, same, 0)
-        found = tl.maximum(found, tl.max(same, 1, keep_dims=True))
-    tl.store(tried_ptr + offs_b, found * count, mask=mask_b)
-
-
-@triton.jit(do_not_specialize=["count"])
-def _edit_block_candidates_kernel(
-    # pointers
-    value_ptr,  # (B, T, SPLITS, 4): largest logit, sum, largest ordinary, largest unwritten
-    token_ptr,  # (B, T, SPLITS, 2): the best ordinary id, the best unwritten id
-    tried_ptr,  # (B,)
-    logits_ptr,  # (B, T, V)
-    x_ptr,  # (B, L)
-    original_ptr,  # (B, T)
-    written_ptr,  # (B, S, T)
-    complete_ptr,  # (B,)
-    start_ptr,  # (B,)
-    length_ptr,  # (B,)
-    editable_from_ptr,  # (B,)
-    # sizes
-    count,  # B * T
-    slots,
-    rows,
-    vocab,
-    mask_id,
-    delete_id,
-    split_id,
-    # strides
-    stride_logits_block,
-    stride_logits_row,
-    stride_x_row,
-    stride_original_row,
-    stride_written_block,
-    # constexprs
-    SPLITS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    offs = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
-    split = tl.program_id(1)
-    mask_r = offs < count
-    offs_b, offs_t = offs // rows, offs % rows
-    # [BLOCK_R, 1]
-    start, length = _block(start_ptr, length_ptr, complete_ptr, offs_b, mask_r, rows, slots)
-    editable_from = tl.load(editable_from_ptr + offs_b, mask=mask_r, other=0)
-    position = start + offs_t
-    own = mask_r & (offs_t < length) & (position >= editable_from)
-    tried = tl.load(tried_ptr + offs_b, mask=own, other=0)
-    before = tl.load(x_ptr + offs_b * stride_x_row + position, mask=own, other=0)
-    original_ptrs = original_ptr + offs_b * stride_original_row + offs_t
-    original = tl.load(original_ptrs, mask=own & (tried > 0), other=0) != 0
-    keeps_mask = (before != mask_id) | (original == 0)
-    written_ptrs = written_ptr + offs_b * stride_written_block + offs_t
-    logits_ptrs = logits_ptr + offs_b * stride_logits_block + offs_t * stride_logits_row
-    end = tl.max(tl.where(own, vocab, 0))
-    most = tl.max(tried)
-
-    peak = tl.full((BLOCK_R, 1), -float("inf"), tl.float32)
-    total = tl.zeros((BLOCK_R, 1), tl.float32)
-    ordinary, unwritten = peak, peak
-    token = tl.full((BLOCK_R, 1), _NONE, tl.int32)
-    new_token = token
-    for first in range(split * BLOCK_V, end, SPLITS * BLOCK_V):
-        # [BLOCK_R, BLOCK_V]
-        ids = first + tl.arange(0, BLOCK_V)[None, :]
-        there = own & (ids < vocab)
-        logit = tl.load(logits_ptrs + ids, mask=there, other=-float("inf")).to(tl.float32)
-        value = _number(logit)
-        largest = tl.maximum(peak, tl.max(value, 1, keep_dims=True))
-        base = tl.where(largest == -float("inf"), 0.0, largest)
-        part = tl.sum(tl.where(there, tl.exp(logit - base), 0.0), 1, keep_dims=True)
-        total = total * tl.exp(peak - base) + part
-        peak = largest
-        allowed = there & (ids != mask_id) & (ids != delete_id) & (ids != split_id)
-        best, best_id = _largest(value, ids, allowed)
-        ordinary, token = _better(ordinary, token, best, best_id)
-        if most > 0:
-            allowed = there & (keeps_mask | (ids != mask_id))
-            for u in range(0, most):
-                past_ptrs = written_ptrs + tl.cast(u, tl.int64) * rows
-                past = tl.load(past_ptrs, mask=own & (u < tried), other=-1)
-                allowed = allowed & (ids != past)
-            best, best_id = _largest(value, ids, allowed)
-            unwritten, new_token = _better(unwritten, new_token, best, best_id)
-
-    place = offs * SPLITS + split
-    tl.store(value_ptr + place * 4, peak, mask=mask_r)
-    tl.store(value_ptr + place * 4 + 1, total, mask=mask_r)
-    tl.store(value_ptr + place * 4 + 2, ordinary, mask=mask_r)
-    tl.store(value_ptr + place * 4 + 3, unwritten, mask=mask_r)
-    tl.store(token_ptr + place * 2, token, mask=mask_r)
-    tl.store(token_ptr + place * 2 + 1, new_token, mask=mask_r)
 
 
 @triton.jit(do_not_specialize=["batch", "max_post_steps"])
@@ -236,7 +74,7 @@ def _edit_block_kernel(
     offs_b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)[:, None]
     offs_t = tl.arange(0, BLOCK_T)[None, :]
     mask_b = offs_b < batch
-    start, length = _block(start_ptr, length_ptr, complete_ptr, offs_b, mask_b, rows, slots)
+    start, length = block_of(start_ptr, length_ptr, complete_ptr, offs_b, mask_b, rows, slots)
     editable_from = tl.load(editable_from_ptr + offs_b, mask=mask_b, other=0)
     nfe = tl.load(nfe_ptr + offs_b, mask=mask_b, other=0)
     updates = tl.load(updates_ptr + offs_b, mask=mask_b, other=0)
@@ -256,13 +94,13 @@ def _edit_block_kernel(
     # Merge the splits; the three special ids are candidates of their own.
     logits_row = logits_ptr + offs_b * stride_logits_block
     logits_row += offs_t.to(tl.int64) * stride_logits_row
-    mask_value = _number(tl.load(logits_row + mask_id, mask=own, other=0.0).to(tl.float32))
-    delete_value = _number(tl.load(logits_row + delete_id, mask=own, other=0.0).to(tl.float32))
-    split_value = _number(tl.load(logits_row + split_id, mask=own, other=0.0).to(tl.float32))
+    mask_value = number(tl.load(logits_row + mask_id, mask=own, other=0.0).to(tl.float32))
+    delete_value = number(tl.load(logits_row + delete_id, mask=own, other=0.0).to(tl.float32))
+    split_value = number(tl.load(logits_row + split_id, mask=own, other=0.0).to(tl.float32))
     peak = tl.full((BLOCK_B, BLOCK_T), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_B, BLOCK_T), tl.float32)
     ordinary, unwritten = peak, peak
-    plain_token = tl.full((BLOCK_B, BLOCK_T), _NONE, tl.int32)
+    plain_token = tl.full((BLOCK_B, BLOCK_T), NO_ID, tl.int32)
     new_token = plain_token
     place = (offs_b * rows + offs_t) * SPLITS
     for split in range(SPLITS):
@@ -274,20 +112,20 @@ def _edit_block_kernel(
         total = total * tl.exp(peak - base) + part * tl.exp(largest - base)
         peak = higher
         best = tl.load(value_ptr + at * 4 + 2, mask=own, other=-float("inf"))
-        best_id = tl.load(token_ptr + at * 2, mask=own, other=_NONE)
-        ordinary, plain_token = _better(ordinary, plain_token, best, best_id)
+        best_id = tl.load(token_ptr + at * 2, mask=own, other=NO_ID)
+        ordinary, plain_token = better(ordinary, plain_token, best, best_id)
         best = tl.load(value_ptr + at * 4 + 3, mask=own, other=-float("inf"))
-        best_id = tl.load(token_ptr + at * 2 + 1, mask=own, other=_NONE)
-        unwritten, new_token = _better(unwritten, new_token, best, best_id)
+        best_id = tl.load(token_ptr + at * 2 + 1, mask=own, other=NO_ID)
+        unwritten, new_token = better(unwritten, new_token, best, best_id)
     zero = tl.zeros_like(plain_token)
-    other_value, other = _better(ordinary, plain_token, delete_value, zero + delete_id)
-    other_value, other = _better(other_value, other, split_value, zero + split_id)
-    value, token = _better(other_value, other, mask_value, zero + mask_id)
-    plain_token = tl.where(plain_token == _NONE, 0, plain_token)
-    new_token = tl.where(new_token == _NONE, 0, new_token)
+    other_value, other = better(ordinary, plain_token, delete_value, zero + delete_id)
+    other_value, other = better(other_value, other, split_value, zero + split_id)
+    value, token = better(other_value, other, mask_value, zero + mask_id)
+    plain_token = tl.where(plain_token == NO_ID, 0, plain_token)
+    new_token = tl.where(new_token == NO_ID, 0, new_token)
     # A row without a distribution has a NaN: below every threshold, and the worst mask.
-    score = _number(tl.div_rn(tl.exp(value - peak), total))
-    other_score = _number(tl.div_rn(tl.exp(other_value - peak), total))
+    score = number(tl.div_rn(tl.exp(value - peak), total))
+    other_score = number(tl.div_rn(tl.exp(other_value - peak), total))
 
     # [BLOCK_B, 1]
     n_old, n_masks = _count(old), _count(masked)
