@@ -7,7 +7,7 @@ namespace pydllm {
 namespace {
 
 constexpr int kMaxThreads = 1024;
-constexpr uint64_t kNoRow = ~uint64_t{0};  // sorts behind every row
+constexpr uint64_t kNoRow = ~uint64_t{0};  // sorts after every row
 
 __device__ __forceinline__ int count_block(int count) {
   return reduce_block(count, 0, Sum());
@@ -74,7 +74,9 @@ __global__ void __launch_bounds__(kMaxThreads, 1) edit_tokens_kernel(const EditT
   }
 
   int32_t post_steps = call.post_steps[sequence];
-  if (takes_part && masks == 0) ++post_steps;
+  if (takes_part && masks == 0) {
+    post_steps = static_cast<int32_t>(static_cast<uint32_t>(post_steps) + 1u);  // may wrap
+  }
   const bool closing = call.confirm && masks == 0 && post_steps > call.max_post_steps;
   int remaining = 0, filled = 0, edited = 0;
   for (int j = thread; j < size; j += threads) {

@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(kThreads) multiblock_step_kernel(const Multibl
     if (masked) atomicAdd(&masks[j / size], 1);
   }
   const bool over = !any_of(any_left);
-  nfe += !over;
+  nfe = wrapped(int64_t{nfe} + !over);
   __syncthreads();
 
   // Blocks: at most one is created, those after a nearly decoded one are promoted.
@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(kThreads) multiblock_step_kernel(const Multibl
     for (int k = thread; k < count; k += kThreads) {
       const bool reached = pending(k) && k < unfinished;
       if (reached && done[k] < 0) done[k] = nfe;
-      if (reached && nfe - done[k] >= call.delay && !kept[k]) {
+      if (reached && wrapped(int64_t{nfe} - done[k]) >= call.delay && !kept[k]) {
         kept[k] = true;
         upto = max(upto, end_of(k));
       }

@@ -194,7 +194,7 @@ def multiblock_step(guard, backend, changed):
         block_length=2,
         threshold=0.5,
         cached=True,
-        eos_ids=torch.tensor([1]),
+        eos_ids=None if "nfe" in changed else torch.tensor([1]),  # counted where a mask is left
         backend=backend,
     )
 
@@ -277,7 +277,7 @@ def renoise(guard, backend, changed):
 def edit_tokens(guard, backend, changed):
     n = numbers(changed, start=1, length=3, editable_from=2)
     ops.edit_tokens(
-        guard(torch.zeros(B, L, dtype=torch.int64)),
+        guard(torch.full((B, L), int("post_steps" in changed))),  # counted where no mask is left
         guard(torch.full((B, L), -1).int()),
         *(guard(at(changed.get(name, 0), 0)) for name in ("nfe", "post_steps")),
         guard(torch.zeros(B, dtype=torch.bool)),
