@@ -5,7 +5,7 @@ namespace {
 
 constexpr int kScanThreads = 128;
 
-// One warp a sequence, a lane a row.
+// One warp per sequence, one lane per row.
 __global__ void __launch_bounds__(kScanThreads)
     mixture_accept_scan_kernel(const MixtureRound round) {
   const int64_t sequence =

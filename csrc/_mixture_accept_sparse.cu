@@ -34,7 +34,7 @@ __device__ __forceinline__ float dot_warp(const T* a, const T* b, int width, boo
   return reduce_warp(sum, Sum());
 }
 
-// One block a piece of a row's list, a warp a candidate at a time.
+// One block per piece of a row's list; a warp takes one candidate at a time.
 template <typename T, bool kCritical>
 // Without a number of blocks the compiler spills on sm_86 and sm_89 to make room for more of them.
 __global__ void __launch_bounds__(kThreads, 2)

@@ -69,7 +69,7 @@ struct Sequence {
     }
   }
 
-  // The row of the trunk that a leaf stands behind, below 0 where it is not in use.
+  // The row of the trunk that a leaf follows; below 0 where it is not in use.
   __device__ __forceinline__ int root_of(const WindowAttention& call, int branch) const {
     return length - call.branches + branch;
   }

@@ -7,7 +7,7 @@ namespace {
 
 constexpr int kThreads = 128;
 
-// One block a candidate.
+// One block per candidate.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     draft_kernel(int64_t* __restrict__ candidates,    // (batch, branches, slots)

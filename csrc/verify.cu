@@ -19,7 +19,7 @@ __device__ __forceinline__ FillOrder first_of_warp(FillOrder order) {
   return order;
 }
 
-// One block a following candidate. The decision is made in each of a sequence's blocks, from what
+// One block per following candidate. The decision is made in each of a sequence's blocks, from what
 // none of them writes; block 0 alone writes it down.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)

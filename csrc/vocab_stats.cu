@@ -124,7 +124,7 @@ __device__ __forceinline__ void take(Best& best, Sample& sample, float (&x)[kCou
   }
 }
 
-// One block a piece of a row. The logits stay in registers until the piece's largest is known:
+// One block per piece of a row. The logits stay in registers until the piece's largest is known:
 // relative to it no sum overflows, and the entropy does not cancel for large logits.
 template <typename T, bool kSampled>
 __global__ void __launch_bounds__(kThreads, 4 - kSampled - (sizeof(T) == 4))

@@ -31,7 +31,7 @@ class Limits(NamedTuple):
 class Leaves(NamedTuple):
     """Groups of rows, each after a row of the trunk; they count as branches 1, 2, ..."""
 
-    first_root: tl.tensor  # the trunk row that the first one is behind, below 0: not in use
+    first_root: tl.tensor  # the trunk row that the first one follows; below 0: not in use
     rows: tl.tensor  # of each
 
 
@@ -216,7 +216,7 @@ def leaf_keys(
     leaves,
 ):
     """[BLOCK_N] Which keys of a branch are there, and their fresh rows: the trunk as far as the row
-    that the leaf is behind, then the leaf."""
+    that the leaf follows, then the leaf."""
     root = leaves.first_root + branch - 1
     trunk_end = tl.where(branch == 0, span.length, root + 1)
     own = row - trunk_end + window + (branch - 1) * leaves.rows

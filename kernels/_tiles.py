@@ -1,4 +1,4 @@
-"""Tile sizes and launch parameters, one literal table an op, reviewed like code.
+"""Tile sizes and launch parameters, one literal table per op, reviewed like code.
 
 Rows are keyed by what decides them (architecture, head size, rows, ...). There is no autotuner in
 the library: ``bench/ops/tune.py`` proposes rows, people paste them.
@@ -134,7 +134,7 @@ def vocab_stats_tile(device: torch.device, vocab: int) -> StatsTile:
     return next(tile for limit, tile in table if limit is None or vocab <= limit)
 
 
-# vocab_stats with top-k or top-p: a program has a piece of a row in registers.
+# vocab_stats with top-k or top-p: a program holds a piece of a row in registers.
 VOCAB_STATS_CUT = ((1024, StatsTile(1, 1024, 4)), (None, StatsTile(1, 4096, 4)))
 VOCAB_STATS_CUT_INTERPRETER = (
     (512, StatsTile(1, 256, 4)),
@@ -184,7 +184,7 @@ def merge_rows(device: torch.device) -> int:
 
 
 class AttentionTile(NamedTuple):
-    """One program of ``window_attention``: query rows, keys a step, and how it is compiled.
+    """One program of ``window_attention``: query rows, keys per step, and how it is compiled.
 
     ``registers`` is a bound per thread. Left to itself, ptxas spills to bring 174 registers down to
     128, where two programs fit one multiprocessor; with a bound that one program fits it does not.
@@ -198,7 +198,7 @@ class AttentionTile(NamedTuple):
     resident: int = 1  # programs that a multiprocessor holds at a time
 
 
-# window_attention: architecture, bytes an element, head size up to -> tile. One for any number of
+# window_attention: architecture, bytes per element, head size up to -> tile. One for any number of
 # rows, or the bits of a row would depend on the window and its branches.
 WINDOW_ATTENTION = {
     (INTERPRETER, 2, 512): AttentionTile(128, 64, 4, 1),
@@ -269,7 +269,7 @@ class AttentionPlan(NamedTuple):
     splits: int  # of the keys
     split_tiles: int  # key tiles of one, 0: keys are not split
     groups: int  # programs that share the splits of a tile of rows
-    walk: str  # "one" split a program, "each" of several is stored, "all" are merged in a program
+    walk: str  # "one" split per program, "each" of several is stored, "all" are merged in a program
     is_rotated: bool  # the keys of the window are rotated by a pass before
 
 
@@ -546,7 +546,7 @@ class ExpertsTile(NamedTuple):
     num_stages: int
 
 
-# experts: bytes an element -> tile, the same for any number of rows: at 64 rows Hopper would have
+# experts: bytes per element -> tile, the same for any number of rows: at 64 rows Hopper would have
 # another matrix instruction than at 16, and with it other bits. A window of 256 rows has 8 rows for
 # each of 256 experts: 16 rows fill no more of a tile than they need. fp32 has no tensor cores: with
 # 64 columns it spills under Triton 3.7 on sm_80 and sm_90.

@@ -100,9 +100,9 @@ def mixture_accept(
 
     Determinism: a sequence's results depend on that sequence alone, and are the same on every
     backend, bit for bit, given the same threshold (``critical`` agrees to rounding).
-    Cost: one read of each of the logits of the rows in use: 4 bytes an element of bf16. Where no id
-    is in the nucleus, of a piece of the vocabulary in Triton, of 16 bytes in CUDA, only ``logits``
-    are read: 2 bytes an element.
+    Cost: one read of each of the logits of the rows in use: 4 bytes per element of bf16. Where no
+    id is in the nucleus, of a piece of the vocabulary in Triton, of 16 bytes in CUDA, only
+    ``logits`` are read: 2 bytes per element.
     CUDA graphs: safe; the seed is captured, everything else is read. ``torch.compile``: one op.
 
     Kernels: ``kernels/mixture_accept.py``, ``csrc/mixture_accept.cu``.
@@ -189,7 +189,7 @@ def mixture_accept_sparse(
     Determinism: a sequence's results depend on that sequence alone; the verifier's logits are
     summed in another order on each backend.
     Cost: ``size * H`` elements of the head and 12 bytes per candidate for each row in use, instead
-    of the whole head and both logits: 0 bytes an element of the vocabulary.
+    of the whole head and both logits: 0 bytes per element of the vocabulary.
     CUDA graphs: safe. ``torch.compile``: one op.
 
     Kernels: ``kernels/mixture_accept.py``, ``csrc/_mixture_accept_sparse.cu``.

@@ -105,7 +105,7 @@ def mixture_draft(
     Determinism: a row's bits depend on that row alone. A seed gives the same token on every
     backend, except that the nucleus's mass is summed in another order on each: an id whose mass
     decides within rounding of ``top_p`` may be kept by one and not by another.
-    Cost: without a nucleus that of ``vocab_stats`` (one read of the logits: 2 bytes an element of
+    Cost: without a nucleus that of ``vocab_stats`` (one read of the logits: 2 bytes per element of
     bf16). With one, one read as well, each row by one program or block; a row in which more than
     8192 ids have to be looked at (a flat distribution), or one among others that has no nucleus, is
     read up to 9 times more (11 of fp16, 17 of fp32; once more in CUDA). Neither noise,

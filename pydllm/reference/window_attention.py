@@ -226,14 +226,14 @@ def write_pages(cache: Tensor, fresh: Tensor, table: Tensor, slot: Tensor, kept:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The first ``cos.shape[-1]`` dimensions turned, half-split, in the dtype of the table.
+    """The first ``cos.shape[-1]`` dimensions rotated, half-split, in the dtype of the table.
 
     ``cos`` and ``sin`` have an entry for each of these dimensions, ``sin`` minus those of the first
     half.
     """
     rotary = cos.shape[-1]
-    turning = x if rotary == x.shape[-1] else x[..., :rotary]
-    first, second = turning.chunk(2, -1)
-    turned = (turning * cos).add_(torch.cat((second, first), -1) * sin)
-    turned = turned if turned.dtype == x.dtype else turned.to(x.dtype)
-    return turned if turning is x else torch.cat((turned, x[..., rotary:]), -1)
+    pairs = x if rotary == x.shape[-1] else x[..., :rotary]
+    first, second = pairs.chunk(2, -1)
+    rotated = (pairs * cos).add_(torch.cat((second, first), -1) * sin)
+    rotated = rotated if rotated.dtype == x.dtype else rotated.to(x.dtype)
+    return rotated if pairs is x else torch.cat((rotated, x[..., rotary:]), -1)
