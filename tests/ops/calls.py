@@ -331,6 +331,12 @@ def linear(lay, backend):
     return ops.linear(lay("x", x), lay("weight", weight), bias, backend=backend)
 
 
+def linear_swiglu(lay, backend):
+    made = ops.quantize(torch.randn(96, 64), "int8")
+    weight = ops.QuantizedWeight(lay("weight", made.values), lay("scale", made.scale))
+    return ops.linear_swiglu(lay("x", torch.randn(3, 64).half()), weight, backend=backend)
+
+
 def rms_norm(lay, backend):
     x, residual = lay("x", torch.randn(3, H)), lay("residual", torch.randn(3, H))
     weight = lay("weight", torch.randn(H))
@@ -373,6 +379,7 @@ CASES = (
     route,
     experts,
     linear,
+    linear_swiglu,
     rms_norm,
     swiglu,
     certainty_loss,

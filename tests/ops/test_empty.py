@@ -7,7 +7,18 @@ from tests.ops.calls import RUNS, commit_branch, window_attention, window_attent
 
 # Tensors without a batch or rows.
 WHOLE = {
-    *("weight", "bias", "router", "suppress_ids", "eos_ids", "cos", "sin", "q_norm", "k_norm"),
+    *(
+        "weight",
+        "scale",
+        "bias",
+        "router",
+        "suppress_ids",
+        "eos_ids",
+        "cos",
+        "sin",
+        "q_norm",
+        "k_norm",
+    ),
     *("gate_up", "down", "shared_gate_up", "shared_down"),
 }
 SECOND = {"numbers", "blocks", "values"}  # whose second dimension it is

@@ -15,6 +15,7 @@ from pydllm._backend.errors import BackendError
 from pydllm._backend.library import Op
 from tests.isolation import outcome
 from tests.ops.calls import RUNS
+from tests.packages import ROOT
 
 STEP = 2**30 + 64  # elements; a multiple of 16 bytes for every dtype
 NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # named from Python 3.13 on
@@ -108,6 +109,14 @@ def test_any_stride_and_offset(call, backend, monkeypatch):
 
 def raise_accepted(*_):
     raise Accepted
+
+
+def test_every_op_is_called():
+    """One file of kernels per op; a call begins with the name of its op."""
+    calls = [call.__name__ for call, _ in RUNS]
+    files = [path.stem for path in (ROOT / "kernels").glob("[!_]*.py")]
+    assert len(files) > 15
+    assert not [op for op in files if not any(name.startswith(op) for name in calls)]
 
 
 def test_an_offset_of_32_bits_is_found():
