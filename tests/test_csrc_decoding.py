@@ -372,7 +372,7 @@ MUTANTS = {
             ),
             "limit is strict": ("cost <= bound", "cost < bound"),
             "young blocks are not waited for": (
-                "nfe - done[k] >= call.delay && !kept[k]",
+                "wrapped(int64_t{nfe} - done[k]) >= call.delay && !kept[k]",
                 "!kept[k]",
             ),
             "end of sequence is filled too": ("ended && j > last", "ended && j >= last"),
