@@ -193,8 +193,13 @@ PYBIND11_MODULE(_C, m) {
                 FIELD(stride_blocks_row), FIELD(stride_eligible_row), FIELD(stride_token_row),
                 FIELD(stride_entropy_row));
   }
-  define(m, "rms_norm", pydllm::rms_norm, "y", "residual", "x", "weight", "dtype", "rows", "width",
-         "eps", "stride_x_row", "stride_residual_row", "pdl", "stream");
+  {
+    using Call = pydllm::RmsNorm;
+    define_call(m, "rms_norm", pydllm::rms_norm, FIELD(y), FIELD(residual), FIELD(x),
+                FIELD(partial), FIELD(scale), FIELD(bias), FIELD(weight), FIELD(dtype), FIELD(rows),
+                FIELD(width), FIELD(splits), FIELD(eps), FIELD(stride_x_row),
+                FIELD(stride_residual_row), FIELD(pdl));
+  }
   {
     using Call = pydllm::Route;
     define_call(m, "route", pydllm::route, FIELD(ids), FIELD(weights), FIELD(logits), FIELD(pool),

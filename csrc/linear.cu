@@ -1,6 +1,7 @@
 #include "linear.h"
 
 #include "common.cuh"
+#include "linear_join.cuh"
 #include "ptx.cuh"
 #include "swiglu.cuh"
 #include "weight_tile.cuh"
@@ -129,10 +130,9 @@ __global__ void __launch_bounds__(kThreads) linear_kernel(const Linear call, int
     }
   }
 
-  const auto finished = [&](float value, int64_t column) {
-    if (!kPerBlock && call.scale != nullptr) value *= call.scale[column];
-    const auto* const bias = static_cast<const T*>(call.bias);
-    return from_float<T>(bias == nullptr ? value : value + to_float(bias[column]));
+  const auto output = [&](float sum, int64_t column) {
+    return finished(sum, kPerBlock ? nullptr : call.scale, static_cast<const T*>(call.bias),
+                    column);
   };
   auto* const y = static_cast<T*>(call.y);
 #pragma unroll
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(kThreads) linear_kernel(const Linear call, int
       const int64_t first = column_of(warp * 16) + 2 * q + i % 2;
       if (fused) {
         if (first >= half) continue;
-        const T gate = finished(acc[f][0][i], first), up = finished(acc[f][1][i], half + first);
+        const T gate = output(acc[f][0][i], first), up = output(acc[f][1][i], half + first);
         y[row * half + first] = silu_times(gate, up);
         continue;
       }
@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(kThreads) linear_kernel(const Linear call, int
         if (call.partial != nullptr) {
           call.partial[(split * call.rows + row) * call.width + column] = acc[f][n][i];
         } else {
-          y[row * call.width + column] = finished(acc[f][n][i], column);
+          y[row * call.width + column] = output(acc[f][n][i], column);
         }
       }
     }
@@ -169,14 +169,16 @@ __global__ void __launch_bounds__(kJoinThreads) linear_join_kernel(const Linear 
   const int64_t index = int64_t{blockIdx.x} * kJoinThreads + threadIdx.x;
   const int64_t inner = call.swiglu ? call.width / 2 : call.width;
   if (index >= call.rows * inner) return;
-  const int64_t size = call.rows * call.width, row = index / inner;
+  const Partial<T> partial{call.partial,
+                           call.per_block ? nullptr : call.scale,
+                           static_cast<const T*>(call.bias),
+                           call.splits,
+                           call.rows,
+                           call.width};
   const auto joined = [&](int64_t column) {
-    const float* const partial = call.partial + row * call.width + column;
-    float total = partial[0];
-    for (int64_t split = 1; split < call.splits; ++split) total += partial[split * size];
-    if (call.scale != nullptr && !call.per_block) total *= call.scale[column];
-    if (call.bias != nullptr) total += to_float(static_cast<const T*>(call.bias)[column]);
-    return from_float<T>(total);
+    T value[1];
+    partial.load(index / inner, column, false, value);
+    return value[0];
   };
   const T value = joined(index % inner);
   static_cast<T*>(call.y)[index] =
@@ -199,7 +201,7 @@ cudaError_t launch(const Linear& call, cudaStream_t stream) {
   PYDLLM_LAUNCH_PDL(call.pdl, kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), kShared,
                     stream, call, static_cast<int>(row_blocks));
   const cudaError_t launched = cudaGetLastError();
-  if (launched != cudaSuccess || call.partial == nullptr) return launched;
+  if (launched != cudaSuccess || call.partial == nullptr || call.y == nullptr) return launched;
   PYDLLM_LAUNCH_PDL(call.pdl, linear_join_kernel<T>, dim3(static_cast<unsigned>(joins)),
                     dim3(kJoinThreads), 0, stream, call);
   return cudaGetLastError();
@@ -233,7 +235,7 @@ cudaError_t linear(const Linear& call, cudaStream_t stream) {
   if (call.rows < 0 || call.width < 1 || call.depth < 1 || call.depth % 16 != 0 ||
       call.splits < 1 || (call.splits > 1 && call.partial == nullptr) ||
       small != (call.scale != nullptr) || (call.per_block && call.stored != Stored::kE4m3) ||
-      (call.swiglu && call.width % 2 != 0)) {
+      (call.swiglu && call.width % 2 != 0) || (call.y == nullptr && call.partial == nullptr)) {
     return cudaErrorInvalidValue;
   }
   if (call.swiglu && call.per_block && call.width % 16 != 0 && call.partial == nullptr) {

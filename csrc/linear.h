@@ -12,7 +12,7 @@ namespace pydllm {
 enum class Stored : int { kPlain = 0, kE4m3 = 1, kInt8 = 2 };
 
 struct Linear {
-  void* y;             // (rows, width), or (rows, width / 2) with swiglu, written
+  void* y;             // (rows, width), or (rows, width / 2) with swiglu, written; or null
   float* partial;      // (splits, rows, width); null for one split that needs no second kernel
   const void* x;       // (rows, depth), rows at multiples of 16 bytes
   const void* weight;  // (width, depth), rows at multiples of 16 bytes
@@ -32,6 +32,8 @@ struct Linear {
 //
 // A sum runs over steps of 64 in ascending order, each four instructions of 16; splits are added in
 // ascending order by a second kernel. None of it depends on the number of rows.
+//
+// Without y the splits stay in partial, for rms_norm to add.
 //
 // With swiglu, y = silu(gate) up of the halves of that row, each rounded first. One split and
 // per_block need a partial where width / 2 is not a multiple of 8.

@@ -1,6 +1,7 @@
 #include "rms_norm.h"
 
 #include "common.cuh"
+#include "linear_join.cuh"
 #include "ptx.cuh"
 
 namespace pydllm {
@@ -9,11 +10,12 @@ namespace {
 // One block per row, whose elements stay in the registers between the sum and the scaling: thread t
 // has the vectors t, t + kThreads, ... of the row. Which thread sums what does not depend on how
 // the row is aligned, so neither do the bits.
-template <typename T, int kThreads, int kVectors>
+template <typename T, bool kJoins, int kThreads, int kVectors>
 __global__ void __launch_bounds__(kThreads)
     rms_norm_kernel(T* __restrict__ y,             // (rows, width) contiguous
                     T* residual,                   // (rows, width) or null, read and written
-                    const T* x,                    // (rows, width)
+                    const T* x,                    // (rows, width), not with kJoins
+                    const Partial<T> partial,      // with kJoins
                     const T* __restrict__ weight,  // (width,)
                     int width, float eps, int64_t stride_x_row, int64_t stride_residual_row,
                     bool aligned) {
@@ -24,7 +26,7 @@ __global__ void __launch_bounds__(kThreads)
   ptx::wait_for_previous();
   const int64_t row = blockIdx.x;
   const int thread = static_cast<int>(threadIdx.x);
-  x += row * stride_x_row;
+  if constexpr (!kJoins) x += row * stride_x_row;
   y += row * width;
   if (residual != nullptr) residual += row * stride_residual_row;
 
@@ -51,7 +53,11 @@ __global__ void __launch_bounds__(kThreads)
   for (int v = 0; v < kVectors; ++v) {
     const int first = (v * kThreads + thread) * kVector;
     if (first >= width) break;
-    kept[v] = read(x, first);
+    if constexpr (kJoins) {
+      partial.load(row, first, aligned, kept[v].lane);
+    } else {
+      kept[v] = read(x, first);
+    }
     if (residual != nullptr) {
       const Vector<T> added = read(residual, first);
 #pragma unroll
@@ -94,41 +100,60 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+template <typename T, bool kJoins>
+cudaError_t launch(const RmsNorm& call, cudaStream_t stream) {
+  const auto with_threads = [&](auto threads, auto vectors) {
+    constexpr int kThreads = decltype(threads)::value, kVectors = decltype(vectors)::value;
+    auto* const y = static_cast<T*>(call.y);
+    auto* const residual = static_cast<T*>(call.residual);
+    const auto* const x = static_cast<const T*>(call.x);
+    const auto* const weight = static_cast<const T*>(call.weight);
+    const Partial<T> partial{call.partial, call.scale, static_cast<const T*>(call.bias),
+                             call.splits,  call.rows,  call.width};
+    const bool aligned =
+        call.width % Vector<T>::kSize == 0 && rows_are_aligned(y, call.width) &&
+        rows_are_aligned(weight, call.width) &&
+        (kJoins ? rows_are_aligned(call.partial, call.width)
+                : rows_are_aligned(x, call.stride_x_row)) &&
+        (residual == nullptr || rows_are_aligned(residual, call.stride_residual_row));
+    PYDLLM_LAUNCH_PDL(call.pdl, (rms_norm_kernel<T, kJoins, kThreads, kVectors>),
+                      dim3(static_cast<unsigned>(call.rows)), dim3(kThreads), 0, stream, y,
+                      residual, x, partial, weight, static_cast<int>(call.width), call.eps,
+                      call.stride_x_row, call.stride_residual_row, aligned);
+    return cudaGetLastError();
+  };
+  // One vector a thread where 1024 threads can hold the row so.
+  constexpr int64_t kVector = Vector<T>::kSize;
+  const int64_t width = call.width;
+  if (width <= 128 * kVector) return with_threads(Constant<128>{}, Constant<1>{});
+  if (width <= 512 * kVector) return with_threads(Constant<512>{}, Constant<1>{});
+  if (width <= 1024 * kVector) return with_threads(Constant<1024>{}, Constant<1>{});
+  // A thread has no registers for the splits of more.
+  if constexpr (!kJoins) {
+    if (width <= 1024 * 4 * kVector) return with_threads(Constant<1024>{}, Constant<4>{});
+    // Only fp32 has rows that are longer.
+    if constexpr (kVector == 4) return with_threads(Constant<1024>{}, Constant<8>{});
+  }
+  return cudaErrorInvalidValue;
+}
+
 }  // namespace
 
-cudaError_t rms_norm(void* y, void* residual, const void* x, const void* weight, Dtype dtype,
-                     int64_t rows, int64_t width, float eps, int64_t stride_x_row,
-                     int64_t stride_residual_row, bool pdl, cudaStream_t stream) {
-  if (rows < 0 || rows > INT_MAX || width < 0 || width > kRmsNormWidth)
+cudaError_t rms_norm(const RmsNorm& call, cudaStream_t stream) {
+  const bool joins = call.partial != nullptr;
+  if (call.rows < 0 || call.rows > INT_MAX || call.width < 0 || call.width > kRmsNormWidth ||
+      (joins &&
+       (call.splits < 1 || call.width > kRmsNormJoinedWidth || call.dtype == Dtype::kFloat32))) {
     return cudaErrorInvalidValue;
-  if (rows == 0 || width == 0) return cudaSuccess;
+  }
+  if (call.rows == 0 || call.width == 0) return cudaSuccess;
 
-  return with_type(dtype, [&](auto* type) {
+  return with_type(call.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const auto launch = [&](auto threads, auto vectors) {
-      constexpr int kThreads = decltype(threads)::value, kVectors = decltype(vectors)::value;
-      auto* const out = static_cast<T*>(y);
-      auto* const sum = static_cast<T*>(residual);
-      const auto* const in = static_cast<const T*>(x);
-      const auto* const by = static_cast<const T*>(weight);
-      const bool aligned = width % Vector<T>::kSize == 0 && rows_are_aligned(out, width) &&
-                           rows_are_aligned(in, stride_x_row) && rows_are_aligned(by, width) &&
-                           (sum == nullptr || rows_are_aligned(sum, stride_residual_row));
-      PYDLLM_LAUNCH_PDL(pdl, (rms_norm_kernel<T, kThreads, kVectors>),
-                        dim3(static_cast<unsigned>(rows)), dim3(kThreads), 0, stream, out, sum, in,
-                        by, static_cast<int>(width), eps, stride_x_row, stride_residual_row,
-                        aligned);
-      return cudaGetLastError();
-    };
-    // One vector a thread where 1024 threads can hold the row so.
-    constexpr int64_t kVector = Vector<T>::kSize;
-    if (width <= 128 * kVector) return launch(Constant<128>{}, Constant<1>{});
-    if (width <= 512 * kVector) return launch(Constant<512>{}, Constant<1>{});
-    if (width <= 1024 * kVector) return launch(Constant<1024>{}, Constant<1>{});
-    if (width <= 1024 * 4 * kVector) return launch(Constant<1024>{}, Constant<4>{});
-    // Only fp32 has rows that are longer.
-    if constexpr (kVector == 4) return launch(Constant<1024>{}, Constant<8>{});
-    return cudaErrorInvalidValue;
+    if constexpr (!std::is_same_v<T, float>) {
+      if (joins) return launch<T, true>(call, stream);
+    }
+    return launch<T, false>(call, stream);
   });
 }
 

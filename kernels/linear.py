@@ -8,7 +8,8 @@ rows. Splits leave fp32 sums, which a second launch adds in ascending order.
 Eight-bit weights are converted exactly to the dtype of ``x`` in registers.
 
 ``linear_swiglu`` multiplies by the gate's and the up-projection's rows in turn: a thread then has
-the two results that one output is made of, and neither is stored.
+the two results that one output is made of, and neither is stored. ``linear_rms_norm`` leaves the
+addition of the splits to the norm.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from . import _tiles
 from ._linear_join import join
 from ._primitives import are_rows, fetch_to_l2, wait_for_previous
 from ._weights import SCALE_BLOCK, decoding, load_weight, stored
+from .rms_norm import rms_norm, rms_norm_joined
+from .rms_norm import supports as supports_norm
 from .swiglu import silu_times
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -155,6 +158,19 @@ def supports(
     return _tiles.exceeds_grid("outputs", weight.shape[0], _tiles.LINEAR_JOIN[0])
 
 
+def supports_rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    norm: torch.Tensor,
+    eps: float,
+    residual: torch.Tensor,
+) -> str | None:
+    """None if the kernels can run this call, otherwise why not."""
+    return supports(x, weight, scale, bias) or supports_norm(residual, norm, eps, None)
+
+
 def linear(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -169,7 +185,10 @@ def linear(
 
     ``tile`` and ``height`` are those of ``_tiles`` if None.
     """
-    return _launch(x, weight, scale, bias, tile, height, swiglu=False, pdl=pdl)
+    y, partial = _multiply(x, weight, scale, bias, tile, height, swiglu=False, pdl=pdl)
+    if partial is not None:
+        join(y, partial, per_channel(scale), bias, swiglu=False, launch=_tiles.pdl(x.device, pdl))
+    return y
 
 
 def linear_swiglu(
@@ -183,10 +202,39 @@ def linear_swiglu(
     pdl: bool = False,
 ) -> torch.Tensor:
     """Launch the kernels of ``pydllm.ops.linear_swiglu``; arguments as of ``linear``."""
-    return _launch(x, weight, scale, bias, tile, height, swiglu=True, pdl=pdl)
+    y, partial = _multiply(x, weight, scale, bias, tile, height, swiglu=True, pdl=pdl)
+    if partial is not None:
+        join(y, partial, per_channel(scale), bias, swiglu=True, launch=_tiles.pdl(x.device, pdl))
+    return y
 
 
-def _launch(
+def linear_rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    norm: torch.Tensor,
+    eps: float,
+    residual: torch.Tensor,
+    tile: _tiles.LinearTile | None = None,
+    height: int | None = None,
+    *,
+    pdl: bool = False,
+) -> torch.Tensor:
+    """Launch the kernels of ``pydllm.ops.linear_rms_norm``; arguments as of ``linear``."""
+    y, partial = _multiply(x, weight, scale, bias, tile, height, swiglu=False, pdl=pdl)
+    if partial is None:
+        return rms_norm(y, norm, eps, residual, pdl=pdl)
+    rms_norm_joined(y, partial, per_channel(scale), bias, norm, eps, residual, pdl=pdl)
+    return y
+
+
+def per_channel(scale: torch.Tensor | None) -> torch.Tensor | None:
+    """The scale, where it is one per output: those of blocks are in the sums already."""
+    return None if scale is None or scale.ndim == 2 else scale
+
+
+def _multiply(
     x: torch.Tensor,
     weight: torch.Tensor,
     scale: torch.Tensor | None,
@@ -196,12 +244,13 @@ def _launch(
     *,
     swiglu: bool,
     pdl: bool,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The result, and the fp32 sums of the splits that it has yet to be made of, if any."""
     (width, depth), sizes = weight.shape, (weight.element_size(), x.element_size())
     y = x.new_empty((*x.shape[:-1], width // 2 if swiglu else width))
     rows = x.numel() // depth
     if rows == 0:
-        return y
+        return y, None
     tile = _tiles.linear_tile(x.device, width, depth, *sizes) if tile is None else tile
     height = _tiles.linear_height(x.device, rows, *sizes) if height is None else height
     per_block, sums = scale is not None and scale.ndim == 2, y
@@ -238,6 +287,4 @@ def _launch(
         enable_fp_fusion=True,
         **launch,
     )
-    if partial:
-        join(y, sums, None if per_block else scale, bias, swiglu=swiglu, launch=launch)
-    return y
+    return y, sums if partial else None

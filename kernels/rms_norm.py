@@ -1,4 +1,7 @@
-"""Residual addition and root-mean-square normalisation: one program per row, one read of it."""
+"""Residual addition and root-mean-square normalisation: one program per row, one read of it.
+
+The row may be the splits of a product, which are then joined as ``linear`` joins them.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +10,24 @@ import triton
 import triton.language as tl
 
 from . import _tiles
+from ._linear_join import load_joined
 from ._primitives import are_rows, wait_for_previous
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-@triton.jit
+# A new batch size must not compile the kernel again.
+@triton.jit(do_not_specialize=["rows"])
 def _rms_norm_kernel(
     # pointers
     y_ptr,  # (rows, D) contiguous
-    x_ptr,  # (rows, D)
+    x_ptr,  # (rows, D), or (SPLITS, rows, D) fp32
     residual_ptr,  # (rows, D), read and written
     weight_ptr,  # (D,)
+    scale_ptr,  # (D,) or None: of the splits
+    bias_ptr,  # (D,) or None: of the splits
     # sizes
+    rows,
     width,
     eps,
     # strides
@@ -27,6 +35,7 @@ def _rms_norm_kernel(
     stride_residual_row,
     # constexprs
     HAS_RESIDUAL: tl.constexpr,
+    SPLITS: tl.constexpr,  # 0: x is a row
     BLOCK_D: tl.constexpr,
     PDL: tl.constexpr = False,
 ):
@@ -34,7 +43,12 @@ def _rms_norm_kernel(
     row = tl.program_id(0).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < width
-    x = tl.load(x_ptr + row * stride_x_row + offs_d, mask=mask_d, other=0.0)  # [BLOCK_D]
+    # [BLOCK_D]
+    if SPLITS == 0:
+        x = tl.load(x_ptr + row * stride_x_row + offs_d, mask=mask_d, other=0.0)
+    else:
+        x = load_joined(x_ptr, scale_ptr, bias_ptr, row, offs_d, mask_d, rows, width, SPLITS)
+        x = x.to(y_ptr.dtype.element_ty)
     # Before the sum, whose barrier a load does not pass: one latency of memory instead of two.
     weight = tl.load(weight_ptr + offs_d, mask=mask_d, other=0.0)
     if HAS_RESIDUAL:
@@ -75,22 +89,63 @@ def rms_norm(
 ) -> torch.Tensor:
     """Launch the kernel; arguments as in ``pydllm.ops.rms_norm``."""
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    width = x.shape[-1]
-    rows = x.numel() // width if width else 0
+    stride = x.stride(-2) if x.ndim > 1 else x.shape[-1]
+    _launch(y, x, stride, weight, eps, residual, None, None, 0, pdl)
+    return y
+
+
+def rms_norm_joined(
+    y: torch.Tensor,
+    partial: torch.Tensor,
+    scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    residual: torch.Tensor,
+    *,
+    pdl: bool,
+) -> None:
+    """``y``: the norm of the sum of ``partial (splits, rows, D)`` and of ``residual``.
+
+    ``scale``, one per column, and ``bias`` are those of the product.
+    """
+    splits, width = partial.shape[0], partial.shape[-1]
+    _launch(y, partial, width, weight, eps, residual, scale, bias, splits, pdl)
+
+
+def _launch(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    stride_x_row: int,
+    weight: torch.Tensor,
+    eps: float,
+    residual: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    splits: int,
+    pdl: bool,
+) -> None:
+    width = y.shape[-1]
+    rows = y.numel() // width if width else 0
     if rows == 0:
-        return y
+        return
+    has_stride = residual is not None and residual.ndim > 1
     _rms_norm_kernel[(rows,)](
         y_ptr=y,
         x_ptr=x,
         residual_ptr=x if residual is None else residual,
         weight_ptr=weight,
+        scale_ptr=scale,
+        bias_ptr=bias,
+        rows=rows,
         width=width,
         eps=eps,
-        stride_x_row=x.stride(-2) if x.ndim > 1 else width,
-        stride_residual_row=residual.stride(-2) if residual is not None and x.ndim > 1 else width,
+        stride_x_row=stride_x_row,
+        stride_residual_row=residual.stride(-2) if has_stride else width,
         HAS_RESIDUAL=residual is not None,
+        SPLITS=splits,
         BLOCK_D=triton.next_power_of_2(width),
+        enable_fp_fusion=True,
         num_warps=next(warps for limit, warps in _tiles.RMS_NORM if width <= limit),
-        **_tiles.pdl(x.device, pdl),
+        **_tiles.pdl(y.device, pdl),
     )
-    return y

@@ -63,6 +63,7 @@ def swiglu(gate_up: torch.Tensor, *, pdl: bool = False) -> torch.Tensor:
         width=width,
         BLOCK_H=block,
         num_warps=warps,
+        enable_fp_fusion=True,
         **_tiles.pdl(gate_up.device, pdl),
     )
     return y

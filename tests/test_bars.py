@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -119,3 +120,35 @@ def test_the_model_of_a_step():
     result = CliRunner().invoke(step_model.main, ["--gpu", "h100", "--kernels"])
     assert result.exit_code == 0
     assert "nothing here was measured" in result.output
+
+
+def test_the_model_of_a_step_has_the_launches_of_the_native_forward():
+    """Counted in the forward of both models, by the library and by ``ops.linear``."""
+    code = """
+import json
+from bench.gpu import launches
+for name, window in (("llada-8b", 32), ("dream-7b", 33)):
+    for linear in (False, True):
+        print(json.dumps(launches.launches(name, 1, window, 2048, linear)))
+"""
+    done = process(code)
+    assert done.returncode == 0, done.stderr[-2000:]
+    counted = [json.loads(line) for line in done.stdout.splitlines()]
+    wanted = [
+        step_model.step(step_model.GPUS["h100"], model, 1, 2048, step_model.Launching(linear))
+        for model in step_model.MODELS.values()
+        for linear in (False, True)
+    ]
+    for found, kernels in zip(counted, wanted, strict=True):
+        count = {kernel.name: kernel.count for kernel in reversed(kernels)}  # the first merge
+        head = sum(count.pop(name) for name in ("head_stats", "unmask", "host between two steps"))
+        assert head == 3 and count.pop("small kernels of torch") == step_model.SMALL_KERNELS
+        assert found.pop("torch embedding") == 1
+        attention = ("window_attention", "window_attention_merge")
+        assert [found.pop(name) for name in attention] == [
+            count.pop("window_attention"),
+            count.pop("  merge"),
+        ]
+        assert found["rms_norm"] == sum(n for name, n in count.items() if "rms_norm" in name)
+        assert found.get("linear_join", 0) == count.get("  join", 0)
+        assert sum(found.values()) == sum(count.values())

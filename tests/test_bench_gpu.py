@@ -15,6 +15,7 @@ from bench.gpu import first
 from bench.gpu import roofline as watch
 from bench.gpu import suite as gpu
 from bench.ops import run
+from pydllm.testing import random_normal
 from tests.models import moe_plain
 
 ROOT = gpu.ROOT
@@ -253,3 +254,15 @@ def test_a_first_step_runs_on_a_cpu(name, monkeypatch):
     run = first.Run("cpu", "tiny")
     rows = list(function(run))
     assert rows and all(row.get("right", True) and row.get("invariant", True) for row in rows)
+
+
+def test_the_layers_that_are_measured_three_ways_are_one_computation():
+    x, norm = random_normal(5, 64, seed=0), random_normal(64, seed=1)
+    sizes = ((96, 64), (64, 64), (80, 64), (64, 40))
+    layers = [[random_normal(*size, seed=2 + layer) / 8 for size in sizes] for layer in range(2)]
+    library, own, fused = (
+        first.multiply_layers(how, x, norm, layers)
+        for how in ("F.linear", "ops.linear", "ops.linear, fused")
+    )
+    assert torch.equal(fused, own)
+    torch.testing.assert_close(own, library, rtol=1e-4, atol=1e-5)

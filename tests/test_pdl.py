@@ -33,6 +33,8 @@ def launches(pdl):
     yield lambda: swiglu.swiglu(meta(32, 24576), pdl=pdl)
     yield lambda: linear.linear(hidden, weight, None, None, pdl=pdl)
     yield lambda: linear.linear_swiglu(hidden, meta(24576, 4096), None, None, pdl=pdl)
+    norm = meta(4096), 1e-5, hidden
+    yield lambda: linear.linear_rms_norm(hidden, weight, None, None, *norm, pdl=pdl)
     yield attention(LLADA, 1, 32, 2048, pdl=pdl)
     index = meta(32, dtype=torch.int64)
     yield lambda: head.head_stats(

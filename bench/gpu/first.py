@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -122,7 +122,7 @@ def decisions(run: Run) -> Iterator[Row]:
     yield from _linear(run)
     yield from _attention(run)
     if run.on_gpu:
-        yield from _dependent_launches(run)
+        yield from _layers(run)
 
 
 def _linear(run: Run) -> Iterator[Row]:
@@ -156,41 +156,67 @@ def _products(run: Run, what: str, x: torch.Tensor, weight: torch.Tensor) -> Ite
                 yield {"what": what, "how": how} | row
 
 
-def _dependent_launches(run: Run) -> Iterator[Row]:
-    """The MLPs of four layers as a graph, with programmatic dependent launch and without."""
-    from pydllm.kernels import linear, rms_norm, swiglu
+def _layers(run: Run) -> Iterator[Row]:
+    """All products of two layers at 32 rows, as a graph: what a forward at batch 1 should take."""
 
     def random(*shape: int) -> torch.Tensor:
         made = random_normal(*shape, seed=len(shape), dtype=DTYPES[run.dtype], device=run.device)
         return made / shape[-1] ** 0.5
 
-    x, norm = random(32, 4096), random(4096)
-    layers = [(random(2 * 12288, 4096), random(4096, 12288)) for _ in range(4)]
+    x, norm, inner = random(32, 4096), random(4096), 12288
+    sizes = ((12288, 4096), (4096, 4096), (2 * inner, 4096), (4096, inner))
+    layers = [[random(*size) for size in sizes] for _ in range(2)]
+    expected = multiply_layers("ops.linear", x, norm, layers)
 
-    def chain(pdl: bool) -> torch.Tensor:
-        y = x
-        for gate_up, down in layers:
-            y = rms_norm.rms_norm(y, norm, 1e-5, None, pdl=pdl)
-            y = swiglu.swiglu(linear.linear(y, gate_up, None, None, pdl=pdl), pdl=pdl)
-            y = linear.linear(y, down, None, None, pdl=pdl)
-        return y
-
-    expected = chain(False)
-
-    def measured(pdl: bool) -> Row:
-        chain(pdl)
+    def measured(how: str, pdl: bool) -> Row:
+        multiply_layers(how, x, norm, layers, pdl)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            y = chain(pdl)
+            y = multiply_layers(how, x, norm, layers, pdl)
         ms = run.milliseconds(graph.replay)
-        return {"ms": ms, "equal": torch.equal(y, expected)}
+        return {"ms": ms} if how == "F.linear" else {"ms": ms, "equal": torch.equal(y, expected)}
 
-    what = "graph of four MLPs, 32 rows"
-    for pdl in (False, True):
-        how = "dependent launches" if pdl else "launches in order"
-        row = run.tried(f"{what}, {how}", partial(measured, pdl))
-        if row is not None:
-            yield {"what": what, "how": how} | row
+    what = "products, norms and swiglu of two layers, 32 rows"
+    for how in ("F.linear", "ops.linear", "ops.linear, fused"):
+        for pdl in (False, True):
+            name = f"{how}, dependent launches" if pdl else how
+            row = run.tried(f"{what}, {name}", partial(measured, how, pdl))
+            if row is not None:
+                yield {"what": what, "how": name} | row
+
+
+def multiply_layers(
+    how: str,
+    x: torch.Tensor,
+    norm: torch.Tensor,
+    layers: Sequence[Sequence[torch.Tensor]],
+    pdl: bool = False,
+) -> torch.Tensor:
+    """Layers without their attention, of qkv, out, gate_up and down; Triton but for the products.
+
+    Products are ``F.linear``'s, ``ops.linear``'s, or fused with the norm or the activation that
+    follows, as the native forward does.
+    """
+    from pydllm.kernels import linear, rms_norm, swiglu
+
+    def product(y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        if how == "F.linear":
+            return F.linear(y, weight)
+        return linear.linear(y, weight, None, None, pdl=pdl)
+
+    residual, eps = x.clone(), 1e-5
+    y = rms_norm.rms_norm(x, norm, eps, None, pdl=pdl)
+    for qkv, out, gate_up, down in layers:
+        attended = product(y, qkv)[:, : x.shape[1]]
+        if how == "ops.linear, fused":
+            y = linear.linear_rms_norm(attended, out, None, None, norm, eps, residual, pdl=pdl)
+            y = linear.linear_swiglu(y, gate_up, None, None, pdl=pdl)
+            y = linear.linear_rms_norm(y, down, None, None, norm, eps, residual, pdl=pdl)
+        else:
+            y = rms_norm.rms_norm(product(attended, out), norm, eps, residual, pdl=pdl)
+            y = swiglu.swiglu(product(y, gate_up), pdl=pdl)
+            y = rms_norm.rms_norm(product(y, down), norm, eps, residual, pdl=pdl)
+    return y
 
 
 def _attention(run: Run) -> Iterator[Row]:

@@ -56,6 +56,8 @@ SMALL_KERNELS = 12  # of torch, a step; bench.recorder counts them
 PDL_GAP = 0.4e-6
 OWN_RAMP, OWN_RAMP_PDL = 2.0e-6, 1.0e-6
 
+NORMED = ("out", "down")  # products that a norm follows
+
 # Instructions of a warp a key tile, from `make bars`: rows of the tile -> (cached, on the window).
 TILES = {64: (409, 727), 128: (354, 529)}
 
@@ -111,10 +113,16 @@ class Launching(NamedTuple):
 OFF = Launching()
 
 
+def linear_tile(outputs: int, inputs: int) -> _tiles.LinearTile:
+    """That of ``ops.linear`` for a bf16 weight on sm_90."""
+    with mock.patch.object(_tiles, "arch", lambda device: 90):
+        return _tiles.linear_tile(torch.device("meta"), outputs, inputs, 2, 2)
+
+
 def gemm(
     gpu: Gpu, name: str, count: int, size: tuple[int, int, int], how: Launching
 ) -> list[Kernel]:
-    """A product of all layers, and the join of its splits, if it has any.
+    """A product of all layers, and the join of its splits where no norm joins them.
 
     ``ops.linear_swiglu`` stores half of what it computes.
     """
@@ -126,19 +134,36 @@ def gemm(
     most = max(moved / (STREAM * gpu.bandwidth), flops / (GEMM * gpu.flops))
     if not how.linear:
         return [Kernel(f"linear {name}", count, GEMM_FIXED + most)]
-    device = torch.device("meta")
+    tile = linear_tile(outputs, inputs)
     with mock.patch.object(_tiles, "arch", lambda device: 90):
-        tile = _tiles.linear_tile(device, outputs, inputs, 2, 2)
-        height = _tiles.linear_height(device, rows, 2, 2)
+        height = _tiles.linear_height(torch.device("meta"), rows, 2, 2)
     blocks, columns = -(-rows // height), -(-outputs // tile.block_n)
     read = 2 * inputs * (blocks * outputs + columns * blocks * min(rows, height))
     ramp = how.gap + (OWN_RAMP_PDL if how.pdl else OWN_RAMP)
     note = f"{columns * tile.splits * blocks} programs"
     op = "ops.linear_swiglu" if fused else f"ops.linear {name}"
     found = [Kernel(op, count, ramp + max(most, read / L2), note)]
-    if tile.splits > 1:
+    if tile.splits > 1 and name not in NORMED:
         joined = (4 * tile.splits * outputs + 2 * stored) * rows / L2
         found.append(Kernel("  join", count, how.gap + 1.5e-6 + joined))
+    return found
+
+
+def norms(gpu: Gpu, model: Model, rows: int, how: Launching) -> list[Kernel]:
+    """The norms of a step: the first one, and those after the products of ``NORMED``.
+
+    One that joins the splits of a product reads them at the rate of one multiprocessor per row.
+    """
+    alone = how.gap + 1.5e-6 + 8 * rows * model.width / L2
+    found = [Kernel("rms_norm", 1 + (0 if how.linear else 2 * model.layers), alone)]
+    if how.linear:
+        for name, inputs in (("out", model.heads * model.head_dim), ("down", model.inner)):
+            splits = linear_tile(model.width, inputs).splits
+            sums = 4 * splits * model.width * (splits > 1)
+            waves = -(-rows // gpu.multiprocessors)
+            joined = max(rows * sums / L2, waves * sums / INGEST / gpu.clock)
+            note = f"joins {splits} splits"
+            found.append(Kernel(f"rms_norm of {name}", model.layers, alone + joined, note))
     return found
 
 
@@ -195,7 +220,7 @@ def step(gpu: Gpu, model: Model, batch: int, slots: int, how: Launching = OFF) -
     return [
         *(k for n, size in products.items() for k in gemm(gpu, n, layers, (rows, *size), how)),
         *attention(gpu, model, batch, slots, how),
-        Kernel("rms_norm", 2 * layers + 1, how.gap + 1.5e-6 + 8 * rows * width / L2),
+        *norms(gpu, model, rows, how),
         *([] if how.linear else [swiglu]),  # else in the product of gate and up
         *head_stats(gpu, model, rows, how),
         Kernel("unmask", 1, GAP + 3.5e-6),

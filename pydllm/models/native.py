@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -58,6 +58,9 @@ class NativeModel:
 
     Made by ``pydllm.load``. ``spec`` may be replaced, for instance to add an EOS id.
     """
+
+    # Nothing is added to a product before the residual and the norm that follow it.
+    whole_products: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -210,12 +213,14 @@ class NativeModel:
             stored = (cache.k(index), cache.v(index)) if cache.max_len else (None, None)
             last = layer is self._layers[-1] and layer.experts is None
             wanted = rows if last else None  # nothing looks at the others' last layer
-            hidden = self._attend(layer, hidden, stored, window, fresh, scale, adapted, wanted)
-            residual = residual if wanted is None else residual[wanted]
-            hidden = RMS_NORM(hidden, layer.mlp_norm, eps, residual, backend=backend)
-            hidden = self._mlp(layer, hidden, window)
-            # The residual is added by the norm that comes next, the next layer's or the last.
-            hidden = RMS_NORM(hidden, following[index], eps, residual, backend=backend)
+            attended = self._attend(layer, hidden, stored, window, fresh, scale)
+            if wanted is not None:
+                attended, residual = attended[wanted], residual[wanted]
+                adapted = adapted[wanted] if isinstance(adapted, Tensor) else adapted
+            # The residual is added by the norm that comes next: the layer's second, then the next
+            # layer's first, or the last.
+            hidden = self._project_norm(layer, attended, residual, layer.mlp_norm, backend, adapted)
+            hidden = self._mlp_norm(layer, hidden, residual, following[index], window)
         if rows is None:
             return hidden.unflatten(0, ids.shape)
         return hidden if self._layers[-1].experts is None else hidden[rows]
@@ -270,9 +275,8 @@ class NativeModel:
         window: dict,
         fresh: Fresh | None,
         scale: Tensor | None,
-        adapter: Tensor | bool,
-        rows: Tensor | None,
     ) -> Tensor:
+        """The heads' results ``(B * T, heads * head_dim)``."""
         sizes = self.sizes
         qkv = self._linear(hidden, layer.qkv, layer.qkv_bias, window["backend"])
         qkv = self._windows(qkv, window).unflatten(-1, (-1, sizes.head_dim))
@@ -290,11 +294,7 @@ class NativeModel:
         if scale is not None:  # commutes with the rotation
             q = q * scale
         attended = ops.window_attention(q, k, v, *stored, **window)
-        attended = attended.view(hidden.shape[0], sizes.heads * sizes.head_dim)
-        if rows is not None:
-            attended = attended[rows]
-            adapter = adapter[rows] if isinstance(adapter, Tensor) else adapter
-        return self._project(layer, attended, window["backend"], adapter)
+        return attended.view(hidden.shape[0], sizes.heads * sizes.head_dim)
 
     @staticmethod
     def _windows(rows: Tensor, window: dict) -> Tensor:
@@ -302,16 +302,30 @@ class NativeModel:
         batch = window["start"].shape[0]
         return rows.view(batch, rows.shape[0] // max(batch, 1), rows.shape[1])
 
+    def _mlp_norm(
+        self, layer: Layer, hidden: Tensor, residual: Tensor, norm: Tensor, window: dict
+    ) -> Tensor:
+        """``_mlp``, added to the residual and normalised."""
+        backend, eps = window["backend"], self.sizes.eps
+        if layer.experts is None and self._joins_norm(hidden, layer.down):
+            inner = self._expand(layer, hidden, backend)
+            return ops.linear_rms_norm(
+                inner, layer.down, norm, eps, residual, layer.down_bias, backend=backend
+            )
+        return RMS_NORM(self._mlp(layer, hidden, window), norm, eps, residual, backend=backend)
+
     def _mlp(self, layer: Layer, hidden: Tensor, window: dict) -> Tensor:
         if layer.experts is not None:
             rows = self._windows(hidden, window)
             return layer.experts(rows, window, self.routed).flatten(0, 1)
-        backend, weight, bias = window["backend"], layer.gate_up, layer.gate_up_bias
+        backend = window["backend"]
+        return self._contract(layer, self._expand(layer, hidden, backend), backend)
+
+    def _expand(self, layer: Layer, hidden: Tensor, backend: str | None) -> Tensor:
+        weight, bias = layer.gate_up, layer.gate_up_bias
         if not isinstance(weight, Tensor) or self._takes_ops_linear(hidden):
-            inner = ops.linear_swiglu(hidden, weight, bias, backend=backend)
-        else:
-            inner = SWIGLU(F.linear(hidden, weight, bias), backend=backend)
-        return self._contract(layer, inner, backend)
+            return ops.linear_swiglu(hidden, weight, bias, backend=backend)
+        return SWIGLU(F.linear(hidden, weight, bias), backend=backend)
 
     def _mask(self, attention: str | None, block_offset: Tensor | None) -> dict[str, Any]:
         """The mask of a forward, in the words of ``ops.window_attention``."""
@@ -377,6 +391,25 @@ class NativeModel:
     def _embed(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self._embedding)
 
+    def _project_norm(
+        self,
+        layer: Layer,
+        attended: Tensor,
+        residual: Tensor,
+        norm: Tensor,
+        backend: str | None,
+        adapter: Tensor | bool,
+    ) -> Tensor:
+        """``_project``, added to the residual and normalised."""
+        eps = self.sizes.eps
+        adapts = adapter is not False and layer.out_lora_a is not None
+        if not adapts and self._joins_norm(attended, layer.out):
+            return ops.linear_rms_norm(
+                attended, layer.out, norm, eps, residual, layer.out_bias, backend=backend
+            )
+        projected = self._project(layer, attended, backend, adapter)
+        return RMS_NORM(projected, norm, eps, residual, backend=backend)
+
     def _project(
         self, layer: Layer, attended: Tensor, backend: str | None, adapter: Tensor | bool
     ) -> Tensor:
@@ -398,6 +431,10 @@ class NativeModel:
         if not isinstance(weight, Tensor) or self._takes_ops_linear(x):
             return ops.linear(x, weight, bias, backend=backend)
         return F.linear(x, weight, bias)
+
+    def _joins_norm(self, x: Tensor, weight: Tensor | QuantizedWeight) -> bool:
+        """Whether a norm takes a product of ``ops.linear`` as its kernel leaves it."""
+        return self.whole_products and (not isinstance(weight, Tensor) or self._takes_ops_linear(x))
 
     def _takes_ops_linear(self, x: Tensor) -> bool:
         """Whether ``ops.linear`` multiplies ``x`` by weights that the library could take."""

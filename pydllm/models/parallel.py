@@ -86,6 +86,8 @@ class ParallelModel(NativeModel):
             counts once.
     """
 
+    whole_products = False  # a process has a term of each sum
+
     def __init__(
         self,
         spec: ModelSpec,

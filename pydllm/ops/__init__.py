@@ -13,7 +13,7 @@ from pydllm.ops.head_stats import (
     head_stats_partial,
     merge_stats,
 )
-from pydllm.ops.linear import QuantizedWeight, linear, linear_swiglu, quantize
+from pydllm.ops.linear import QuantizedWeight, linear, linear_rms_norm, linear_swiglu, quantize
 from pydllm.ops.mixture_accept import Accepted, mixture_accept, mixture_accept_sparse
 from pydllm.ops.mixture_draft import Candidates, MixtureDraft, mixture_draft, round_counter
 from pydllm.ops.multiblock_step import MultiBlockState, multiblock_step
@@ -52,6 +52,7 @@ __all__ = [
     "head_stats",
     "head_stats_partial",
     "linear",
+    "linear_rms_norm",
     "linear_swiglu",
     "merge_stats",
     "mixture_accept",

@@ -16,8 +16,10 @@ from pydllm._checks import (
     check_dtype,
     check_is_tensor,
     check_no_grad,
+    check_number,
     check_shape,
     check_tensor,
+    check_written,
 )
 from pydllm.reference.linear import SCALE_BLOCK, dequantize
 
@@ -207,6 +209,64 @@ def linear_swiglu(
     return _SWIGLU_OP(*parts, backend=backend)
 
 
+def linear_rms_norm(
+    x: Tensor,
+    weight: Tensor | QuantizedWeight,
+    norm: Tensor,
+    eps: float,
+    residual: Tensor,
+    bias: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Multiply rows by a weight, add them to the residual and normalise the sum.
+
+    ``y = rms_norm(linear(x, weight, bias), norm, eps, residual=residual)``, bit for bit on each
+    backend. Where ``linear`` splits the depth, the norm adds the splits, and the product is not
+    stored.
+
+    Args:
+        x: ``(..., K)`` fp32, fp16, bf16 or (torch backend) fp64.
+        weight: ``(N, K)``, as ``linear`` takes it.
+        norm: ``(N,)``, dtype of ``x``; the norm's weight.
+        eps: added to the mean square, at least 0.
+        residual: ``(..., N)``, dtype of ``x``; **updated in place** to the sum.
+        bias: ``(N,)`` in the dtype of ``x``, or None; of the product.
+        backend: None (``PYDLLM_BACKEND``), ``"auto"``, ``"cuda"``, ``"triton"`` or ``"torch"``.
+
+    Returns:
+        ``(..., N)`` contiguous, dtype of ``x``.
+
+    Raises:
+        ValueError: shapes or devices do not fit, ``eps`` is negative or not finite, a gradient is
+            wanted, or an unknown backend.
+        TypeError: a dtype that is not supported, or dtypes that differ.
+        BackendError: the named backend cannot run the call.
+
+    Determinism: as ``linear``; bits of a row depend on no other row. CUDA graphs: safe.
+    ``torch.compile``: one op.
+
+    Kernels: ``kernels/linear.py``, ``kernels/rms_norm.py``, ``csrc/linear.cu`` (fp16 and bf16,
+    depths of a multiple of 16), ``csrc/rms_norm.cu``. Two launches, with splits or without.
+
+    Example:
+        >>> residual = torch.tensor([[1.0, 4.0]])
+        >>> linear_rms_norm(torch.tensor([[2.0]]), torch.tensor([[1.0], [0.0]]), torch.ones(2), 0.0,
+        ...                 residual)
+        tensor([[0.8485, 1.1314]])
+        >>> residual
+        tensor([[3., 4.]])
+    """
+    parts = _checked("linear_rms_norm", x, weight, bias)
+    width = parts[1].shape[0]
+    check_tensor("norm", norm, (width,), x.dtype, x, "x")
+    check_number("eps", eps, 0)
+    check_tensor("residual", residual, (*x.shape[:-1], width), x.dtype, x, "x")
+    check_written("residual", residual)
+    check_no_grad("linear_rms_norm", norm=norm, residual=residual)
+    return _RMS_NORM_OP(*parts, norm, eps, residual, backend=backend)
+
+
 def _checked(
     name: str, x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -254,5 +314,20 @@ _SWIGLU_OP = Op(
     _swiglu_fake,
     reference.linear_swiglu,
     file="linear",
+    pdl=("triton", "cuda"),
+)
+
+
+def _rms_norm_fake(x: Tensor, weight: Tensor, *_: object) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+_RMS_NORM_OP = Op(
+    "linear_rms_norm(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, Tensor norm, float eps, "
+    "Tensor(a!) residual, str backend) -> Tensor",
+    _rms_norm_fake,
+    reference.linear_rms_norm,
+    file="linear",
+    supports="supports_rms_norm",
     pdl=("triton", "cuda"),
 )

@@ -12,7 +12,7 @@ from pydllm.reference.head_stats import (
     head_stats_partial,
     merge_stats,
 )
-from pydllm.reference.linear import linear, linear_swiglu
+from pydllm.reference.linear import linear, linear_rms_norm, linear_swiglu
 from pydllm.reference.mixture_accept import mixture_accept, mixture_accept_sparse
 from pydllm.reference.mixture_draft import mixture_draft
 from pydllm.reference.multiblock_step import multiblock_step
@@ -38,6 +38,7 @@ __all__ = [
     "head_stats",
     "head_stats_partial",
     "linear",
+    "linear_rms_norm",
     "linear_swiglu",
     "merge_stats",
     "mixture_accept",

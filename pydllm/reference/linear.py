@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pydllm.reference.rms_norm import rms_norm
 from pydllm.reference.swiglu import swiglu
 
 SCALE_BLOCK = 128  # rows and columns of a weight that share one scale
@@ -40,6 +41,19 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None)
 def linear_swiglu(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
     """``swiglu`` of the product's rows ``[gate | up]``."""
     return swiglu(linear(x, weight, scale, bias))
+
+
+def linear_rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    norm: Tensor,
+    eps: float,
+    residual: Tensor,
+) -> Tensor:
+    """``rms_norm`` of the product plus ``residual``, which becomes that sum."""
+    return rms_norm(linear(x, weight, scale, bias), norm, eps, residual)
 
 
 def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -285,6 +285,20 @@ CASES = (
         free="x",
     ),
     Case(
+        ops.linear_rms_norm,
+        lambda: {
+            "x": torch.randn(3, 8),
+            "weight": torch.randn(5, 8),
+            "norm": torch.randn(5),
+            "eps": 1e-5,
+            "residual": torch.randn(3, 5),
+            "bias": torch.randn(5),
+        },
+        "bias",
+        (("eps", -1.0),),
+        free="x",
+    ),
+    Case(
         ops.quantize,
         lambda: {"weight": torch.randn(5, 8), "kind": "fp8"},
         extra=(("weight", torch.full((5, 8), float("nan"))),),

@@ -208,6 +208,10 @@ def test_a_draft_adapter_is_conditional(tmp_path, place):
     ids = random_ids(1, 9)
     close(logits(model, ids, attention="full")[0], plain(ids[0])[1])
     close(logits(model, ids, attention="full", adapter=True)[0], changed(ids[0])[1])
+    # A product whose norm takes it as its kernel leaves it has no adapter added.
+    invariant = model.deterministic()
+    close(logits(invariant, ids, attention="full")[0], plain(ids[0])[1])
+    close(logits(invariant, ids, attention="full", adapter=True)[0], changed(ids[0])[1])
     model = load(write_checkpoint(tmp_path / "without", plain), device="cpu")
     with pytest.raises(ValueError, match="adapter: expected a model with a draft adapter"):
         logits(model, ids, attention="full", adapter=True)

@@ -337,6 +337,13 @@ def linear_swiglu(lay, backend):
     return ops.linear_swiglu(lay("x", torch.randn(3, 64).half()), weight, backend=backend)
 
 
+def linear_rms_norm(lay, backend):
+    x, weight = lay("x", torch.randn(3, 1024).half()), lay("weight", torch.randn(40, 1024).half())
+    norm = lay("norm", torch.randn(40).half())
+    residual = lay("residual", torch.randn(3, 40).half())
+    return ops.linear_rms_norm(x, weight, norm, 1e-5, residual, backend=backend)
+
+
 def rms_norm(lay, backend):
     x, residual = lay("x", torch.randn(3, H)), lay("residual", torch.randn(3, H))
     weight = lay("weight", torch.randn(H))
@@ -380,6 +387,7 @@ CASES = (
     experts,
     linear,
     linear_swiglu,
+    linear_rms_norm,
     rms_norm,
     swiglu,
     certainty_loss,

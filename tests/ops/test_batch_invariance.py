@@ -35,6 +35,12 @@ TABLE = [
     Case("head_stats", ROWS, {"rows": ROWS, "vocab": 300, "width": 40}, TRITON),
     Case("head_stats", 67, {"rows": 67, "vocab": 300, "width": 40, "temperature": 0.7}, TRITON),
     Case("linear", ROWS, {"rows": ROWS, "width": 80, "depth": 128}, dtype=torch.float16),
+    Case(
+        "linear",
+        ROWS,
+        {"rows": ROWS, "width": 80, "depth": 128, "swiglu": True},
+        dtype=torch.float16,
+    ),
     Case("mixture_draft", 11, {"rows": 11, "temperature": 0.7, "vocab": 500}),
     Case("rms_norm", ROWS, {"rows": ROWS, "width": 100}),
     Case("route", 67, {"router": "sdar-30b", "rows": 67}, TRITON),

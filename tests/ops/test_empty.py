@@ -19,7 +19,7 @@ WHOLE = {
         "q_norm",
         "k_norm",
     ),
-    *("gate_up", "down", "shared_gate_up", "shared_down"),
+    *("gate_up", "down", "shared_gate_up", "shared_down", "norm"),
 }
 SECOND = {"numbers", "blocks", "values"}  # whose second dimension it is
 

@@ -164,8 +164,8 @@ MUTANTS = {
         "column_of(warp * kTiles * 8) / kScaleBlock",
     ),
     "the bias of the gate for both": (
-        "finished(acc[f][1][i], half + first)",
-        "finished(acc[f][1][i], first)",
+        "output(acc[f][1][i], half + first)",
+        "output(acc[f][1][i], first)",
     ),
     "a partial's up": ("joined(inner + index % inner)", "joined(index % inner)"),
     "columns past the half": ("first >= half", "first > half"),

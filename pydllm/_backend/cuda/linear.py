@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pydllm._backend.cuda import call, may_overlap
+from pydllm._backend.cuda import call, may_overlap, rms_norm
 
 _DTYPES = (torch.float16, torch.bfloat16)
 STORED = {torch.float8_e4m3fn: 1, torch.int8: 2}  # Stored in csrc/linear.h; 0: as x
@@ -43,6 +43,19 @@ def splits(width: int, depth: int) -> int:
     return count
 
 
+def supports_rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    norm: Tensor,
+    eps: float,
+    residual: Tensor,
+) -> str | None:
+    """None if the kernels can run this call, otherwise why not."""
+    return supports(x, weight, scale, bias) or rms_norm.supports(residual, norm, eps, None)
+
+
 def linear(
     x: Tensor,
     weight: Tensor,
@@ -52,7 +65,10 @@ def linear(
     pdl: bool = False,
 ) -> Tensor:
     """Launch the kernel; arguments as in ``pydllm.ops.linear``, a quantised weight in its parts."""
-    return _launch(x, weight, scale, bias, swiglu=False, pdl=pdl)
+    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    partial = _partial(x, weight, splits(*weight.shape))
+    _launch(y, partial, x, weight, scale, bias, pdl=pdl)
+    return y
 
 
 def linear_swiglu(
@@ -64,27 +80,63 @@ def linear_swiglu(
     pdl: bool = False,
 ) -> Tensor:
     """Launch the kernel of ``pydllm.ops.linear_swiglu``; arguments as of ``linear``."""
-    return _launch(x, weight, scale, bias, swiglu=True, pdl=pdl)
+    inner, count = weight.shape[0] // 2, splits(*weight.shape)
+    y = x.new_empty((*x.shape[:-1], inner))
+    # Eight columns of gate or up have one scale, if each half's rows begin with such eight.
+    straddles = scale is not None and scale.ndim == 2 and inner % 8 != 0
+    partial = _partial(x, weight, count, needed=straddles)
+    _launch(y, partial, x, weight, scale, bias, swiglu=True, pdl=pdl)
+    return y
+
+
+def linear_rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    norm: Tensor,
+    eps: float,
+    residual: Tensor,
+    *,
+    pdl: bool = False,
+) -> Tensor:
+    """Launch the kernels of ``pydllm.ops.linear_rms_norm``; arguments as of ``linear``."""
+    if splits(*weight.shape) == 1 or weight.shape[0] > rms_norm.MAX_JOINED_WIDTH:
+        y = linear(x, weight, scale, bias, pdl=pdl)
+        return rms_norm.rms_norm(y, norm, eps, residual, pdl=pdl)
+    partial = _partial(x, weight, splits(*weight.shape))
+    _launch(None, partial, x, weight, scale, bias, pdl=pdl)
+    per_channel = None if scale is None or scale.ndim == 2 else scale
+    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    rms_norm.launch(y, norm, eps, residual, pdl, partial=partial, scale=per_channel, bias=bias)
+    return y
+
+
+def _partial(x: Tensor, weight: Tensor, count: int, *, needed: bool = False) -> Tensor | None:
+    """Room for the sums of the splits, where there are any."""
+    if count == 1 and not needed:
+        return None
+    rows = x.numel() // x.shape[-1]
+    return torch.empty(count, rows, weight.shape[0], dtype=torch.float32, device=x.device)
 
 
 def _launch(
+    y: Tensor | None,
+    partial: Tensor | None,
     x: Tensor,
     weight: Tensor,
     scale: Tensor | None,
     bias: Tensor | None,
     *,
-    swiglu: bool,
+    swiglu: bool = False,
     pdl: bool,
-) -> Tensor:
+) -> None:
+    """Without ``y`` the splits stay in ``partial``."""
     width, depth = weight.shape
-    y = x.new_empty((*x.shape[:-1], width // 2 if swiglu else width))
-    rows, count = x.numel() // depth, splits(width, depth)
+    rows = x.numel() // depth
     if rows == 0:
-        return y
-    per_block, partial = scale is not None and scale.ndim == 2, None
-    # Eight columns of gate or up have one scale, if each half's rows begin with such eight.
-    if count > 1 or (swiglu and per_block and width // 2 % 8):
-        partial = torch.empty(count, rows, width, dtype=torch.float32, device=x.device)
+        return
+    per_block = scale is not None and scale.ndim == 2
     call(
         "linear",
         x.device,
@@ -101,10 +153,9 @@ def _launch(
         rows=rows,
         width=width,
         depth=depth,
-        splits=count,
+        splits=1 if partial is None else partial.shape[0],
         stride_x_row=x.stride(-2) if x.ndim > 1 else depth,
         stride_weight_row=weight.stride(0),
         stride_scale_row=0 if scale is None or not per_block else scale.stride(0),
         pdl=may_overlap(x.device, pdl),
     )
-    return y

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from pydllm._backend.cuda import DTYPES, call, may_overlap
 
-MAX_WIDTH = 32768  # kRmsNormWidth in csrc/rms_norm.h
+# kRmsNormWidth and kRmsNormJoinedWidth in csrc/rms_norm.h
+MAX_WIDTH, MAX_JOINED_WIDTH = 32768, 8192
 
 
 def supports(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> str | None:
@@ -40,20 +41,42 @@ def rms_norm(
 ) -> Tensor:
     """Launch the kernel; arguments as in ``pydllm.ops.rms_norm``."""
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    width = x.shape[-1]
+    stride = x.stride(-2) if x.ndim > 1 else x.shape[-1]
+    launch(y, weight, eps, residual, pdl, x=x, stride_x_row=stride)
+    return y
+
+
+def launch(
+    y: Tensor,
+    weight: Tensor,
+    eps: float,
+    residual: Tensor | None,
+    pdl: bool,
+    *,
+    x: Tensor | None = None,
+    stride_x_row: int = 0,
+    partial: Tensor | None = None,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> None:
+    """Launch the kernel: on ``x``, or on ``partial (splits, rows, D)`` of a product."""
+    width = y.shape[-1]
     call(
         "rms_norm",
-        x.device,
+        y.device,
         y=y,
         residual=residual,
         x=x,
+        partial=partial,
+        scale=scale,
+        bias=bias,
         weight=weight,
-        dtype=x.dtype,
-        rows=x.numel() // width if width else 0,
+        dtype=y.dtype,
+        rows=y.numel() // width if width else 0,
         width=width,
+        splits=0 if partial is None else partial.shape[0],
         eps=eps,
-        stride_x_row=x.stride(-2) if x.ndim > 1 else width,
-        stride_residual_row=residual.stride(-2) if residual is not None and x.ndim > 1 else width,
-        pdl=may_overlap(x.device, pdl),
+        stride_x_row=stride_x_row,
+        stride_residual_row=residual.stride(-2) if residual is not None and y.ndim > 1 else width,
+        pdl=may_overlap(y.device, pdl),
     )
-    return y
