@@ -89,7 +89,8 @@ def _products(x: Tensor, weights: Weights, counts: list[int]) -> Tensor:
     is slower, so the row that follows is multiplied with it.
     """
     (matrix, scale), first = weights, 0
-    out = x.new_zeros(len(x), matrix.shape[1])
+    out = x.new_empty(len(x), matrix.shape[1])
+    out[sum(counts) :] = 0
     short = scale is None and x.dtype == torch.float32 and x.shape[1] <= _SHORT
     for expert, count in enumerate(counts):
         own = slice(first, first + count)

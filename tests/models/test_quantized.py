@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from pydllm import ops
 from pydllm._backend.errors import CheckpointError
 from pydllm.models import load
-from pydllm.models.checkpoint import Shards
+from pydllm.models.checkpoint import Shards, read_config
 from pydllm.models.config import Config
 from pydllm.models.families import find_family
 from pydllm.models.partition import Partition
@@ -326,3 +326,18 @@ def test_experts_that_are_stored_in_fp8(tmp_path):
     model = load(tmp_path, device="cpu", dtype=torch.float64)
     assert model._layers[-1].experts.gate_up.scale.shape == (4, 2, 1)
     same_moe_forward(model, config, weights | exact)
+
+    # Expert parallel: two of the four, and their scales, in each of two processes.
+    family = find_family(read_config(tmp_path), quantized=True)
+    shards = Shards(tmp_path)
+    shards.read_layout(family.names, model.sizes, "")
+    wanted = [slot for slot in slots(family.names, model.sizes) if slot.of_experts]
+    _, scales = split_scales(shards.found)
+    for rank in range(2):
+        partition, held = Partition(rank, 2, model.sizes, 61, True), slice(2 * rank, 2 * rank + 2)
+        own = [partition.own(slot) for slot in wanted]
+        parts = load_quantized(shards, own, scales, None, torch.device("cpu"), partition, None, 2)
+        for name in ("gate_up", "down"):
+            part, whole = parts[f"layers.1.{name}"], getattr(model._layers[1].experts, name)
+            assert torch.equal(part.scale, whole.scale[held])
+            assert torch.equal(part.dequantize(), whole.dequantize()[held])
