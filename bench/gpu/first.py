@@ -122,6 +122,7 @@ def decisions(run: Run) -> Iterator[Row]:
     yield from _linear(run)
     yield from _attention(run)
     if run.on_gpu:
+        yield from _columns(run)
         yield from _layers(run)
 
 
@@ -154,6 +155,23 @@ def _products(run: Run, what: str, x: torch.Tensor, weight: torch.Tensor) -> Ite
             row = run.tried(f"{what} {how}", partial(measured, small, backend))
             if row is not None:
                 yield {"what": what, "how": how} | row
+
+
+def _columns(run: Run) -> Iterator[Row]:
+    """Gate and up in one launch: a wider tile reads the rows fewer times, in fewer programs."""
+    from pydllm.kernels import _tiles, linear
+
+    width, depth = CASES["linear"].LAYERS["llada-8b"]["gate_up"]
+    x = random_normal(32, depth, seed=0, dtype=DTYPES[run.dtype], device=run.device)
+    weight = random_normal(width, depth, seed=1, dtype=x.dtype, device=run.device) / depth**0.5
+    what = f"gate_up {width} x {depth} with swiglu, 32 rows"
+    for columns in (128, 256):
+        tile = _tiles.LinearTile(columns, 64, 1, 4, 4)
+        how = f"triton, tile of {columns} columns"
+        call = partial(linear.linear_swiglu, x, weight, None, None, tile, 64)
+        ms = run.tried(f"{what}, {how}", partial(run.milliseconds, call))
+        if ms is not None:
+            yield {"what": what, "how": how, "ms": ms}
 
 
 def _layers(run: Run) -> Iterator[Row]:

@@ -49,7 +49,7 @@ INGEST = 50  # assumed: bytes a cycle that a multiprocessor takes in
 IPC = 0.60  # assumed: instructions a cycle and scheduler
 PROLOGUE, EPILOGUE = 4500, 1200  # assumed: cycles, the prologue three dependent loads
 HOST = 35e-6  # assumed: between two steps, seconds
-SMALL_KERNELS = 12  # of torch, a step; bench.recorder counts them
+SMALL_KERNELS = 2  # of torch, a step: ids and their embedding; bench.recorder counts them
 
 # ops.linear, PYDLLM_PDL=1. All assumed: a kernel whose predecessor lets it start early begins where
 # that one ends, but for the wait; a product has its first weights in L2 by then.
