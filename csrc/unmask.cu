@@ -13,8 +13,8 @@ constexpr float kPerNat = 1099511627776.f;
 constexpr float kUnit = 1.f / kPerNat;
 constexpr float kMost = 128.f;
 constexpr uint32_t kRandomOrder = 0xFFFFFFFFu;  // no vocabulary id is there
-constexpr int kNone = INT_MAX;                  // behind every row
-constexpr uint64_t kNoRow = ~uint64_t{0};       // sorts behind every row
+constexpr int kNone = INT_MAX;                  // after every row
+constexpr uint64_t kNoRow = ~uint64_t{0};       // sorts after every row
 
 __device__ __forceinline__ float cost_of(uint64_t key) {
   return from_ordered(static_cast<uint32_t>(key >> 32));
@@ -30,7 +30,7 @@ __device__ __forceinline__ int count_block(int count) {
   return reduce_block(count, 0, Sum());
 }
 
-// How many of the sorted rows lie within the bound: no row passes behind one that failed.
+// How many of the sorted rows lie within the bound: no row passes after one that failed.
 __device__ __forceinline__ int count_within(const uint64_t* order, int size, float bound) {
   // Each thread has neighbours, so that one scan of the threads gives all sums.
   const int threads = blockDim.x, thread = threadIdx.x;
@@ -171,8 +171,8 @@ __global__ void __launch_bounds__(kMaxThreads) unmask_kernel(const Unmask call) 
     const bool ended = complete && place != kNone;
     finished = complete && (ended || start + rows >= stop);
     if (ended) {
-      const int64_t behind = (stop < call.slots ? stop : call.slots) - start;
-      for (int64_t j = place + 1 + thread; j < behind; j += threads) {
+      const int64_t filled_to = (stop < call.slots ? stop : call.slots) - start;
+      for (int64_t j = place + 1 + thread; j < filled_to; j += threads) {
         x[j] = call.eos_ids[0];
         step_map[j] = -1;
       }

@@ -22,7 +22,7 @@ from ._edit_block_passes import (
     number,
 )
 from ._primitives import sort_key
-from .unmask import _count, _first
+from ._ranking import count, first_ranked
 
 
 @triton.jit(do_not_specialize=["batch", "max_post_steps"])
@@ -128,7 +128,7 @@ def _edit_block_kernel(
     other_score = number(tl.div_rn(tl.exp(other_value - peak), total))
 
     # [BLOCK_B, 1]
-    n_old, n_masks = _count(old), _count(masked)
+    n_old, n_masks = count(old), count(masked)
     post_steps += (n_old == 0).to(tl.int32)
     if HAS_BUDGET:
         last = post_steps >= max_post_steps
@@ -140,14 +140,14 @@ def _edit_block_kernel(
     score = tl.where(evades, other_score, score)
     need = 1 + n_masks - n_old
     above = masked & (score > threshold)
-    fill = tl.where(_count(above) >= need, above, _first(masked, sort_key(0.0 - score), need))
+    fill = tl.where(count(above) >= need, above, first_ranked(masked, sort_key(0.0 - score), need))
     fill = tl.where(last | (n_old == 0), masked, fill)
     if not HAS_BUDGET:
-        last = last | (_count(old & (fill == 0)) == 0)
+        last = last | (count(old & (fill == 0)) == 0)
         fill = tl.where(last, masked, fill)
     edit = own & (before != mask_id) & (score > edit_threshold) & (token != before)
     write = fill | edit
-    takes_steps = _count(write) > 0
+    takes_steps = count(write) > 0
     special = (token == mask_id) | (token == delete_id) | (token == split_id)
     token = tl.where(write & last & special, plain_token, token)
     changing = write & (token != before) & (last == 0) & (tried > 0)
@@ -195,9 +195,9 @@ def _edit_block_kernel(
     tl.store(post_steps_ptr + offs_b, post_steps, mask=took_part)
     is_complete = took_part & (last | (takes_steps == 0))
     tl.store(complete_ptr + offs_b, is_complete, mask=is_complete)
-    remaining = _count(left) + _count(opens) + _count(pads)
+    remaining = count(left) + count(opens) + count(pads)
     tl.store(remaining_ptr + offs_b, remaining, mask=mask_b)
-    changed = _count(moved) + _count(emptied) + _count(emptied_end)
+    changed = count(moved) + count(emptied) + count(emptied_end)
     tl.store(changed_ptr + offs_b, changed, mask=mask_b)
 
 

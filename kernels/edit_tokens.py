@@ -9,7 +9,7 @@ import triton.language as tl
 
 from . import _tiles
 from ._primitives import sort_key
-from .unmask import _count, _first
+from ._ranking import count, first_ranked
 
 
 # A new batch size must not compile the kernel again.
@@ -66,8 +66,8 @@ def _edit_tokens_kernel(
     token = tl.load(token_ptr + offs_b * stride_token_row + offs_t, mask=own, other=0)
     score = tl.load(score_ptr + offs_b * stride_score_row + offs_t, mask=own, other=0.0)
     masked = own & (before == mask_id)
-    has_mask = _count(masked) > 0
-    takes_part = _count(inside) > 0
+    has_mask = count(masked) > 0
+    takes_part = count(inside) > 0
     # Limits are rounded to the dtype of the scores.
     zero = tl.zeros_like(nfe).to(tl.float32)
     limit = (zero + threshold).to(score.dtype).to(tl.float32)
@@ -78,15 +78,15 @@ def _edit_tokens_kernel(
 
     post_steps += (takes_part & (has_mask == 0)).to(tl.int32)
     over = post_steps > max_post_steps
-    best = _first(masked, sort_key(cost), tl.zeros_like(nfe) + min_tokens)
+    best = first_ranked(masked, sort_key(cost), tl.zeros_like(nfe) + min_tokens)
     fill = masked & ((score > limit) | best)
     edit = own & (before != mask_id) & (token != before) & (token != mask_id)
     edit = edit & (score > edit_limit)
     if CONFIRM:
         edit = edit & (has_mask | (over == 0))
     written = fill | edit
-    n_edits = _count(edit)
-    remaining = _count(own & (tl.where(written, token, before) == mask_id))
+    n_edits = count(edit)
+    remaining = count(own & (tl.where(written, token, before) == mask_id))
     is_complete = (has_mask == 0) & (n_edits == 0)
     if not CONFIRM:
         is_complete = is_complete | ((remaining == 0) & (post_steps >= max_post_steps))
@@ -101,7 +101,7 @@ def _edit_tokens_kernel(
     tl.store(post_steps_ptr + offs_b, post_steps, mask=took_part)
     tl.store(complete_ptr + offs_b, is_complete, mask=took_part & is_complete)
     tl.store(remaining_ptr + offs_b, remaining, mask=mask_b)
-    tl.store(filled_ptr + offs_b, _count(fill), mask=mask_b)
+    tl.store(filled_ptr + offs_b, count(fill), mask=mask_b)
     tl.store(edited_ptr + offs_b, n_edits, mask=mask_b)
 
 

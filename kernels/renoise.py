@@ -8,7 +8,7 @@ import triton.language as tl
 
 from . import _tiles
 from ._primitives import philox, sort_key
-from .unmask import _ORDER, _within
+from ._ranking import RANDOM_ORDER, within_bound
 
 
 # A new batch size or seed must not compile the kernel again.
@@ -49,9 +49,9 @@ def _renoise_kernel(
     limit = (tl.zeros_like(step).to(tl.float32) + bound).to(entropy.dtype).to(tl.float32)
     cost = entropy.to(tl.float32)
     cost = tl.where(cost == cost, cost, float("inf")) + 0.0  # a negative zero becomes a zero
-    accepted = inside & (cost < float("inf")) & _within(inside, sort_key(cost), cost, limit)
+    accepted = inside & (cost < float("inf")) & within_bound(inside, sort_key(cost), cost, limit)
     seed = seed.to(tl.int64)
-    _, word, _, _ = philox(_ORDER, offs_t, request, step, seed, seed >> 32)
+    _, word, _, _ = philox(RANDOM_ORDER, offs_t, request, step, seed, seed >> 32)
     noise = tl.umulhi(word, tl.zeros_like(word) + vocab_size.to(tl.uint32)).to(tl.int64)
     tl.store(x_ptr + offs_b * stride_x_row + offs_t, tl.where(accepted, token, noise), mask=inside)
     tl.store(accepted_ptr + offs_b * stride_accepted_row + offs_t, accepted, mask=inside)

@@ -1,9 +1,4 @@
-"""The accept rules: a window is one block, its masks are ranked without being sorted.
-
-What a rule takes is a prefix of an order, so it is enough to find where the prefix ends: a binary
-search over the 32 bits of the sort key, one count of the block a bit. Ties at the cut are taken in
-order of position.
-"""
+"""The accept rules: a window is one block, its masks are ranked without being sorted."""
 
 from __future__ import annotations
 
@@ -13,17 +8,7 @@ import triton.language as tl
 
 from . import _tiles
 from ._primitives import philox, sort_key
-
-# As in the reference: entropies are summed in units of 2^-40 nats and count as at most 128 nats.
-_PER_NAT = tl.constexpr(2.0**40)
-_UNIT = tl.constexpr(2.0**-40)
-_LARGEST = tl.constexpr(128.0)
-_ORDER = tl.constexpr(0xFFFFFFFF)
-
-
-@triton.jit
-def _count(mask):
-    return tl.sum(mask.to(tl.int32), 1, keep_dims=True)
+from ._ranking import RANDOM_ORDER, count, first_ranked, within_bound
 
 
 @triton.jit
@@ -36,38 +21,9 @@ def _count_by_factor(good, value, factor, min_tokens, BLOCK_T: tl.constexpr):
         trial = n + step
         # Rounded like the definition: a quotient, then a difference.
         limit = 1.0 - tl.div_rn(factor, (trial + 1).to(tl.float32))
-        n = tl.where(_count(good & (value >= limit)) >= trial, trial, n)
+        n = tl.where(count(good & (value >= limit)) >= trial, trial, n)
         step = step // 2
     return tl.maximum(n, min_tokens)
-
-
-@triton.jit
-def _first(masked, key, n):
-    """The first n, (B, 1), by key, then by position."""
-    cut = tl.zeros_like(n).to(tl.uint32)  # the largest key with fewer than n before it
-    for bit in range(32):
-        trial = cut | (tl.full((), 0x80000000, tl.uint32) >> bit)
-        cut = tl.where(_count(masked & (key < trial)) < n, trial, cut)
-    before = masked & (key < cut)
-    tied = masked & (key == cut)
-    return before | (tied & (tl.cumsum(tied.to(tl.int32), 1) <= n - _count(before)))
-
-
-@triton.jit
-def _within(able, key, cost, bound):
-    """Those whose entropies before them, by key, then by position, sum to at most ``bound``."""
-    units = tl.minimum(tl.maximum(cost, 0.0), _LARGEST) * _PER_NAT
-    units = tl.where(able, units, 0.0).to(tl.int64)
-    cut = tl.zeros_like(tl.max(key, 1, keep_dims=True))  # the largest key below which all pass
-    for bit in range(32):
-        trial = cut | (tl.full((), 0x80000000, tl.uint32) >> bit)
-        spent = tl.sum(tl.where(key < trial, units, 0), 1, keep_dims=True)
-        cut = tl.where(spent.to(tl.float32) * _UNIT <= bound, trial, cut)
-    before = able & (key < cut)
-    tied = able & (key == cut)
-    rank = tl.cumsum(tied.to(tl.int32), 1) - 1
-    spent = tl.sum(tl.where(before, units, 0), 1, keep_dims=True) + rank * units
-    return before | (tied & (spent.to(tl.float32) * _UNIT <= bound))
 
 
 # A new batch size or seed must not compile the kernel again.
@@ -129,7 +85,7 @@ def _unmask_kernel(
     # [BLOCK_B, BLOCK_T]
     before = tl.load(x_row + offs_t, mask=inside, other=0)
     masked = inside & (before == mask_id)
-    n_masks = _count(masked)
+    n_masks = count(masked)
 
     n = tl.zeros_like(length) + min_tokens
     if HAS_QUOTA:
@@ -137,11 +93,11 @@ def _unmask_kernel(
     if RULE == "random":
         request = tl.load(request_ptr + offs_b, mask=mask_b, other=0)
         seed_lo = seed.to(tl.int64)
-        word, _, _, _ = philox(_ORDER, start + offs_t, request, nfe, seed_lo, seed_lo >> 32)
+        word, _, _, _ = philox(RANDOM_ORDER, start + offs_t, request, nfe, seed_lo, seed_lo >> 32)
     if RULE == "left_to_right":
         keep = masked & (tl.cumsum(masked.to(tl.int32), 1) <= n)
     elif RULE == "random":
-        keep = _first(masked, 0xFFFFFFFF - word, n)
+        keep = first_ranked(masked, 0xFFFFFFFF - word, n)
     else:
         score = tl.load(score_ptr + offs_b * stride_score_row + offs_t, mask=masked, other=0.0)
         # Limits are rounded to the dtype of the scores.
@@ -156,24 +112,24 @@ def _unmask_kernel(
         key = sort_key(cost)
         good = masked & (cost < float("inf"))
         if RULE == "quota":
-            keep = _first(masked, key, n)
+            keep = first_ranked(masked, key, n)
         elif RULE == "factor":
             n = _count_by_factor(good, value, limit, n, BLOCK_T)
-            keep = _first(masked, key, n)
+            keep = first_ranked(masked, key, n)
         else:
             if RULE == "entropy":
                 keep = good & (cost <= limit)
             elif RULE == "entropy_bound":
-                keep = good & _within(masked, key, cost, limit)
+                keep = good & within_bound(masked, key, cost, limit)
             else:
                 keep = good & (value >= limit)
             if AT_MOST_ONE:
                 best_key = tl.min(tl.where(masked, key, 0xFFFFFFFF), 1, keep_dims=True)
                 first = tl.where(masked & (key == best_key), offs_t, BLOCK_T)
                 first = tl.min(first, 1, keep_dims=True)
-                keep = keep | ((offs_t == first) & (_count(keep) < n))
+                keep = keep | ((offs_t == first) & (count(keep) < n))
             else:
-                keep = keep | _first(masked, key, n)
+                keep = keep | first_ranked(masked, key, n)
 
     # Every thread has read the sequence before one writes it.
     tl.debug_barrier()
@@ -182,14 +138,14 @@ def _unmask_kernel(
     written, step = keep, tl.broadcast_to(nfe, keep.shape)
     if HAS_END:
         token = tl.where(keep, token, before)
-        remaining = _count(inside & (token == mask_id))
+        remaining = count(inside & (token == mask_id))
         counted = inside
         if HAS_ENDS_FROM:
             first = tl.load(ends_from_ptr + offs_b, mask=mask_b, other=0)
             counted = inside & (start + offs_t >= first)
         complete = mask_b & (length > 0)
         if not LAST:
-            complete = complete & (_count(counted & (token == mask_id)) == 0)
+            complete = complete & (count(counted & (token == mask_id)) == 0)
         stop = tl.load(end_ptr + offs_b, mask=mask_b, other=0)
         finished = complete & (start + tl.minimum(length, rows) >= stop)
         if N_EOS > 0:
@@ -200,9 +156,9 @@ def _unmask_kernel(
             fill = tl.load(eos_ids_ptr)
             place = tl.min(tl.where(is_end, offs_t, BLOCK_T), 1, keep_dims=True)
             finished = finished | (place < BLOCK_T)
-            behind = inside & (offs_t > place) & (start + offs_t < stop)
-            token, step = tl.where(behind, fill, token), tl.where(behind, -1, step)
-            written = written | behind
+            after_end = inside & (offs_t > place) & (start + offs_t < stop)
+            token, step = tl.where(after_end, fill, token), tl.where(after_end, -1, step)
+            written = written | after_end
             # What follows the window, one tile at a time; nothing where there is no end.
             first = tl.where(place < BLOCK_T, start + end, slots)
             stop = tl.minimum(stop, slots)
@@ -215,12 +171,12 @@ def _unmask_kernel(
         tl.store(done_ptr + offs_b, finished, mask=finished)
         remaining = tl.where(done | finished, -1, remaining)
     else:
-        remaining = n_masks - _count(keep & (token != mask_id))
+        remaining = n_masks - count(keep & (token != mask_id))
     tl.store(x_row + offs_t, token, mask=written)
     tl.store(step_map_row + offs_t, step, mask=written)
     tl.store(nfe_ptr + offs_b, nfe + 1, mask=mask_b & (n_masks > 0))
     tl.store(remaining_ptr + offs_b, remaining, mask=mask_b)
-    tl.store(accepted_ptr + offs_b, _count(keep), mask=mask_b)
+    tl.store(accepted_ptr + offs_b, count(keep), mask=mask_b)
 
 
 def supports(
@@ -288,7 +244,7 @@ def unmask(
     if batch == 0 or rows == 0:
         return remaining.zero_(), accepted.zero_()
     tile = _tiles.unmask_tile(x.device, rows)
-    _unmask_kernel[(triton.cdiv(batch, tile.block_b),)](
+    _unmask_kernel[(_tiles.cdiv(batch, tile.block_b),)](
         remaining_ptr=remaining,
         accepted_ptr=accepted,
         x_ptr=x,
@@ -323,7 +279,7 @@ def unmask(
         N_EOS=0 if eos_ids is None else eos_ids.shape[0],
         LAST=last,
         BLOCK_B=tile.block_b,
-        BLOCK_T=max(32, triton.next_power_of_2(rows)),
+        BLOCK_T=max(32, _tiles.next_power_of_2(rows)),
         num_warps=tile.num_warps,
     )
     return remaining, accepted

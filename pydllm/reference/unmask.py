@@ -104,9 +104,9 @@ def _fill(
     inside = (position >= first[:, None]) & (position < stop[:, None])
     before = position < end[:, None]
     ends = inside & before & complete[:, None] & torch.isin(x, eos_ids)
-    behind = before & (ends.cumsum(1) - ends.int() > 0)
-    x.copy_(torch.where(behind, eos_ids[0], x))
-    step_map.masked_fill_(behind, -1)
+    after_end = before & (ends.cumsum(1) - ends.int() > 0)
+    x.copy_(torch.where(after_end, eos_ids[0], x))
+    step_map.masked_fill_(after_end, -1)
     done |= ends.any(1)
 
 
