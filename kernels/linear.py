@@ -254,8 +254,12 @@ def _multiply(
     tile = _tiles.linear_tile(x.device, width, depth, *sizes) if tile is None else tile
     height = _tiles.linear_height(x.device, rows, *sizes) if height is None else height
     per_block, sums = scale is not None and scale.ndim == 2, y
-    # A tile of both halves of the weight has two scales, if each half's rows lie in one block.
-    partial = tile.splits > 1 or (swiglu and per_block and width // 2 % (tile.block_n // 2) != 0)
+    partial = tile.splits > 1
+    if swiglu:
+        # A tile of both halves has two scales, if each half's rows lie in one block. In fp32,
+        # without tensor cores, the activation spills under Triton 3.7.
+        straddles = per_block and width // 2 % (tile.block_n // 2) != 0
+        partial = partial or straddles or x.dtype == torch.float32
     if partial:
         sums = y.new_empty(tile.splits, rows, width, dtype=torch.float32)
     decode, launch = decoding(x, weight), _tiles.pdl(x.device, pdl)

@@ -197,7 +197,7 @@ def linear_swiglu(
     ``torch.compile``: one op.
 
     Kernels: ``kernels/linear.py``, ``csrc/linear.cu`` (fp16 and bf16, depths of a multiple of 16).
-    One launch where ``linear`` has one, two where it splits the depth.
+    One launch where ``linear`` has one, two where it splits the depth and in fp32.
 
     Example:
         >>> linear_swiglu(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
