@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
@@ -15,8 +14,9 @@ from pydllm import ops
 from pydllm._backend.errors import PydllmError
 from pydllm._backend.preference import prefers_linear
 from pydllm.models.cache import StaticCache
-from pydllm.models.experts import TENSORS, Experts
 from pydllm.models.families import Sizes
+from pydllm.models.forward_arguments import check_forward
+from pydllm.models.layer import Layer
 from pydllm.models.protocol import Fresh
 from pydllm.models.rope import RopeTables
 from pydllm.models.spec import ATTENTIONS, ModelSpec
@@ -29,28 +29,6 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from pydllm.models.chat import ChatTemplate
-
-
-@dataclass(frozen=True)
-class Layer:
-    """Weights of a layer; None where the family has none."""
-
-    attn_norm: Tensor
-    qkv: Tensor | QuantizedWeight
-    out: Tensor | QuantizedWeight
-    mlp_norm: Tensor
-    gate_up: Tensor | QuantizedWeight
-    down: Tensor | QuantizedWeight
-    qkv_bias: Tensor | None = None
-    q_norm: Tensor | None = None
-    k_norm: Tensor | None = None
-    out_bias: Tensor | None = None
-    gate_up_bias: Tensor | None = None
-    down_bias: Tensor | None = None
-    experts: Experts | None = None  # then gate_up and down are the experts', stacked
-    # A LoRA of forward(adapter=True): (r, in) and, scaled, (hidden, r).
-    out_lora_a: Tensor | None = None
-    out_lora_b: Tensor | None = None
 
 
 class NativeModel:
@@ -75,7 +53,7 @@ class NativeModel:
         self._head = weights.get("head", self._embedding)[: spec.vocab_size]
         bias = weights.get("head_bias")
         self._head_bias = None if bias is None else bias[: spec.vocab_size]
-        self._layers = [_layer(sizes, weights, f"layers.{layer}.") for layer in range(sizes.layers)]
+        self._layers = [Layer.of(sizes, weights, f"layers.{i}.") for i in range(sizes.layers)]
         # Set to a list, it is given the experts of each row, (B, T, top_k) for each expert layer.
         self.routed: list[Tensor] | None = None
         self.chat_template: ChatTemplate | None = None
@@ -186,7 +164,7 @@ class NativeModel:
         numbers = {"start": start, "length": length, "kv_len": kv_len, "commit": commit}
         attached = leaves * leaf_rows
         given = numbers if pad is None else numbers | {"pad": pad}
-        self._check(ids, cache, given, branches, attached)
+        check_forward(self, ids, cache, given, branches, attached)
         width = (ids.shape[1] - attached) // branches
         slots = cache.max_len or width
         cos, sin = self._rope.tables(slots + leaf_rows if leaves else slots)
@@ -439,54 +417,3 @@ class NativeModel:
     def _takes_ops_linear(self, x: Tensor) -> bool:
         """Whether ``ops.linear`` multiplies ``x`` by weights that the library could take."""
         return self.batch_invariant or prefers_linear(x)
-
-    def _check(
-        self,
-        ids: Tensor,
-        cache: StaticCache,
-        numbers: Mapping[str, Tensor],
-        branches: int,
-        attached: int,
-    ) -> None:
-        """What can be told from metadata; the values are the caller's business."""
-        if ids.dtype != torch.int64:
-            raise TypeError(f"ids: expected dtype torch.int64, got {ids.dtype}")
-        if ids.ndim != 2 or ids.shape[0] != cache.batch:
-            raise ValueError(f"ids: expected shape ({cache.batch}, T), got {tuple(ids.shape)}")
-        if branches < 1 or ids.shape[1] % branches:
-            raise ValueError(
-                f"branches: expected a divisor of the {ids.shape[1]} rows, got {branches}"
-            )
-        rows = (ids.shape[1] - attached) // branches
-        if rows > cache.max_len > 0:
-            raise ValueError(
-                f"ids: expected at most the {cache.max_len} slots of the cache, got {rows}"
-            )
-        sizes = self.sizes
-        shape = (sizes.layers, cache.batch, cache.max_len, sizes.kv_heads, sizes.head_dim)
-        if tuple(cache.keys.shape) != shape or cache.keys.dtype != self.dtype:
-            raise ValueError(
-                f"cache: expected a cache of this model, {shape} {self.dtype}, "
-                f"got {tuple(cache.keys.shape)} {cache.keys.dtype}"
-            )
-        for name, tensor in {"ids": ids, **numbers}.items():
-            if tensor.device != self.device:
-                raise ValueError(f"{name}: expected device {self.device}, got {tensor.device}")
-        for name, tensor in numbers.items():
-            if tensor.dtype != torch.int32:
-                raise TypeError(f"{name}: expected dtype torch.int32, got {tensor.dtype}")
-            if tuple(tensor.shape) != (cache.batch,):
-                raise ValueError(
-                    f"{name}: expected shape ({cache.batch},), got {tuple(tensor.shape)}"
-                )
-
-
-def _layer(sizes: Sizes, weights: Mapping[str, Any], prefix: str) -> Layer:
-    """A layer of the weights whose names begin with ``prefix``."""
-    own = {
-        name.removeprefix(prefix): tensor
-        for name, tensor in weights.items()
-        if name.startswith(prefix)
-    }
-    experts = None if sizes.moe is None else Experts.of(own, sizes.moe)
-    return Layer(**{k: v for k, v in own.items() if k not in TENSORS}, experts=experts)

@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 from pydllm import ops
 from pydllm._backend.errors import PydllmError
-from pydllm.models.native import Layer, NativeModel
+from pydllm.models.layer import Layer
+from pydllm.models.native import NativeModel
 from pydllm.models.partition import Partition
 from pydllm.models.spec import ModelSpec
 
