@@ -1,7 +1,7 @@
 #include "linear.h"
 
 #include "common.cuh"
-#include "linear_join.cuh"
+#include "linear_merge.cuh"
 #include "ptx.cuh"
 #include "swiglu.cuh"
 #include "weight_tile.cuh"
@@ -13,7 +13,7 @@ constexpr int kThreads = 128, kWarps = kThreads / kWarpSize;
 constexpr int kColumns = 64, kStep = 64, kStages = 4, kScaleBlock = 128;
 constexpr int kTiles = 2;  // of 8 columns, each warp
 static_assert(kColumns == kWarps * kTiles * 8);
-constexpr int kJoinThreads = 256;
+constexpr int kMergeThreads = 256;
 
 template <typename T, Stored kStored, int kFragments>
 struct Stage {
@@ -164,9 +164,9 @@ __global__ void __launch_bounds__(kThreads) linear_kernel(const Linear call, int
 
 // Adds the splits in ascending order; a thread has one element.
 template <typename T>
-__global__ void __launch_bounds__(kJoinThreads) linear_join_kernel(const Linear call) {
+__global__ void __launch_bounds__(kMergeThreads) linear_merge_kernel(const Linear call) {
   ptx::wait_for_previous();
-  const int64_t index = int64_t{blockIdx.x} * kJoinThreads + threadIdx.x;
+  const int64_t index = int64_t{blockIdx.x} * kMergeThreads + threadIdx.x;
   const int64_t inner = call.swiglu ? call.width / 2 : call.width;
   if (index >= call.rows * inner) return;
   const Partial<T> partial{call.partial,
@@ -175,14 +175,14 @@ __global__ void __launch_bounds__(kJoinThreads) linear_join_kernel(const Linear 
                            call.splits,
                            call.rows,
                            call.width};
-  const auto joined = [&](int64_t column) {
+  const auto merged = [&](int64_t column) {
     T value[1];
     partial.load(index / inner, column, false, value);
     return value[0];
   };
-  const T value = joined(index % inner);
+  const T value = merged(index % inner);
   static_cast<T*>(call.y)[index] =
-      call.swiglu ? silu_times(value, joined(inner + index % inner)) : value;
+      call.swiglu ? silu_times(value, merged(inner + index % inner)) : value;
 }
 
 template <typename T, Stored kStored, bool kPerBlock, int kFragments>
@@ -193,8 +193,8 @@ cudaError_t launch(const Linear& call, cudaStream_t stream) {
   const int64_t tiles = (call.width + kColumns - 1) / kColumns;
   const int64_t blocks = row_blocks * tiles * call.splits;
   const int64_t outputs = call.rows * call.width / (call.swiglu ? 2 : 1);
-  const int64_t joins = (outputs + kJoinThreads - 1) / kJoinThreads;
-  if (blocks > INT_MAX || joins > INT_MAX) return cudaErrorInvalidValue;
+  const int64_t merges = (outputs + kMergeThreads - 1) / kMergeThreads;
+  if (blocks > INT_MAX || merges > INT_MAX) return cudaErrorInvalidValue;
   constexpr int kShared = kStages * Tile::kBytes;
   const cudaError_t allowed = allow_shared(kernel, kShared);
   if (allowed != cudaSuccess) return allowed;
@@ -202,8 +202,8 @@ cudaError_t launch(const Linear& call, cudaStream_t stream) {
                     stream, call, static_cast<int>(row_blocks));
   const cudaError_t launched = cudaGetLastError();
   if (launched != cudaSuccess || call.partial == nullptr || call.y == nullptr) return launched;
-  PYDLLM_LAUNCH_PDL(call.pdl, linear_join_kernel<T>, dim3(static_cast<unsigned>(joins)),
-                    dim3(kJoinThreads), 0, stream, call);
+  PYDLLM_LAUNCH_PDL(call.pdl, linear_merge_kernel<T>, dim3(static_cast<unsigned>(merges)),
+                    dim3(kMergeThreads), 0, stream, call);
   return cudaGetLastError();
 }
 

@@ -1,7 +1,7 @@
 #include "rms_norm.h"
 
 #include "common.cuh"
-#include "linear_join.cuh"
+#include "linear_merge.cuh"
 #include "ptx.cuh"
 
 namespace pydllm {
@@ -10,12 +10,12 @@ namespace {
 // One block per row, whose elements stay in the registers between the sum and the scaling: thread t
 // has the vectors t, t + kThreads, ... of the row. Which thread sums what does not depend on how
 // the row is aligned, so neither do the bits.
-template <typename T, bool kJoins, int kThreads, int kVectors>
+template <typename T, bool kMerges, int kThreads, int kVectors>
 __global__ void __launch_bounds__(kThreads)
     rms_norm_kernel(T* __restrict__ y,             // (rows, width) contiguous
                     T* residual,                   // (rows, width) or null, read and written
-                    const T* x,                    // (rows, width), not with kJoins
-                    const Partial<T> partial,      // with kJoins
+                    const T* x,                    // (rows, width), not with kMerges
+                    const Partial<T> partial,      // with kMerges
                     const T* __restrict__ weight,  // (width,)
                     int width, float eps, int64_t stride_x_row, int64_t stride_residual_row,
                     bool aligned) {
@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kThreads)
   ptx::wait_for_previous();
   const int64_t row = blockIdx.x;
   const int thread = static_cast<int>(threadIdx.x);
-  if constexpr (!kJoins) x += row * stride_x_row;
+  if constexpr (!kMerges) x += row * stride_x_row;
   y += row * width;
   if (residual != nullptr) residual += row * stride_residual_row;
 
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int v = 0; v < kVectors; ++v) {
     const int first = (v * kThreads + thread) * kVector;
     if (first >= width) break;
-    if constexpr (kJoins) {
+    if constexpr (kMerges) {
       partial.load(row, first, aligned, kept[v].lane);
     } else {
       kept[v] = read(x, first);
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-template <typename T, bool kJoins>
+template <typename T, bool kMerges>
 cudaError_t launch(const RmsNorm& call, cudaStream_t stream) {
   const auto with_threads = [&](auto threads, auto vectors) {
     constexpr int kThreads = decltype(threads)::value, kVectors = decltype(vectors)::value;
@@ -113,10 +113,10 @@ cudaError_t launch(const RmsNorm& call, cudaStream_t stream) {
     const bool aligned =
         call.width % Vector<T>::kSize == 0 && rows_are_aligned(y, call.width) &&
         rows_are_aligned(weight, call.width) &&
-        (kJoins ? rows_are_aligned(call.partial, call.width)
-                : rows_are_aligned(x, call.stride_x_row)) &&
+        (kMerges ? rows_are_aligned(call.partial, call.width)
+                 : rows_are_aligned(x, call.stride_x_row)) &&
         (residual == nullptr || rows_are_aligned(residual, call.stride_residual_row));
-    PYDLLM_LAUNCH_PDL(call.pdl, (rms_norm_kernel<T, kJoins, kThreads, kVectors>),
+    PYDLLM_LAUNCH_PDL(call.pdl, (rms_norm_kernel<T, kMerges, kThreads, kVectors>),
                       dim3(static_cast<unsigned>(call.rows)), dim3(kThreads), 0, stream, y,
                       residual, x, partial, weight, static_cast<int>(call.width), call.eps,
                       call.stride_x_row, call.stride_residual_row, aligned);
@@ -129,7 +129,7 @@ cudaError_t launch(const RmsNorm& call, cudaStream_t stream) {
   if (width <= 512 * kVector) return with_threads(Constant<512>{}, Constant<1>{});
   if (width <= 1024 * kVector) return with_threads(Constant<1024>{}, Constant<1>{});
   // A thread has no registers for the splits of more.
-  if constexpr (!kJoins) {
+  if constexpr (!kMerges) {
     if (width <= 1024 * 4 * kVector) return with_threads(Constant<1024>{}, Constant<4>{});
     // Only fp32 has rows that are longer.
     if constexpr (kVector == 4) return with_threads(Constant<1024>{}, Constant<8>{});
@@ -140,10 +140,10 @@ cudaError_t launch(const RmsNorm& call, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t rms_norm(const RmsNorm& call, cudaStream_t stream) {
-  const bool joins = call.partial != nullptr;
+  const bool merges = call.partial != nullptr;
   if (call.rows < 0 || call.rows > INT_MAX || call.width < 0 || call.width > kRmsNormWidth ||
-      (joins &&
-       (call.splits < 1 || call.width > kRmsNormJoinedWidth || call.dtype == Dtype::kFloat32))) {
+      (merges &&
+       (call.splits < 1 || call.width > kRmsNormMergedWidth || call.dtype == Dtype::kFloat32))) {
     return cudaErrorInvalidValue;
   }
   if (call.rows == 0 || call.width == 0) return cudaSuccess;
@@ -151,7 +151,7 @@ cudaError_t rms_norm(const RmsNorm& call, cudaStream_t stream) {
   return with_type(call.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     if constexpr (!std::is_same_v<T, float>) {
-      if (joins) return launch<T, true>(call, stream);
+      if (merges) return launch<T, true>(call, stream);
     }
     return launch<T, false>(call, stream);
   });

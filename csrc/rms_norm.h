@@ -8,7 +8,7 @@
 namespace pydllm {
 
 // What a block keeps of its row in registers.
-constexpr int64_t kRmsNormWidth = 32768, kRmsNormJoinedWidth = 8192;  // the second with partial
+constexpr int64_t kRmsNormWidth = 32768, kRmsNormMergedWidth = 8192;  // the second with partial
 
 struct RmsNorm {
   void* y;               // (rows, width) contiguous, written

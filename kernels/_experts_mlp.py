@@ -229,7 +229,7 @@ def experts_mlp(
     count, width, inner = down.shape
     quantised = scales[0] is not None
     tile = _tiles.experts_tile(hidden.device, hidden.element_size(), quantised=quantised)
-    programs = count + (0 if shared_halves[1] is None else triton.cdiv(rows, tile.block_m))
+    programs = count + (0 if shared_halves[1] is None else _tiles.cdiv(rows, tile.block_m))
     warps = tile.num_warps if width % 16 == inner % 16 == 0 else tile.unaligned_warps
     act = torch.empty(pairs, inner, dtype=hidden.dtype, device=hidden.device)
     y = torch.empty(pairs, width, dtype=hidden.dtype, device=hidden.device)
@@ -246,7 +246,7 @@ def experts_mlp(
         "num_warps": warps,
         "num_stages": tile.num_stages,
     }
-    _experts_expand_kernel[(programs, triton.cdiv(inner, tile.block_n))](
+    _experts_expand_kernel[(programs, _tiles.cdiv(inner, tile.block_n))](
         **shared,
         act_ptr=act,
         hidden_ptr=hidden,
@@ -255,7 +255,7 @@ def experts_mlp(
         shared_ptr=shared_halves[0],
         GELU=gelu,
     )
-    _experts_contract_kernel[(programs, triton.cdiv(width, tile.block_n))](
+    _experts_contract_kernel[(programs, _tiles.cdiv(width, tile.block_n))](
         **shared,
         y_ptr=y,
         act_ptr=act,

@@ -460,7 +460,7 @@ LINEAR = {
 LINEAR_PROGRAMS, LINEAR_STEPS = 112, 8
 LINEAR_FP32 = LinearTile(64, 32, 1, 8, 3)  # exact, without tensor cores; not for speed
 LINEAR_INTERPRETER = LinearTile(128, 128, 2, 4, 1)
-LINEAR_JOIN = (1024, 4)  # columns of a program that joins the splits of a row, num_warps
+LINEAR_MERGE = (1024, 4)  # columns of a program that merges the splits of a row, num_warps
 
 
 def linear_tile(

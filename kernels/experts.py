@@ -160,7 +160,7 @@ def experts(
             shared = shared_gate_up, shared_down
             shared_y = experts_mlp(hidden, none, (None, None), shared, alone, gelu, rows)
     height, block, warps = _tiles.experts_combine_tile(hidden.device)
-    _experts_combine_kernel[(triton.cdiv(rows, height), triton.cdiv(width, block))](
+    _experts_combine_kernel[(_tiles.cdiv(rows, height), _tiles.cdiv(width, block))](
         out_ptr=out,
         y_ptr=y,
         shared_ptr=shared_y,

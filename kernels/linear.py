@@ -19,10 +19,10 @@ import triton
 import triton.language as tl
 
 from . import _tiles
-from ._linear_join import join
+from ._linear_merge import merge
 from ._primitives import are_rows, fetch_to_l2, wait_for_previous
 from ._weights import SCALE_BLOCK, decoding, load_weight, stored
-from .rms_norm import rms_norm, rms_norm_joined
+from .rms_norm import rms_norm, rms_norm_merged
 from .rms_norm import supports as supports_norm
 from .swiglu import silu_times
 
@@ -155,7 +155,7 @@ def supports(
     for name, tensor in (("x", x), ("weight", weight), ("scale", scale), ("bias", bias)):
         if tensor is not None and not are_rows(tensor):
             return f"{name} must be rows of contiguous elements, got strides {tensor.stride()}"
-    return _tiles.exceeds_grid("outputs", weight.shape[0], _tiles.LINEAR_JOIN[0])
+    return _tiles.exceeds_grid("outputs", weight.shape[0], _tiles.LINEAR_MERGE[0])
 
 
 def supports_rms_norm(
@@ -187,7 +187,7 @@ def linear(
     """
     y, partial = _multiply(x, weight, scale, bias, tile, height, swiglu=False, pdl=pdl)
     if partial is not None:
-        join(y, partial, per_channel(scale), bias, swiglu=False, launch=_tiles.pdl(x.device, pdl))
+        merge(y, partial, per_channel(scale), bias, swiglu=False, launch=_tiles.pdl(x.device, pdl))
     return y
 
 
@@ -204,7 +204,7 @@ def linear_swiglu(
     """Launch the kernels of ``pydllm.ops.linear_swiglu``; arguments as of ``linear``."""
     y, partial = _multiply(x, weight, scale, bias, tile, height, swiglu=True, pdl=pdl)
     if partial is not None:
-        join(y, partial, per_channel(scale), bias, swiglu=True, launch=_tiles.pdl(x.device, pdl))
+        merge(y, partial, per_channel(scale), bias, swiglu=True, launch=_tiles.pdl(x.device, pdl))
     return y
 
 
@@ -225,7 +225,7 @@ def linear_rms_norm(
     y, partial = _multiply(x, weight, scale, bias, tile, height, swiglu=False, pdl=pdl)
     if partial is None:
         return rms_norm(y, norm, eps, residual, pdl=pdl)
-    rms_norm_joined(y, partial, per_channel(scale), bias, norm, eps, residual, pdl=pdl)
+    rms_norm_merged(y, partial, per_channel(scale), bias, norm, eps, residual, pdl=pdl)
     return y
 
 
@@ -263,8 +263,8 @@ def _multiply(
     if partial:
         sums = y.new_empty(tile.splits, rows, width, dtype=torch.float32)
     decode, launch = decoding(x, weight), _tiles.pdl(x.device, pdl)
-    row_blocks = triton.cdiv(rows, height)
-    _linear_tile_kernel[(triton.cdiv(width, tile.block_n) * tile.splits * row_blocks,)](
+    row_blocks = _tiles.cdiv(rows, height)
+    _linear_tile_kernel[(_tiles.cdiv(width, tile.block_n) * tile.splits * row_blocks,)](
         y_ptr=sums,
         x_ptr=x,
         weight_ptr=stored(weight, decode),

@@ -1,6 +1,6 @@
 """Residual addition and root-mean-square normalisation: one program per row, one read of it.
 
-The row may be the splits of a product, which are then joined as ``linear`` joins them.
+The row may be the splits of a product, which are then merged as ``linear`` merges them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from . import _tiles
-from ._linear_join import load_joined
+from ._linear_merge import load_merged
 from ._primitives import are_rows, wait_for_previous
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -47,7 +47,7 @@ def _rms_norm_kernel(
     if SPLITS == 0:
         x = tl.load(x_ptr + row * stride_x_row + offs_d, mask=mask_d, other=0.0)
     else:
-        x = load_joined(x_ptr, scale_ptr, bias_ptr, row, offs_d, mask_d, rows, width, SPLITS)
+        x = load_merged(x_ptr, scale_ptr, bias_ptr, row, offs_d, mask_d, rows, width, SPLITS)
         x = x.to(y_ptr.dtype.element_ty)
     # Before the sum, whose barrier a load does not pass: one latency of memory instead of two.
     weight = tl.load(weight_ptr + offs_d, mask=mask_d, other=0.0)
@@ -94,7 +94,7 @@ def rms_norm(
     return y
 
 
-def rms_norm_joined(
+def rms_norm_merged(
     y: torch.Tensor,
     partial: torch.Tensor,
     scale: torch.Tensor | None,
@@ -144,7 +144,7 @@ def _launch(
         stride_residual_row=residual.stride(-2) if has_stride else width,
         HAS_RESIDUAL=residual is not None,
         SPLITS=splits,
-        BLOCK_D=triton.next_power_of_2(width),
+        BLOCK_D=_tiles.next_power_of_2(width),
         enable_fp_fusion=True,
         num_warps=next(warps for limit, warps in _tiles.RMS_NORM if width <= limit),
         **_tiles.pdl(y.device, pdl),

@@ -57,7 +57,7 @@ def swiglu(gate_up: torch.Tensor, *, pdl: bool = False) -> torch.Tensor:
     if y.numel() == 0:
         return y
     block, warps = _tiles.SWIGLU
-    _swiglu_kernel[(y.numel() // width, triton.cdiv(width, block))](
+    _swiglu_kernel[(y.numel() // width, _tiles.cdiv(width, block))](
         y_ptr=y,
         gate_up_ptr=gate_up,
         width=width,

@@ -150,5 +150,5 @@ for name, window in (("llada-8b", 32), ("dream-7b", 33)):
             count.pop("  merge"),
         ]
         assert found["rms_norm"] == sum(n for name, n in count.items() if "rms_norm" in name)
-        assert found.get("linear_join", 0) == count.get("  join", 0)
+        assert found.get("linear_merge", 0) == count.get("  merge of splits", 0)
         assert sum(found.values()) == sum(count.values())

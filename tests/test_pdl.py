@@ -61,7 +61,7 @@ for arch, pdl in ((90, True), (90, False), (80, True)):
 """
 BIG = ["_window_attention_kernel", "_head_stats_tile_kernel"]
 CHAIN = {
-    *("_rms_norm_kernel", "_swiglu_kernel", "_linear_tile_kernel", "_linear_join_kernel"),
+    *("_rms_norm_kernel", "_swiglu_kernel", "_linear_tile_kernel", "_linear_merge_kernel"),
     *("_window_attention_merge_kernel", "_row_stats_merge_kernel", *BIG),
 }
 

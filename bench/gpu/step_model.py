@@ -122,7 +122,7 @@ def linear_tile(outputs: int, inputs: int) -> _tiles.LinearTile:
 def gemm(
     gpu: Gpu, name: str, count: int, size: tuple[int, int, int], how: Launching
 ) -> list[Kernel]:
-    """A product of all layers, and the join of its splits where no norm joins them.
+    """A product of all layers, and the merge of its splits where no norm merges them.
 
     ``ops.linear_swiglu`` stores half of what it computes.
     """
@@ -144,15 +144,15 @@ def gemm(
     op = "ops.linear_swiglu" if fused else f"ops.linear {name}"
     found = [Kernel(op, count, ramp + max(most, read / L2), note)]
     if tile.splits > 1 and name not in NORMED:
-        joined = (4 * tile.splits * outputs + 2 * stored) * rows / L2
-        found.append(Kernel("  join", count, how.gap + 1.5e-6 + joined))
+        merged = (4 * tile.splits * outputs + 2 * stored) * rows / L2
+        found.append(Kernel("  merge of splits", count, how.gap + 1.5e-6 + merged))
     return found
 
 
 def norms(gpu: Gpu, model: Model, rows: int, how: Launching) -> list[Kernel]:
     """The norms of a step: the first one, and those after the products of ``NORMED``.
 
-    One that joins the splits of a product reads them at the rate of one multiprocessor per row.
+    One that merges the splits of a product reads them at the rate of one multiprocessor per row.
     """
     alone = how.gap + 1.5e-6 + 8 * rows * model.width / L2
     found = [Kernel("rms_norm", 1 + (0 if how.linear else 2 * model.layers), alone)]
@@ -161,9 +161,9 @@ def norms(gpu: Gpu, model: Model, rows: int, how: Launching) -> list[Kernel]:
             splits = linear_tile(model.width, inputs).splits
             sums = 4 * splits * model.width * (splits > 1)
             waves = -(-rows // gpu.multiprocessors)
-            joined = max(rows * sums / L2, waves * sums / INGEST / gpu.clock)
-            note = f"joins {splits} splits"
-            found.append(Kernel(f"rms_norm of {name}", model.layers, alone + joined, note))
+            merged = max(rows * sums / L2, waves * sums / INGEST / gpu.clock)
+            note = f"merges {splits} splits"
+            found.append(Kernel(f"rms_norm of {name}", model.layers, alone + merged, note))
     return found
 
 

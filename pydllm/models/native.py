@@ -285,7 +285,7 @@ class NativeModel:
     ) -> Tensor:
         """``_mlp``, added to the residual and normalised."""
         backend, eps = window["backend"], self.sizes.eps
-        if layer.experts is None and self._joins_norm(hidden, layer.down):
+        if layer.experts is None and self._merges_norm(hidden, layer.down):
             inner = self._expand(layer, hidden, backend)
             return ops.linear_rms_norm(
                 inner, layer.down, norm, eps, residual, layer.down_bias, backend=backend
@@ -381,7 +381,7 @@ class NativeModel:
         """``_project``, added to the residual and normalised."""
         eps = self.sizes.eps
         adapts = adapter is not False and layer.out_lora_a is not None
-        if not adapts and self._joins_norm(attended, layer.out):
+        if not adapts and self._merges_norm(attended, layer.out):
             return ops.linear_rms_norm(
                 attended, layer.out, norm, eps, residual, layer.out_bias, backend=backend
             )
@@ -410,7 +410,7 @@ class NativeModel:
             return ops.linear(x, weight, bias, backend=backend)
         return F.linear(x, weight, bias)
 
-    def _joins_norm(self, x: Tensor, weight: Tensor | QuantizedWeight) -> bool:
+    def _merges_norm(self, x: Tensor, weight: Tensor | QuantizedWeight) -> bool:
         """Whether a norm takes a product of ``ops.linear`` as its kernel leaves it."""
         return self.whole_products and (not isinstance(weight, Tensor) or self._takes_ops_linear(x))
 

@@ -77,8 +77,8 @@ def test_bits_of_two_launches_in_cuda(cuda_on_cpu, dtype, kind):
         assert_same("cuda", x, weight, bias, norm, wide[:, :width])
 
 
-def test_rows_that_are_too_long_to_join_in_cuda(cuda_on_cpu, monkeypatch):
-    monkeypatch.setattr(cuda_linear.rms_norm, "MAX_JOINED_WIDTH", 71)
+def test_rows_that_are_too_long_to_merge_in_cuda(cuda_on_cpu, monkeypatch):
+    monkeypatch.setattr(cuda_linear.rms_norm, "MAX_MERGED_WIDTH", 71)
     x, weight, bias = _operands("int8", torch.float16, 2, 72, 1040)
     launched = []
     launch = cuda_linear.rms_norm.launch
@@ -196,7 +196,7 @@ for arch in (80, 90):
         x = meta(32, depth)
         launches = {
             "alone": lambda: rms_norm.rms_norm(y, norm, 1e-5, y),
-            "joined": lambda: linear.linear_rms_norm(x, weight, scale, norm, norm, 1e-5, y),
+            "merged": lambda: linear.linear_rms_norm(x, weight, scale, norm, norm, 1e-5, y),
         }
         for name, launch in launches.items():
             recorded = resources.record(launch, arch)
@@ -211,7 +211,7 @@ for arch in (80, 90):
 """
 
 
-def test_a_row_of_the_norm_is_summed_alike_whether_it_joins_or_not():
+def test_a_row_of_the_norm_is_summed_alike_whether_it_merges_or_not():
     """The same layout of the sum's operand, so the same order; and nothing but two launches."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     root = str(Path(__file__).parents[2])
@@ -226,11 +226,11 @@ def test_a_row_of_the_norm_is_summed_alike_whether_it_joins_or_not():
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(rows) == 8
-    for alone, joined in zip(rows[::2], rows[1::2], strict=True):
-        assert (alone["name"], joined["name"]) == ("alone", "joined")
-        assert joined["kernels"] == ["_linear_tile_kernel", "_rms_norm_kernel"]
-        assert joined["layout"] == alone["layout"]
-        assert joined["moved"] == alone["moved"] == 0 and joined["spills"] == 0
+    for alone, merged in zip(rows[::2], rows[1::2], strict=True):
+        assert (alone["name"], merged["name"]) == ("alone", "merged")
+        assert merged["kernels"] == ["_linear_tile_kernel", "_rms_norm_kernel"]
+        assert merged["layout"] == alone["layout"]
+        assert merged["moved"] == alone["moved"] == 0 and merged["spills"] == 0
 
 
 def check_norm():
@@ -244,14 +244,14 @@ def check_norm():
 
 
 MUTANTS = {
-    "the join's row": (
+    "the merge's row": (
         "rms_norm.cu",
         "partial.load(row, first, aligned, kept[v].lane);",
         "partial.load(0, first, aligned, kept[v].lane);",
     ),
-    "a split is lost": ("linear_join.cuh", "split < splits", "split < splits - 1"),
+    "a split is lost": ("linear_merge.cuh", "split < splits", "split < splits - 1"),
     "the bias is scaled": (
-        "linear_join.cuh",
+        "linear_merge.cuh",
         "fmaf(sum, factor, bias == nullptr ? -0.f : to_float(bias[column]))",
         "(sum + (bias == nullptr ? -0.f : to_float(bias[column]))) * factor",
     ),

@@ -1,5 +1,5 @@
 """``linear_swiglu`` is ``linear``, then ``swiglu``, to the bit, where gate and up meet in registers
-and where the splits of the depth are joined."""
+and where the splits of the depth are merged."""
 
 import pytest
 import torch
@@ -167,7 +167,7 @@ MUTANTS = {
         "output(acc[f][1][i], half + first)",
         "output(acc[f][1][i], first)",
     ),
-    "a partial's up": ("joined(inner + index % inner)", "joined(index % inner)"),
+    "a partial's up": ("merged(inner + index % inner)", "merged(index % inner)"),
     "columns past the half": ("first >= half", "first > half"),
     "rows past the weight": (
         "row < call.width && at < call.depth",

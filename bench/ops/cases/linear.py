@@ -121,7 +121,7 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
         label = f"llada-8b {layer} {rows} {dtype} {stored} {scales}"
         launch = kernel.linear_swiglu if layer == "gate_up" else kernel.linear
         yield label, lambda launch=launch, arguments=arguments: launch(*arguments)
-    # The product's splits are joined by the norm.
+    # The product's splits are merged by the norm.
     for stored, layer, model in ((bf16, "down", "dream-7b"), (torch.int8, "out", "llada-8b")):
         width, depth = LAYERS[model][layer]
         rows, norm = empty(32, width, dtype=bf16), empty(width, dtype=bf16)

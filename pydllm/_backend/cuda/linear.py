@@ -101,7 +101,7 @@ def linear_rms_norm(
     pdl: bool = False,
 ) -> Tensor:
     """Launch the kernels of ``pydllm.ops.linear_rms_norm``; arguments as of ``linear``."""
-    if splits(*weight.shape) == 1 or weight.shape[0] > rms_norm.MAX_JOINED_WIDTH:
+    if splits(*weight.shape) == 1 or weight.shape[0] > rms_norm.MAX_MERGED_WIDTH:
         y = linear(x, weight, scale, bias, pdl=pdl)
         return rms_norm.rms_norm(y, norm, eps, residual, pdl=pdl)
     partial = _partial(x, weight, splits(*weight.shape))

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from pydllm._backend.cuda import DTYPES, call, may_overlap
 
-# kRmsNormWidth and kRmsNormJoinedWidth in csrc/rms_norm.h
-MAX_WIDTH, MAX_JOINED_WIDTH = 32768, 8192
+# kRmsNormWidth and kRmsNormMergedWidth in csrc/rms_norm.h
+MAX_WIDTH, MAX_MERGED_WIDTH = 32768, 8192
 
 
 def supports(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> str | None:

@@ -12,7 +12,7 @@ from .swiglu import silu_times
 
 
 @triton.jit
-def load_joined(
+def load_merged(
     partial_ptr,  # (SPLITS, rows, width) fp32
     scale_ptr,  # (width,) or None
     bias_ptr,  # (width,) or None
@@ -37,7 +37,7 @@ def load_joined(
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _linear_join_kernel(
+def _linear_merge_kernel(
     # pointers
     y_ptr,  # (rows, width), or (rows, width / 2) with SWIGLU
     partial_ptr,  # (SPLITS, rows, width) fp32
@@ -57,17 +57,17 @@ def _linear_join_kernel(
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     inner = width // 2 if SWIGLU else width
     mask = offs_n < inner
-    total = load_joined(partial_ptr, scale_ptr, bias_ptr, row, offs_n, mask, rows, width, SPLITS)
+    total = load_merged(partial_ptr, scale_ptr, bias_ptr, row, offs_n, mask, rows, width, SPLITS)
     y = total.to(y_ptr.dtype.element_ty)
     if SWIGLU:
-        up = load_joined(
+        up = load_merged(
             partial_ptr, scale_ptr, bias_ptr, row, inner + offs_n, mask, rows, width, SPLITS
         )
         y = silu_times(y, up.to(y.dtype))
     tl.store(y_ptr + row * inner + offs_n, y, mask=mask)
 
 
-def join(
+def merge(
     y: torch.Tensor,
     partial: torch.Tensor,
     scale: torch.Tensor | None,
@@ -78,8 +78,8 @@ def join(
 ) -> None:
     """Launch the kernel; ``partial`` is ``(splits, rows, width)``, ``scale`` one per column."""
     splits, rows, width = partial.shape
-    block, warps = _tiles.LINEAR_JOIN
-    _linear_join_kernel[(rows, triton.cdiv(y.shape[-1], block))](
+    block, warps = _tiles.LINEAR_MERGE
+    _linear_merge_kernel[(rows, _tiles.cdiv(y.shape[-1], block))](
         y_ptr=y,
         partial_ptr=partial,
         scale_ptr=scale,
