@@ -186,10 +186,14 @@ def test_an_error_in_a_kernel_is_an_exception_and_the_next_launch_works(cuda_on_
             y=x,
             residual=None,
             x=x,
+            partial=None,
+            scale=None,
+            bias=None,
             weight=x,
             dtype=x.dtype,
             rows=2,
             width=2**20,
+            splits=0,
             eps=0.0,
             stride_x_row=8,
             stride_residual_row=8,
@@ -207,6 +211,8 @@ def test_the_constants_of_both_sides_agree(cuda_module):
     assert module.MAX_SUPPRESS_IDS == MAX_SUPPRESS_IDS
     assert module.MAX_PIECES == head_stats.MAX_PIECES
     assert module.RMS_NORM_WIDTH == rms_norm.MAX_WIDTH
+    widths = (CSRC / "rms_norm.h").read_text()
+    assert f"kRmsNormMergedWidth = {rms_norm.MAX_MERGED_WIDTH};" in widths
     assert module.ROUTE_EXPERTS == route.MAX_EXPERTS
     assert module.VERIFY_BRANCHES == verify.MAX_BRANCHES
     assert module.VOCAB_PIECE == vocab_stats.PIECE
