@@ -138,7 +138,6 @@ def _unmask_kernel(
     written, step = keep, tl.broadcast_to(nfe, keep.shape)
     if HAS_END:
         token = tl.where(keep, token, before)
-        remaining = count(inside & (token == mask_id))
         counted = inside
         if HAS_ENDS_FROM:
             first = tl.load(ends_from_ptr + offs_b, mask=mask_b, other=0)
@@ -169,6 +168,7 @@ def _unmask_kernel(
                 tl.store(x_all + at, tl.zeros_like(token) + fill, mask=at < stop)
                 tl.store(step_map_all + at, tl.zeros_like(step) - 1, mask=at < stop)
         tl.store(done_ptr + offs_b, finished, mask=finished)
+        remaining = count(inside & (token == mask_id))
         remaining = tl.where(done | finished, -1, remaining)
     else:
         remaining = n_masks - count(keep & (token != mask_id))
