@@ -14,6 +14,8 @@ addition of the splits to the norm.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -77,11 +79,9 @@ def _linear_tile_kernel(
     offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     is_up = offs_n % 2 == 1
     inner = width // 2
+    mask_n = offs_n < width
     if SWIGLU:
-        mask_n = offs_n < width
         offs_n = offs_n // 2 + tl.where(is_up, inner, 0)
-    else:
-        mask_n = offs_n < width
     offs_k = tl.arange(0, BLOCK_K)
     mask_m = offs_m < rows
     x_ptrs = x_ptr + offs_m[:, None] * stride_x_row + offs_k[None, :]
@@ -185,10 +185,7 @@ def linear(
 
     ``tile`` and ``height`` are those of ``_tiles`` if None.
     """
-    y, partial = _multiply(x, weight, scale, bias, tile, height, swiglu=False, pdl=pdl)
-    if partial is not None:
-        merge(y, partial, per_channel(scale), bias, swiglu=False, launch=_tiles.pdl(x.device, pdl))
-    return y
+    return _merged(x, weight, scale, bias, tile, height, swiglu=False, pdl=pdl)
 
 
 def linear_swiglu(
@@ -202,10 +199,7 @@ def linear_swiglu(
     pdl: bool = False,
 ) -> torch.Tensor:
     """Launch the kernels of ``pydllm.ops.linear_swiglu``; arguments as of ``linear``."""
-    y, partial = _multiply(x, weight, scale, bias, tile, height, swiglu=True, pdl=pdl)
-    if partial is not None:
-        merge(y, partial, per_channel(scale), bias, swiglu=True, launch=_tiles.pdl(x.device, pdl))
-    return y
+    return _merged(x, weight, scale, bias, tile, height, swiglu=True, pdl=pdl)
 
 
 def linear_rms_norm(
@@ -232,6 +226,23 @@ def linear_rms_norm(
 def per_channel(scale: torch.Tensor | None) -> torch.Tensor | None:
     """The scale, where it is one per output: those of blocks are in the sums already."""
     return None if scale is None or scale.ndim == 2 else scale
+
+
+def _merged(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    *tiles: Any,
+    swiglu: bool,
+    pdl: bool,
+) -> torch.Tensor:
+    """The result, its splits merged if there are any."""
+    y, partial = _multiply(x, weight, scale, bias, *tiles, swiglu=swiglu, pdl=pdl)
+    if partial is not None:
+        launch = _tiles.pdl(x.device, pdl)
+        merge(y, partial, per_channel(scale), bias, swiglu=swiglu, launch=launch)
+    return y
 
 
 def _multiply(

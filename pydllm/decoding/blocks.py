@@ -33,8 +33,8 @@ class Block:
         first_decides_block, decides_block: whether these are the block's and no others.
         skips_first: nothing is stored or forced, and the first forward is left out.
         ends_from: ``(b,)`` int32, the first position that may hold an EOS.
-        first_places, places: of the first forward, and of the others; None where sequences may
-            leave the batch before the block is over.
+        first_places, places: of the first forward, and of the others, where they were made with the
+            block.
     """
 
     steps: int
@@ -70,8 +70,14 @@ class BlockState(State):
     steps_done: int = field(default=0, metadata={"rows": False})
 
 
-def open_block(algorithm: BlockwiseAlgorithm, state: BlockState) -> Block:
-    """Open the next block of every sequence."""
+def open_block(
+    algorithm: BlockwiseAlgorithm, state: BlockState, *, with_places: bool = False
+) -> Block:
+    """Open the next block of every sequence.
+
+    ``with_places``: of windows without branches. Sequences must not leave before the block is over,
+    so they are made with fixed shapes alone.
+    """
     spec = state.call.model.spec
     if spec.block_size is None:
         block = _layout_full(algorithm, state)
@@ -80,7 +86,8 @@ def open_block(algorithm: BlockwiseAlgorithm, state: BlockState) -> Block:
     else:
         block = _layout_block_causal(algorithm, state)
     if state.call.runner.fixed_shapes:
-        block = state.call.runner.static_buffer("block", _with_places(state, block))
+        block = _with_places(state, block) if with_places else block
+        block = state.call.runner.static_buffer("block", block)
     state.block = block
     state.next_start += algorithm.block_length
     state.blocks = [index + 1 for index in state.blocks]

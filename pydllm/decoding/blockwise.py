@@ -156,7 +156,7 @@ class BlockwiseDecoder(Decoder):
     def plan(self, state: BlockState, counts: Counts | None) -> BlockPlan:
         block = state.block
         if block is None or is_over(state, counts):
-            block = open_block(self.algorithm, state)
+            block = open_block(self.algorithm, state, with_places=True)
         index = state.steps_done
         state.steps_done += 1
         first, last = index == 0, state.steps_done == block.steps

@@ -143,7 +143,7 @@ def pick(
         sampling["counter"] = torch.stack((position.int(), *words), -1).reshape(-1, 3)
     if start.device.type != "cpu" or call.runner.fixed_shapes:
         return Picked(rows, None, sampling)
-    inside = position.clamp_(max=state.x.shape[1] - 1)
+    inside = position.clamp(max=state.x.shape[1] - 1)
     wanted = state.x == call.mask_id if eligible is None else eligible
     offsets = torch.arange(size, device=start.device)
     wanted = wanted.gather(1, inside) & (offsets < selection.length[:, None])
@@ -325,7 +325,7 @@ def close(state: State, selection: Selection, ending: ops.Ending) -> None:
 
 
 def busy(state: State, count: Tensor) -> Tensor:
-    """Counts for the host ``(1, b)`` int32: ``count``, and -1 where a sequence is done."""
+    """Counts for the host ``(1, b)`` int32: ``count``, or -1 for a sequence that is done."""
     return torch.where(state.done, -1, count)[None]
 
 

@@ -142,8 +142,8 @@ def unmask(
 
     Returns:
         ``Unmasked(remaining, accepted)``, both ``(B,)`` int32. What an ``ending`` fills does not
-        remain and does not count as accepted. With one, ``remaining`` is -1 for a sequence that was
-        done or is now: all that a host has to read after a step.
+        remain and does not count as accepted. With an ``ending``, ``remaining`` is -1 for each
+        sequence that is done after the call, so the host need not read ``done`` as well.
 
     Raises:
         ValueError: shapes or devices do not fit, a rule is unknown, an option is
