@@ -14,7 +14,7 @@ template <typename T, typename Weight>
 constexpr int kLogitVector =
     Vector<T>::kSize < Vector<Weight>::kSize ? Vector<T>::kSize : Vector<Weight>::kSize;
 
-// Elements first .. first + kSize - 1 of a row; zeros after its end, which an aligned row has at a
+// kSize elements of a row from `first` on, zeros past its end. The size of an aligned row is a
 // multiple of kSize.
 template <int kSize, bool kAligned, typename T>
 __device__ __forceinline__ Chunk<T, kSize> load_part(const T* row, int64_t first, int64_t size) {
